@@ -1,0 +1,272 @@
+"""Run one function on many ranks, and bring home what every rank returned, or why it did not.
+
+    def share(value: float) -> float:  # a function of a module: the ranks import it by name
+        total = torch.tensor(value)
+        dist.all_reduce(total)
+        return total.item()
+
+    def test_the_sum_is_the_same_everywhere():
+        assert run_ranks(share, 2, 1.5) == [3.0, 3.0]
+
+Ranks are processes of this machine that talk through Gloo. They are forked from a server that has already
+imported torch (0.1 s; a spawned process takes 3 s and more) and stay for the next case of the same size,
+which then costs about 20 ms. Every case has its own process group, which meets in a fresh file and not on a
+port, so that any number of test runs go side by side. After a failure of any kind the ranks are thrown away.
+
+Return values and compare them in the test: there pytest shows both sides, an `assert` on a rank neither.
+"""
+
+import atexit
+import faulthandler
+import functools
+import os
+import pickle
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import connection, get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GRACE = 1.0  # seconds the other ranks have to finish once one has failed
+
+_processes = get_context("forkserver")
+_processes.set_forkserver_preload(
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch.distributed.pipelining",
+        "distclip",
+    ]
+)
+
+
+class RankError(Exception):
+    """A rank raised, died or hung. The message has the traceback of each rank, or where it was."""
+
+
+def run_ranks(
+    fn: Callable[..., Any], size: int, *args: Any, timeout: float = 60.0, fresh: bool = False
+) -> list[Any]:
+    """Call `fn(*args)` on `size` ranks of one Gloo group and return their results in the order of ranks.
+
+    `fn` is a function of a module, or a `functools.partial` of one; it, `args` and the results are pickled.
+    Each rank has one thread, seed 0 and the caller's warning filters. Ranks that are not done after `timeout`
+    seconds are killed. `fresh=True` takes new processes and keeps none, for code that patches libraries.
+    """
+    call = pickle.dumps((fn, args))
+    team = (None if fresh else _teams.pop(size, None)) or _Team(size)
+    kept = False
+    try:
+        results = team.run(call, timeout)
+        kept = not fresh
+    except RankError as error:
+        name = fn.func if isinstance(fn, functools.partial) else fn
+        raise RankError(f"{name.__qualname__} on {size} ranks: {error}") from None
+    finally:
+        if kept:
+            _teams[size] = team
+        else:
+            team.kill()
+    return results
+
+
+# ---- the caller's side -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One case as it travels to the ranks. `call` is pickled by itself, to be read once `path` is set."""
+
+    call: bytes
+    timeout: float
+    meeting_point: str
+    path: list[str]
+    filters: list[Any]
+
+
+class _Team:
+    """The ranks of one size, kept from case to case. A rank answers with its pickled result or a story."""
+
+    def __init__(self, size: int) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        self.stacks = [self.folder / f"stack-{rank}" for rank in range(size)]
+        self.pipes = []
+        self.processes = []
+        self.cases = 0
+        for rank in range(size):
+            ours, theirs = _processes.Pipe()
+            arguments = theirs, rank, size, self.stacks[rank]
+            process = _processes.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # the end of the process is now the end of the pipe
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, call: bytes, timeout: float) -> list[Any]:
+        self.cases += 1
+        meeting_point = str(self.folder / f"case-{self.cases}")
+        job = _Job(call, timeout, meeting_point, sys.path, list(warnings.filters))
+        for pipe in self.pipes:
+            pipe.send(job)
+        answers = self._collect(timeout)
+        if not all(isinstance(answer, bytes) for answer in answers):
+            raise RankError(self._story(answers, timeout))
+        return [pickle.loads(answer) for answer in answers]
+
+    def _collect(self, timeout: float) -> list[bytes | str | None]:
+        """The answer of each rank, None where there was none in time."""
+        answers: list[bytes | str | None] = [None] * len(self.pipes)
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        deadline = time.monotonic() + timeout
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for pipe in connection.wait(list(waiting), left):
+                rank = waiting.pop(pipe)
+                answers[rank] = self._receive(rank)
+                if isinstance(answers[rank], str):
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return answers
+
+    def _receive(self, rank: int) -> bytes | str:
+        try:
+            return self.pipes[rank].recv()
+        except (EOFError, ConnectionError):
+            self.processes[rank].join(1.0)
+            return f"died with exit code {self.processes[rank].exitcode}"
+
+    def _story(self, answers: Sequence[bytes | str | None], timeout: float) -> str:
+        """What became of each rank: first all in one line, then one after the other."""
+        headline, chapters = [], []
+        for rank, answer in enumerate(answers):
+            if answer is None:
+                end, text = "did not finish", f"did not finish; it was here:\n{self._stack(rank)}"
+            elif isinstance(answer, str):
+                end, text = answer.rstrip().splitlines()[-1], answer
+            else:
+                end = text = "finished"
+            headline.append(f"rank {rank}: {end}")
+            chapters.append(f"---- rank {rank} ----\n{text.rstrip()}")
+        return "\n".join(["; ".join(headline) + f" (limit {timeout:g} s)", *chapters])
+
+    def _stack(self, rank: int) -> str:
+        """Where the rank is: its fault handler writes that, even from inside a collective that hangs."""
+        os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        patience = time.monotonic() + 1.0
+        while not (text := self.stacks[rank].read_text()) and time.monotonic() < patience:
+            time.sleep(0.05)
+        return text or "(no stack: it was not yet running or did not react)"
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
+            process.join()
+            pipe.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_teams: dict[int, _Team] = {}
+
+
+@atexit.register
+def _dismiss() -> None:
+    while _teams:
+        _teams.popitem()[1].kill()
+
+
+# ---- the rank's side ---------------------------------------------------------------------------------------
+
+
+def _serve(pipe: connection.Connection, rank: int, size: int, stack: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who then kills us
+    torch.set_num_threads(1)
+    with stack.open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file)
+        while True:
+            try:
+                job = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(_answer(rank, size, job))
+
+
+def _answer(rank: int, size: int, job: _Job) -> bytes | str:
+    """The pickled result, or the traceback. Pickled here: an unpicklable result is an ordinary error."""
+    try:
+        if dist.is_initialized():  # the last case's; by now no rank waits for another in it
+            dist.destroy_process_group()
+        sys.path[:] = job.path
+        with warnings.catch_warnings():
+            warnings.resetwarnings()
+            warnings.filters.extend(job.filters)
+            store = dist.FileStore(job.meeting_point, size)
+            limit = timedelta(seconds=job.timeout)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+            torch.manual_seed(0)
+            fn, args = pickle.loads(job.call)
+            return pickle.dumps(fn(*args))
+    except BaseException:  # whatever it is, it is news from this rank
+        return traceback.format_exc()
+
+
+# ---- what distributed tests ask for ------------------------------------------------------------------------
+
+
+@contextmanager
+def count_collectives() -> Iterator[Counter[str]]:
+    """Count the collectives of this rank and thread: `counts["allreduce"]`, `counts.total()`.
+
+    Whoever makes them is seen at the dispatcher: `dist.all_reduce`, DTensor, FSDP, and DDP from its C++ side.
+    """
+    with _Collectives() as mode:
+        yield mode.counts
+
+
+class _Collectives(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # let it become plain tensors and collectives, which come here again
+        # c10d::allreduce_ (in place) and _c10d_functional::all_reduce (DTensor) are both "allreduce"
+        library, _, name = func.name().replace("_", "").partition("::")
+        if library.startswith("c10d") and not name.startswith(("wait", "wrap")):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def same_bits(values: Sequence[Any]) -> bool:
+    """Whether all values agree to the last bit: NaN equals NaN, 0.0 is not -0.0, float32 is not float64."""
+    first, *others = map(_bits, values)
+    return all(other == first for other in others)
+
+
+def _bits(value: Any) -> Any:
+    match value:
+        case torch.Tensor():
+            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            return value.dtype, value.shape, bytes(raw.tolist())
+        case float():
+            return float, struct.pack("<d", value)
+        case Mapping():
+            return {key: _bits(item) for key, item in value.items()}
+        case list() | tuple():
+            return type(value), [_bits(item) for item in value]
+    return type(value), value

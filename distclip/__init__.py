@@ -1,0 +1,21 @@
+"""distclip: gradient clipping by the true global norm, whatever parallelism cut the gradients up."""
+
+from .clipper import Clipper as Clipper
+from .errors import LayoutError as LayoutError, NonFiniteError as NonFiniteError
+from .functional import (
+    clip_grad_norm_ as clip_grad_norm_,
+    clip_grad_value_ as clip_grad_value_,
+    clip_grads_with_norm_ as clip_grads_with_norm_,
+    get_total_norm as get_total_norm,
+)
+from .layout import Layout as Layout
+from .policies import (
+    AutoClip as AutoClip,
+    Decision as Decision,
+    MaxNorm as MaxNorm,
+    Policy as Policy,
+    ValueClip as ValueClip,
+)
+from .report import Report as Report
+
+__version__ = "0.1.0"

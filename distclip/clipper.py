@@ -1,0 +1,361 @@
+"""Clipper: a plan and a policy, the object that a training loop holds."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from math import inf
+from typing import Any, Literal
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from .compare import differing
+from .culprit import find_culprit
+from .errors import LayoutError, NonFiniteError
+from .folding import foldable, folded, may_skip_on_device, parameters_of
+from .group import Axis, ClippingGroup, reads_are_free
+from .kernels import clamp_, scale_
+from .layout import LayoutFn
+from .plan import Local, Plan, named_parameters
+from .policies import MaxNorm, Policy, State
+from .policies.checks import positive
+from .report import Culprit, Report
+from .verify import verify
+from .words import Reduced, clip_coef, presented
+
+NONFINITE = ("skip", "raise", "propagate")
+MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
+DISAGREE = (
+    "the ranks of the clipping group do not agree: one of them stopped with an error of its own (see its message), "
+    "holds other parameters, or made one call of Clipper more or less; let every rank make the same calls"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One measured and decided step. ``coef`` and ``skip`` are numbers where the host knows them, tensors otherwise."""
+
+    report: Report
+    local: Local
+    bounds: tuple[float, float] | None
+    coef: float | Tensor
+    skip: bool | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Flags of a step decided on an accelerator, on their way to the host."""
+
+    flags: Tensor  # (2,) pinned float64: not finite, disagree
+    arrived: torch.Event | None
+    local: Local
+
+
+class Clipper:
+    """Clips by the true global norm, skips alike on all ranks, and keeps the policy's state.
+
+    * ``model``: one module, or the parts this rank holds (pipeline stages). Parameters are read once, here.
+    * ``policy``: a :class:`Policy`, or a number, which means :class:`MaxNorm`.
+    * ``group``: the ranks that take part; None is the default group, and every one of its ranks must make every call.
+    * ``split_over``: 1-D mesh slices or process groups whose ranks hold *different* parameters (``mesh["pp"]``).
+    * ``layout``: ``(name, parameter) -> Layout | None``, for parameters that metadata does not describe.
+    * ``norm_type``: p > 0, or inf.
+    * ``nonfinite``: what a norm that is not finite does. ``"skip"``: no rank steps and gradients stay as they are.
+      ``"raise"``: NonFiniteError on every rank, gradients untouched. ``"propagate"``: scale and step, as torch does.
+    * ``max_consecutive_skips``: so many non-finite steps in a row are skipped; the next raises NonFiniteError.
+
+    The parameters of all ranks, ``norm_type`` and the policy are compared once, by one all-reduce of a few words;
+    LayoutError or ValueError on all ranks where they differ. Every ``measure``, ``clip_`` and ``step`` makes one
+    all-reduce of two float64 words (four for inf), DDP included, so that ranks decide alike even when one replica is
+    corrupt. A call that raises leaves gradients and policy state as they were.
+
+    Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
+    float64 gradients and p > 7; each costs one wait a step. Without a wait, non-finite norms and disagreement are
+    looked at when the next call starts, so an error and :attr:`culprit` come one call late.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> clipper = Clipper(model, 1.0)
+    >>> (model.weight * 4 - model.bias * 3).sum().backward()
+    >>> report = clipper.step(optimizer)
+    >>> round(report.norm.item(), 4), round(report.coef.item(), 4)
+    (11.3578, 0.088)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        policy: Policy | float,
+        *,
+        group: dist.ProcessGroup | None = None,
+        split_over: Sequence[Axis] = (),
+        layout: LayoutFn | None = None,
+        norm_type: float = 2.0,
+        nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+        max_consecutive_skips: int | None = None,
+        overlap: bool = False,
+    ) -> None:
+        if nonfinite not in NONFINITE:
+            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+        if max_consecutive_skips is not None and max_consecutive_skips < 1:
+            raise ValueError(f"max_consecutive_skips must be at least 1 or None, got {max_consecutive_skips!r}")
+        if overlap:
+            raise NotImplementedError("overlap=True is not built yet: leave it out, the norm is taken after backward")
+        self._policy = _as_policy(policy)
+        self._nonfinite = nonfinite
+        self._max_consecutive_skips = max_consecutive_skips
+        names, parameters = named_parameters(_parts(model))
+        p = positive("norm_type", norm_type)
+        self._plan = Plan.of(parameters, names, p, ClippingGroup.of(group), split_over, layout)
+        self._ids = frozenset(map(id, self._plan.parameters))
+        self._state = self._policy.init(self._plan.device)
+        self._steps = 0
+        self._skips = 0
+        self._unread: Unread | None = None
+        self._culprit: Culprit | None = None
+        self._compare_ranks()
+
+    @property
+    def culprit(self) -> Culprit | None:
+        """Where the latest non-finite norm came from; None if there was none."""
+        return self._culprit
+
+    def measure(self) -> Report:
+        """Return norm and decision for the gradients as they are: nothing changes, neither policy state nor counters.
+
+        One all-reduce. Never waits on an accelerator; raises LayoutError at once where reading is free.
+        """
+        self._read_late_flags()
+        local = self._plan.look(p.grad for p in self._plan.parameters)
+        reduced = self._plan.reduce(local, tag=self._steps + MEASURING)
+        outcome, _ = self._decide(local, reduced)
+        if reads_are_free(self._plan.device) and reduced.disagree:
+            raise LayoutError(DISAGREE)
+        return outcome.report
+
+    def clip_(self) -> Report:
+        """Scale (or clamp) the gradients in place as the policy decides, and advance the policy once.
+
+        Call after the last backward of a step, after unscaling, before ``optimizer.step()``. Gradients keep their
+        bits where the coefficient is 1 and where ``report.skip`` is true: then the caller must not step. One
+        all-reduce (on a non-finite norm two more); waits as the class says.
+        """
+        outcome = self._advance(skips_on_device=True)
+        self._apply(outcome, outcome.local.gradients)
+        return outcome.report
+
+    def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
+        """Clip and step every optimizer, or skip on all ranks alike; advance the policy once.
+
+        A fused Adam, AdamW, SGD or Adagrad applies the coefficient itself, without a pass over the gradients; for the
+        others the gradients are scaled first. Afterwards the content of ``.grad`` is unspecified. One all-reduce (on
+        a non-finite norm two more). Waits once a step on an accelerator if any optimizer cannot fold.
+        """
+        if not optimizers:
+            raise ValueError("step() needs the optimizers to step: step(optimizer), or call clip_() and step yourself")
+        if scaler is not None:
+            raise NotImplementedError("scaler= is not built yet: scaler.unscale_(optimizer), clip_(), scaler.step()")
+        folds = foldable(optimizers, self._ids)
+        on_device = all(folds) and not reads_are_free(self._plan.device) and all(map(may_skip_on_device, optimizers))
+        outcome = self._advance(skips_on_device=on_device)
+        if outcome.skip is True:
+            return outcome.report
+        if outcome.bounds is not None or outcome.coef == 1.0:
+            folds = [False] * len(optimizers)
+        self._apply(outcome, self._not_folded(outcome.local, optimizers, folds))
+        skip = outcome.report.skip if isinstance(outcome.skip, Tensor) else None
+        for optimizer, folds_here in zip(optimizers, folds, strict=True):
+            if folds_here:
+                with folded(optimizer, outcome.report.coef, skip):
+                    optimizer.step()
+            else:
+                optimizer.step()
+        return outcome.report
+
+    def verify(self) -> None:
+        """Prove the layout on the gradients of a backward, before the step; LayoutError on all ranks if it is wrong.
+
+        The norm's own sum, with 1 in place of |g|**p, must count every parameter's elements exactly once, and
+        gradients that every rank holds must be the same on every rank (they are not inside ``no_sync``). Two
+        all-reduces of a few words a parameter, and a wait. Parameters that ``split_over`` or ``layout`` describe are
+        not looked at.
+        """
+        verify(self._plan, self._plan.look(p.grad for p in self._plan.parameters))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The policy's state and the counters: the same on every rank, for any number of ranks, copied."""
+        policy = {name: value.detach().clone() for name, value in self._state.items()}
+        return {"policy": policy, "steps": self._steps, "consecutive_skips": self._skips}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned, here or on another number of ranks; ValueError if it is not."""
+        wanted = {"policy", "steps", "consecutive_skips"}
+        if set(state) != wanted:
+            raise ValueError(f"a Clipper's state has the keys {sorted(wanted)}, got {sorted(state)}")
+        self._state = _fitting(state["policy"], self._policy.init(self._plan.device))
+        self._steps, self._skips = int(state["steps"]), int(state["consecutive_skips"])
+        self._unread = None
+
+    def _advance(self, skips_on_device: bool) -> Outcome:
+        """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
+        self._read_late_flags()
+        local = self._plan.look(p.grad for p in self._plan.parameters)
+        reduced = self._plan.reduce(local, tag=self._steps)
+        outcome, state = self._decide(local, reduced)
+        may_skip = self._nonfinite == "skip" or outcome.skip is not False
+        if (
+            reads_are_free(self._plan.device)
+            or self._nonfinite == "raise"
+            or self._plan.can_overflow
+            or (may_skip and not skips_on_device)
+        ):
+            outcome = self._read_now(outcome, reduced)
+        else:
+            self._unread = self._send_flags(local, reduced)
+        self._state = state
+        self._steps += 1
+        return outcome
+
+    def _decide(self, local: Local, reduced: Reduced) -> tuple[Outcome, State]:
+        decision, state = self._policy.decide(reduced.norm, self._state)
+        skip = torch.zeros_like(reduced.disagree) if decision.skip is None else decision.skip
+        if self._nonfinite != "propagate":
+            skip = skip | ~reduced.norm.isfinite() | reduced.disagree
+        coef = torch.where(skip, 1.0, clip_coef(reduced.norm, decision.max_norm))
+        dtype = self._plan.dtype
+        report = Report(presented(reduced.norm, dtype), presented(decision.max_norm, dtype), coef, skip)
+        known_never = decision.skip is None and self._nonfinite == "propagate"
+        return Outcome(report, local, decision.bounds, coef, False if known_never else skip), state
+
+    def _read_now(self, outcome: Outcome, reduced: Reduced) -> Outcome:
+        """Bring the decision to the host in one copy; raise, on all ranks alike, what must be raised."""
+        report = outcome.report
+        words = torch.stack([reduced.norm, reduced.disagree.double(), report.coef.double(), report.skip.double()])
+        norm, disagree, coef, skip = words.tolist()
+        if disagree:
+            raise LayoutError(DISAGREE)
+        if norm - norm == 0:  # finite
+            self._skips = 0
+        else:
+            culprit = self._blame(outcome.local)
+            if culprit.kind == "overflow":
+                coef = 1.0
+            report = Report(report.norm, report.max_norm, torch.full_like(report.coef, coef), report.skip, culprit)
+        return Outcome(report, outcome.local, outcome.bounds, coef, bool(skip))
+
+    def _blame(self, local: Local) -> Culprit:
+        """Name the culprit of a non-finite norm, count the skip, and raise where that was asked for."""
+        self._culprit = find_culprit(self._plan, local)
+        if self._nonfinite == "raise":
+            raise NonFiniteError(f"the total norm is not finite: {self._culprit}; no gradient was changed")
+        if self._nonfinite == "skip":
+            self._skips += 1
+            if self._max_consecutive_skips is not None and self._skips > self._max_consecutive_skips:
+                raise NonFiniteError(
+                    f"{self._skips} steps in a row had a norm that is not finite: {self._culprit}; "
+                    f"max_consecutive_skips={self._max_consecutive_skips} allows no more"
+                )
+        return self._culprit
+
+    def _send_flags(self, local: Local, reduced: Reduced) -> Unread:
+        flags = torch.stack([~reduced.norm.isfinite(), reduced.disagree]).double()
+        kept = Local([], local.indices, local.norms, None)  # norms name a culprit; gradients would stay alive
+        if reads_are_free(flags.device):
+            return Unread(flags, None, kept)
+        host = torch.empty(2, dtype=torch.float64, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        arrived = torch.Event(flags.device.type)
+        arrived.record()
+        return Unread(host, arrived, kept)
+
+    def _read_late_flags(self) -> None:
+        """The one fixed place where a step decided on an accelerator is looked at, by waiting and never by a query."""
+        if self._unread is None:
+            return
+        unread, self._unread = self._unread, None
+        if unread.arrived is not None:
+            unread.arrived.synchronize()
+        nonfinite, disagree = unread.flags.tolist()
+        if disagree:
+            raise LayoutError(DISAGREE)
+        if nonfinite:
+            self._blame(unread.local)
+        else:
+            self._skips = 0
+
+    def _apply(self, outcome: Outcome, gradients: Sequence[Tensor]) -> None:
+        """Scale and clamp ``gradients``; with numbers on the host, only where something changes."""
+        if outcome.skip is True:
+            return
+        if isinstance(outcome.coef, Tensor) or outcome.coef != 1.0:
+            scale_(gradients, outcome.coef)
+        if outcome.bounds is not None:
+            unless = outcome.skip if isinstance(outcome.skip, Tensor) else None
+            clamp_(gradients, *outcome.bounds, unless=unless)
+
+    def _not_folded(self, local: Local, optimizers: Sequence[Optimizer], folds: Sequence[bool]) -> list[Tensor]:
+        """The gradients that no folding optimizer scales, those that no optimizer holds included."""
+        inside = {id(p) for o, f in zip(optimizers, folds, strict=True) if f for p in parameters_of(o)}
+        parameters = self._plan.parameters
+        return [g for g, i in zip(local.gradients, local.indices, strict=True) if id(parameters[i]) not in inside]
+
+    def _compare_ranks(self) -> None:
+        limit = self._max_consecutive_skips
+        settings = {
+            "norm_type": -1.0 if self._plan.p == inf else self._plan.p,
+            "policy": crc32(_spelled(self._policy).encode()),
+            "nonfinite": NONFINITE.index(self._nonfinite),
+            "max_consecutive_skips": -1 if limit is None else limit,
+        }
+        fields = settings | {"parameters": self._plan.code}
+        different = differing(self._plan.group, self._plan.device, fields)
+        if "parameters" in different:
+            raise LayoutError(
+                "the ranks of the clipping group hold parameters of other names, shapes, dtypes or placements: "
+                "say which ranks hold different ones by split_over=[mesh['pp']] or layout=..."
+            )
+        if different:
+            raise ValueError(f"{', '.join(different)} must be the same on every rank: build every Clipper alike")
+
+
+def _as_policy(policy: Policy | float) -> Policy:
+    if isinstance(policy, Policy) and not isinstance(policy, type):
+        return policy
+    if isinstance(policy, (int, float)) and not isinstance(policy, bool):
+        return MaxNorm(policy)
+    raise ValueError(f"policy must be a number or have the methods of distclip.Policy, got {policy!r}")
+
+
+def _parts(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    parts: Iterable[nn.Module] = [model] if isinstance(model, nn.Module) else model
+    parts = list(parts)
+    for part in parts:
+        if not isinstance(part, nn.Module):
+            raise ValueError(f"model must be a module or a list of modules, got {type(part).__name__} in it")
+    return parts
+
+
+def _spelled(policy: Policy) -> str:
+    """A text that is equal on ranks whose policies are."""
+    name = type(policy).__qualname__
+    if is_dataclass(policy):
+        return f"{name}({', '.join(f'{f.name}={getattr(policy, f.name)!r}' for f in fields(policy))})"
+    return name
+
+
+def _fitting(given: dict[str, Tensor], made: State) -> State:
+    """``given`` on the device of ``made``; ValueError where keys, shapes or dtypes differ."""
+    if set(given) != set(made):
+        raise ValueError(f"this policy's state has the keys {sorted(made)}, got {sorted(given)}: another policy?")
+    for name, own in made.items():
+        value = given[name]
+        if value.shape != own.shape or value.dtype != own.dtype:
+            raise ValueError(
+                f"policy state {name} must have shape {tuple(own.shape)} and dtype {own.dtype}, got "
+                f"{tuple(value.shape)} and {value.dtype}: load it into a policy with the same settings"
+            )
+    return {name: given[name].to(own.device, copy=True) for name, own in made.items()}

@@ -1,0 +1,216 @@
+"""Drop-in functions with the signatures of ``torch.nn.utils``: patch them over torch's, or call them in their place.
+
+They talk if and only if they must: when a parameter is a DTensor, or ``group``, ``split_over`` or ``layout`` is given
+(then also for an empty list), they make one all-reduce on every call, whatever gradients exist; otherwise they stay
+local, as torch, and every rank must hold all parameters. What plain tensors cannot show is not seen: pipeline stages
+and experts held as plain tensors need ``split_over`` or ``layout``, or a :class:`Clipper`, which compares the ranks.
+"""
+
+from collections.abc import Iterable, Sequence
+from math import inf, isnan
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .culprit import find_culprit
+from .errors import LayoutError, NonFiniteError
+from .group import Axis, ClippingGroup, reads_are_free
+from .kernels import clamp_, scale_
+from .layout import LayoutFn
+from .plan import Local, Plan, named_parameters
+from .policies.checks import bounds, positive
+from .report import Culprit
+from .words import clip_coef, presented
+
+Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
+DISAGREE = (
+    "the ranks of the clipping group passed other parameters, or one of them stopped with an error of its own "
+    "(see its message): pass the same parameters everywhere, or say split_over="
+)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    split_over: Sequence[Axis] = (),
+    layout: LayoutFn | None = None,
+) -> Tensor:
+    """Scale gradients in place so that the norm of all of them, as one vector over all ranks, is at most ``max_norm``.
+
+    Returns the norm before clipping: 0-d, float32 (float64 when a parameter is float64), a plain tensor with the same
+    bits on every rank, on the device where the group reduces.
+
+    * ``parameters``: an iterable of parameters, one tensor, one module or several. Each counts once, however often it
+      is listed. FSDP1 parameters are a LayoutError.
+    * ``max_norm``: above 0; ``inf`` measures only. (torch accepts 0; it is a ValueError here.)
+    * ``norm_type``: p > 0, or inf. Must be the same on every rank, which cannot be checked here.
+    * ``error_if_nonfinite``: raise NonFiniteError on every rank, gradients untouched, naming parameter and rank. Two
+      more all-reduces when it raises, and one wait a call on accelerators. Otherwise a norm that is not finite goes
+      through the formula as in torch, except that gradients that are all finite are left as they are.
+    * ``foreach``: accepted for torch's sake; the kernels are chosen by device.
+    * ``group``, ``split_over``, ``layout``: as for :class:`Clipper`.
+
+    Collectives: none, or one all-reduce of two float64 words (four for inf), as the module says. A LayoutError is
+    raised on all ranks where they disagree; on accelerators, which it does not wait for, the norm is NaN instead.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grad_norm_([weight], max_norm=1.0)
+    tensor(5.)
+    >>> weight.grad
+    tensor([0.6000, 0.8000])
+    """
+    bound = positive("max_norm", max_norm, "inf measures only")
+    tensors, names = _listed(parameters)
+    plan = _plan(tensors, names, norm_type, group, split_over, layout)
+    local = plan.look(t.grad for t in plan.parameters)
+    norm, culprit = _total_norm(plan, local, error_if_nonfinite)
+    if culprit is None or culprit.kind != "overflow":
+        _scale(local.gradients, norm, bound)
+    return presented(norm, plan.dtype)
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    split_over: Sequence[Axis] = (),
+) -> Tensor:
+    """Return the norm of gradient ``tensors`` as one vector over all ranks, touching nothing.
+
+    Gradients, not parameters, as in torch; a DTensor's placements say how it is cut. Arguments, result, collectives
+    and errors as for :func:`clip_grad_norm_`. Unlike it, this function is given what exists: a rank that leaves out a
+    gradient disagrees with the others.
+
+    >>> import torch
+    >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+    tensor(5.)
+    """
+    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    plan = _plan(listed, [], norm_type, group, split_over, None)
+    norm, _ = _total_norm(plan, plan.look(plan.parameters), error_if_nonfinite)
+    return presented(norm, plan.dtype)
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(
+    parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+) -> None:
+    """Scale the gradients of ``parameters`` in place by ``min(1, max_norm / (total_norm + 1e-6))``.
+
+    ``total_norm``: 0-d, the same on every rank, for example from :func:`get_total_norm`. No collective; never waits
+    for an accelerator. Each parameter is scaled once; nothing is touched where the float32 factor is 1 on the CPU.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grads_with_norm_([weight], 2.5, torch.tensor(5.0))
+    >>> weight.grad
+    tensor([1.5000, 2.0000])
+    """
+    bound = positive("max_norm", max_norm, "inf measures only")
+    if isinstance(total_norm, DTensor):
+        raise ValueError("total_norm must be a plain tensor, got a DTensor: use distclip.get_total_norm")
+    _scale(_gradients(parameters), torch.as_tensor(total_norm).double(), bound)
+
+
+@torch.no_grad()
+def clip_grad_value_(
+    parameters: Parameters, clip_value: float | tuple[float, float], foreach: bool | None = None
+) -> None:
+    """Clamp every gradient element in place to ``[-clip_value, clip_value]``, or to ``(min, max)``.
+
+    ``clip_value`` is in the unit of the gradients. NaN stays NaN, inf becomes a bound. No collective; never waits.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, -4.0])
+    >>> clip_grad_value_([weight], (-1.0, 2.0))
+    >>> weight.grad
+    tensor([ 2., -1.])
+    """
+    low, high = bounds("clip_value", clip_value)
+    clamp_(_gradients(parameters), low, high)
+
+
+def _listed(parameters: Parameters) -> tuple[list[Tensor], list[str]]:
+    """The parameters and, where modules were given, their names."""
+    if isinstance(parameters, Tensor):
+        return [parameters], []
+    listed = [parameters] if isinstance(parameters, nn.Module) else list(parameters)
+    modules = [item for item in listed if isinstance(item, nn.Module)]
+    if modules:
+        if len(modules) != len(listed):
+            raise ValueError("parameters must be tensors or modules, got both: pass the modules' parameters() instead")
+        names, tensors = named_parameters(modules)
+        return tensors, names
+    tensors = [item for item in listed if isinstance(item, Tensor)]
+    if len(tensors) != len(listed):
+        odd = next(item for item in listed if not isinstance(item, Tensor))
+        raise ValueError(f"parameters must be tensors or modules, got {type(odd).__name__} (named_parameters()?)")
+    return tensors, []
+
+
+def _plan(
+    tensors: list[Tensor],
+    names: list[str],
+    norm_type: float,
+    group: dist.ProcessGroup | None,
+    split_over: Sequence[Axis],
+    layout: LayoutFn | None,
+) -> Plan:
+    p = positive("norm_type", norm_type)
+    talks = bool(group or split_over or layout) or any(isinstance(t, DTensor) for t in tensors)
+    return Plan.of(tensors, names, p, ClippingGroup.of(group) if talks else ClippingGroup.alone(), split_over, layout)
+
+
+def _total_norm(plan: Plan, local: Local, error_if_nonfinite: bool) -> tuple[Tensor, Culprit | None]:
+    """The float64 norm, and the culprit where a wait was allowed to look for one."""
+    reduced = plan.reduce(local)
+    if not (error_if_nonfinite or plan.can_overflow or reads_are_free(plan.device)):
+        return torch.where(reduced.disagree, torch.nan, reduced.norm), None
+    norm, disagree = torch.stack([reduced.norm, reduced.disagree.double()]).tolist()
+    if disagree:
+        raise LayoutError(DISAGREE)
+    if not (isnan(norm) or norm == inf) or not (error_if_nonfinite or plan.can_overflow):
+        return reduced.norm, None
+    culprit = find_culprit(plan, local)
+    if error_if_nonfinite:
+        raise NonFiniteError(
+            f"The total norm of order {plan.p} is not finite: {culprit}; no gradient was changed. "
+            "Pass error_if_nonfinite=False to go on as torch does"
+        )
+    return reduced.norm, culprit
+
+
+def _scale(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
+    coef = clip_coef(norm, torch.full_like(norm, max_norm))
+    if not reads_are_free(coef.device):
+        scale_(gradients, coef)
+    elif (factor := coef.item()) != 1.0:
+        scale_(gradients, factor)
+
+
+def _gradients(parameters: Parameters) -> list[Tensor]:
+    """The local gradients that exist, each parameter's once; LayoutError for a gradient that is a pending sum."""
+    tensors, _ = _listed(parameters)
+    unique = {id(t): t for t in tensors}.values()
+    gradients = [t.grad for t in unique if t.grad is not None]
+    for gradient in gradients:
+        if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
+            raise LayoutError(f"a gradient is placed as {gradient.placements}, a sum not made yet: redistribute it")
+    return [Plan.local(gradient) for gradient in gradients]

@@ -1,0 +1,94 @@
+"""The clipping group: the ranks that make one norm together, and where their words are reduced."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
+"""Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClippingGroup:
+    """The ranks that take part, in group order; ``process_group`` is None for one process without torch.distributed.
+
+    ``rank`` is this process's index in ``ranks``; ``ranks`` holds global ranks.
+    """
+
+    process_group: dist.ProcessGroup | None
+    ranks: tuple[int, ...]
+    rank: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Self:
+        """``group``, or the default group, or this process alone when torch.distributed is not initialised."""
+        if not (dist.is_available() and dist.is_initialized()):
+            if group is not None:
+                raise ValueError("group was given but torch.distributed is not initialised: call init_process_group")
+            return cls(None, (0,), 0)
+        process_group = dist.group.WORLD if group is None else group
+        rank = dist.get_rank(process_group)
+        if rank < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not in the clipping group: only the ranks of `group` may call")
+        return cls(process_group, tuple(dist.get_process_group_ranks(process_group)), rank)
+
+    @classmethod
+    def alone(cls) -> Self:
+        """This process without anybody else: nothing is reduced."""
+        initialised = dist.is_available() and dist.is_initialized()
+        return cls(None, (dist.get_rank() if initialised else 0,), 0)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def global_rank(self) -> int:
+        return self.ranks[self.rank]
+
+    def all_reduce(self, words: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce ``words`` in place over the group and return them: one collective, or none in one process."""
+        if self.process_group is not None:
+            dist.all_reduce(words, op, group=self.process_group)
+        return words
+
+    def device_for(self, tensors: Iterable[Tensor]) -> torch.device:
+        """Where the reduced words live: the device of most elements if the group's backend reduces there.
+
+        NCCL reduces on CUDA only. Gloo would copy CUDA words to the host and back, so its words live on the CPU.
+        """
+        elements: Counter[torch.device] = Counter()
+        for tensor in tensors:
+            elements[tensor.device] += tensor.numel()
+        home = elements.most_common(1)[0][0] if elements else torch.device("cpu")
+        if self.process_group is None:
+            return home
+        backends = dict(
+            pair.split(":") for pair in dist.get_backend_config(self.process_group).split(",") if ":" in pair
+        )
+        if home.type != "cpu" and backends.get(home.type) not in (None, "gloo", "fake"):
+            return home
+        if "cpu" in backends:
+            return torch.device("cpu")
+        kind = next(iter(backends))
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def axis_ranks(axis: Axis) -> tuple[int, ...]:
+    """The global ranks along ``axis`` that share this rank's other coordinates."""
+    if isinstance(axis, DeviceMesh):
+        if axis.ndim != 1:
+            raise ValueError(f"split_over takes 1-D mesh slices such as mesh['pp']; got a {axis.ndim}-D mesh {axis}")
+        axis = axis.get_group()
+    return tuple(dist.get_process_group_ranks(axis))
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether looking at a number on ``device`` costs no wait: true on the CPU, false on accelerators."""
+    return device.type == "cpu"

@@ -1,0 +1,7 @@
+"""Norms and scaling of local gradients: the only code that touches gradient-sized memory.
+
+On the CPU sums go block by block; on accelerators through torch's foreach kernels.
+"""
+
+from .apply import clamp_ as clamp_, scale_ as scale_
+from .sums import local_norms as local_norms

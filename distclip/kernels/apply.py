@@ -1,0 +1,40 @@
+"""Scaling and clamping of local gradients in place. Private torch API read in 2.13: the ``_foreach_*`` functions."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
+    """Multiply every tensor in place by ``coef``: a Python number, or a 0-d tensor that is read on its device.
+
+    A Python number is multiplied in fp32 also where the tensor is bf16 or fp16. Never waits when ``coef`` lives where
+    the tensors live.
+    """
+    for device, group in _by_device(tensors).items():
+        torch._foreach_mul_(group, coef.to(device) if isinstance(coef, Tensor) else coef)
+
+
+def clamp_(tensors: Sequence[Tensor], low: float, high: float, unless: Tensor | None = None) -> None:
+    """Clamp every tensor in place to [low, high]; NaN stays NaN.
+
+    ``unless``: 0-d bool read on its device; where it is true nothing changes.
+    """
+    for device, group in _by_device(tensors).items():
+        if unless is None:
+            torch._foreach_clamp_min_(group, low)
+            torch._foreach_clamp_max_(group, high)
+            continue
+        keep = unless.to(device)
+        floor, ceiling = torch.where(keep, -torch.inf, low), torch.where(keep, torch.inf, high)
+        for tensor in group:
+            tensor.clamp_(floor.to(tensor.dtype), ceiling.to(tensor.dtype))
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            groups.setdefault(tensor.device, []).append(tensor)
+    return groups

@@ -1,0 +1,33 @@
+"""Checks of numbers that users pass; each error names the argument."""
+
+from math import isinf, isnan
+
+
+def positive(name: str, value: float, note: str = "") -> float:
+    """``value`` as a float above 0, inf included; ValueError for anything else, NaN included."""
+    number = _number(name, value)
+    if isnan(number) or number <= 0:
+        raise ValueError(f"{name} must be above 0{f' ({note})' if note else ''}, got {value!r}")
+    return number
+
+
+def bounds(name: str, value: float | tuple[float, float]) -> tuple[float, float]:
+    """(low, high) from a number c > 0, meaning (-c, c), or from a pair with low <= high."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"{name} must be a number or (min, max), got {value!r}")
+        low, high = (_number(name, v) for v in value)
+        if isnan(low) or isnan(high) or low > high or low == high == 0 or (isinf(low) and low == high):
+            raise ValueError(f"{name} must be (min, max) with min <= max, not both 0, got {value!r}")
+        return low, high
+    number = positive(name, value)
+    return -number, number
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None

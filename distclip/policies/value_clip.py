@@ -1,0 +1,38 @@
+"""Clipping every element by value: no statistic is needed, so shards clamp what they hold."""
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .checks import bounds
+from .policy import Decision, State
+
+
+@dataclass(frozen=True, slots=True)
+class ValueClip:
+    """Clamp every gradient element to ``[-clip_value, clip_value]``, or to ``(min, max)``.
+
+    The norm is measured and reported all the same, before clamping; ``coef`` is 1. NaN stays NaN, inf becomes a bound.
+
+    >>> ValueClip(0.5)
+    ValueClip(clip_value=0.5)
+    >>> ValueClip((-1.0, 2.0)).clip_value
+    (-1.0, 2.0)
+    >>> ValueClip(-1)
+    Traceback (most recent call last):
+        ...
+    ValueError: clip_value must be above 0, got -1
+    """
+
+    clip_value: float | tuple[float, float]
+
+    def __post_init__(self) -> None:
+        bounds("clip_value", self.clip_value)
+
+    def init(self, device: torch.device) -> State:
+        return {}
+
+    def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
+        return Decision(torch.full_like(norm, inf), bounds=bounds("clip_value", self.clip_value)), state

@@ -1,0 +1,60 @@
+"""What one step did, as data: the library never prints and never logs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """Where a non-finite norm came from.
+
+    ``kind`` is ``"NaN"`` or ``"inf"`` for the gradient of ``parameter`` on global rank ``rank``, or ``"overflow"``
+    when every gradient is finite and only the sum of powers left the range of float64 (then ``parameter`` is the one
+    whose own sum did, or ``None``).
+    """
+
+    kind: str
+    parameter: str | None
+    rank: int | None
+
+    def __str__(self) -> str:
+        if self.kind == "overflow":
+            which = "" if self.parameter is None else f", first in {self.parameter} on rank {self.rank}"
+            return f"every gradient is finite but the sum of powers overflows float64{which}"
+        return f"{self.parameter} on rank {self.rank} has {self.kind} in its gradient"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What :meth:`Clipper.measure`, :meth:`Clipper.clip_` or :meth:`Clipper.step` found and did.
+
+    All four tensors are 0-d, live on the device where the group reduces, and hold the same bits on every rank.
+
+    * ``norm``: total norm before clipping, float32 (float64 when a parameter is float64). A finite norm beyond
+      float32 is ``finfo.max``, so ``inf`` always means a gradient (or its power sum) that is not finite.
+    * ``max_norm``: the bound the policy chose, same dtype; ``inf`` when nothing bounds the norm.
+    * ``coef``: the factor for every gradient, float32; exactly 1 when nothing is scaled.
+    * ``skip``: bool; the step must not be taken (``step`` did not take it).
+
+    ``culprit`` says where a non-finite norm came from. With the decision on an accelerator it is ``None`` here, and
+    known one call later as :attr:`Clipper.culprit`.
+
+    >>> import torch
+    >>> zero = torch.zeros(())
+    >>> Report(zero + 2, zero + 1, zero + 0.5, zero > 0).to_dict()
+    {'norm': 2.0, 'max_norm': 1.0, 'coef': 0.5, 'skip': False}
+    """
+
+    norm: Tensor
+    max_norm: Tensor
+    coef: Tensor
+    skip: Tensor
+    culprit: Culprit | None = None
+
+    def to_dict(self) -> dict[str, float | bool]:
+        """Return the four numbers as Python numbers: one copy to the host, the only wait of a report."""
+        words = torch.stack([t.double() for t in (self.norm, self.max_norm, self.coef, self.skip)])
+        norm, max_norm, coef, skip = words.tolist()
+        return {"norm": norm, "max_norm": max_norm, "coef": coef, "skip": bool(skip)}

@@ -1,0 +1,1 @@
+"""The reference trainer: `distclip train CONFIG`, alone or under torchrun."""

@@ -1,0 +1,1 @@
+"""One small model a file, each with the config section it is built from."""

@@ -1,0 +1,44 @@
+"""A text classifier: embedded words, one GRU, the mean of its states, a linear layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distclip.train.problem import require
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class GruConfig:
+    width: int = 64
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.width > 0, "model.width", f"must be at least 1, not {self.width}")
+        require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), not {self.dropout}")
+
+
+class Gru(nn.Module):
+    """Words (batch, time), 0 where a row has ended, to logits (batch, classes).
+
+    `GRUCell` and not `GRU`: FSDP2 replaces parameters behind the back of `nn.GRU`, which keeps its own list.
+    """
+
+    def __init__(self, config: GruConfig, *, symbols: int, classes: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(symbols, config.width, padding_idx=0)
+        self.cell = nn.GRUCell(config.width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.width, classes)
+
+    def forward(self, words: Tensor) -> Tensor:
+        present = (words != 0).unsqueeze(-1)  # (batch, time, 1)
+        x = self.dropout(self.words(words))
+        state = x.new_zeros(x.shape[0], x.shape[2])
+        total = torch.zeros_like(state)
+        for t in range(x.shape[1]):
+            state = torch.where(present[:, t], self.cell(x[:, t], state), state)
+            total = total + state * present[:, t]
+        mean = total / present.sum(1).clamp(min=1)
+        return self.head(self.dropout(F.relu(mean)))  # type: ignore[no-any-return]

@@ -1,0 +1,144 @@
+"""From a YAML file and `key=value` words to a checked `Config`, and back to YAML."""
+
+import difflib
+import re
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import jsonargparse
+import yaml
+
+from distclip.train.config import Config
+from distclip.train.problem import ConfigError, require
+from distclip.train.tasks.registry import TASKS
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The run that a YAML file describes after `key=value` words have changed it.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key is unknown, missing, of a wrong type or value.
+    """
+    document = read_yaml(Path(path))
+    for word in overrides:
+        override(document, word)
+    task = document.get("task")
+    require(task in TASKS, "task", f"must be one of {', '.join(TASKS)}, not {task!r}")
+    return build(document, sections(task))
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config, defaults included: reading it back gives an equal one."""
+    return yaml.safe_dump(plain(asdict(config)), sort_keys=False)
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists: YAML has no other sequence."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    require(path.is_file(), str(path), "there is no such config file")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), f"not YAML: {' '.join(str(error).split())}") from error
+    require(isinstance(document, dict), str(path), "a config is a mapping of keys to values")
+    return document  # type: ignore[no-any-return]
+
+
+def override(document: dict[str, Any], word: str) -> None:
+    """Put one `section.key=value` into the document; the value is read as YAML."""
+    key, equals, text = word.removeprefix("--").partition("=")
+    require(equals == "=", word, "give overrides as key=value, such as train.steps=50")
+    *parents, last = key.split(".")
+    place = document
+    for name in parents:
+        place = place.setdefault(name, {})
+        require(isinstance(place, dict), key, f"{name} is a value, not a section")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(key, f"cannot read the value {text!r}") from error
+
+
+def sections(task: str) -> dict[str, Any]:
+    """The type of every top-level key, where `task` decides on `data` and `model`."""
+    known = {field.name: field.type for field in fields(Config)}
+    return known | {"data": TASKS[task].data, "model": TASKS[task].model}
+
+
+def build(document: dict[str, Any], known: dict[str, Any]) -> Config:
+    """Let jsonargparse convert and check the types, and the dataclasses check the values."""
+    types_of = {key: kind for section, type_ in known.items() for key, kind in flat(section, type_)}
+    check_keys(document, known)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    for name, type_ in known.items():
+        parser.add_argument(f"--{name}", type=type_)
+    try:
+        namespace = parser.instantiate(parser.parse_object(document))
+    except jsonargparse.ArgumentError as error:
+        raise wrong_type(error, document, types_of) from error
+    return Config(**vars(namespace))
+
+
+def flat(prefix: str, type_: Any) -> Iterator[tuple[str, Any]]:
+    """Every key under `prefix` with its type."""
+    if is_dataclass(type_):
+        for field in fields(type_):
+            yield from flat(f"{prefix}.{field.name}", field.type)
+    else:
+        yield prefix, type_
+
+
+def check_keys(document: dict[str, Any], known: dict[str, Any]) -> None:
+    """No key that does not exist, no section that is a value, no required key missing."""
+    check_names("", document, list(known))
+    for field in fields(Config):
+        if field.name not in document and field.default is MISSING and not is_dataclass(known[field.name]):
+            raise ConfigError(field.name, "is missing")
+    for name, type_ in known.items():
+        if is_dataclass(type_):
+            section = document.setdefault(name, {})
+            require(isinstance(section, dict), name, f"is a section of keys, not {section!r}")
+            check_names(f"{name}.", section, [field.name for field in fields(type_)])
+            for field in fields(type_):
+                missing = field.name not in section and field.default is MISSING
+                require(not missing, f"{name}.{field.name}", "is missing")
+
+
+def check_names(prefix: str, given: dict[str, Any], known: list[str]) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"{prefix}{key}", f"there is no such key; {hint}")
+
+
+def wrong_type(error: Exception, document: dict[str, Any], types_of: dict[str, Any]) -> ConfigError:
+    """jsonargparse's several lines as one, in the words of the YAML file."""
+    named = re.search(r'key "([\w.]+)"', str(error))
+    if named is None or named[1] not in types_of:
+        return ConfigError("config", " ".join(str(error).split()))
+    value: Any = document
+    for name in named[1].split("."):
+        value = value[name]
+    return ConfigError(named[1], f"must be {spelled(types_of[named[1]])}, not {value!r}")
+
+
+def spelled(type_: Any) -> str:
+    """A type in words: `int | None` is "int or null"."""
+    if isinstance(type_, types.UnionType):
+        return " or ".join(spelled(part) for part in get_args(type_))
+    if type_ is types.NoneType:
+        return "null"
+    if get_origin(type_) is tuple:
+        return "a list of " + " and ".join(dict.fromkeys(spelled(t) for t in get_args(type_) if t is not ...))
+    if get_args(type_):  # a Literal
+        return "one of " + ", ".join(get_args(type_))
+    return str(type_.__name__)

@@ -1,0 +1,45 @@
+"""Which data and which model a task name stands for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from distclip.train.dataset import Dataset
+from distclip.train.models.gpt import Gpt, GptConfig
+from distclip.train.models.gru import Gru, GruConfig
+from distclip.train.models.irnn import Irnn, IrnnConfig
+from distclip.train.tasks.digits import DigitsData, load_digits
+from distclip.train.tasks.rows import RowsData, load_rows
+from distclip.train.tasks.text import TextData, load_text
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Task:
+    """The types of the config's `data` and `model`, what reads the one and what builds the other."""
+
+    data: type[Any]
+    model: type[Any]
+    load: Callable[[Any, int], Dataset]
+    build: Callable[[Any, Dataset], nn.Module]
+    unit: str  # what the speed is counted in: targets
+
+
+def build_gpt(config: GptConfig, dataset: Dataset) -> Gpt:
+    return Gpt(config, symbols=dataset.symbols, time=dataset.train.inputs.shape[1])
+
+
+def build_gru(config: GruConfig, dataset: Dataset) -> Gru:
+    return Gru(config, symbols=dataset.symbols, classes=dataset.classes)
+
+
+def build_irnn(config: IrnnConfig, dataset: Dataset) -> Irnn:
+    return Irnn(config, features=dataset.train.inputs.shape[2], classes=dataset.classes)
+
+
+TASKS = {
+    "text": Task(data=TextData, model=GptConfig, load=load_text, build=build_gpt, unit="tokens"),
+    "rows": Task(data=RowsData, model=GruConfig, load=load_rows, build=build_gru, unit="rows"),
+    "digits": Task(data=DigitsData, model=IrnnConfig, load=load_digits, build=build_irnn, unit="digits"),
+}

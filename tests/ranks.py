@@ -10,7 +10,7 @@
 
 Ranks are processes of this machine that talk through Gloo. They are forked from a server that has already
 imported torch (0.1 s; a spawned process takes 3 s and more) and stay for the next case of the same size,
-which then costs about 20 ms. Every case has its own process group, which meets in a fresh file and not on a
+which then costs about 30 ms. Every case has its own process group, which meets in a fresh file and not on a
 port, so that any number of test runs go side by side. After a failure of any kind the ranks are thrown away.
 
 Return values and compare them in the test: there pytest shows both sides, an `assert` on a rank neither.

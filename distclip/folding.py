@@ -57,9 +57,10 @@ def may_skip_on_device(optimizer: Optimizer) -> bool:
 
 @contextmanager
 def folded(optimizer: Optimizer, coef: Tensor, skip: Tensor | None) -> Iterator[None]:
-    """Inside, ``optimizer.step()`` multiplies gradients by ``coef`` and does nothing where ``skip`` is true (None: never).
+    """Inside, ``optimizer.step()`` multiplies gradients by ``coef`` and does nothing where ``skip`` is true.
 
-    Both are 0-d; they are copied to the parameters' device where they are elsewhere. The gradients are left scaled.
+    With ``skip`` None nothing is skipped. Both are 0-d, and copied to the parameters' device where they are elsewhere.
+    The gradients are left scaled.
     """
     device = next(parameters_of(optimizer)).device
     words = {"grad_scale": coef.float().reciprocal().to(device)}

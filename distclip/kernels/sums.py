@@ -26,7 +26,7 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     No temporary is as large as a large tensor. Never waits on an accelerator.
     """
     norms: list[Tensor | None] = [None] * len(tensors)
-    batch = [i for i, t in enumerate(tensors) if 0 < t.numel() and (t.device.type != "cpu" or t.numel() <= SMALL)]
+    batch = [i for i, t in enumerate(tensors) if t.numel() and (t.device.type != "cpu" or t.numel() <= SMALL)]
     for i, norm in zip(batch, _foreach_norm([tensors[i] for i in batch], p), strict=True):
         norms[i] = norm
     for i, tensor in enumerate(tensors):
@@ -70,7 +70,7 @@ def _sum_of_rows(chunk: Tensor) -> Tensor:
         return total
     norms = torch.linalg.vector_norm(rows, dim=1)
     low, high = torch.aminmax(norms)
-    if TINY < low and high < inf:
+    if low > TINY and high < inf:
         norms = norms.double()
         return total + torch.dot(norms, norms)
     return total + _sum_of_extreme_rows(rows, norms)

@@ -40,6 +40,7 @@ fingerprint() {
         printf '%s\n' "$root" "$1" "${PYTHON:-}"
         "$venv/bin/python" --version 2>&1 || true
         cat "$root/pyproject.toml" "$root/constraints.txt"
+        grep '^__version__' "$root/distclip/__init__.py"
     } | cksum
 }
 

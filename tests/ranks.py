@@ -60,9 +60,7 @@ class RankError(Exception):
     """A rank raised, died or hung. The message has the traceback of each rank, or where it was."""
 
 
-def run_ranks(
-    fn: Callable[..., Any], size: int, *args: Any, timeout: float = 60.0, fresh: bool = False
-) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 60.0, fresh: bool = False) -> list[Any]:
     """Call `fn(*args)` on `size` ranks of one Gloo group and return their results in the order of ranks.
 
     `fn` is a function of a module, or a `functools.partial` of one; it, `args` and the results are pickled.

@@ -10,10 +10,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, count_collectives, run_ranks, same_bits
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+
+from ranks import RankError, count_collectives, run_ranks, same_bits
 
 
 def rank_and_sum(value: int) -> tuple[int, int]:
@@ -121,9 +122,7 @@ def test_the_next_case_after_a_failure_works():
 
 def test_a_hang_ends_within_its_limit_and_shows_which_rank_stayed_away():
     start = time.monotonic()
-    with pytest.raises(
-        RankError, match=r"rank 0: did not finish; rank 1: did not finish \(limit 1 s\)"
-    ) as error:
+    with pytest.raises(RankError, match=r"rank 0: did not finish; rank 1: did not finish \(limit 1 s\)") as error:
         run_ranks(rank_one_stays_away, 2, 100.0, timeout=1.0)
     assert time.monotonic() - start < 20
     zero, one = chapters(error)

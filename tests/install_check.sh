@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Prove what a user gets: a plain install brings torch and what torch itself needs, and nothing else; the wheel holds
+# distclip/ alone; the source archive also holds tests, configs and documents. Takes a minute; launch/test.sh does
+# not run it. PYTHON=... chooses the Python.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$root"
+"$(find_python)" -m venv "$folder/venv"
+python=$folder/venv/bin/python
+
+"$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt .
+(cd "$folder" && "$python" - <<'END'
+import re
+from importlib.metadata import distributions, requires
+
+installed = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower() for d in distributions()} - {"pip", "setuptools"}
+wanted, reached = ["distclip"], set()
+while wanted:
+    name = wanted.pop()
+    if name in installed and name not in reached:
+        reached.add(name)
+        lines = [line for line in requires(name) or [] if "extra ==" not in line]
+        wanted += [re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower() for line in lines]
+direct = [line for line in requires("distclip") if "extra ==" not in line]
+assert direct == ["torch>=2.6"], direct
+assert installed == reached, f"nobody asked for {sorted(installed - reached)}"
+assert "numpy" not in installed
+
+import distclip, torch
+print(f"distclip {distclip.__version__} brings torch {torch.__version__} and {len(installed) - 2} packages that torch needs:")
+print("  " + ", ".join(sorted(installed - {"distclip", "torch"})))
+END
+)
+
+"$python" -m pip install --quiet --disable-pip-version-check build
+"$python" -m build --quiet --outdir "$folder/dist" . >/dev/null
+"$python" - "$folder/dist" <<'END'
+import sys, tarfile, zipfile
+from pathlib import Path
+
+(wheel,), (archive,) = (list(Path(sys.argv[1]).glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+packed = zipfile.ZipFile(wheel).namelist()
+tops = {name.partition("/")[0] for name in packed}
+assert all(top == "distclip" or top.endswith(".dist-info") for top in tops), tops
+assert "distclip/py.typed" in packed
+source = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+for needed in ("distclip/__init__.py", "tests/ranks.py", "configs/quickstart.yaml", "launch/test.sh", "LICENSE", "README.md"):
+    assert needed in source, f"{needed} is not in the source archive"
+print(f"{wheel.name}: {len(packed)} files, {wheel.stat().st_size / 1024:.0f} KiB; {archive.name}: {len(source)} files, "
+      f"{archive.stat().st_size / 1024:.0f} KiB")
+END

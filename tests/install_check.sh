@@ -13,11 +13,11 @@ cd "$root"
 python=$folder/venv/bin/python
 
 "$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt .
-(cd "$folder" && "$python" - <<'END'
+(cd "$folder" && "$python" -W "ignore:Failed to initialize NumPy" - <<'END'
 import re
 from importlib.metadata import distributions, requires
 
-installed = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower() for d in distributions()} - {"pip", "setuptools"}
+installed = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower() for d in distributions()} - {"pip"}
 wanted, reached = ["distclip"], set()
 while wanted:
     name = wanted.pop()
@@ -37,7 +37,7 @@ END
 )
 
 "$python" -m pip install --quiet --disable-pip-version-check build
-"$python" -m build --quiet --outdir "$folder/dist" . >/dev/null
+"$python" -m build --outdir "$folder/dist" . >/dev/null
 "$python" - "$folder/dist" <<'END'
 import sys, tarfile, zipfile
 from pathlib import Path

@@ -31,7 +31,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection, get_context
@@ -47,12 +47,7 @@ GRACE = 1.0  # seconds the other ranks have to finish once one has failed
 
 _processes = get_context("forkserver")
 _processes.set_forkserver_preload(
-    [
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor",
-        "torch.distributed.pipelining",
-        "distclip",
-    ]
+    ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.pipelining", "distclip"]
 )
 
 
@@ -72,7 +67,7 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 60
     kept = False
     try:
         results = team.run(call, timeout)
-        kept = not fresh
+        kept = not fresh and size not in _teams
     except RankError as error:
         name = fn.func if isinstance(fn, functools.partial) else fn
         raise RankError(f"{name.__qualname__} on {size} ranks: {error}") from None
@@ -121,7 +116,8 @@ class _Team:
         meeting_point = str(self.folder / f"case-{self.cases}")
         job = _Job(call, timeout, meeting_point, sys.path, list(warnings.filters))
         for pipe in self.pipes:
-            pipe.send(job)
+            with suppress(BrokenPipeError):  # it died between cases: `_receive` says so
+                pipe.send(job)
         answers = self._collect(timeout)
         if not all(isinstance(answer, bytes) for answer in answers):
             raise RankError(self._story(answers, timeout))

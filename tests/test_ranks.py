@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,6 +102,12 @@ def test_fresh_ranks_are_nobody_elses():
     kept, fresh, again = (run_ranks(process_and_seed, 2, fresh=flag) for flag in (False, True, False))
     assert kept == again
     assert not {pid for pid, *_ in kept} & {pid for pid, *_ in fresh}
+
+
+def test_two_calls_at_once_do_not_meet():
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(run_ranks, rank_and_sum, 2, value) for value in (10, 20)]
+    assert [call.result() for call in calls] == [[(0, 21), (1, 21)], [(0, 41), (1, 41)]]
 
 
 def test_an_exception_shows_its_traceback_and_where_the_other_rank_is():

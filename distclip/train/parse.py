@@ -26,7 +26,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for word in overrides:
         override(document, word)
     task = document.get("task")
-    require(task in TASKS, "task", f"must be one of {', '.join(TASKS)}, not {task!r}")
+    if not isinstance(task, str) or task not in TASKS:
+        raise ConfigError("task", f"must be one of {', '.join(TASKS)}, not {task!r}")
     return build(document, sections(task))
 
 

@@ -20,7 +20,7 @@ class DigitsData:
 
 def load_digits(data: DigitsData, seed: int) -> Dataset:
     # takes a second to import and nothing else needs it
-    from sklearn.datasets import load_digits as bundled  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits as bundled
 
     images, labels = bundled(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))

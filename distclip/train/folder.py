@@ -1,0 +1,107 @@
+"""The run folder: config.yaml, metrics.jsonl, checkpoints/ and summary.json."""
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distclip.train.checkpoint import saved_steps
+from distclip.train.config import Config
+from distclip.train.parse import read_config, to_yaml
+from distclip.train.place import Place, from_rank_0
+from distclip.train.problem import require
+
+# What may differ when a run goes on: how long, how fast, where. All else would make other numbers.
+FREE = ("resume", "parallel.", "run.", "train.steps", "train.epochs", "train.log_every", "train.eval_every",
+        "train.save_every", "optim.fused")  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def start(self) -> int:
+        """The step to go on from: that of the newest checkpoint, 0 without one."""
+        return max(saved_steps(self.checkpoints), default=0)
+
+
+def check_folder(config: Config) -> None:
+    """The run can be written where it should, does not hide another one, and goes on as it began."""
+    path = Path(config.run.dir or config.run.root)
+    key = "run.root" if config.run.dir is None else "run.dir"
+    there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
+    require(there.is_dir() and os.access(there, os.W_OK), key, f"cannot write to {there}")
+    if config.run.dir is None:
+        return
+    folder = RunFolder(path=path)
+    if config.resume and folder.config.exists():
+        check_same(read_config(folder.config), config, folder.config)
+    elif not config.resume:
+        empty = not path.exists() or not any(path.iterdir())
+        require(empty, "run.dir", f"{path} is not empty: add resume=true to go on with it, or name another folder")
+
+
+def check_same(before: Config, now: Config, where: Path) -> None:
+    old, new = flat(before), flat(now)
+    for key in sorted(old.keys() | new.keys()):
+        same = old.get(key) == new.get(key) or key.startswith(FREE)
+        require(same, key, f"cannot change in a resumed run: {new.get(key)!r} here, {old.get(key)!r} in {where}")
+
+
+def flat(config: Config) -> dict[str, object]:
+    """Every value of a config under its dotted key."""
+    values: dict[str, object] = {}
+    for name, section in asdict(config).items():
+        if isinstance(section, dict):
+            values |= {f"{name}.{key}": value for key, value in section.items()}
+        else:
+            values[name] = section
+    return values
+
+
+def open_folder(config: Config, place: Place) -> RunFolder:
+    """Make the folder on rank 0 and tell every rank which one it is. All ranks call."""
+    if config.run.dir is not None:
+        path = Path(config.run.dir)
+        if place.rank == 0:
+            path.mkdir(parents=True, exist_ok=True)
+    else:
+        # Only the second it was made in travels: the name follows from it.
+        path = timestamped(config, from_rank_0(free_second(config) if place.rank == 0 else 0, place))
+    folder = RunFolder(path=path)
+    if place.rank == 0:
+        folder.checkpoints.mkdir(exist_ok=True)
+        folder.config.write_text(to_yaml(config), encoding="utf-8")
+    return folder
+
+
+def timestamped(config: Config, second: int) -> Path:
+    return Path(config.run.root) / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(second))}"
+
+
+def free_second(config: Config) -> int:
+    """Now, or the next second in which no other run has made its folder; the folder is made."""
+    second = int(time.time())
+    while True:
+        try:
+            timestamped(config, second).mkdir(parents=True)
+        except FileExistsError:
+            second += 1
+        else:
+            return second

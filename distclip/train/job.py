@@ -1,0 +1,166 @@
+"""A whole run on one rank: load, build, start or go on, train, end."""
+
+import json
+import time
+from contextlib import nullcontext
+from signal import Signals
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from distclip.train import checkpoint
+from distclip.train.clip import build_clipper
+from distclip.train.config import Config
+from distclip.train.dataset import Batches, Dataset
+from distclip.train.folder import RunFolder, check_folder, open_folder
+from distclip.train.metrics import MetricsFile, read_until, spelled
+from distclip.train.optim import build_optimizer
+from distclip.train.parallel import check_strategy, spread
+from distclip.train.place import Place, from_rank_0, join
+from distclip.train.progress import Display, Tally
+from distclip.train.stop import StopSignals, exit_code
+from distclip.train.tasks.registry import TASKS
+from distclip.train.trainer import Trainer
+
+
+def check(config: Config, world: int) -> Dataset:
+    """All that can be wrong before ranks meet; the data that had to be read for it is returned.
+
+    Raises:
+        ConfigError: in one line, with the key that is to be changed.
+    """
+    check_strategy(config.parallel.strategy, world)
+    check_folder(config)
+    dataset = TASKS[config.task].load(config.data, config.seed)
+    Batches(split=dataset.train, batch_size=config.train.batch_size, seed=config.seed, world=world)
+    return dataset
+
+
+def run_rank(config: Config, world: int) -> int:
+    """Train as one of the `world` ranks that a launcher has started. Returns the exit code."""
+    with StopSignals() as stop:
+        dataset = check(config, world)
+        place = join()
+        trainer = build(config, dataset, place, stop)
+        code = Job(config, dataset, trainer, open_folder(config, place)).run()
+        dist.barrier()
+        dist.destroy_process_group()
+        return code
+
+
+def build(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> Trainer:
+    """Model, optimizer and clipper, in this order: each is made from the parameters that the one before left."""
+    torch.manual_seed(config.seed)
+    model = TASKS[config.task].build(config.model, dataset)
+    model = spread(model, config.parallel.strategy, place)
+    batches = Batches(
+        split=dataset.train,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        rank=place.rank,
+        world=place.world,
+    )
+    return Trainer(
+        config=config,
+        place=place,
+        batches=batches,
+        model=model,
+        optimizer=build_optimizer(config.optim, model),
+        clipper=build_clipper(config.clip, model),
+        steps=config.train.steps or (config.train.epochs or 0) * batches.epoch_steps,
+        stop=stop,
+    )
+
+
+class Job:
+    """The loop around `Trainer.step`: what is shown, written and saved, and when."""
+
+    def __init__(self, config: Config, dataset: Dataset, trainer: Trainer, folder: RunFolder) -> None:
+        self.config, self.dataset, self.trainer, self.folder = config, dataset, trainer, folder
+        self.start = from_rank_0(folder.start() if config.resume else 0, trainer.place)
+        self.leads = trainer.place.rank == 0
+        self.records = read_until(folder.metrics, self.start) if self.leads else []
+        self.tally = Tally(self.records)
+        self.last: dict[str, Any] = self.records[-1] if self.records else {}
+        self.display = Display(
+            Console(quiet=not self.leads),
+            start=self.start,
+            steps=trainer.steps,
+            unit=TASKS[config.task].unit,
+            log_every=config.train.log_every,
+        )
+
+    def run(self) -> int:
+        began = time.perf_counter()
+        if self.start:
+            t = self.trainer
+            checkpoint.load(self.folder.checkpoints, self.start, t.model, t.optimizer, t.clipper)
+        self.announce()
+        with MetricsFile(self.folder.metrics, self.records) if self.leads else nullcontext() as metrics, self.display:
+            stopped = self.train(metrics)
+        if self.leads:
+            self.conclude(stopped, time.perf_counter() - began)
+        return 0 if stopped is None else exit_code(stopped)
+
+    def train(self, metrics: MetricsFile | None) -> Signals | None:
+        """Step until the end, or until a signal: then all ranks save after the same step."""
+        settings, steps = self.config.train, self.trainer.steps
+        look_every = settings.eval_every or (settings.epochs and self.trainer.batches.epoch_steps)
+        for step in range(self.start + 1, steps + 1):
+            record, stopped = self.trainer.step(step - 1)
+            if step == steps or (stopped is None and due(look_every, step)):
+                record |= self.trainer.evaluate(self.dataset.held_out)
+            self.tally.add(record)
+            self.last = record
+            if metrics is not None:
+                metrics.write(record)
+            self.display.step(record, self.tally)
+            if step == steps or stopped is not None or due(settings.save_every, step):
+                t, keep = self.trainer, self.config.run.keep
+                checkpoint.save(self.folder.checkpoints, step, t.model, t.optimizer, t.clipper, keep=keep)
+            if stopped is not None and step < steps:
+                return stopped
+        return None
+
+    def announce(self) -> None:
+        place, strategy = self.trainer.place, self.config.parallel.strategy
+        size = sum(p.numel() for p in self.trainer.model.parameters())
+        say = self.display.say
+        say(f"ranks    {place.world} ({strategy}) on {place.device.type}, collectives by {place.backend}")
+        say(f"data     {self.dataset.about}")
+        say(f"model    {size:,} parameters, {self.trainer.steps:,} steps of {self.config.train.batch_size}")
+        say(f"entropy  {self.dataset.entropy():.4f} nats: the held-out loss of the best answer that ignores its input")
+        say(f"folder   {self.folder.path}")
+        if self.start:
+            say(f"resumed  after step {self.start} of {self.trainer.steps}")
+        elif self.config.resume:
+            say("resumed  nothing: the folder has no checkpoint, starting at step 1")
+
+    def conclude(self, stopped: Signals | None, seconds: float) -> None:
+        """The table at the end, and the same in summary.json."""
+        summary = {
+            "status": "finished" if stopped is None else f"stopped by {stopped.name}",
+            "steps": self.last.get("step", self.start),
+            "loss": self.last.get("loss"),
+            "held_out_loss": self.last.get("held_out_loss"),
+            "held_out_accuracy": self.last.get("held_out_accuracy"),
+            "entropy": self.dataset.entropy(),
+            "clipped": self.tally.share(self.tally.clipped),
+            "skipped": self.tally.share(self.tally.skipped),
+            "seconds": seconds,
+            "folder": str(self.folder.path),
+        }
+        self.folder.summary.write_text(json.dumps({k: spelled(v) for k, v in summary.items()}, indent=2) + "\n")
+        self.display.table({name: shown(value) for name, value in summary.items() if value is not None})
+        if stopped is not None:
+            self.display.say(f"go on with: resume=true run.dir={self.folder.path}")
+
+
+def due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def shown(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

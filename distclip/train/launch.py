@@ -1,0 +1,64 @@
+"""Local ranks, started and watched by torch's own elastic launcher."""
+
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from distclip.train.problem import require
+from distclip.train.stop import exit_code, heeded
+
+MOST = max(8, os.cpu_count() or 1)  # processes on one machine: one a core, and 8 on the smallest for trying out
+
+
+def check_processes(processes: int) -> None:
+    require(
+        processes <= MOST,
+        "parallel.processes",
+        f"{processes} is more than the {MOST} that are started on this machine: use torchrun on several",
+    )
+
+
+def launch(processes: int, words: Sequence[str]) -> int:
+    """Run `distclip <words>` as so many local ranks and wait for them. Returns the exit code of the whole job.
+
+    A stop signal to this process is passed on to the ranks, which save and end; those that have not after 30 s
+    (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) are killed.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores already
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        signals_to_handle=",".join(s.name for s in heeded()),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "distclip", *words)
+    except SignalException as error:
+        return exit_code(signal.Signals(error.sigval))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = 2 if failure.exitcode == 2 else 1
+        print(f"distclip: rank {rank} failed, {ending(failure.exitcode)}", file=sys.stderr)
+        return code
+    return 0
+
+
+def ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def loopback() -> str:
+    return next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0"))

@@ -1,0 +1,56 @@
+"""Where this process stands among the ranks, on which device, and what carries its collectives."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from distclip.train.config import Parallel
+from distclip.train.problem import require
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Place:
+    rank: int
+    world: int
+    device: torch.device
+    backend: str
+
+
+def launched() -> bool:
+    """Whether torchrun, or a launcher like it, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launched_world(parallel: Parallel) -> int:
+    """The launcher's number of ranks, which is the one that counts but not fewer than asked for."""
+    world = int(os.environ["WORLD_SIZE"])
+    require(
+        parallel.processes <= world,
+        "parallel.processes",
+        f"asks for {parallel.processes} but the launcher started {world}: set it to {world} or start more",
+    )
+    return world
+
+
+def join() -> Place:
+    """Enter the process group: NCCL when each local rank has a GPU, Gloo on the CPU otherwise."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if dist.is_nccl_available() and torch.cuda.device_count() >= local_world:
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+        dist.init_process_group(backend, device_id=device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        torch.set_flush_denormal(True)  # the tails of saturated recurrent nets make a CPU ten times slower
+        dist.init_process_group(backend)
+    return Place(rank=dist.get_rank(), world=dist.get_world_size(), device=device, backend=backend)
+
+
+def from_rank_0(number: int, place: Place) -> int:
+    """Rank 0's number on every rank, by one broadcast: for what each might see differently, as clocks and disks."""
+    box = torch.tensor(number, dtype=torch.int64, device=place.device)
+    dist.broadcast(box, src=0)
+    return int(box)

@@ -1,0 +1,92 @@
+"""What rank 0 shows: a live line in a terminal, a plain line every so many steps elsewhere, a table at the end."""
+
+import time
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+
+class Tally:
+    """Counts over the whole run, the part before a resume included."""
+
+    def __init__(self, records: list[dict[str, Any]]) -> None:
+        self.steps = self.clipped = self.skipped = 0
+        for record in records:
+            self.add(record)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.steps += 1
+        self.clipped += not record["skip"] and record["coef"] != 1
+        self.skipped += record["skip"]
+
+    def share(self, count: int) -> float:
+        return count / self.steps if self.steps else 0.0
+
+
+class Display:
+    """Shows one run. On ranks other than 0 the console is quiet and nothing below is seen."""
+
+    def __init__(self, console: Console, *, start: int, steps: int, unit: str, log_every: int) -> None:
+        self.console, self.unit, self.log_every = console, unit, log_every
+        self.start, self.steps, self.began = start, steps, time.perf_counter()
+        self.bar: Progress | None = None
+        self.recent: list[dict[str, Any]] = []  # since the last look at the held-out part
+        if console.is_terminal and not console.quiet:
+            self.bar = Progress(BarColumn(bar_width=16), TextColumn("{task.description}"), console=console)
+            self.task = self.bar.add_task("", total=steps, completed=start)
+
+    def __enter__(self) -> "Display":
+        if self.bar is not None:
+            self.bar.start()
+        self.began = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def step(self, record: dict[str, Any], tally: Tally) -> None:
+        step = record["step"]
+        self.recent.append(record)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=self.line(record, tally))
+        elif step % self.log_every == 0 or step == self.start + 1:
+            self.say(self.line(record, tally))
+        if "held_out_loss" in record:
+            self.say(self.look(record))
+            self.recent.clear()
+
+    def line(self, record: dict[str, Any], tally: Tally) -> str:
+        skipped = f"  skipped {tally.skipped}" if tally.skipped else ""
+        return (
+            f"step {record['step']}/{self.steps}  loss {record['loss']:.4f}  norm {record['norm']:.3g}"
+            f"  coef {record['coef']:.3g}  clipped {tally.share(tally.clipped):.0%}{skipped}"
+            f"  {record['per_second']:,.0f} {self.unit}/s  eta {self.eta(record['step'])}"
+        )
+
+    def eta(self, step: int) -> str:
+        a_step = (time.perf_counter() - self.began) / (step - self.start)
+        return str(timedelta(seconds=round(a_step * (self.steps - step))))
+
+    def look(self, record: dict[str, Any]) -> str:
+        """The held-out part beside the mean over the steps since the last look."""
+        loss, accuracy = (sum(r[key] for r in self.recent) / len(self.recent) for key in ("loss", "accuracy"))
+        return (
+            f"epoch {record['epoch']}, step {record['step']}: training loss {loss:.4f} accuracy {accuracy:.1%}, "
+            f"held-out loss {record['held_out_loss']:.4f} accuracy {record['held_out_accuracy']:.1%}"
+        )
+
+    def table(self, rows: dict[str, str]) -> None:
+        table = Table(show_header=False)
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self.console.print(table)

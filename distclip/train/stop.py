@@ -1,0 +1,48 @@
+"""Signals as a wish: training goes on to the end of the step, saves, and only then ends."""
+
+import signal
+from types import FrameType, TracebackType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def heeded() -> list[signal.Signals]:
+    """The stop signals, without those that `nohup` or a shell's `&` has told this process to ignore."""
+    return [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+
+
+def exit_code(received: signal.Signals) -> int:
+    """What a shell reports of a process that a signal has ended: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + received
+
+
+class StopSignals:
+    """While entered, a stop signal is remembered instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+        self.previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in heeded():
+            self.previous[number] = signal.signal(number, self.remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def remember(self, number: int, frame: FrameType | None) -> None:
+        # The launcher passes on to each rank what the terminal may have sent it as well: twice is as once.
+        self.received.add(number)
+
+    def wishes(self) -> list[float]:
+        """One number a signal, to be summed over ranks with the step's metrics."""
+        return [float(s in self.received) for s in STOP_SIGNALS]
+
+
+def agreed(sums: list[float]) -> signal.Signals | None:
+    """The signal to stop for, from the summed wishes: the same on every rank."""
+    return next((s for s, wish in zip(STOP_SIGNALS, sums, strict=True) if wish > 0), None)

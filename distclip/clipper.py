@@ -1,6 +1,7 @@
 """Clipper: a plan and a policy, the object that a training loop holds."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from math import inf
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from .compare import differing
 from .culprit import find_culprit
 from .errors import LayoutError, NonFiniteError
+from .flags import Flags
 from .folding import foldable, folded, may_skip_on_device, parameters_of
 from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
@@ -44,14 +46,10 @@ class Outcome:
     coef: float | Tensor
     skip: bool | Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """Flags of a step decided on an accelerator, on their way to the host."""
-
-    flags: Tensor  # (2,) pinned float64: not finite, disagree
-    arrived: torch.Event | None
-    local: Local
+    @property
+    def scales(self) -> bool:
+        """Whether gradients may have to be scaled: false only where the host knows a coefficient of 1."""
+        return isinstance(self.coef, Tensor) or self.coef != 1.0
 
 
 class Clipper:
@@ -115,7 +113,7 @@ class Clipper:
         self._state = self._policy.init(self._plan.device)
         self._steps = 0
         self._skips = 0
-        self._unread: Unread | None = None
+        self._unread: tuple[Flags, Local] | None = None
         self._culprit: Culprit | None = None
         self._compare_ranks()
 
@@ -164,15 +162,15 @@ class Clipper:
         outcome = self._advance(skips_on_device=on_device)
         if outcome.skip is True:
             return outcome.report
-        if outcome.bounds is not None or outcome.coef == 1.0:
-            folds = [False] * len(optimizers)
-        self._apply(outcome, self._not_folded(outcome.local, optimizers, folds))
-        skip = outcome.report.skip if isinstance(outcome.skip, Tensor) else None
+        gradients, coef = outcome.local.gradients, None
+        if (
+            outcome.scales and outcome.bounds is None
+        ):  # elementwise bounds come after scaling, so nothing is left to fold
+            gradients, coef = self._not_folded(outcome.local, optimizers, folds), outcome.report.coef
+        self._apply(outcome, gradients)
+        skip = outcome.skip if isinstance(outcome.skip, Tensor) else None
         for optimizer, folds_here in zip(optimizers, folds, strict=True):
-            if folds_here:
-                with folded(optimizer, outcome.report.coef, skip):
-                    optimizer.step()
-            else:
+            with folded(optimizer, coef, skip) if folds_here else nullcontext():
                 optimizer.step()
         return outcome.report
 
@@ -215,7 +213,8 @@ class Clipper:
         ):
             outcome = self._read_now(outcome, reduced)
         else:
-            self._unread = self._send_flags(local, reduced)
+            kept = Local([], local.indices, local.norms, None)  # norms name a culprit; gradients would stay alive
+            self._unread = Flags.send(~reduced.norm.isfinite(), reduced.disagree), kept
         self._state = state
         self._steps += 1
         return outcome
@@ -261,29 +260,16 @@ class Clipper:
                 )
         return self._culprit
 
-    def _send_flags(self, local: Local, reduced: Reduced) -> Unread:
-        flags = torch.stack([~reduced.norm.isfinite(), reduced.disagree]).double()
-        kept = Local([], local.indices, local.norms, None)  # norms name a culprit; gradients would stay alive
-        if reads_are_free(flags.device):
-            return Unread(flags, None, kept)
-        host = torch.empty(2, dtype=torch.float64, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        arrived = torch.Event(flags.device.type)
-        arrived.record()
-        return Unread(host, arrived, kept)
-
     def _read_late_flags(self) -> None:
         """The one fixed place where a step decided on an accelerator is looked at, by waiting and never by a query."""
         if self._unread is None:
             return
-        unread, self._unread = self._unread, None
-        if unread.arrived is not None:
-            unread.arrived.synchronize()
-        nonfinite, disagree = unread.flags.tolist()
+        (flags, local), self._unread = self._unread, None
+        nonfinite, disagree = flags.read()
         if disagree:
             raise LayoutError(DISAGREE)
         if nonfinite:
-            self._blame(unread.local)
+            self._blame(local)
         else:
             self._skips = 0
 
@@ -291,7 +277,7 @@ class Clipper:
         """Scale and clamp ``gradients``; with numbers on the host, only where something changes."""
         if outcome.skip is True:
             return
-        if isinstance(outcome.coef, Tensor) or outcome.coef != 1.0:
+        if outcome.scales:
             scale_(gradients, outcome.coef)
         if outcome.bounds is not None:
             unless = outcome.skip if isinstance(outcome.skip, Tensor) else None

@@ -56,16 +56,18 @@ def may_skip_on_device(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def folded(optimizer: Optimizer, coef: Tensor, skip: Tensor | None) -> Iterator[None]:
+def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> Iterator[None]:
     """Inside, ``optimizer.step()`` multiplies gradients by ``coef`` and does nothing where ``skip`` is true.
 
-    With ``skip`` None nothing is skipped. Both are 0-d, and copied to the parameters' device where they are elsewhere.
-    The gradients are left scaled.
+    Either may be None: no factor, never skipped. Both are 0-d, and copied to the parameters' device where they are
+    elsewhere. The gradients are left scaled.
     """
     device = next(parameters_of(optimizer)).device
-    words = {"grad_scale": coef.float().reciprocal().to(device)}
+    words: dict[str, Tensor] = {}
+    if coef is not None:
+        words["grad_scale"] = coef.float().reciprocal().to(device)
     if skip is not None:
-        words["found_inf"] = skip.to(device).float()
+        words["found_inf"] = skip.float().to(device)
     before = {name: optimizer.__dict__.get(name, ABSENT) for name in words}
     optimizer.__dict__.update(words)
     try:

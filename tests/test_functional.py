@@ -6,15 +6,15 @@ from math import inf, nan
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import backward, build, ddp, fsdp2
-from oracle import same_tensors, true_norm, whole_gradients
-from ranks import count_collectives, run_ranks, same_bits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.nn import utils as torch_clip
 
 import distclip
+from layouts import backward, build, ddp, fsdp2
+from oracle import same_tensors, true_norm, whole_gradients
+from ranks import count_collectives, run_ranks, same_bits
 
 
 def parameters(*values: list[float], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -132,9 +132,9 @@ def test_an_overflowing_power_sum_is_said_and_zeroes_nothing():
     made = parameters([2e200, 1.0], dtype=torch.float64)
     assert distclip.clip_grad_norm_(made, 1.0).item() == inf
     assert gradients(made) == [[2e200, 1.0]]
-    with pytest.raises(distclip.NonFiniteError, match="every gradient is finite but the sum of powers overflows"):
+    with pytest.raises(distclip.NonFiniteError, match=r"every gradient is finite but the sum of powers overflows"):
         distclip.clip_grad_norm_(made, 1.0, error_if_nonfinite=True)
-    with pytest.raises(RuntimeError, match="The total norm of order 10.0 is not finite: every gradient is finite"):
+    with pytest.raises(RuntimeError, match=r"The total norm of order 10\.0 is not finite: every gradient is finite"):
         distclip.clip_grad_norm_(parameters([3e38]), 1.0, 10.0, error_if_nonfinite=True)
 
 
@@ -182,7 +182,7 @@ def test_what_is_not_a_parameter_is_refused():
         distclip.clip_grad_norm_(nn.Linear(1, 1).named_parameters(), 1.0)
     with pytest.raises(ValueError, match="got both"):
         distclip.clip_grad_norm_([nn.Linear(1, 1), torch.ones(1)], 1.0)
-    with pytest.raises(ValueError, match="group was given but torch.distributed is not initialised"):
+    with pytest.raises(ValueError, match=r"group was given but torch\.distributed is not initialised"):
         distclip.clip_grad_norm_([], 1.0, group=object())
 
 
@@ -193,7 +193,7 @@ def test_gradients_that_are_not_supported_are_refused_before_anything_changes():
         distclip.clip_grad_norm_(table.parameters(), 1.0)
     wave = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     wave.grad = torch.ones_like(wave)
-    with pytest.raises(distclip.LayoutError, match="has dtype torch.complex64"):
+    with pytest.raises(distclip.LayoutError, match=r"has dtype torch\.complex64"):
         distclip.clip_grad_norm_([wave], 1.0)
 
 

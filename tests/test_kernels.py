@@ -4,7 +4,6 @@ from math import inf, nan
 
 import pytest
 import torch
-from oracle import true_norm
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -12,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 import distclip
 from distclip.kernels import local_norms
 from distclip.kernels.sums import CHUNK, ROW, ROWS_CHUNK, SMALL
+from oracle import true_norm
 
 EDGES = [1, 2, ROW - 1, ROW, ROW + 1, 1000, SMALL, SMALL + 1, CHUNK + ROW + 3, 10**6 + 7]
 HALF = (torch.bfloat16, torch.float16)

@@ -5,12 +5,12 @@ from math import inf
 
 import pytest
 import torch
-from layouts import REPLICATED, SHARDED, backward
-from oracle import same_tensors, true_norm, whole_gradients
-from ranks import count_collectives, run_ranks, same_bits
 from torch import nn
 
 import distclip
+from layouts import REPLICATED, SHARDED, backward
+from oracle import same_tensors, true_norm, whole_gradients
+from ranks import count_collectives, run_ranks, same_bits
 
 P = (1.0, 2.0, 3.0, inf)
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from layouts import backward, build, ddp, fsdp2
-from ranks import run_ranks, same_bits
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW
 
 import distclip
+from layouts import backward, build, ddp, fsdp2
+from ranks import run_ranks, same_bits
 
 STEPS = 20
 BOUND = 1.4  # between the norms of the run, so that some steps are clipped and some are not

@@ -1,0 +1,33 @@
+"""Numbers on their way from an accelerator to the host, to be read one call later."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """A copy of a few numbers that was started without waiting for it."""
+
+    words: Tensor
+    arrived: torch.Event | None  # None where the words already are on the host
+
+    @classmethod
+    def send(cls, *flags: Tensor) -> Self:
+        """Start copying 0-d ``flags``; never waits."""
+        words = torch.stack(flags)
+        if words.device.type == "cpu":
+            return cls(words, None)
+        host = torch.empty_like(words, device="cpu", pin_memory=True)
+        host.copy_(words, non_blocking=True)
+        arrived = torch.Event(words.device.type)
+        arrived.record()
+        return cls(host, arrived)
+
+    def read(self) -> list[bool]:
+        """Wait until they are here and return them. Waiting, and never asking whether, keeps ranks in step."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return [bool(word) for word in self.words.tolist()]

@@ -1,0 +1,415 @@
+"""The Clipper: measure, clip_, step; skipping, folding, state."""
+
+import copy
+from math import inf, nan
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import distclip
+from layouts import build
+from oracle import same_tensors, true_norm, whole_gradients
+from ranks import same_bits
+
+OPTIMIZERS = {
+    "adam": lambda p: Adam(p, lr=0.1),
+    "adamw": lambda p: AdamW(p, lr=0.1),
+    "sgd": lambda p: SGD(p, lr=0.1),
+    "sgd_momentum": lambda p: SGD(p, lr=0.1, momentum=0.9),
+    "sgd_nesterov": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "sgd_dampening": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
+    "adagrad": lambda p: Adagrad(p, lr=0.1),
+    "rmsprop": lambda p: RMSprop(p, lr=0.1),
+    "nadam": lambda p: NAdam(p, lr=0.1),
+    "asgd": lambda p: ASGD(p, lr=0.1),
+    "adam_fused": lambda p: Adam(p, lr=0.1, fused=True),
+    "adamw_fused": lambda p: AdamW(p, lr=0.1, fused=True),
+    "adamw_amsgrad_fused": lambda p: AdamW(p, lr=0.1, amsgrad=True, fused=True),
+    "sgd_fused": lambda p: SGD(p, lr=0.1, fused=True),
+    "sgd_momentum_fused": lambda p: SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "sgd_nesterov_fused": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, fused=True),
+    "sgd_dampening_fused": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.5, fused=True),
+    "adagrad_fused": lambda p: Adagrad(p, lr=0.1, fused=True),
+}
+
+
+@pytest.fixture(params=["host", "device"])
+def decided_on(request, monkeypatch):
+    """Where decisions are read: at once on the host, or, as on accelerators, one call later."""
+    if request.param == "device":
+        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    return request.param
+
+
+def fill(model: nn.Module, seed: int, scale: float = 1.0) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=chance, dtype=p.dtype) * scale
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def numbers(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return [v for entry in state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize("policy", [1.0, distclip.ValueClip(0.5)], ids=repr)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_first_step_never_was(decided_on, name, policy):
+    model, fresh = small(), small()
+    optimizer, reference = (OPTIMIZERS[name](m.parameters()) for m in (model, fresh))
+    clipper = distclip.Clipper(model, policy)
+    fill(model, 0)
+    model[1].bias.grad[1] = nan
+    assert clipper.step(optimizer).skip.item() is True
+    assert same_tensors(list(model.parameters()), list(fresh.parameters()))
+
+    fill(model, 1)
+    fill(fresh, 1)
+    report = clipper.step(optimizer)
+    if policy == 1.0:
+        nn.utils.clip_grad_norm_(fresh.parameters(), 1.0)
+    else:
+        nn.utils.clip_grad_value_(fresh.parameters(), 0.5)
+    reference.step()
+    assert report.skip.item() is False
+    assert (report.coef.item() < 1) == (policy == 1.0)
+    for mine, theirs in zip(
+        [*model.parameters(), *numbers(optimizer)], [*fresh.parameters(), *numbers(reference)], strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bound", [0.5, 100.0])
+def test_three_steps_are_clip_then_step(decided_on, name, bound):
+    model, reference = small(), small()
+    optimizer, theirs = (OPTIMIZERS[name](m.parameters()) for m in (model, reference))
+    clipper = distclip.Clipper(model, bound)
+    for step in range(3):
+        fill(model, step)
+        fill(reference, step)
+        coef = clipper.step(optimizer).coef.item()
+        nn.utils.clip_grad_norm_(reference.parameters(), bound)
+        theirs.step()
+        assert (coef < 1) == (bound == 0.5)
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
+
+
+class Scalings(TorchDispatchMode):
+    """How many gradients were scaled in place by our own pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("aten::_foreach_mul_"):
+            self.count += len(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def scalings(model, *optimizers, policy=0.1) -> int:
+    clipper = distclip.Clipper(model, policy)
+    fill(model, 0)
+    with Scalings() as seen:
+        clipper.step(*optimizers)
+    return seen.count
+
+
+def test_a_fused_optimizer_folds_and_others_do_not():
+    model = small()
+    count = len(list(model.parameters()))
+    assert scalings(model, AdamW(model.parameters(), fused=True)) == 0
+    assert scalings(model, SGD(model.parameters(), fused=True), policy=1e9) == 0
+    assert scalings(model, SGD(model.parameters(), foreach=False)) == count
+
+    class Mine(AdamW):
+        pass
+
+    assert scalings(model, Mine(model.parameters(), fused=True)) == count
+
+
+def test_what_no_folding_optimizer_holds_is_scaled(decided_on):
+    model = small()
+    held = SGD(model[0].parameters(), lr=0.0, fused=True)
+    clipper = distclip.Clipper(model, 0.1)
+    fill(model, 0)
+    before = whole_gradients(model.parameters())
+    report = clipper.step(held)
+    coef = report.coef.item()
+    assert coef < 0.1
+    for p, g in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.grad, g * coef, rtol=1e-6, atol=0)
+
+
+def test_several_optimizers_fold_and_scale_side_by_side(decided_on):
+    model, reference = small(), small()
+
+    def pair(m):
+        return AdamW(m[0].parameters(), lr=0.1, fused=True), RMSprop(m[1].parameters(), lr=0.1)
+
+    optimizers, theirs = pair(model), pair(reference)
+    clipper = distclip.Clipper(model, 0.5)
+    for step in range(2):
+        fill(model, step)
+        fill(reference, step)
+        clipper.step(*optimizers)
+        nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        for optimizer in theirs:
+            optimizer.step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
+
+
+def test_one_parameter_in_two_fused_optimizers_is_scaled_once():
+    model = small()
+    pair = SGD(model.parameters(), lr=0.0, fused=True), SGD(model[0].parameters(), lr=0.0, fused=True)
+    assert scalings(model, *pair) == len(list(model.parameters()))
+    assert true_norm(whole_gradients(model.parameters())) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_an_optimizer_with_parameters_of_another_model_is_not_folded():
+    model, other = small(), small()
+    fill(other, 3)
+    kept = whole_gradients(other.parameters())
+    assert scalings(model, SGD([*model.parameters(), *other.parameters()], lr=0.0, fused=True)) == 4
+    assert same_tensors(kept, whole_gradients(other.parameters()))
+
+
+def test_attributes_of_the_optimizer_are_as_before(decided_on):
+    model = small()
+    optimizer = AdamW(model.parameters(), fused=True)
+    before = dict(optimizer.__dict__)
+    scalings(model, optimizer)
+    assert optimizer.__dict__.keys() == before.keys()
+    optimizer.grad_scale = mark = torch.tensor(1.0)
+
+    def fail(*_):
+        raise KeyError("hook")
+
+    optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyError, match="hook"):
+        scalings(model, optimizer)
+    assert optimizer.grad_scale is mark
+    assert "found_inf" not in optimizer.__dict__
+
+
+def test_clip_leaves_the_bits_where_the_coefficient_is_one(decided_on):
+    model = small()
+    fill(model, 0)
+    before = whole_gradients(model.parameters())
+    report = distclip.Clipper(model, 1e3).clip_()
+    assert report.to_dict() == {"norm": report.norm.item(), "max_norm": 1e3, "coef": 1.0, "skip": False}
+    assert same_bits([before, whole_gradients(model.parameters())])
+
+
+def test_clip_leaves_the_gradients_of_a_skipped_step(decided_on):
+    for policy in (0.1, distclip.ValueClip(0.1)):
+        model = small()
+        fill(model, 0)
+        model[0].bias.grad[0] = inf
+        before = whole_gradients(model.parameters())
+        report = distclip.Clipper(model, policy).clip_()
+        assert (report.skip.item(), report.coef.item(), report.norm.item()) == (True, 1.0, inf)
+        assert same_bits([before, whole_gradients(model.parameters())])
+
+
+def test_value_clipping_clamps_and_steps(decided_on):
+    model = small()
+    fill(model, 0)
+    expected = [g.clamp(-0.2, 0.3) for g in whole_gradients(model.parameters())]
+    before = [p.detach().clone() for p in model.parameters()]
+    report = distclip.Clipper(model, distclip.ValueClip((-0.2, 0.3))).step(SGD(model.parameters(), lr=1.0, fused=True))
+    assert report.coef.item() == 1.0
+    for p, b, e in zip(model.parameters(), before, expected, strict=True):
+        torch.testing.assert_close(p.detach(), b - e)
+
+
+def test_measure_changes_nothing():
+    model = small()
+    clipper = distclip.Clipper(model, distclip.AutoClip(window=4, max_norm=0.5))
+    fill(model, 0)
+    gradients, state = whole_gradients(model.parameters()), copy.deepcopy(clipper.state_dict())
+    measured = clipper.measure().to_dict()
+    assert measured == clipper.measure().to_dict()
+    assert same_bits([gradients, whole_gradients(model.parameters())])
+    assert same_bits([state, clipper.state_dict()])
+    assert clipper.clip_().to_dict() == measured
+    assert clipper.state_dict()["steps"] == 1
+
+
+def test_raise_names_the_culprit_and_touches_nothing(decided_on):
+    model = small()
+    optimizer = AdamW(model.parameters(), fused=True)
+    clipper = distclip.Clipper(model, 1.0, nonfinite="raise")
+    fill(model, 0)
+    model[1].weight.grad[0, 0] = -inf
+    before = whole_gradients(model.parameters())
+    with pytest.raises(distclip.NonFiniteError, match=r"1\.weight on rank 0 has inf in its gradient"):
+        clipper.step(optimizer)
+    assert same_bits([before, whole_gradients(model.parameters())])
+    assert not optimizer.state
+
+
+def test_propagate_does_what_torch_does(decided_on):
+    model, reference = small(), small()
+    for m in (model, reference):
+        fill(m, 0)
+        m[0].bias.grad[0] = nan
+    assert distclip.Clipper(model, 1.0, nonfinite="propagate").clip_().skip.item() is False
+    nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    assert same_bits([whole_gradients(m.parameters()) for m in (model, reference)])
+    optimizer = SGD(model.parameters(), lr=1.0, fused=True)
+    distclip.Clipper(model, 1.0, nonfinite="propagate").step(optimizer)
+    assert all(p.isnan().all() for p in model.parameters())
+
+
+def test_a_skip_is_reported_with_its_culprit(decided_on):
+    model = small()
+    optimizer = AdamW(model.parameters(), fused=True)
+    clipper = distclip.Clipper(model, 1.0)
+    fill(model, 0)
+    model[0].weight.grad[0, 0] = nan
+    report = clipper.step(optimizer)
+    if decided_on == "device":  # known one call late
+        assert report.culprit is None
+        fill(model, 1)
+        clipper.measure()
+    else:
+        assert report.culprit == clipper.culprit
+    assert str(clipper.culprit) == "0.weight on rank 0 has NaN in its gradient"
+
+
+def test_an_overflow_is_skipped_and_said():
+    model = small().double()
+    fill(model, 0)
+    model[0].weight.grad[0, 0] = 1e200
+    report = distclip.Clipper(model, 1.0).clip_()
+    assert report.skip.item() is True
+    assert report.culprit.kind == "overflow"
+    before = whole_gradients(model.parameters())
+    report = distclip.Clipper(model, 1.0, nonfinite="propagate").clip_()
+    assert (report.skip.item(), report.coef.item()) == (False, 1.0)
+    assert same_bits([before, whole_gradients(model.parameters())])
+
+
+def test_so_many_skips_in_a_row_and_no_more(decided_on):
+    model = small()
+    optimizer = SGD(model.parameters(), lr=0.1, fused=True)
+    clipper = distclip.Clipper(model, 1.0, max_consecutive_skips=2)
+
+    def step(bad: bool) -> None:
+        fill(model, 0)
+        if bad:
+            model[0].bias.grad[0] = nan
+        clipper.step(optimizer)
+
+    for bad in (True, True, False, True, True):
+        step(bad)
+    if decided_on == "device":
+        step(True)  # which the next call raises
+    with pytest.raises(distclip.NonFiniteError, match=r"3 steps in a row.*0\.bias on rank 0 has NaN"):
+        step(True)
+    if decided_on == "host":
+        assert clipper.state_dict()["consecutive_skips"] == 3
+
+
+def test_state_survives_and_decides_the_same():
+    def run(clipper, model, steps):
+        coefs = []
+        for step in steps:
+            fill(model, step, scale=1.0 + step % 5)
+            coefs.append(clipper.clip_().coef.item())
+        return coefs
+
+    def made():
+        model = small()
+        return distclip.Clipper(model, distclip.AutoClip(percentile=30, window=7)), model
+
+    clipper, model = made()
+    whole = run(clipper, model, range(20))
+    assert len(set(whole)) > 5
+    first, model = made()
+    head = run(first, model, range(9))
+    second, model = made()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert head + run(second, model, range(9, 20)) == whole
+    assert same_bits([second.state_dict(), clipper.state_dict()])
+
+
+def test_the_state_is_a_copy():
+    clipper = distclip.Clipper(small(), distclip.AutoClip(window=3))
+    state = clipper.state_dict()
+    state["policy"]["norms"].fill_(7.0)
+    assert clipper.state_dict()["policy"]["norms"].tolist() == [inf] * 3
+    clipper.load_state_dict(state)
+    state["policy"]["norms"].fill_(8.0)
+    assert clipper.state_dict()["policy"]["norms"].tolist() == [7.0] * 3
+
+
+BAD_STATES = {
+    "keys": lambda s: {"policy": s["policy"]},
+    "another policy": lambda s: s | {"policy": {}},
+    "shape": lambda s: s | {"policy": s["policy"] | {"norms": torch.zeros(4, dtype=torch.float64)}},
+    "dtype": lambda s: s | {"policy": s["policy"] | {"norms": torch.zeros(3)}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(name):
+    clipper = distclip.Clipper(small(), distclip.AutoClip(window=3))
+    before = clipper.state_dict()
+    with pytest.raises(ValueError, match="state"):
+        clipper.load_state_dict(BAD_STATES[name](copy.deepcopy(before)))
+    assert same_bits([before, clipper.state_dict()])
+
+
+BAD_ARGUMENTS = {
+    "nonfinite": lambda m: distclip.Clipper(m, 1.0, nonfinite="zero"),
+    "max_consecutive_skips": lambda m: distclip.Clipper(m, 1.0, max_consecutive_skips=0),
+    "norm_type": lambda m: distclip.Clipper(m, 1.0, norm_type=0),
+    "max_norm": lambda m: distclip.Clipper(m, nan),
+    "policy": lambda m: distclip.Clipper(m, distclip.MaxNorm),
+    "model must be a module": lambda m: distclip.Clipper(m.parameters(), 1.0),
+    r"step\(\) needs the optimizers": lambda m: distclip.Clipper(m, 1.0).step(),
+}
+
+
+@pytest.mark.parametrize("says", BAD_ARGUMENTS)
+def test_a_bad_argument_is_refused_by_name(says):
+    with pytest.raises(ValueError, match=says):
+        BAD_ARGUMENTS[says](small())
+
+
+def test_parts_of_a_model_are_clipped_together_and_named_apart():
+    parts = [small(), small()]
+    for seed, part in enumerate(parts):
+        fill(part, seed)
+    oracle = true_norm([g for part in parts for g in whole_gradients(part.parameters())])
+    parts[1][0].bias.grad[0] = nan
+    clipper = distclip.Clipper(parts, oracle / 2)
+    assert clipper.clip_().culprit.parameter == "1.0.bias"
+    fill(parts[1], 1)
+    assert clipper.clip_().norm.item() == pytest.approx(oracle, rel=1e-7)
+    assert true_norm([g for part in parts for g in whole_gradients(part.parameters())]) == pytest.approx(oracle / 2)
+
+
+def test_missing_and_returning_gradients():
+    model = build()
+    clipper = distclip.Clipper(model, inf)
+    assert clipper.measure().norm.item() == 0.0
+    fill(model, 0)
+    whole = clipper.measure().norm.item()
+    model.head.weight.grad = None
+    assert clipper.measure().norm.item() == pytest.approx(true_norm(whole_gradients(model.parameters())), rel=1e-7)
+    fill(model, 0)
+    assert clipper.measure().norm.item() == whole

@@ -6,26 +6,32 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 make_environment train,dev
 cd "$root"
-export OMP_NUM_THREADS=1
-failed=()
+export OMP_NUM_THREADS=1 # ranks share the cores already
+failed=
 
-step() { # name, command...: one line, and the output only if it fails
-    local name=$1 output start=$SECONDS
-    shift
-    if output=$("$venv/bin/$1" "${@:2}" 2>&1); then
-        printf '%-12s ok      %3d s\n' "$name" $((SECONDS - start))
-    else
-        printf '%s\n%-12s FAILED  %3d s\n' "$output" "$name" $((SECONDS - start))
-        failed+=("$name")
+report() { # name, exit code, start: one line for a step
+    local verdict=ok
+    if (($2 != 0)); then
+        verdict="FAILED ($2)"
+        failed+=${failed:+, }$1
     fi
+    printf '%-12s %-10s %4d s\n' "$1" "$verdict" $((SECONDS - $3))
 }
 
-step "ruff check" ruff check --quiet .
-step "ruff format" ruff format --check .
-step "mypy" mypy
+quietly() { # name, command...: its output is shown only if it fails
+    local name=$1 start=$SECONDS output code=0
+    shift
+    output=$("$venv/bin/$1" "${@:2}" 2>&1) || code=$?
+    ((code == 0)) || printf '%s\n' "$output"
+    report "$name" "$code" "$start"
+}
 
-start=$SECONDS
-"$venv/bin/pytest" -q -n auto --maxprocesses 8 --dist worksteal "$@" || failed+=("pytest (exit code $?)")
-printf '%-12s %s  %3d s\n' pytest "$([[ ${failed[*]-} == *pytest* ]] && echo FAILED || echo 'ok    ')" $((SECONDS - start))
+quietly "ruff check" ruff check .
+quietly "ruff format" ruff format --check .
+quietly "mypy" mypy
 
-((${#failed[@]} == 0)) || fail "failed: $(IFS=,; echo "${failed[*]}")"
+start=$SECONDS code=0
+"$venv/bin/pytest" -q -n auto --maxprocesses 8 --dist worksteal "$@" || code=$?
+report pytest "$code" "$start"
+
+[[ -z $failed ]] || fail "failed: $failed"

@@ -1,0 +1,178 @@
+"""Ranks decide alike, or all of them raise: nobody hangs and nobody steps alone."""
+
+from functools import partial
+from math import inf, nan
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import AdamW
+
+import distclip
+from layouts import DenseNet, backward, build, ddp, fsdp2
+from ranks import run_ranks, same_bits
+
+ERRORS = (distclip.LayoutError, distclip.NonFiniteError, ValueError)
+
+
+def corrupt_replica(layout, bad: float, norm_type: float, nonfinite: str) -> dict[str, object]:
+    model = layout()
+    optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
+    clipper = distclip.Clipper(model, 1.0, norm_type=norm_type, nonfinite=nonfinite)
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model)
+    if dist.get_rank() == 1:
+        weight = next(p for n, p in model.named_parameters() if n.endswith("blocks.0.1.weight"))
+        distclip.plan.Plan.local(weight.grad)[1, 0] = bad
+    try:
+        report = clipper.step(optimizer)
+        said = str(report.culprit)
+        skip = report.skip.item()
+    except distclip.NonFiniteError as error:
+        said, skip = str(error), None
+    after = [p.detach().clone() for p in model.parameters()]
+    same = [
+        torch.equal(distclip.plan.Plan.local(a), distclip.plan.Plan.local(b))
+        for a, b in zip(before, after, strict=True)
+    ]
+    return {"said": said, "skip": skip, "untouched": all(same)}
+
+
+@pytest.mark.parametrize("layout", [ddp, fsdp2])
+@pytest.mark.parametrize(("bad", "kind"), [(nan, "NaN"), (inf, "inf")])
+@pytest.mark.parametrize("norm_type", [2.0, inf])
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_bad_number_on_one_rank_is_the_same_decision_on_all(layout, bad, kind, norm_type, nonfinite):
+    results = run_ranks(corrupt_replica, 3, layout, bad, norm_type, nonfinite)
+    assert all(r == results[0] for r in results)
+    assert f"blocks.0.1.weight on rank 1 has {kind} in its gradient" in results[0]["said"]
+    assert results[0]["skip"] is (True if nonfinite == "skip" else None)
+    assert results[0]["untouched"]
+
+
+def calls(layout, norm_type: float, odd_rank: str) -> str:
+    """Three steps; rank 1 does something else in the second."""
+    model = layout()
+    clipper = distclip.Clipper(model, 1.0, norm_type=norm_type)
+    backward(model)
+    try:
+        for step in range(3):
+            if step == 1 and dist.get_rank() == 1:
+                if odd_rank == "an extra measurement":
+                    clipper.measure()
+                elif odd_rank == "a state of another step":
+                    clipper.load_state_dict(clipper.state_dict() | {"steps": 7})
+            clipper.clip_()
+    except distclip.LayoutError as error:
+        return str(error)
+    return f"no error on rank {dist.get_rank()}"
+
+
+@pytest.mark.parametrize("norm_type", [2.0, inf])
+@pytest.mark.parametrize("odd_rank", ["an extra measurement", "a state of another step"])
+def test_another_call_or_another_step_on_one_rank_is_an_error_on_all(norm_type, odd_rank):
+    for said in run_ranks(calls, 3, fsdp2, norm_type, odd_rank, timeout=20):
+        assert "the ranks of the clipping group do not agree" in said
+
+
+def other_functions_parameters() -> str:
+    model = build()
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    backward(model)
+    parameters = list(model.parameters())[1 if dist.get_rank() == 1 else 0 :]
+    try:
+        distclip.clip_grad_norm_(parameters, 1.0)
+    except distclip.LayoutError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_function_called_with_other_parameters_is_an_error_on_all_ranks():
+    for said in run_ranks(other_functions_parameters, 3, timeout=20):
+        assert "the ranks of the clipping group passed other parameters" in said
+
+
+def built_differently(what: str) -> str:
+    odd = dist.get_rank() == 1
+    model: nn.Module = DenseNet()
+    settings: dict[str, object] = {"norm_type": 2.0, "nonfinite": "skip", "max_consecutive_skips": None}
+    policy: object = 1.0
+    if odd and what == "names":
+        model = nn.ModuleDict({"other": model})
+    elif odd and what == "shapes":
+        model.head = nn.Linear(12, 3)
+    elif odd and what == "dtypes":
+        model.head.half()
+    elif odd and what == "missing":
+        del model.blocks[1]
+    elif odd and what == "policy":
+        policy = distclip.AutoClip()
+    elif odd and what == "max_norm":
+        policy = distclip.MaxNorm(2.0)
+    elif odd and what in settings:
+        settings[what] = {"norm_type": inf, "nonfinite": "raise", "max_consecutive_skips": 3}[what]
+    try:
+        distclip.Clipper(model, policy, **settings)
+    except ERRORS as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("what", ["names", "shapes", "dtypes", "missing"])
+def test_other_parameters_on_one_rank_are_refused_at_construction(what):
+    for said in run_ranks(built_differently, 3, what, timeout=20):
+        assert said.startswith("LayoutError: the ranks of the clipping group hold parameters of other names")
+
+
+@pytest.mark.parametrize("what", ["policy", "max_norm", "norm_type", "nonfinite", "max_consecutive_skips"])
+def test_other_settings_on_one_rank_are_refused_at_construction(what):
+    named = "policy" if what == "max_norm" else what
+    for said in run_ranks(built_differently, 3, what, timeout=20):
+        assert said == f"ValueError: {named} must be the same on every rank: build every Clipper alike"
+
+
+def adaptive(size: int) -> tuple[list[float], dict[str, object]]:
+    model = fsdp2() if dist.get_world_size() > 1 else build()
+    clipper = distclip.Clipper(model, distclip.AutoClip(percentile=40, window=5))
+    coefs = []
+    for step in range(12):
+        backward(model, step)
+        coefs.append(clipper.clip_().coef.item())
+        model.zero_grad()
+    return coefs, clipper.state_dict()
+
+
+def test_an_adaptive_policy_keeps_one_state_on_all_ranks():
+    results = run_ranks(adaptive, 3, 3)
+    assert same_bits(results)
+    (alone,) = run_ranks(adaptive, 1, 1)
+    assert len({round(c, 4) for c in alone[0]}) > 3
+    assert results[0][0] == pytest.approx(alone[0], rel=1e-5)
+
+
+def skewed_gradients(how: str) -> str:
+    model = ddp() if how in ("no_sync", "one replica") else fsdp2()
+    clipper = distclip.Clipper(model, 1.0)
+    if how == "no_sync":
+        with model.no_sync():
+            backward(model)
+    else:
+        backward(model)
+    if how == "one replica" and dist.get_rank() == 0:
+        next(model.parameters()).grad[0, 0] += 1
+    try:
+        clipper.verify()
+    except distclip.LayoutError as error:
+        return str(error)
+    return "no error"
+
+
+def test_verify_finds_gradients_that_were_not_reduced():
+    for said in run_ranks(skewed_gradients, 2, "no_sync"):
+        assert "ranks that should hold the same gradient do not: module.embed.weight" in said
+        assert "no_sync" in said
+    for said in run_ranks(skewed_gradients, 2, "one replica"):
+        assert "do not: module.embed.weight; " in said
+    assert run_ranks(partial(skewed_gradients, "as it should be"), 2) == ["no error"] * 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 import distclip
@@ -14,6 +15,10 @@ from layouts import DenseNet, backward, build, ddp, fsdp2
 from ranks import run_ranks, same_bits
 
 ERRORS = (distclip.LayoutError, distclip.NonFiniteError, ValueError)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def corrupt_replica(layout, bad: float, norm_type: float, nonfinite: str) -> dict[str, object]:
@@ -24,7 +29,7 @@ def corrupt_replica(layout, bad: float, norm_type: float, nonfinite: str) -> dic
     backward(model)
     if dist.get_rank() == 1:
         weight = next(p for n, p in model.named_parameters() if n.endswith("blocks.0.1.weight"))
-        distclip.plan.Plan.local(weight.grad)[1, 0] = bad
+        local(weight.grad)[1, 0] = bad
     try:
         report = clipper.step(optimizer)
         said = str(report.culprit)

@@ -1,4 +1,4 @@
-"""Everything shown is run: code in documents, examples, doctests, configs. And every file they name is there.
+"""Everything shown is run: code in documents, examples, doctests, configs. And every file or test they name is there.
 
 A ```python block runs in a process of its own. A comment right before the block says how, if not simply so:
 
@@ -142,3 +142,10 @@ def test_every_file_that_a_document_names_is_there(document):
     text = document.read_text(encoding="utf-8")
     named = {ROOT / path for path in PATH.findall(text)} | {document.parent / path for path in LINK.findall(text)}
     assert {str(path) for path in named if not path.exists()} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_test_that_a_document_names_is_there(document):
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/**/test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)\(", tests, re.MULTILINE))
+    assert set(re.findall(r"`(test_\w+)`", document.read_text(encoding="utf-8"))) <= defined

@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return start(config, overrides)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        package = EXTRA.get((error.name or "").partition(".")[0])
+        if package is None:
             raise
-        package = EXTRA[error.name]
         print(f'distclip: training needs {package}: pip install "distclip[train]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

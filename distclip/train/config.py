@@ -114,7 +114,7 @@ class Config:
     run: Run
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", f"must not be negative, not {self.seed}")
+        require(0 <= self.seed < 10**8, "seed", f"must lie in [0, 1e8), not {self.seed}")
         require(self.name != "" and "/" not in self.name, "name", f"names a folder: no {self.name!r} and no slashes")
         require(not self.resume or self.run.dir is not None, "resume", "which run? add run.dir=FOLDER")
         fused_sgd = self.optim.name == "sgd" and self.optim.fused

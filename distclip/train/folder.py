@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distclip.train.checkpoint import saved_steps
@@ -87,7 +87,8 @@ def open_folder(config: Config, place: Place) -> RunFolder:
     folder = RunFolder(path=path)
     if place.rank == 0:
         folder.checkpoints.mkdir(exist_ok=True)
-        folder.config.write_text(to_yaml(config), encoding="utf-8")
+        resolved = replace(config, run=replace(config.run, dir=str(path)))
+        folder.config.write_text(to_yaml(resolved), encoding="utf-8")
     return folder
 
 

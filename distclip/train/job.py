@@ -42,12 +42,16 @@ def run_rank(config: Config, world: int) -> int:
     """Train as one of the `world` ranks that a launcher has started. Returns the exit code."""
     with StopSignals() as stop:
         dataset = check(config, world)
-        place = join()
-        trainer = build(config, dataset, place, stop)
-        code = Job(config, dataset, trainer, open_folder(config, place)).run()
+        code = train(config, dataset, join(), stop)
         dist.barrier()
         dist.destroy_process_group()
         return code
+
+
+def train(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> int:
+    """Train in the process group that is there. The folder is made last: what fails before leaves nothing behind."""
+    trainer = build(config, dataset, place, stop)
+    return Job(config, dataset, trainer, open_folder(config, place)).run()
 
 
 def build(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> Trainer:
@@ -131,7 +135,9 @@ class Job:
         say(f"ranks    {place.world} ({strategy}) on {place.device.type}, collectives by {place.backend}")
         say(f"data     {self.dataset.about}")
         say(f"model    {size:,} parameters, {self.trainer.steps:,} steps of {self.config.train.batch_size}")
-        say(f"entropy  {self.dataset.entropy():.4f} nats: the held-out loss of the best answer that ignores its input")
+        say(
+            f"entropy  {self.dataset.entropy():.4f} nats (unigram): the held-out loss of an answer that ignores its input"
+        )
         say(f"folder   {self.folder.path}")
         if self.start:
             say(f"resumed  after step {self.start} of {self.trainer.steps}")

@@ -101,15 +101,16 @@ def check_keys(document: dict[str, Any], known: dict[str, Any]) -> None:
     """No key that does not exist, no section that is a value, no required key missing."""
     check_names("", document, list(known))
     for field in fields(Config):
-        if field.name not in document and field.default is MISSING and not is_dataclass(known[field.name]):
-            raise ConfigError(field.name, "is missing")
+        if not is_dataclass(known[field.name]):
+            missing = document.get(field.name) is None and field.default is MISSING
+            require(not missing, field.name, "is missing")
     for name, type_ in known.items():
         if is_dataclass(type_):
             section = document.setdefault(name, {})
             require(isinstance(section, dict), name, f"is a section of keys, not {section!r}")
             check_names(f"{name}.", section, [field.name for field in fields(type_)])
             for field in fields(type_):
-                missing = field.name not in section and field.default is MISSING
+                missing = section.get(field.name) is None and field.default is MISSING
                 require(not missing, f"{name}.{field.name}", "is missing")
 
 

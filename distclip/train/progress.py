@@ -86,7 +86,8 @@ class Display:
         )
 
     def table(self, rows: dict[str, str]) -> None:
-        table = Table(show_header=False)
+        table = Table("", "", show_header=False)
+        table.columns[1].overflow = "fold"  # a path cut short could not be copied
         for name, value in rows.items():
             table.add_row(name, value)
         self.console.print(table)

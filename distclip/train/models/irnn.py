@@ -23,6 +23,7 @@ class Irnn(nn.Module):
         self.cell = nn.RNNCell(features, config.width, nonlinearity="relu")
         self.head = nn.Linear(config.width, classes)
         nn.init.eye_(self.cell.weight_hh)
+        nn.init.normal_(self.cell.weight_ih, std=0.1)
         nn.init.zeros_(self.cell.bias_hh)
         nn.init.zeros_(self.cell.bias_ih)
 

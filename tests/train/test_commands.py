@@ -1,0 +1,102 @@
+"""The command itself: started alone and by torchrun, stopped by signals, gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from train.commands import CONFIGS, TINY, TORCHRUN, metrics, numbers, start
+
+from distclip import __version__
+from distclip.cli import main
+
+LONG = [*TINY, "train.steps=100000", "train.log_every=1000"]
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        output, errors = process.communicate(timeout=90)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output, errors
+
+
+def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= steps):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step was taken"
+        time.sleep(0.05)
+
+
+def test_the_command_starts_its_ranks_and_torchrun_takes_the_same_steps(tmp_path: Path):
+    words = ["train", CONFIGS / "quickstart.yaml", *TINY, "train.steps=6", "--train.log_every=2"]
+    alone = start(*words, f"run.root={tmp_path}")
+    under = start(*words, f"run.dir={tmp_path / 'torchrun'}", launcher=[*TORCHRUN, "2"])
+    code, output, errors = finish(alone)
+    assert (code, errors) == (0, "")
+    assert finish(under)[0] == 0
+    (folder,) = tmp_path.glob("quickstart-2*")  # the name and a timestamp
+    assert numbers(folder) == numbers(tmp_path / "torchrun")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+    ]
+    assert "2 (fsdp2) on cpu, collectives by gloo" in output
+    lines = [line.split()[1] for line in output.splitlines() if line.startswith("step ")]
+    assert lines == ["1/6", "2/6", "4/6", "6/6"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert f"{summary['held_out_loss']:.4f}" in output
+    assert f"{summary['entropy']:.4f}" in output
+
+
+@pytest.mark.parametrize(
+    ("number", "send", "code"),
+    [(signal.SIGINT, os.killpg, 130), (signal.SIGTERM, os.kill, 143)],
+    ids=["Ctrl-C in the terminal", "SIGTERM to the command"],
+)
+def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(number, send, code, tmp_path: Path):
+    folder = tmp_path / "run"
+    words = ["train", CONFIGS / "quickstart.yaml", *LONG, f"run.dir={folder}"]
+    process = start(*words)
+    wait_for_steps(folder, 5, process)
+    send(process.pid, number)
+    returned, output, errors = finish(process)
+    assert returned == code
+    assert "Traceback" not in errors
+    steps = [record["step"] for record in metrics(folder)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{steps[-1]:08d}"]
+    assert json.loads((folder / "summary.json").read_text())["status"] == f"stopped by {number.name}"
+    assert f"resume=true run.dir={folder}" in "".join(output.split("\n"))
+
+    code, _, errors = finish(start(*words, "resume=true", f"train.steps={steps[-1] + 3}"))
+    assert (code, errors) == (0, "")
+    assert [record["step"] for record in metrics(folder)] == list(range(1, steps[-1] + 4))
+
+
+def test_a_failure_in_training_is_exit_code_1_and_one_line(tmp_path: Path):
+    words = ["optim.lr=1e30", "clip.nonfinite=raise", "train.epochs=1", f"run.dir={tmp_path / 'run'}"]
+    code, _, errors = finish(start("train", CONFIGS / "digits.yaml", *words))
+    assert code == 1
+    assert errors.count("distclip: training failed: ") == 1
+    assert "Traceback" not in errors
+
+
+def test_version_and_help_need_no_config(capsys: pytest.CaptureFixture[str]):
+    for words in (["--version"], ["--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"distclip {__version__}\n")
+    for part in ("distclip train configs/quickstart.yaml", "torchrun --nproc-per-node 2", "exit codes", "143"):
+        assert part in output
+    assert max(map(len, output.splitlines())) <= 110

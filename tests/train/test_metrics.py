@@ -1,0 +1,32 @@
+"""metrics.jsonl is JSON whatever the numbers are, and holds every step once."""
+
+import json
+import math
+from pathlib import Path
+
+from distclip.train.metrics import MetricsFile, read_until, to_json
+from distclip.train.progress import Tally
+
+
+def test_numbers_that_json_does_not_know_are_strings_that_float_reads():
+    line = to_json({"a": math.inf, "b": -math.inf, "c": math.nan, "d": 0.5, "e": False, "f": 3})
+    read = json.loads(line, parse_constant=lambda name: f"not JSON: {name}")
+    assert read == {"a": "Infinity", "b": "-Infinity", "c": "NaN", "d": 0.5, "e": False, "f": 3}
+    assert [float(read[name]) for name in "ab"] == [math.inf, -math.inf]
+    assert math.isnan(float(read["c"]))
+
+
+def test_going_on_drops_what_came_after_the_checkpoint_and_a_line_cut_short(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "coef": 1.0, "skip": False}) for step in range(1, 8)]
+    path.write_text("\n".join(lines) + '\n{"step": 8, "co')
+    with MetricsFile(path, read_until(path, 5)) as file:
+        file.write({"step": 6, "coef": 0.5, "skip": False})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    tally = Tally(read_until(path, 6))
+    assert (tally.steps, tally.clipped, tally.share(tally.clipped)) == (6, 1, 1 / 6)
+
+
+def test_a_skipped_step_is_not_a_clipped_one():
+    tally = Tally([{"coef": "NaN", "skip": True}, {"coef": 0.5, "skip": False}, {"coef": 1.0, "skip": False}])
+    assert (tally.steps, tally.clipped, tally.skipped) == (3, 1, 1)

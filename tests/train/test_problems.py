@@ -1,0 +1,173 @@
+"""What the user can put right is one line on stderr that names the key, exit code 2, and nothing on disk."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from train.commands import CONFIGS, ROOT, TORCHRUN, start
+
+from distclip.cli import main
+
+QUICKSTART, CLASSIFIER, DIGITS = "quickstart.yaml", "classifier.yaml", "digits.yaml"
+
+PROBLEMS = [
+    (QUICKSTART, ["clip.max_nrom=1"], ["clip.max_nrom", "did you mean clip.max_norm?"]),
+    (QUICKSTART, ["clips.max_norm=1"], ["clips", "did you mean clip?"]),
+    (QUICKSTART, ["data.text_column=text"], ["data.text_column", "no such key"]),  # another task's
+    (QUICKSTART, ["train.steps=many"], ["train.steps", "int or null", "'many'"]),
+    (QUICKSTART, ["train.steps=1.5"], ["train.steps", "int or null", "1.5"]),
+    (QUICKSTART, ["train.steps=0"], ["train.steps", "at least 1"]),
+    (QUICKSTART, ["train.epochs=2"], ["train.steps", "either steps or epochs"]),
+    (QUICKSTART, ["train.batch_size=null"], ["train.batch_size", "is missing"]),
+    (QUICKSTART, ["train=5"], ["train", "section"]),
+    (QUICKSTART, ["seed.x=5"], ["seed.x", "not a section"]),
+    (QUICKSTART, ["clip.policy=hard"], ["clip.policy", "max_norm, value, autoclip, none"]),
+    (QUICKSTART, ["clip.policy=value"], ["clip.clip_value", "clip.policy=value needs it"]),
+    (QUICKSTART, ["clip.max_norm=-1"], ["clip.max_norm", "must be positive"]),
+    (QUICKSTART, ["clip.max_norm=.nan"], ["clip.max_norm", "must be positive"]),
+    (QUICKSTART, ["optim.lr=0"], ["optim.lr", "must be a positive number"]),
+    (QUICKSTART, ["optim.betas=[0.9]"], ["optim.betas", "a list of float"]),
+    (QUICKSTART, ["optim.name=sgd"], ["optim.fused", "no fused SGD"]),
+    (QUICKSTART, ["model.heads=5"], ["model.heads", "must divide model.width=96"]),
+    (QUICKSTART, ["task=chess"], ["task", "text, rows, digits"]),
+    (QUICKSTART, ["name=a/b"], ["name", "'a/b'"]),
+    (QUICKSTART, ["train.steps"], ["train.steps", "key=value"]),
+    (QUICKSTART, ["--verbose"], ["--verbose", "key=value"]),
+    (QUICKSTART, ["data.length=]"], ["data.length", "cannot read"]),
+    (QUICKSTART, ["parallel.processes=1000"], ["parallel.processes", "1000 is more than"]),
+    (QUICKSTART, ["parallel.processes=0"], ["parallel.processes", "at least 1"]),
+    (QUICKSTART, ["parallel.strategy=none"], ["parallel.strategy", "never meet"]),
+    (QUICKSTART, ["parallel.processes=3"], ["train.batch_size", "32", "3 processes"]),
+    (QUICKSTART, ["train.batch_size=100000"], ["train.batch_size", "training samples"]),
+    (QUICKSTART, ["resume=true"], ["resume", "run.dir"]),
+    (QUICKSTART, ["data.path={tmp}/nowhere"], ["data.path", "{tmp}/nowhere does not exist"]),
+    (QUICKSTART, ["data.path={tmp}/empty"], ["data.path", "{tmp}/empty holds no text", ".py"]),
+    (QUICKSTART, ["data.path={tmp}/short.txt"], ["data.path", "{tmp}/short.txt", "too little text"]),
+    (QUICKSTART, ["run.dir={tmp}/short.txt/run"], ["run.dir", "cannot write to {tmp}/short.txt"]),
+    (QUICKSTART, ["run.dir={tmp}/used"], ["run.dir", "{tmp}/used is not empty", "resume=true"]),
+    (CLASSIFIER, ["data.path={tmp}/rows.csv"], ["data.text_column", "no column 'text'", "comment_text, toxic"]),
+    (
+        CLASSIFIER,
+        ["data.path={tmp}/rows.csv", "data.text_column=comment_text"],
+        ["data.label_column", "no column 'label'"],
+    ),
+    (
+        CLASSIFIER,
+        ["data.path={tmp}/rows.csv", "data.text_column=comment_text", "data.label_column=toxic"],
+        ["data.label_column", "{tmp}/rows.csv, line 3", "'maybe' is not 0 or 1"],
+    ),
+    (CLASSIFIER, ["data.path={tmp}/missing.csv"], ["data.path", "{tmp}/missing.csv is not a file"]),
+    (CLASSIFIER, ["data.path=null"], ["data.path", "is missing"]),
+    (CLASSIFIER, ["model.dropout=1"], ["model.dropout", "[0, 1)"]),
+    (DIGITS, ["data.pixels=5"], ["data.pixels", "must divide 64"]),
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with things that are wrong."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "rows.csv").write_text("comment_text,toxic\nfine,0\nhm,maybe\n")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("")
+    return tmp_path
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What `distclip train` says after it has refused, in one line and nowhere else."""
+    assert main(["train", *words]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.endswith("\n")
+    assert output.err.count("\n") == 1, output.err
+    return output.err
+
+
+@pytest.mark.parametrize(("config", "words", "parts"), PROBLEMS, ids=str)
+def test_a_problem_is_one_line_that_names_the_key(config, words, parts, here, capsys):
+    before = sorted(here.rglob("*"))
+    words = [word.format(tmp=here) for word in words]
+    key, *others = (part.format(tmp=here) for part in parts)
+    message = complaint(capsys, str(CONFIGS / config), *words)
+    assert message.startswith(f"distclip: {key}: ")
+    for part in others:
+        assert part in message
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("task: [", "not YAML"),
+        ("- task", "a mapping"),
+        ("", "a mapping"),
+        ("name: x", "task: must be one of"),
+        ("task: digits", "name: is missing"),
+        ("task: digits\nname: x", "train.batch_size: is missing"),
+        ("task: rows\nname: x", "data.path: is missing"),
+        ("task: digits\nname: 3\ntrain: {batch_size: 1, steps: 1}\noptim: {lr: 1}", "name: must be str, not 3"),
+    ],
+)
+def test_a_bad_file_is_one_line(text, part, here, capsys):
+    (here / "bad.yaml").write_text(text)
+    assert part in complaint(capsys, str(here / "bad.yaml"))
+
+
+def test_a_missing_file_is_one_line(here, capsys):
+    assert "distclip: nowhere.yaml: there is no such config file" in complaint(capsys, "nowhere.yaml")
+
+
+def test_a_resumed_run_must_stay_the_same(here, capsys):
+    (here / "run").mkdir()
+    old = (CONFIGS / DIGITS).read_text().replace("lr: 0.1", "lr: 0.2")
+    (here / "run" / "config.yaml").write_text(old)
+    message = complaint(capsys, str(CONFIGS / DIGITS), f"run.dir={here}/run", "resume=true")
+    assert "optim.lr: cannot change in a resumed run: 0.1 here, 0.2 in" in message
+
+
+def test_the_launcher_has_the_last_word_on_the_number_of_ranks(here, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = complaint(capsys, str(CONFIGS / QUICKSTART), "parallel.processes=3")
+    assert message.startswith("distclip: parallel.processes: asks for 3 but the launcher started 2")
+
+
+WITHOUT_EXTRA = """
+import sys
+from distclip.cli import main
+OPTIONAL = ("jsonargparse", "yaml", "rich", "sklearn")
+for missing in OPTIONAL:
+    for name in [n for n in sys.modules if n.partition(".")[0] in OPTIONAL or n.startswith("distclip.train")]:
+        del sys.modules[name]
+    sys.modules[missing] = None
+    assert main(["train", "configs/digits.yaml"]) == 2
+"""
+
+
+def test_a_missing_package_is_one_line():
+    """In a process of its own, for it forgets modules that other tests hold on to."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRA], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    packages = ["jsonargparse", "PyYAML", "rich", "scikit-learn"]
+    assert done.stderr.splitlines() == [
+        f'distclip: training needs {package}: pip install "distclip[train]"' for package in packages
+    ]
+
+
+def test_the_package_itself_needs_no_extra():
+    probe = "import sys, distclip.cli; print([m for m in sys.argv[1:] if m in sys.modules])"
+    optional = ["distclip.train", "jsonargparse", "yaml", "rich", "sklearn"]
+    command = [sys.executable, "-c", probe, *optional]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_under_torchrun_one_rank_speaks_for_all():
+    process = start("train", CONFIGS / QUICKSTART, "clip.max_norm=-1", launcher=[*TORCHRUN, "2"])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1  # torchrun's own, whatever its ranks return
+    assert errors.count("clip.max_norm: must be positive") == 1

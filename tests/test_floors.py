@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 PACKAGE = Path(__file__).parent.parent / "distclip"
 FLOORS = [
-    {"errors", "flags", "group", "report"},
-    {"compare", "folding", "kernels", "layout", "policies", "words"},
+    {"errors", "flags", "group", "piece", "report"},
+    {"compare", "folding", "fsdp1", "fsdp2", "kernels", "layout", "policies", "realign", "words"},
+    {"gradient", "model"},
     {"plan"},
     {"culprit", "verify"},
     {"clipper", "functional"},
@@ -20,7 +21,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-CORE = set().union(*FLOORS[:6])
+CORE = set().union(*FLOORS[:7])
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 PICKLES = {name for name in dir(dist) if "_object" in name}  # all_gather_object and its like
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from math import inf
 from typing import Any, Literal
 from zlib import crc32
@@ -21,11 +21,12 @@ from .folding import foldable, folded, may_skip_on_device, parameters_of
 from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
-from .plan import Local, Plan, named_parameters
+from .model import pieces_of
+from .plan import Local, Measured, Plan
 from .policies import MaxNorm, Policy, State
 from .policies.checks import positive
 from .report import Culprit, Report
-from .verify import verify
+from .verify import compare_values, verify
 from .words import Reduced, clip_coef, presented
 
 NONFINITE = ("skip", "raise", "propagate")
@@ -106,12 +107,13 @@ class Clipper:
         self._policy = _as_policy(policy)
         self._nonfinite = nonfinite
         self._max_consecutive_skips = max_consecutive_skips
-        names, parameters = named_parameters(_parts(model))
+        pieces = pieces_of(_parts(model))
         p = positive("norm_type", norm_type)
-        self._plan = Plan.of(parameters, names, p, ClippingGroup.of(group), split_over, layout)
-        self._ids = frozenset(map(id, self._plan.parameters))
+        self._plan = Plan.of(pieces, p, ClippingGroup.of(group), split_over, layout)
+        self._ids = frozenset(id(piece.holder) for piece in pieces)
         self._state = self._policy.init(self._plan.device)
         self._steps = 0
+        self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._skips = 0
         self._unread: tuple[Flags, Local] | None = None
         self._culprit: Culprit | None = None
@@ -128,10 +130,9 @@ class Clipper:
         One all-reduce. Never waits on an accelerator; raises LayoutError at once where reading is free.
         """
         self._read_late_flags()
-        local = self._plan.look(p.grad for p in self._plan.parameters)
-        reduced = self._plan.reduce(local, tag=self._steps + MEASURING)
-        outcome, _ = self._decide(local, reduced)
-        if reads_are_free(self._plan.device) and reduced.disagree:
+        measured = self._measure(tag=self._steps + MEASURING)
+        outcome, _ = self._decide(measured)
+        if reads_are_free(self._plan.device) and measured.reduced.disagree:
             raise LayoutError(DISAGREE)
         return outcome.report
 
@@ -182,7 +183,7 @@ class Clipper:
         all-reduces of a few words a parameter, and a wait. Parameters that ``split_over`` or ``layout`` describe are
         not looked at.
         """
-        verify(self._plan, self._plan.look(p.grad for p in self._plan.parameters))
+        verify(self._plan)
 
     def state_dict(self) -> dict[str, Any]:
         """The policy's state and the counters: the same on every rank, for any number of ranks, copied."""
@@ -201,9 +202,9 @@ class Clipper:
     def _advance(self, skips_on_device: bool) -> Outcome:
         """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
         self._read_late_flags()
-        local = self._plan.look(p.grad for p in self._plan.parameters)
-        reduced = self._plan.reduce(local, tag=self._steps)
-        outcome, state = self._decide(local, reduced)
+        measured = self._measure(tag=self._steps)
+        local, reduced = measured.local, measured.reduced
+        outcome, state = self._decide(measured)
         may_skip = self._nonfinite == "skip" or outcome.skip is not False
         if (
             reads_are_free(self._plan.device)
@@ -213,13 +214,19 @@ class Clipper:
         ):
             outcome = self._read_now(outcome, reduced)
         else:
-            kept = Local([], local.indices, local.norms, None)  # norms name a culprit; gradients would stay alive
+            kept = replace(local, gradients=[])  # norms name a culprit; gradients would stay alive
             self._unread = Flags.send(~reduced.norm.isfinite(), reduced.disagree), kept
         self._state = state
         self._steps += 1
         return outcome
 
-    def _decide(self, local: Local, reduced: Reduced) -> tuple[Outcome, State]:
+    def _measure(self, tag: int) -> Measured:
+        measured = self._plan.measure(tag, eager=self._realigns)
+        self._realigns = measured.realigned
+        return measured
+
+    def _decide(self, measured: Measured) -> tuple[Outcome, State]:
+        reduced = measured.reduced
         decision, state = self._policy.decide(reduced.norm, self._state)
         skip = torch.zeros_like(reduced.disagree) if decision.skip is None else decision.skip
         if self._nonfinite != "propagate":
@@ -228,7 +235,7 @@ class Clipper:
         dtype = self._plan.dtype
         report = Report(presented(reduced.norm, dtype), presented(decision.max_norm, dtype), coef, skip)
         known_never = decision.skip is None and self._nonfinite == "propagate"
-        return Outcome(report, local, decision.bounds, coef, False if known_never else skip), state
+        return Outcome(report, measured.local, decision.bounds, coef, False if known_never else skip), state
 
     def _read_now(self, outcome: Outcome, reduced: Reduced) -> Outcome:
         """Bring the decision to the host in one copy; raise, on all ranks alike, what must be raised."""
@@ -286,8 +293,8 @@ class Clipper:
     def _not_folded(self, local: Local, optimizers: Sequence[Optimizer], folds: Sequence[bool]) -> list[Tensor]:
         """The gradients that no folding optimizer scales, those that no optimizer holds included."""
         inside = {id(p) for o, f in zip(optimizers, folds, strict=True) if f for p in parameters_of(o)}
-        parameters = self._plan.parameters
-        return [g for g, i in zip(local.gradients, local.indices, strict=True) if id(parameters[i]) not in inside]
+        pieces = self._plan.pieces
+        return [g for g, i in zip(local.gradients, local.indices, strict=True) if id(pieces[i].holder) not in inside]
 
     def _compare_ranks(self) -> None:
         limit = self._max_consecutive_skips
@@ -306,6 +313,7 @@ class Clipper:
             )
         if different:
             raise ValueError(f"{', '.join(different)} must be the same on every rank: build every Clipper alike")
+        compare_values(self._plan)
 
 
 def _as_policy(policy: Policy | float) -> Policy:

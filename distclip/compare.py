@@ -1,11 +1,16 @@
-"""Comparing a few numbers between ranks once, at construction."""
+"""Comparing ranks: a few numbers at construction, checksums of parameters, and words from one rank to all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .group import ClippingGroup
+
+SAMPLE = 4096  # elements of a parameter that its checksum looks at
+HASHES = 1 << 20  # a checksum is below: times 2**32 ranks, still exact in float64
+TEXT_BYTES = 1024
 
 
 def differing(group: ClippingGroup, device: torch.device, fields: Mapping[str, float]) -> list[str]:
@@ -16,3 +21,33 @@ def differing(group: ClippingGroup, device: torch.device, fields: Mapping[str, f
     values = torch.tensor(list(fields.values()), dtype=torch.float64, device=device)
     high, low = group.all_reduce(torch.cat([values, -values]), dist.ReduceOp.MAX).chunk(2)
     return [name for name, differs in zip(fields, (high != -low).tolist(), strict=True) if differs]
+
+
+def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Whole numbers below ``HASHES``, float64, one for each tensor: equal where values are, for plain local tensors.
+
+    From the float64 sum and sum of squares of at most ``SAMPLE`` evenly spread elements; 0 for meta tensors.
+    """
+    sums = torch.zeros(len(tensors), 2, dtype=torch.float64, device=device)
+    for row, tensor in zip(sums, tensors, strict=True):
+        if tensor.numel() and tensor.device.type != "meta":
+            values = _sample(tensor).double()
+            row.copy_(torch.stack([values.sum(), values.square().sum()]))
+    bits = sums.view(torch.int64) * 0x2545F4914F6CDD1D  # odd: spreads every bit upwards, wraps
+    mixed = (bits[:, 0] >> 40) ^ (bits[:, 1] >> 41)
+    return (mixed % HASHES).double()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+
+
+def say(group: ClippingGroup, device: torch.device, speaker: int, text: str) -> str:
+    """The ``text`` of the group's rank ``speaker``, on every rank: one all-reduce of 1024 bytes, and one wait."""
+    letters = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
+    if group.rank == speaker:
+        raw = text.encode()[:TEXT_BYTES]
+        letters[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    sent = group.all_reduce(letters.to(device))
+    return bytes(sent.tolist()).rstrip(b"\0").decode(errors="replace")

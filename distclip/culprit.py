@@ -8,7 +8,7 @@ from math import inf
 import torch
 import torch.distributed as dist
 
-from .group import ClippingGroup
+from .compare import say
 from .kernels import local_norms
 from .plan import Local, Plan
 from .report import Culprit
@@ -16,13 +16,12 @@ from .report import Culprit
 KINDS = {1: "NaN", 2: "inf", 3: "overflow"}
 NOBODY = 1 << 62
 OVERFLOW = 1 << 60  # added so that a NaN or inf anywhere comes before an overflow
-NAME_BYTES = 256
 
 
 def find_culprit(plan: Plan, local: Local) -> Culprit:
     """The first parameter of the lowest rank whose gradient is not finite, the same answer on every rank.
 
-    Two all-reduces, of one int64 and of 256 bytes, and one wait. ``local.gradients`` may be empty where the gradients
+    Two all-reduces, of one int64 and of 1024 bytes, and one wait. ``local.gradients`` may be empty where the gradients
     have changed since; then an inf norm is taken for an inf gradient.
     """
     group, device = plan.group, plan.device
@@ -32,7 +31,8 @@ def find_culprit(plan: Plan, local: Local) -> Culprit:
         return Culprit("overflow", None, None)
     winner %= OVERFLOW
     rank, index, kind = winner >> 34, winner >> 2 & 0xFFFFFFFF, KINDS[winner & 3]
-    return Culprit(kind, _name_from(plan, group, rank, index), group.ranks[rank])
+    name = say(group, device, rank, plan.label(index) if group.rank == rank else "")
+    return Culprit(kind, name, group.ranks[rank])
 
 
 def _first_bad(rank: int, local: Local) -> int:
@@ -44,13 +44,3 @@ def _first_bad(rank: int, local: Local) -> int:
         kind = 1 if norm.isnan() else 2 if norm == inf else 3
         words.append(rank << 34 | local.indices[position] << 2 | kind | (OVERFLOW if kind == 3 else 0))
     return min(words)
-
-
-def _name_from(plan: Plan, group: ClippingGroup, rank: int, index: int) -> str:
-    """What rank ``rank`` calls its parameter ``index``: ranks may hold different ones."""
-    letters = torch.zeros(NAME_BYTES, dtype=torch.uint8)
-    if group.rank == rank:
-        name = plan.label(index).encode()[:NAME_BYTES]
-        letters[: len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)
-    sent = group.all_reduce(letters.to(plan.device))
-    return bytes(sent.tolist()).rstrip(b"\0").decode(errors="replace")

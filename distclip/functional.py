@@ -1,9 +1,10 @@
 """Drop-in functions with the signatures of ``torch.nn.utils``: patch them over torch's, or call them in their place.
 
-They talk if and only if they must: when a parameter is a DTensor, or ``group``, ``split_over`` or ``layout`` is given
-(then also for an empty list), they make one all-reduce on every call, whatever gradients exist; otherwise they stay
-local, as torch, and every rank must hold all parameters. What plain tensors cannot show is not seen: pipeline stages
-and experts held as plain tensors need ``split_over`` or ``layout``, or a :class:`Clipper`, which compares the ranks.
+They talk if and only if they must: when a parameter is a DTensor or lies in an FSDP1 module, or ``group``,
+``split_over`` or ``layout`` is given (then also for an empty list), they make one all-reduce on every call, whatever
+gradients exist; otherwise they stay local, as torch, and every rank must hold all parameters. What plain tensors cannot
+show is not seen: pipeline stages and experts held as plain tensors need ``split_over`` or ``layout``, or a
+:class:`Clipper`, which compares the ranks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,10 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from .culprit import find_culprit
 from .errors import LayoutError, NonFiniteError
+from .fsdp1 import is_flattened
 from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
-from .plan import Local, Plan, named_parameters
+from .model import pieces_of
+from .piece import Piece, piece_of, piece_of_gradient
+from .plan import Measured, Plan
 from .policies.checks import bounds, positive
 from .report import Culprit
 from .words import clip_coef, presented
@@ -50,7 +54,7 @@ def clip_grad_norm_(
     bits on every rank, on the device where the group reduces.
 
     * ``parameters``: an iterable of parameters, one tensor, one module or several. Each counts once, however often it
-      is listed. FSDP1 parameters are a LayoutError.
+      is listed. FSDP1 can be seen only from the module; its parameters without it are a LayoutError.
     * ``max_norm``: above 0; ``inf`` measures only. (torch accepts 0; it is a ValueError here.)
     * ``norm_type``: p > 0, or inf. Must be the same on every rank, which cannot be checked here.
     * ``error_if_nonfinite``: raise NonFiniteError on every rank, gradients untouched, naming parameter and rank. Two
@@ -71,12 +75,11 @@ def clip_grad_norm_(
     tensor([0.6000, 0.8000])
     """
     bound = positive("max_norm", max_norm, "inf measures only")
-    tensors, names = _listed(parameters)
-    plan = _plan(tensors, names, norm_type, group, split_over, layout)
-    local = plan.look(t.grad for t in plan.parameters)
-    norm, culprit = _total_norm(plan, local, error_if_nonfinite)
+    plan = _plan(_pieces(parameters), norm_type, group, split_over, layout)
+    measured = plan.measure()
+    norm, culprit = _total_norm(plan, measured, error_if_nonfinite)
     if culprit is None or culprit.kind != "overflow":
-        _scale(local.gradients, norm, bound)
+        _scale(measured.local.gradients, norm, bound)
     return presented(norm, plan.dtype)
 
 
@@ -101,8 +104,9 @@ def get_total_norm(
     tensor(5.)
     """
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    plan = _plan(listed, [], norm_type, group, split_over, None)
-    norm, _ = _total_norm(plan, plan.look(plan.parameters), error_if_nonfinite)
+    plan = _plan([piece_of_gradient(t) for t in listed], norm_type, group, split_over, None)
+    given = [piece.holder for piece in plan.pieces]
+    norm, _ = _total_norm(plan, plan.measure(given=given), error_if_nonfinite)
     return presented(norm, plan.dtype)
 
 
@@ -125,7 +129,7 @@ def clip_grads_with_norm_(
     bound = positive("max_norm", max_norm, "inf measures only")
     if isinstance(total_norm, DTensor):
         raise ValueError("total_norm must be a plain tensor, got a DTensor: use distclip.get_total_norm")
-    _scale(_gradients(parameters), torch.as_tensor(total_norm).double(), bound)
+    _scale(_gradients(_pieces(parameters)), torch.as_tensor(total_norm).double(), bound)
 
 
 @torch.no_grad()
@@ -144,43 +148,55 @@ def clip_grad_value_(
     tensor([ 2., -1.])
     """
     low, high = bounds("clip_value", clip_value)
-    clamp_(_gradients(parameters), low, high)
+    pieces = _pieces(parameters)
+    for piece in pieces:
+        gradient = piece.holder.grad
+        if isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements):
+            raise LayoutError(
+                f"a gradient is placed as {gradient.placements}, a sum not made yet, whose terms must not be clamped: "
+                "use Clipper(model, ValueClip(...)), or redistribute it"
+            )
+    clamp_(_gradients(pieces), low, high)
 
 
-def _listed(parameters: Parameters) -> tuple[list[Tensor], list[str]]:
-    """The parameters and, where modules were given, their names."""
+def _pieces(parameters: Parameters) -> list[Piece]:
+    """The pieces of modules, with their names, or of bare parameters."""
     if isinstance(parameters, Tensor):
-        return [parameters], []
+        return [piece_of(parameters)]
     listed = [parameters] if isinstance(parameters, nn.Module) else list(parameters)
     modules = [item for item in listed if isinstance(item, nn.Module)]
     if modules:
         if len(modules) != len(listed):
             raise ValueError("parameters must be tensors or modules, got both: pass the modules' parameters() instead")
-        names, tensors = named_parameters(modules)
-        return tensors, names
+        return pieces_of(modules)
     tensors = [item for item in listed if isinstance(item, Tensor)]
     if len(tensors) != len(listed):
         odd = next(item for item in listed if not isinstance(item, Tensor))
         raise ValueError(f"parameters must be tensors or modules, got {type(odd).__name__} (named_parameters()?)")
-    return tensors, []
+    return [piece_of(tensor) for tensor in tensors]
 
 
 def _plan(
-    tensors: list[Tensor],
-    names: list[str],
+    pieces: list[Piece],
     norm_type: float,
     group: dist.ProcessGroup | None,
     split_over: Sequence[Axis],
     layout: LayoutFn | None,
 ) -> Plan:
     p = positive("norm_type", norm_type)
-    talks = bool(group or split_over or layout) or any(isinstance(t, DTensor) for t in tensors)
-    return Plan.of(tensors, names, p, ClippingGroup.of(group) if talks else ClippingGroup.alone(), split_over, layout)
+    for i, piece in enumerate(pieces):
+        if not piece.name and is_flattened(piece.holder):
+            raise LayoutError(
+                f"parameter {i} of shape {tuple(piece.holder.shape)} is managed by FSDP1 (FullyShardedDataParallel) "
+                "and does not show of what it is a part: pass the FSDP1 module instead of its parameters"
+            )
+    talks = bool(group or split_over or layout) or any(piece.spec or piece.flat_over for piece in pieces)
+    return Plan.of(pieces, p, ClippingGroup.of(group) if talks else ClippingGroup.alone(), split_over, layout)
 
 
-def _total_norm(plan: Plan, local: Local, error_if_nonfinite: bool) -> tuple[Tensor, Culprit | None]:
+def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tuple[Tensor, Culprit | None]:
     """The float64 norm, and the culprit where a wait was allowed to look for one."""
-    reduced = plan.reduce(local)
+    reduced = measured.reduced
     if not (error_if_nonfinite or plan.can_overflow or reads_are_free(plan.device)):
         return torch.where(reduced.disagree, torch.nan, reduced.norm), None
     norm, disagree = torch.stack([reduced.norm, reduced.disagree.double()]).tolist()
@@ -188,7 +204,7 @@ def _total_norm(plan: Plan, local: Local, error_if_nonfinite: bool) -> tuple[Ten
         raise LayoutError(DISAGREE)
     if not (isnan(norm) or norm == inf) or not (error_if_nonfinite or plan.can_overflow):
         return reduced.norm, None
-    culprit = find_culprit(plan, local)
+    culprit = find_culprit(plan, measured.local)
     if error_if_nonfinite:
         raise NonFiniteError(
             f"The total norm of order {plan.p} is not finite: {culprit}; no gradient was changed. "
@@ -205,12 +221,18 @@ def _scale(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
         scale_(gradients, factor)
 
 
-def _gradients(parameters: Parameters) -> list[Tensor]:
-    """The local gradients that exist, each parameter's once; LayoutError for a gradient that is a pending sum."""
-    tensors, _ = _listed(parameters)
-    unique = {id(t): t for t in tensors}.values()
-    gradients = [t.grad for t in unique if t.grad is not None]
-    for gradient in gradients:
-        if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
-            raise LayoutError(f"a gradient is placed as {gradient.placements}, a sum not made yet: redistribute it")
-    return [Plan.local(gradient) for gradient in gradients]
+def _gradients(pieces: list[Piece]) -> list[Tensor]:
+    """The local gradients that exist, each parameter's once, as they lie."""
+    holders = {id(piece.holder): piece.holder for piece in pieces}.values()
+    found: list[Tensor] = []
+    for holder in holders:
+        gradient = holder.grad
+        if gradient is None:
+            continue
+        if isinstance(gradient, DTensor):
+            gradient = gradient._local_tensor
+        elif gradient.layout == torch.sparse_coo:
+            gradient = holder.grad = gradient.coalesce()
+            gradient = gradient._values()
+        found.append(gradient)
+    return found

@@ -17,10 +17,11 @@ from typing import TypeAlias
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import Placement, Replicate
 
 from .errors import LayoutError
 from .group import Axis, ClippingGroup, axis_ranks
+from .piece import Piece, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Holding:
 
 
 class LayoutReader:
-    """Reads layouts off parameters: ``layout`` wins over DTensor metadata, which wins over ``split_over``."""
+    """Reads layouts off pieces: ``layout`` wins over metadata, which wins over ``split_over``."""
 
     __slots__ = ("_axes", "_group", "_layout", "_seen")
 
@@ -70,11 +71,11 @@ class LayoutReader:
         self._group = group
         self._axes = [_axis_in(group, axis) for axis in split_over]
         self._layout = layout
-        self._seen: dict[tuple[DeviceMesh, tuple[Placement, ...]], Holding] = {}
+        self._seen: dict[tuple[DeviceMesh | None, tuple[Placement, ...], tuple[int, ...]], Holding] = {}
 
-    def read(self, name: str, parameter: Tensor) -> Holding:
-        """The holding of ``parameter``; LayoutError where it is unknown, never a guess."""
-        said = None if self._layout is None else self._layout(name, parameter)
+    def read(self, name: str, piece: Piece) -> Holding:
+        """The holding of ``piece``; LayoutError where it is unknown, never a guess."""
+        said = None if self._layout is None else self._layout(name, piece.holder)
         if said is not None:
             if said.replicas > self._group.size:
                 raise LayoutError(
@@ -82,38 +83,53 @@ class LayoutReader:
                     f"{self._group.size}: return at most Layout({self._group.size})"
                 )
             return Holding(said, common=False)
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            holding = self._seen.get((mesh, placements))
-            if holding is None:
-                holding = self._of_dtensor(name, mesh, placements)
-                self._seen[mesh, placements] = holding
-            return holding
-        if getattr(parameter, "_fsdp_flattened", False):  # set by FSDP1 on flat and original parameters, torch 2.13
-            raise LayoutError(
-                f"{name} is managed by FSDP1 (FullyShardedDataParallel), which distclip does not support yet: "
-                "use FSDP2 (torch.distributed.fsdp.fully_shard)"
-            )
-        return self._split(name, pieces=1, axes=self._axes)
+        spec = piece.spec
+        key = (None, (), piece.flat_over) if spec is None else (spec.mesh, spec.placements, piece.flat_over)
+        holding = self._seen.get(key)
+        if holding is None:
+            holding = self._seen[key] = self._from_metadata(name, spec, piece.flat_over)
+        return holding
 
-    def _of_dtensor(self, name: str, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Holding:
-        outside = sorted(set(mesh.mesh.flatten().tolist()) - set(self._group.ranks))
+    def _from_metadata(self, name: str, spec: Spec | None, flat_over: tuple[int, ...]) -> Holding:
+        pieces = max(1, len(flat_over))
+        ranks = set(flat_over)
+        if spec is not None:
+            mesh = spec.mesh
+            pieces *= prod(mesh.size(axis) for axis, p in enumerate(spec.placements) if _is_cut(name, p))
+            ranks.update(mesh.mesh.flatten().tolist())
+        outside = sorted(ranks - set(self._group.ranks))
         if outside:
             raise LayoutError(
-                f"{name} lives on ranks {outside} outside the clipping group: pass a `group` that holds its whole mesh"
+                f"{name} lives on ranks {outside} outside the clipping group: pass a `group` that holds all of it"
             )
-        pieces = prod(mesh.size(axis) for axis, placement in enumerate(placements) if _is_cut(name, placement))
-        own = {tuple(dist.get_process_group_ranks(mesh.get_group(axis))) for axis in range(mesh.ndim)}
-        return self._split(name, pieces, [ranks for ranks in self._axes if ranks not in own])
-
-    def _split(self, name: str, pieces: int, axes: Sequence[tuple[int, ...]]) -> Holding:
-        pieces *= prod(len(ranks) for ranks in axes)
+        axes = [axis for axis in self._axes if not ranks.issuperset(axis)]  # the others are in its metadata
+        pieces *= prod(map(len, axes))
         if self._group.size % pieces:
             raise LayoutError(
                 f"{name} is cut into {pieces} pieces, which do not tile the {self._group.size} ranks of the clipping "
                 "group: pass the `group` that these pieces live in, or say its `layout`"
             )
         return Holding(Layout(self._group.size // pieces), common=not axes)
+
+
+def speaks(group: ClippingGroup, piece: Piece) -> bool:
+    """Whether this rank speaks for the replicas of its piece: exactly one rank of those that hold the same elements.
+
+    It is the one whose coordinates are 0 along every axis that copies: Replicate axes of the piece's mesh, and the
+    ranks outside its own, which are taken as copies of the block that holds the group's first rank.
+    """
+    me = group.global_rank
+    origin = me
+    if piece.flat_over:
+        origin += piece.flat_over[0] - me
+    if piece.spec is not None:
+        mesh = piece.spec.mesh
+        for axis, placement in enumerate(piece.spec.placements):
+            ranks = dist.get_process_group_ranks(mesh.get_group(axis))
+            if isinstance(placement, Replicate) and ranks[0] != me:
+                return False
+            origin += ranks[0] - me
+    return origin == group.ranks[0]
 
 
 def _axis_in(group: ClippingGroup, axis: Axis) -> tuple[int, ...]:

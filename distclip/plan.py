@@ -4,140 +4,183 @@ Which collectives run, and their shape, follow from the plan and never from whic
 tokens for its experts, with an empty shard or with gradients that are None contributes zeros and takes part.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import inf
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .errors import LayoutError
+from .gradient import look_at
 from .group import Axis, ClippingGroup
 from .kernels import local_norms
 from .layout import LayoutFn, LayoutReader
+from .piece import Piece
+from .realign import is_candidate, realign
 from .words import Reduced, reduce_norm
 
-SUPPORTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WIDE = (torch.float64, torch.complex128)
+REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
+TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
 
 
 @dataclass(frozen=True, slots=True)
 class Local:
     """This rank's part of one measurement.
 
-    * ``gradients``: the local gradients that exist, as plain tensors.
-    * ``indices``: which parameter each belongs to.
+    * ``gradients``: the local gradients that exist and are in place, as plain tensors.
+    * ``indices``: which piece each belongs to.
     * ``norms``: the p-norm of each, float64, shape (len(gradients),), on the plan's device.
+    * ``misplaced``: how many gradients wait to be realigned.
+    * ``instead``: gradients to be stored in place of those found, by piece.
     * ``error``: what makes these gradients unusable on this rank, to be raised once all ranks have met.
     """
 
     gradients: list[Tensor]
     indices: list[int]
     norms: Tensor
+    misplaced: int
+    instead: dict[int, Tensor]
     error: LayoutError | None
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Built by :meth:`of`. ``names`` may be empty where the caller gave bare tensors (see :meth:`label`)."""
+class Measured:
+    """``realigned``: whether gradients of some rank had to be brought to their parameters' placements by talking."""
 
-    parameters: tuple[Tensor, ...]
-    names: tuple[str, ...]
+    local: Local
+    reduced: Reduced
+    realigned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Built by :meth:`of`."""
+
+    pieces: tuple[Piece, ...]
     group: ClippingGroup
     p: float
-    weights: Tensor  # (len(parameters),) float64 on `device`: 1 / replicas, or 1 when no rank talks to another
+    weights: Tensor  # (len(pieces),) float64 on `device`: 1 / replicas, or 1 when no rank talks to another
     device: torch.device
     dtype: torch.dtype  # of the norm that users see
-    common: tuple[bool, ...]  # which parameters every rank of the group must know
-    code: int  # hash of the common parameters
+    common: tuple[bool, ...]  # which pieces every rank of the group must know
+    code: int  # hash of the common pieces
+    asks: bool  # whether a word says that gradients wait to be realigned: the same on all ranks
 
     @classmethod
     def of(
         cls,
-        parameters: Sequence[Tensor],
-        names: Sequence[str],
+        pieces: Sequence[Piece],
         p: float,
         group: ClippingGroup,
         split_over: Sequence[Axis] = (),
         layout: LayoutFn | None = None,
     ) -> "Plan":
-        """Read every parameter's layout; a parameter listed twice counts once. No collective."""
-        unique = {id(t): i for i, t in reversed(list(enumerate(parameters)))}
-        order = sorted(unique.values())
-        kept = tuple(parameters[i] for i in order)
-        kept_names = tuple(names[i] for i in order) if names else ()
+        """Read every piece's layout; a parameter listed twice counts once. No collective."""
+        unique = {(id(p.holder), p.span and p.span.start, p.span and p.span.stop): p for p in reversed(pieces)}
+        kept = tuple(reversed(unique.values()))
         reader = LayoutReader(group, split_over, layout)
+        holdings = [reader.read(_label(i, piece), piece) for i, piece in enumerate(kept)]
         digest = blake2b(digest_size=6)
-        replicas: list[int] = []
-        common: list[bool] = []
-        for i, parameter in enumerate(kept):
-            name = kept_names[i] if kept_names else _label(i, parameter)
-            holding = reader.read(name, parameter)
-            replicas.append(holding.layout.replicas)
-            common.append(holding.common)
+        for piece, holding in zip(kept, holdings, strict=True):
             if holding.common:
-                digest.update(_describe(kept_names[i] if kept_names else "", parameter, replicas[-1]))
-        device = group.device_for(kept)
+                digest.update(_describe(piece, holding.layout.replicas))
+        holders = [piece.holder for piece in kept]
+        device = group.device_for(holders)
+        replicas = [holding.layout.replicas for holding in holdings]
         return cls(
-            parameters=kept,
-            names=kept_names,
+            pieces=kept,
             group=group,
             p=p,
             weights=torch.tensor(replicas, dtype=torch.float64, device=device).reciprocal(),
             device=device,
-            dtype=torch.float64 if any(t.dtype == torch.float64 for t in kept) else torch.float32,
-            common=tuple(common),
+            dtype=torch.float64 if any(t.dtype in WIDE for t in holders) else torch.float32,
+            common=tuple(holding.common for holding in holdings),
             code=int.from_bytes(digest.digest()),
+            asks=group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, kept))),
         )
-
-    def label(self, index: int) -> str:
-        """What errors call parameter ``index``."""
-        return self.names[index] if self.names else _label(index, self.parameters[index])
 
     @property
     def can_overflow(self) -> bool:
         """Whether finite gradients can have a power sum beyond float64: |x| ** p of fp32 cannot up to p = 7."""
         return self.dtype == torch.float64 or 7 < self.p < inf
 
-    @staticmethod
-    def local(tensor: Tensor) -> Tensor:
-        """This rank's piece, as a plain tensor. (``to_local()`` takes 3.6 us, the attribute 10 ns.)"""
-        return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    def label(self, index: int) -> str:
+        """What errors call piece ``index``."""
+        return _label(index, self.pieces[index])
 
-    def look(self, gradients: Iterable[Tensor | None]) -> Local:
-        """Take the local norms of ``gradients``, one for each parameter, None where there is none."""
+    def measure(self, tag: int = 0, given: Sequence[Tensor | None] | None = None, eager: bool = False) -> Measured:
+        """Measure the gradients of the pieces, or those ``given``, one for each piece.
+
+        One all-reduce if the group has one. Where a reduced word says that gradients wait to be realigned, that is
+        done, stored in ``.grad`` unless ``given``, and measured again; ``eager`` realigns first, which every rank must
+        then do. Waits for an accelerator only to read that word. ``tag`` is mixed into the agreement word. An error of
+        this rank is raised after it has taken part.
+        """
+        gradients = [piece.holder.grad for piece in self.pieces] if given is None else list(given)
+        error = None
+        if eager:
+            gradients, error = self._realigned(gradients, store=given is None)
+        local = self.look(gradients, error)
+        reduced = self._reduce(local, tag)
+        if reduced.misplaced is not None and reduced.misplaced & ~reduced.disagree:
+            gradients, error = self._realigned(gradients, store=given is None)
+            local = self.look(gradients, error)
+            reduced = self._reduce(local, tag + REALIGNED)
+            eager = True
+        if local.error is not None:
+            raise local.error
+        if given is None:
+            self._store(local.instead)
+        return Measured(local, reduced, eager)
+
+    def look(self, gradients: Sequence[Tensor | None], error: LayoutError | None = None) -> Local:
+        """Take the local norms of ``gradients``, one for each piece, None where there is none."""
         found: list[Tensor] = []
         indices: list[int] = []
-        error = None
-        for i, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+        instead: dict[int, Tensor] = {}
+        misplaced = 0
+        for i, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
             if gradient is None:
                 continue
-            problem = _problem(parameter, gradient)
-            if problem is None:
-                found.append(self.local(gradient))
+            seen = look_at(piece, gradient)
+            if seen.problem is not None:
+                error = error or LayoutError(f"the gradient of {self.label(i)} {seen.problem}")
+            elif seen.values is None:
+                misplaced += 1
+            else:
+                found.append(seen.values)
                 indices.append(i)
-            elif error is None:
-                error = LayoutError(f"the gradient of {self.label(i)} {problem}")
-        return Local(found, indices, self._norms(found), error)
+            if seen.instead is not None:
+                instead[i] = seen.instead
+        return Local(found, indices, self._norms(found), misplaced, instead, error)
 
-    def reduce(self, local: Local, tag: int = 0) -> Reduced:
-        """Make the local norms one total norm: one all-reduce if the group has one. Never waits for an accelerator.
-
-        ``tag`` is mixed into the agreement word. Raises the local error, if any, after taking part.
-        """
-        code = self.code + tag * 0x9E37  # an odd step: different tags stay different modulo 2**16
+    def _reduce(self, local: Local, tag: int) -> Reduced:
         if self.p == inf:
             mine = local.norms.max() if len(local.indices) else local.norms.new_zeros(())
         else:
-            complete = len(local.indices) == len(self.parameters)
-            weights = self.weights if complete else self.weights[local.indices]
+            weights = self.weights if len(local.indices) == len(self.pieces) else self.weights[local.indices]
             mine = torch.dot(local.norms.pow(self.p), weights)
-        reduced = reduce_norm(self.group, mine, self.p, code, faulty=local.error is not None)
-        if local.error is not None:
-            raise local.error
-        return reduced
+        misplaced = local.misplaced > 0 if self.asks else None
+        return reduce_norm(self.group, mine, self.p, self.code + tag * TAG_STEP, local.error is not None, misplaced)
+
+    def _realigned(
+        self, gradients: Sequence[Tensor | None], store: bool
+    ) -> tuple[list[Tensor | None], LayoutError | None]:
+        try:
+            moved = realign(self.pieces, gradients, self.group)
+        except LayoutError as error:  # raised once this rank has taken part in the next all-reduce
+            return list(gradients), error
+        if store:
+            self._store({i: new for i, new in enumerate(moved) if new is not None and new is not gradients[i]})
+        return moved, None
+
+    def _store(self, instead: dict[int, Tensor]) -> None:
+        for i, gradient in instead.items():
+            self.pieces[i].holder.grad = gradient
 
     def _norms(self, gradients: list[Tensor]) -> Tensor:
         if not gradients:
@@ -145,57 +188,19 @@ class Plan:
         devices = {t.device for t in gradients}
         if len(devices) == 1:
             return local_norms(gradients, self.p).to(self.device, non_blocking=self.device.type != "cpu")
-        norms: list[Tensor | None] = [None] * len(gradients)
+        norms = torch.zeros(len(gradients), dtype=torch.float64, device=self.device)
         for device in devices:
             here = [i for i, t in enumerate(gradients) if t.device == device]
-            for i, norm in zip(here, local_norms([gradients[i] for i in here], self.p).to(self.device), strict=True):
-                norms[i] = norm
-        return torch.stack([norm for norm in norms if norm is not None])
+            norms[here] = local_norms([gradients[i] for i in here], self.p).to(self.device)
+        return norms
 
 
-def named_parameters(models: Iterable[nn.Module]) -> tuple[list[str], list[Tensor]]:
-    """Names and parameters of the parts this rank holds, FSDP2 modules in their sharded state; no collective."""
-    names: list[str] = []
-    parameters: list[Tensor] = []
-    parts = list(models)
-    for number, part in enumerate(parts):
-        for module in part.modules():
-            if isinstance(module, FullyShardedDataParallel):
-                raise LayoutError(
-                    f"{type(part).__name__} holds FSDP1 modules (FullyShardedDataParallel), which distclip does not "
-                    "support yet: use FSDP2 (torch.distributed.fsdp.fully_shard)"
-                )
-            if isinstance(module, FSDPModule):
-                module.reshard()  # after a forward without backward the module shows unsharded copies without gradients
-        for name, parameter in part.named_parameters():
-            names.append(name if len(parts) == 1 else f"{number}.{name}")
-            parameters.append(parameter)
-    return names, parameters
+def _label(index: int, piece: Piece) -> str:
+    return piece.name or f"parameter {index} of shape {tuple(piece.holder.shape)}"
 
 
-def _problem(parameter: Tensor, gradient: Tensor) -> str | None:
-    """Why this gradient cannot be summed, or None."""
-    if isinstance(gradient, DTensor) != isinstance(parameter, DTensor):
-        kinds = ["a plain tensor", "a DTensor"]
-        return f"is {kinds[isinstance(gradient, DTensor)]}, its parameter {kinds[isinstance(parameter, DTensor)]}"
-    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-        if gradient.placements != parameter.placements:
-            return (
-                f"is placed as {gradient.placements}, its parameter as {parameter.placements}, which is not "
-                "supported yet: redistribute the gradient to the parameter's placements"
-            )
-        gradient = gradient._local_tensor
-    if gradient.layout != torch.strided:
-        return f"has layout {gradient.layout}, which is not supported yet: use dense gradients"
-    if gradient.dtype not in SUPPORTED:
-        return f"has dtype {gradient.dtype}, which is not supported yet: use one of {', '.join(map(str, SUPPORTED))}"
-    return None
-
-
-def _label(index: int, parameter: Tensor) -> str:
-    return f"parameter {index} of shape {tuple(parameter.shape)}"
-
-
-def _describe(name: str, parameter: Tensor, replicas: int) -> bytes:
-    placements = parameter.placements if isinstance(parameter, DTensor) else ()
-    return f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{placements}|{replicas};".encode()
+def _describe(piece: Piece, replicas: int) -> bytes:
+    placements = () if piece.spec is None else piece.spec.placements
+    whole = isinstance(piece.holder, DTensor) or (piece.spec is None and not piece.flat_over)
+    shape = tuple(piece.holder.shape) if whole else piece.size  # local shapes of pieces differ between ranks
+    return f"{piece.name}|{shape}|{piece.holder.dtype}|{placements}|{replicas};".encode()

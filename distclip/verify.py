@@ -1,57 +1,141 @@
-"""Proving a layout on real gradients, with the machinery of the norm itself."""
+"""Proving a layout: that ranks said to hold copies do, at construction by values, after a backward by gradients.
+
+Where all ranks know the same pieces, one word a piece is enough: the rank that speaks for the copies sends its number
+times ``1 - replicas``, every other rank its number, and the sum is 0 when copies are equal. Pieces that ``split_over``
+or ``layout`` describe are not the same list on every rank; their checksums are gathered (never gradients).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import blake2b
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from .compare import checksums, say
 from .errors import LayoutError
+from .layout import speaks
 from .plan import Local, Plan
 
 SHOWN = 5  # names in an error
+VERIFYING = 1 << 13  # tag of its measurement
+TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a kernel adds in any order
+SAY_SO = "say split_over=[mesh['pp']] or layout=... where ranks hold different parameters"
 
 
-def verify(plan: Plan, local: Local) -> None:
-    """Raise LayoutError, on every rank of the group, unless the plan's layout holds for these gradients."""
-    common = [i for i, is_common in enumerate(plan.common) if is_common]
-    counted = plan.group.all_reduce(_sizes(plan, common))
-    sizes = torch.tensor([plan.parameters[i].numel() for i in common], dtype=torch.float64, device=plan.device)
-    wrong = (counted - sizes).abs() > 0.5
-    everywhere = [i for i in common if round(plan.weights[i].reciprocal().item()) == plan.group.size]
-    sums = _checksums(plan, local, everywhere)
-    high, low = plan.group.all_reduce(torch.cat([sums, -sums]), dist.ReduceOp.MAX).chunk(2)
-    apart = (high != -low).any(dim=1)
-    if local.error is not None:
-        raise local.error
-    if wrong.any():
-        listed = [f"{plan.label(common[k])} ({counted[k] / sizes[k]:.3g}x)" for k in wrong.nonzero().flatten().tolist()]
-        raise LayoutError(f"elements are not counted once: {_few(listed)}; say the truth by split_over= or layout=")
-    if apart.any():
-        listed = [plan.label(everywhere[k]) for k in apart.nonzero().flatten().tolist()]
+def compare_values(plan: Plan) -> None:
+    """Raise LayoutError on every rank unless copies of a parameter hold the same values: one all-reduce, one wait."""
+    if plan.group.process_group is None:
+        return
+    copied = _copied(plan)
+    values = checksums([_local(plan.pieces[i].holder) for i in copied], plan.device)
+    drift = plan.group.all_reduce(values * _signs(plan, copied))
+    apart = [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
+    if apart:
         raise LayoutError(
-            f"ranks that should hold the same gradient do not: {_few(listed)}; reduce gradients before clipping "
-            "(leave no_sync for the last backward), or say split_over= where ranks hold different parameters"
+            f"ranks that should hold copies hold other values of {_few(apart)}: {SAY_SO}, and build the Clipper after "
+            "parameters are loaded or broadcast"
         )
 
 
-def _sizes(plan: Plan, indices: list[int]) -> Tensor:
-    """Local element counts over replicas, (len(indices),) float64: the norm's sum with 1 in place of |g|**p."""
-    sizes = [float(plan.local(plan.parameters[i]).numel()) for i in indices]
-    return torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[indices]
+def verify(plan: Plan) -> None:
+    """Raise LayoutError, on every rank of the group, unless the layout holds for the gradients there are."""
+    measured = plan.measure(tag=VERIFYING)
+    if measured.reduced.disagree:
+        raise LayoutError("the ranks do not agree: let every rank make the same calls with the same parameters")
+    _count_common(plan, measured.local)
+    _count_split(plan, measured.local)
 
 
-def _checksums(plan: Plan, local: Local, indices: list[int]) -> Tensor:
-    """(len(indices), 3) float64: whether there is a gradient, its norm, its sum; NaN and inf count as 0."""
-    position = {i: k for k, i in enumerate(local.indices)}
-    rows = torch.zeros(len(indices), 3, dtype=torch.float64, device=plan.device)
-    for row, i in enumerate(indices):
-        if i in position:
-            gradient = local.gradients[position[i]]
-            rows[row, 0] = 1
-            rows[row, 1] = local.norms[position[i]]
-            rows[row, 2] = gradient.sum(dtype=torch.float64)
-    return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+def _count_common(plan: Plan, local: Local) -> None:
+    """Every element counts once, and copies of a gradient are equal: one all-reduce of three words a piece."""
+    common = [i for i, is_common in enumerate(plan.common) if is_common]
+    norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
+    norms[local.indices] = local.norms.nan_to_num(nan=0.0, posinf=0.0)
+    sizes = [float(_elements(plan, i)) for i in common]
+    counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[common]
+    words = torch.stack([counted, norms[common] * _signs(plan, common), norms[common]])
+    counted, drift, total = plan.group.all_reduce(words).cpu()
+    whole = torch.tensor([float(plan.pieces[i].size or 0) for i in common], dtype=torch.float64)
+    wrong = ((counted - whole).abs() > 0.5).nonzero().flatten().tolist()
+    if wrong:
+        listed = [f"{plan.label(common[k])} ({counted[k] / whole[k]:.3g}x)" for k in wrong]
+        raise LayoutError(f"elements are not counted once: {_few(listed)}; {SAY_SO}")
+    apart = (drift.abs() > TOLERANCE * total).nonzero().flatten().tolist()
+    if apart:
+        raise LayoutError(
+            f"ranks that should hold the same gradient do not: {_few([plan.label(common[k]) for k in apart])}; reduce "
+            f"gradients before clipping (leave no_sync for the last backward), or {SAY_SO}"
+        )
 
 
-def _few(names: list[str]) -> str:
+def _count_split(plan: Plan, local: Local) -> None:
+    """Gradients of the same shape and bits are one gradient: its shares on all ranks must add up to 1."""
+    split = [k for k, i in enumerate(local.indices) if not plan.common[i]]
+    sums = checksums([local.gradients[k] for k in split], plan.device).long().tolist()
+    keys = [_key(local.gradients[k], local.norms[k], total) for k, total in zip(split, sums, strict=True)]
+    shares = [plan.weights[local.indices[k]].item() for k in split]
+    counted = _gathered(plan, keys, shares)
+    wrong = [
+        f"{plan.label(local.indices[k])} ({counted[key]:.3g}x)"
+        for k, key in zip(split, keys, strict=True)
+        if local.norms[k] > 0 and abs(counted[key] - 1) > TOLERANCE
+    ]
+    first = torch.tensor([plan.group.rank if wrong else plan.group.size], device=plan.device)
+    speaker = int(plan.group.all_reduce(first, dist.ReduceOp.MIN).item())
+    if speaker < plan.group.size:
+        listed = say(plan.group, plan.device, speaker, _few(wrong))
+        raise LayoutError(
+            f"gradients are not counted once: on rank {plan.group.ranks[speaker]} {listed}; return "
+            "distclip.Layout(number of ranks that hold it) from layout= (a tied weight on two stages: Layout(2))"
+        )
+
+
+def _gathered(plan: Plan, keys: Sequence[int], shares: Sequence[float]) -> Counter[int]:
+    """The sum of the shares of each key over the group: two collectives of a number a split piece and rank."""
+    group = plan.group
+    most = int(group.all_reduce(torch.tensor([len(keys)], device=plan.device), dist.ReduceOp.MAX).item())
+    rows = torch.zeros(group.size, 2, most, dtype=torch.float64, device=plan.device)
+    rows[group.rank, 0, : len(keys)] = torch.tensor(keys, dtype=torch.float64)
+    rows[group.rank, 1, : len(keys)] = torch.tensor(shares, dtype=torch.float64)
+    if most:
+        group.all_reduce(rows)
+    counted: Counter[int] = Counter()
+    for row_keys, row_shares in rows.tolist():
+        for key, share in zip(row_keys, row_shares, strict=True):
+            counted[int(key)] += share
+    return counted
+
+
+def _key(gradient: Tensor, norm: Tensor, total: int) -> int:
+    text = f"{tuple(gradient.shape)}|{gradient.dtype}|{float(norm).hex()}|{total}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest())
+
+
+def _copied(plan: Plan) -> list[int]:
+    return [i for i, weight in enumerate(plan.weights.tolist()) if plan.common[i] and weight < 1]
+
+
+def _signs(plan: Plan, indices: Sequence[int]) -> Tensor:
+    """1 - replicas on the rank that speaks for the copies of a piece, 1 on the others."""
+    speaking = [1.0 - 1.0 / plan.weights[i].item() if speaks(plan.group, plan.pieces[i]) else 1.0 for i in indices]
+    return torch.tensor(speaking, dtype=torch.float64, device=plan.device)
+
+
+def _elements(plan: Plan, index: int) -> int:
+    """How many elements of a piece this rank holds."""
+    piece = plan.pieces[index]
+    if piece.span is not None:
+        return len(range(*piece.span.indices(piece.holder.numel())))
+    return _local(piece.holder).numel()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _few(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

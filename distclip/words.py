@@ -23,35 +23,51 @@ CODES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """``norm``: 0-d float64, the total norm. ``disagree``: 0-d bool, ranks sent different codes or reported a fault."""
+    """What the reduced words say, the same on every rank.
+
+    * ``norm``: 0-d float64, the total norm.
+    * ``disagree``: 0-d bool, ranks sent different codes or reported a fault.
+    * ``misplaced``: 0-d bool, some rank has gradients to realign first; None where nobody can have any.
+    """
 
     norm: Tensor
     disagree: Tensor
+    misplaced: Tensor | None
 
 
-def reduce_norm(group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool) -> Reduced:
+def reduce_norm(
+    group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool, misplaced: bool | None
+) -> Reduced:
     """Make ``local``, this rank's sum of powers over replicas (p = inf: its largest norm), global.
 
-    One all-reduce of two float64 words (p = inf: four), made by every rank of the group whatever it holds; none in
-    one process. A ``faulty`` rank, which is about to raise, takes part so that the others do not wait for it.
+    One all-reduce of two float64 words (p = inf: four), and one more where ``misplaced`` is not None, made by every
+    rank of the group whatever it holds; none in one process. A ``faulty`` rank, which is about to raise, takes part so
+    that the others do not wait for it.
     """
-    return (_reduce_max if p == inf else _reduce_sum)(group, local, p, code % CODES, faulty)
+    reduce = _reduce_max if p == inf else _reduce_sum
+    asked = [] if misplaced is None else [torch.full_like(local, misplaced)]
+    norm, disagree, *answer = reduce(group, local, p, code % CODES, faulty, asked)
+    return Reduced(norm, disagree, answer[0] > 0 if answer else None)
 
 
-def _reduce_sum(group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool) -> Reduced:
+def _reduce_sum(
+    group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool, asked: list[Tensor]
+) -> tuple[Tensor, ...]:
     word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
-    words = torch.stack([local, torch.full_like(local, word + faulty)])
-    total, agreement = group.all_reduce(words).unbind()
-    return Reduced(total.sqrt() if p == 2 else total.pow(1 / p), agreement.remainder(MODULUS) != 0)
+    words = torch.stack([local, torch.full_like(local, word + faulty), *asked])
+    total, agreement, *answer = group.all_reduce(words).unbind()
+    return total.sqrt() if p == 2 else total.pow(1 / p), agreement.remainder(MODULUS) != 0, *answer
 
 
-def _reduce_max(group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool) -> Reduced:
+def _reduce_max(
+    group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool, asked: list[Tensor]
+) -> tuple[Tensor, ...]:
     flag = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
     finite = torch.where(flag == 0, local, 0.0)
-    words = torch.stack([finite, flag, torch.full_like(local, code + faulty), torch.full_like(local, -code)])
-    norm, flag, high, low = group.all_reduce(words, dist.ReduceOp.MAX).unbind()
-    norm = torch.where(flag == 2, nan, torch.where(flag == 1, inf, norm))
-    return Reduced(norm, high != -low)
+    codes = torch.full_like(local, code + faulty), torch.full_like(local, -code)
+    words = torch.stack([finite, flag, *codes, *asked])
+    norm, flag, high, low, *answer = group.all_reduce(words, dist.ReduceOp.MAX).unbind()
+    return torch.where(flag == 2, nan, torch.where(flag == 1, inf, norm)), high != -low, *answer
 
 
 def clip_coef(norm: Tensor, max_norm: Tensor) -> Tensor:

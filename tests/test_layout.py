@@ -92,12 +92,8 @@ def refused(what: str) -> str:
     pair = dist.new_group([dist.get_rank() // 2 * 2, dist.get_rank() // 2 * 2 + 1], use_local_synchronization=True)
     try:
         match what:
-            case "FSDP1 module":
-                distclip.Clipper(fsdp1(), 1.0)
             case "FSDP1 parameters":
                 distclip.clip_grad_norm_(fsdp1().parameters(), 1.0)
-            case "FSDP1 in a list":
-                distclip.clip_grad_norm_([nn.Linear(1, 1), fsdp1()], 1.0)
             case "outside the group":
                 distclip.clip_grad_norm_([cut], 1.0, group=pair)
             case "not in the group":
@@ -105,7 +101,7 @@ def refused(what: str) -> str:
             case "too many replicas":
                 distclip.clip_grad_norm_([cut], 1.0, layout=lambda name, p: distclip.Layout(99))
             case "pieces that do not tile":
-                distclip.clip_grad_norm_([cut], 1.0, split_over=[pair])
+                distclip.clip_grad_norm_([torch.ones(1)], 1.0, split_over=[world["dp"], pair])
             case "an axis outside the group":
                 distclip.clip_grad_norm_([torch.ones(1)], 1.0, group=pair, split_over=[world["dp"]])
             case "a mesh of two dimensions":
@@ -124,10 +120,11 @@ def fsdp1() -> nn.Module:
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        ("FSDP1 module", "LayoutError: FullyShardedDataParallel holds FSDP1 modules"),
-        ("FSDP1 parameters", "is managed by FSDP1 (FullyShardedDataParallel), which distclip does not support yet"),
-        ("FSDP1 in a list", "LayoutError: FullyShardedDataParallel holds FSDP1 modules"),
-        ("outside the group", "outside the clipping group: pass a `group` that holds its whole mesh"),
+        (
+            "FSDP1 parameters",
+            "is managed by FSDP1 (FullyShardedDataParallel) and does not show of what it is a part: pass the FSDP1",
+        ),
+        ("outside the group", "outside the clipping group: pass a `group` that holds all of it"),
         ("too many replicas", "LayoutError: layout says that 99 ranks hold parameter 0"),
         ("pieces that do not tile", "is cut into 8 pieces, which do not tile the 4 ranks"),
         ("an axis outside the group", "ValueError: split_over names ranks [0, 1, 2, 3], not all of which"),

@@ -1,0 +1,38 @@
+"""FSDP1: the pieces behind FullyShardedDataParallel. Private torch API, read in 2.13: ``_handle``, its flat parameter.
+
+FSDP1 flattens the parameters of a module into one, cuts that over a process group, and shows plain tensors: flat ones,
+or, with ``use_orig_params=True``, the part of each parameter that this rank has. Nothing on them tells what is missing.
+"""
+
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .piece import Piece, Spec
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 manages ``parameter``, flat or original."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def flattened_pieces(module: FullyShardedDataParallel, prefix: str) -> Iterator[Piece]:
+    """The pieces that ``module`` itself manages (not its nested FSDP modules), in the order of its flat parameter."""
+    handle = module._handle
+    if handle is None:
+        return
+    flat = handle.flat_param
+    ranks = tuple(dist.get_process_group_ranks(handle.process_group)) if handle.uses_sharded_strategy else ()
+    for i, info in enumerate(flat._shard_param_infos):
+        extension = flat._param_extensions[i]  # the DTensorSpec of a parameter that was cut by tensor parallel before
+        start = info.offset_in_shard or 0
+        yield Piece(
+            name=f"{prefix}{flat._fqns[i]}",
+            holder=flat if flat._params is None else flat._params[i],
+            size=flat._numels[i] if extension is None else extension.shape.numel(),
+            span=slice(start, start + (info.numel_in_shard or 0)) if flat._params is None else None,
+            spec=None if extension is None else Spec(extension.mesh, extension.placements),
+            flat_over=ranks,
+        )

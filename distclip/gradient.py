@@ -1,0 +1,66 @@
+"""One gradient beside its piece: what of it is summed, or why it cannot be."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .piece import Piece
+from .realign import cut_locally, is_candidate
+
+REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """``values``: the local tensor to sum and scale, None if that takes realigning first or if there is a ``problem``.
+
+    ``instead``: a gradient that takes the place of the one found, to be stored where that was.
+    """
+
+    values: Tensor | None
+    instead: Tensor | None = None
+    problem: str | None = None
+
+
+def look_at(piece: Piece, gradient: Tensor) -> Found:
+    """Look at the gradient of one piece; never talks, copies only a sparse gradient that is not coalesced."""
+    instead: Tensor | None = None
+    if isinstance(gradient, DTensor) != isinstance(piece.holder, DTensor):
+        kinds = ["a plain tensor", "a DTensor"]
+        kind = kinds[isinstance(gradient, DTensor)], kinds[isinstance(piece.holder, DTensor)]
+        return Found(None, problem=f"is {kind[0]}, its parameter {kind[1]}: give both the same kind")
+    if isinstance(gradient, DTensor):
+        assert piece.spec is not None
+        if gradient.placements != piece.spec.placements:
+            instead = cut_locally(piece, gradient)
+            if instead is None and is_candidate(piece):
+                return Found(None)
+            if instead is None:
+                return Found(
+                    None,
+                    problem=f"is placed as {gradient.placements}, its parameter as {piece.spec.placements}: "
+                    "redistribute the gradient to the parameter's placements",
+                )
+            gradient = instead
+        local: Tensor = gradient._local_tensor  # to_local() takes 3.6 us, the attribute 10 ns
+    else:
+        local = gradient
+    if local.layout == torch.sparse_coo and not isinstance(gradient, DTensor):
+        instead = None if local.is_coalesced() else local.coalesce()
+        local = (local if instead is None else instead)._values()
+    elif local.layout != torch.strided:
+        return Found(None, problem=f"has layout {local.layout}, which is not supported: use strided or sparse_coo")
+    if local.dtype not in REAL + COMPLEX:
+        return Found(None, problem=f"has dtype {local.dtype}, which has no norm: use {', '.join(map(str, REAL))}")
+    if piece.span is not None:
+        if local.numel() != piece.holder.numel():
+            return Found(
+                None,
+                problem=f"lies in a flat gradient of {local.numel()} elements beside a flat parameter of "
+                f"{piece.holder.numel()}: it is not reduced yet (leave no_sync for the last backward)",
+            )
+        local = local[piece.span]
+    return Found(local, instead)

@@ -1,0 +1,51 @@
+"""What a rank holds of a model: its pieces, whatever wrapped it. No collective."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from .fsdp1 import flattened_pieces, is_flattened
+from .fsdp2 import managed_parameters
+from .piece import Piece, piece_of
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def pieces_of(models: Iterable[nn.Module]) -> list[Piece]:
+    """The pieces of the parts this rank holds, in the order of their modules; FSDP2 modules are resharded first.
+
+    Names are those of the unwrapped model, with the number of the part before them where there are several.
+    """
+    parts = list(models)
+    found: list[Piece] = []
+    for number, part in enumerate(parts):
+        found.extend(_pieces_of_part(part, f"{number}." if len(parts) > 1 else ""))
+    return found
+
+
+def _pieces_of_part(part: nn.Module, prefix: str) -> Iterator[Piece]:
+    managed: set[int] = set()
+    hidden: list[nn.Parameter] = []
+    for path, module in part.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            yield from flattened_pieces(module, prefix + _clean(f"{path}." if path else ""))
+        elif isinstance(module, FSDPModule):
+            module.reshard()  # after a forward without backward it shows unsharded copies, which have no gradients
+            managed |= managed_parameters(module)
+        elif isinstance(module, DistributedDataParallel):
+            hidden += module._module_parameters  # over tensor parallel it shows none of these after a forward
+    names = {p: _clean(name) for name, p in part.named_parameters()}
+    if isinstance(part, DistributedDataParallel):
+        names = {p: name.removeprefix("module.") for p, name in names.items()}
+    for parameter in dict.fromkeys([*names, *hidden]):
+        if not is_flattened(parameter):
+            name = names.get(parameter)
+            yield piece_of(parameter, f"{prefix}{name}" if name else "", reduced=id(parameter) in managed)
+
+
+def _clean(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

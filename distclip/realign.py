@@ -1,0 +1,117 @@
+"""Bringing gradients to their parameters' placements before they are summed.
+
+Sequence-parallel norm layers leave Partial gradients, a row-wise embedding leaves a Replicate gradient for a Shard
+parameter. A Replicate gradient is cut without talking. Everything else takes the ranks of the parameter's mesh, and
+whether it is needed cannot be read from the parameter: so the ranks of each mesh first agree on one number for each
+candidate, and a rank whose gradient is missing takes part with zeros.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .errors import LayoutError
+from .group import ClippingGroup
+from .piece import Piece
+
+BASE = 64  # codes for a placement along one axis; 53 bits of a float64 hold 8 axes
+SUMS = ("sum", "avg")
+
+
+def is_candidate(piece: Piece) -> bool:
+    """Whether the gradient of ``piece`` may come in placements that only talking can change."""
+    return isinstance(piece.holder, DTensor) and not piece.reduced and piece.holder.device_mesh.size() > 1
+
+
+def cut_locally(piece: Piece, gradient: DTensor) -> DTensor | None:
+    """``gradient`` in the placements of ``piece`` if that takes cutting copies only, else None."""
+    assert piece.spec is not None
+    pairs = list(zip(gradient.placements, piece.spec.placements, strict=True))
+    if all(here == there or (isinstance(here, Replicate) and type(there) is Shard) for here, there in pairs):
+        return gradient.redistribute(placements=piece.spec.placements)
+    return None
+
+
+def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None], group: ClippingGroup) -> list[Tensor | None]:
+    """All ``gradients`` in the placements of their ``pieces``.
+
+    Every rank of the group calls. The ranks of each mesh with candidates make two all-reduces along each of its axes,
+    then redistribute what one of them found out of place. Waits. LayoutError on all ranks of the mesh where they hold
+    one gradient in different placements.
+    """
+    result = list(gradients)
+    by_mesh: dict[DeviceMesh, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        if is_candidate(piece):
+            assert piece.spec is not None
+            by_mesh.setdefault(piece.spec.mesh, []).append(i)
+    for mesh, indices in by_mesh.items():
+        codes = [_code(gradients[i]) for i in indices]
+        for i, placements in zip(indices, _agreed(mesh, codes, group), strict=True):
+            spec = pieces[i].spec
+            assert spec is not None
+            if placements is not None and placements != spec.placements:
+                gradient = result[i]
+                source = _zeros(pieces[i], mesh, placements) if gradient is None else gradient
+                assert isinstance(source, DTensor)
+                result[i] = source.redistribute(placements=spec.placements)
+    return result
+
+
+def _code(gradient: Tensor | None) -> int:
+    """The placements as one number above 0, or 0 where there is no gradient."""
+    if gradient is None:
+        return 0
+    assert isinstance(gradient, DTensor)
+    code = 1
+    for placement in gradient.placements:
+        code = code * BASE + _digit(placement)
+    return code
+
+
+def _digit(placement: Placement) -> int:
+    if isinstance(placement, Replicate):
+        return 0
+    if type(placement) is Partial and placement.reduce_op in SUMS:
+        return 1 + SUMS.index(placement.reduce_op)
+    if type(placement) is Shard and placement.dim < BASE - 3:
+        return 3 + placement.dim
+    raise LayoutError(f"a gradient is placed as {placement}, which cannot be summed: redistribute it first")
+
+
+def _decode(code: int) -> tuple[Placement, ...]:
+    placements: list[Placement] = []
+    while code > 1:
+        code, digit = divmod(code, BASE)
+        placements.append(Replicate() if digit == 0 else Partial(SUMS[digit - 1]) if digit < 3 else Shard(digit - 3))
+    return tuple(reversed(placements))
+
+
+def _agreed(mesh: DeviceMesh, codes: list[int], group: ClippingGroup) -> list[tuple[Placement, ...] | None]:
+    """What the ranks of ``mesh`` hold in place of each code; None where none of them has a gradient."""
+    device = group.device_for([]) if mesh.device_type == "cpu" else torch.device(mesh.device_type)
+    high = torch.tensor(codes, dtype=torch.float64, device=device)
+    low = torch.where(high == 0, -torch.inf, -high)  # ranks without a gradient have no say
+    words = torch.cat([high, low])
+    for axis in range(mesh.ndim):
+        dist.all_reduce(words, dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    highest, lowest = words.chunk(2)
+    if bool(((highest != -lowest) & (highest != 0)).any()):
+        raise LayoutError(
+            "the ranks of one mesh hold the gradient of one parameter in different placements: let every rank run the "
+            "same backward"
+        )
+    return [_decode(int(code)) if code else None for code in highest.tolist()]
+
+
+def _zeros(piece: Piece, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
+    holder = piece.holder
+    whole = [p if isinstance(p, Shard) else Replicate() for p in placements]
+    shape, _ = compute_local_shape_and_global_offset(holder.shape, mesh, whole)
+    local = torch.zeros(shape, dtype=holder.dtype, device=holder.device)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=holder.shape, stride=holder.stride())

@@ -21,8 +21,8 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-CORE = set().union(*FLOORS[:7])
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
+CORE = {unit for unit, floor in FLOOR_OF.items() if floor <= FLOOR_OF["__init__"]}
 PICKLES = {name for name in dir(dist) if "_object" in name}  # all_gather_object and its like
 
 

@@ -135,9 +135,7 @@ class Job:
         say(f"ranks    {place.world} ({strategy}) on {place.device.type}, collectives by {place.backend}")
         say(f"data     {self.dataset.about}")
         say(f"model    {size:,} parameters, {self.trainer.steps:,} steps of {self.config.train.batch_size}")
-        say(
-            f"entropy  {self.dataset.entropy():.4f} nats (unigram): the held-out loss of an answer that ignores its input"
-        )
+        say(f"entropy  {self.dataset.entropy():.4f} nats (unigram), the held-out loss of a model blind to its input")
         say(f"folder   {self.folder.path}")
         if self.start:
             say(f"resumed  after step {self.start} of {self.trainer.steps}")

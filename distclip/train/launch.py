@@ -6,11 +6,13 @@ import socket
 import sys
 import uuid
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from distclip.train.place import MEETING_POINT
 from distclip.train.problem import require
 from distclip.train.stop import exit_code, heeded
 
@@ -33,13 +35,22 @@ def launch(processes: int, words: Sequence[str]) -> int:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores already
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
+    # torch's TCP store listens on every interface of the machine: local ranks meet in a private folder instead
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with TemporaryDirectory(prefix="distclip-") as meeting:
+        os.environ[MEETING_POINT] = f"file://{meeting}/ranks"
+        return launch_at(f"{meeting}/launcher", processes, words)
+
+
+def launch_at(meeting: str, processes: int, words: Sequence[str]) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
+        rdzv_endpoint=meeting,
+        rdzv_configs={"store_type": "file"},
         local_addr="127.0.0.1",
         max_restarts=0,
         signals_to_handle=",".join(s.name for s in heeded()),

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from distclip.train.config import Parallel
 from distclip.train.problem import require
 
+MEETING_POINT = "DISTCLIP_MEETING_POINT"  # the init_method of ranks that `distclip train` has started itself
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Place:
@@ -36,17 +38,19 @@ def launched_world(parallel: Parallel) -> int:
 
 def join() -> Place:
     """Enter the process group: NCCL when each local rank has a GPU, Gloo on the CPU otherwise."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    init_method = os.environ.get(MEETING_POINT, "env://")
     if dist.is_nccl_available() and torch.cuda.device_count() >= local_world:
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
-        dist.init_process_group(backend, device_id=device)
+        dist.init_process_group(backend, init_method, world_size=world, rank=rank, device_id=device)
     else:
         device, backend = torch.device("cpu"), "gloo"
         torch.set_flush_denormal(True)  # the tails of saturated recurrent nets make a CPU ten times slower
-        dist.init_process_group(backend)
-    return Place(rank=dist.get_rank(), world=dist.get_world_size(), device=device, backend=backend)
+        dist.init_process_group(backend, init_method, world_size=world, rank=rank)
+    return Place(rank=rank, world=world, device=device, backend=backend)
 
 
 def from_rank_0(number: int, place: Place) -> int:

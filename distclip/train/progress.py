@@ -36,7 +36,8 @@ class Display:
         self.bar: Progress | None = None
         self.recent: list[dict[str, Any]] = []  # since the last look at the held-out part
         if console.is_terminal and not console.quiet:
-            self.bar = Progress(BarColumn(bar_width=16), TextColumn("{task.description}"), console=console)
+            bar = [BarColumn(bar_width=16)] if console.width >= 100 else []  # the numbers need 80 columns
+            self.bar = Progress(*bar, TextColumn("{task.description}"), console=console)
             self.task = self.bar.add_task("", total=steps, completed=start)
 
     def __enter__(self) -> "Display":
@@ -58,7 +59,7 @@ class Display:
         step = record["step"]
         self.recent.append(record)
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=self.line(record, tally))
+            self.bar.update(self.task, completed=step, description=self.line(record, tally).removeprefix("step "))
         elif step % self.log_every == 0 or step == self.start + 1:
             self.say(self.line(record, tally))
         if "held_out_loss" in record:
@@ -66,11 +67,11 @@ class Display:
             self.recent.clear()
 
     def line(self, record: dict[str, Any], tally: Tally) -> str:
-        skipped = f"  skipped {tally.skipped}" if tally.skipped else ""
+        skipped = f" skipped {tally.skipped}" if tally.skipped else ""
         return (
-            f"step {record['step']}/{self.steps}  loss {record['loss']:.4f}  norm {record['norm']:.3g}"
-            f"  coef {record['coef']:.3g}  clipped {tally.share(tally.clipped):.0%}{skipped}"
-            f"  {record['per_second']:,.0f} {self.unit}/s  eta {self.eta(record['step'])}"
+            f"step {record['step']}/{self.steps} loss {record['loss']:.4f} norm {record['norm']:.3g}"
+            f" coef {record['coef']:.3g} clipped {tally.share(tally.clipped):.0%}{skipped}"
+            f" {record['per_second']:,.0f} {self.unit}/s eta {self.eta(record['step'])}"
         )
 
     def eta(self, step: int) -> str:

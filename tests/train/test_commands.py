@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from train.commands import CONFIGS, TINY, TORCHRUN, metrics, numbers, start
 
 from distclip import __version__
 from distclip.cli import main
+from train.commands import CONFIGS, TINY, TORCHRUN, metrics, numbers, start
 
 LONG = [*TINY, "train.steps=100000", "train.log_every=1000"]
 

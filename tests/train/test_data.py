@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.commands import CONFIGS
 
 from distclip.train.dataset import Batches, Dataset, Split
 from distclip.train.problem import ConfigError
 from distclip.train.tasks.digits import DigitsData, load_digits
 from distclip.train.tasks.rows import RowsData, hashed, load_rows
 from distclip.train.tasks.text import TextData, load_text
+from train.commands import CONFIGS
 
 
 def split(samples: int) -> Split:

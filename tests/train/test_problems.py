@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from train.commands import CONFIGS, ROOT, TORCHRUN, start
 
 from distclip.cli import main
+from train.commands import CONFIGS, ROOT, TORCHRUN, start
 
 QUICKSTART, CLASSIFIER, DIGITS = "quickstart.yaml", "classifier.yaml", "digits.yaml"
 

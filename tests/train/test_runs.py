@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from train.commands import TINY, metrics, numbers, train_here
 
 from distclip.train.models.irnn import Irnn, IrnnConfig
 from distclip.train.tasks.digits import DigitsData, load_digits
+from ranks import run_ranks
+from train.commands import TINY, metrics, numbers, train_here
 
 # the checkpoint of a distributed run is read by one process, on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

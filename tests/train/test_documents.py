@@ -1,0 +1,25 @@
+"""docs/train.md lists every key of the config and no other."""
+
+import re
+
+import pytest
+
+from distclip.train.parse import flat, read_config, sections, to_yaml
+from distclip.train.tasks.registry import TASKS
+from train.commands import CONFIGS, ROOT
+
+
+def test_every_key_is_in_the_document():
+    table = (ROOT / "docs" / "train.md").read_text().partition("## Every key")[2]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
+    documented = {key for cell in first_cells for key in re.findall(r"`([\w.]+)`", cell)}
+    real = {key for task in TASKS for name, type_ in sections(task).items() for key, _ in flat(name, type_)}
+    assert documented == real
+
+
+@pytest.mark.parametrize("name", ["quickstart", "classifier", "digits"])
+def test_the_resolved_config_reads_back_as_itself(name, tmp_path):
+    config = read_config(CONFIGS / f"{name}.yaml", ["clip.window=7", "run.dir=x"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_config(tmp_path / "config.yaml") == config
+    assert config.clip.window == 7

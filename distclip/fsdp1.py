@@ -35,4 +35,5 @@ def flattened_pieces(module: FullyShardedDataParallel, prefix: str) -> Iterator[
             span=slice(start, start + (info.numel_in_shard or 0)) if flat._params is None else None,
             spec=None if extension is None else Spec(extension.mesh, extension.placements),
             flat_over=ranks,
+            aligned=not any(flat._param_extensions),  # tensor-parallel neighbours may have other sizes on other ranks
         )

@@ -190,7 +190,8 @@ def _plan(
                 f"parameter {i} of shape {tuple(piece.holder.shape)} is managed by FSDP1 (FullyShardedDataParallel) "
                 "and does not show of what it is a part: pass the FSDP1 module instead of its parameters"
             )
-    talks = bool(group or split_over or layout) or any(piece.spec or piece.flat_over for piece in pieces)
+    seen_cut = any(piece.spec is not None or is_flattened(piece.holder) for piece in pieces)
+    talks = bool(group or split_over or layout) or seen_cut
     return Plan.of(pieces, p, ClippingGroup.of(group) if talks else ClippingGroup.alone(), split_over, layout)
 
 

@@ -25,6 +25,7 @@ class Piece:
     * ``span``: the part of a flat gradient that belongs to it; None for all of it.
     * ``spec``: DTensor placements, also where the holder is the plain local tensor of one.
     * ``flat_over``: global ranks among which the local tensor is cut once more, as FSDP1 does; empty for none.
+    * ``aligned``: copies on other ranks are cut at the same places, so that they can be compared.
     * ``reduced``: whoever made the gradient has brought it to ``spec`` already, as FSDP2 does.
     """
 
@@ -34,7 +35,13 @@ class Piece:
     span: slice | None = None
     spec: Spec | None = None
     flat_over: tuple[int, ...] = ()
+    aligned: bool = True
     reduced: bool = False
+
+    def local(self) -> Tensor:
+        """This rank's values, as a plain tensor."""
+        values = self.holder._local_tensor if isinstance(self.holder, DTensor) else self.holder
+        return values if self.span is None else values[self.span]
 
 
 def piece_of(parameter: Tensor, name: str = "", reduced: bool = False) -> Piece:

@@ -80,7 +80,7 @@ class Plan:
         layout: LayoutFn | None = None,
     ) -> "Plan":
         """Read every piece's layout; a parameter listed twice counts once. No collective."""
-        unique = {(id(p.holder), p.span and p.span.start, p.span and p.span.stop): p for p in reversed(pieces)}
+        unique = {(id(p.holder), None if p.span is None else p.name): p for p in reversed(pieces)}
         kept = tuple(reversed(unique.values()))
         reader = LayoutReader(group, split_over, layout)
         holdings = [reader.read(_label(i, piece), piece) for i, piece in enumerate(kept)]

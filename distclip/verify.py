@@ -12,7 +12,6 @@ from hashlib import blake2b
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .compare import checksums, say
 from .errors import LayoutError
@@ -30,7 +29,7 @@ def compare_values(plan: Plan) -> None:
     if plan.group.process_group is None:
         return
     copied = _copied(plan)
-    values = checksums([_local(plan.pieces[i].holder) for i in copied], plan.device)
+    values = checksums([plan.pieces[i].local() for i in copied], plan.device)
     drift = plan.group.all_reduce(values * _signs(plan, copied))
     apart = [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
     if apart:
@@ -54,10 +53,11 @@ def _count_common(plan: Plan, local: Local) -> None:
     common = [i for i, is_common in enumerate(plan.common) if is_common]
     norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
     norms[local.indices] = local.norms.nan_to_num(nan=0.0, posinf=0.0)
-    sizes = [float(_elements(plan, i)) for i in common]
+    sizes = [float(plan.pieces[i].local().numel()) for i in common]
     counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[common]
-    words = torch.stack([counted, norms[common] * _signs(plan, common), norms[common]])
-    counted, drift, total = plan.group.all_reduce(words).cpu()
+    comparable = torch.tensor([float(plan.pieces[i].aligned) for i in common], device=plan.device)
+    norms = norms[common] * comparable
+    counted, drift, total = plan.group.all_reduce(torch.stack([counted, norms * _signs(plan, common), norms])).cpu()
     whole = torch.tensor([float(plan.pieces[i].size or 0) for i in common], dtype=torch.float64)
     wrong = ((counted - whole).abs() > 0.5).nonzero().flatten().tolist()
     if wrong:
@@ -115,25 +115,15 @@ def _key(gradient: Tensor, norm: Tensor, total: int) -> int:
 
 
 def _copied(plan: Plan) -> list[int]:
-    return [i for i, weight in enumerate(plan.weights.tolist()) if plan.common[i] and weight < 1]
+    """Pieces that other ranks have copies of, which can be compared."""
+    weights = plan.weights.tolist()
+    return [i for i, p in enumerate(plan.pieces) if plan.common[i] and p.aligned and weights[i] < 1]
 
 
 def _signs(plan: Plan, indices: Sequence[int]) -> Tensor:
     """1 - replicas on the rank that speaks for the copies of a piece, 1 on the others."""
     speaking = [1.0 - 1.0 / plan.weights[i].item() if speaks(plan.group, plan.pieces[i]) else 1.0 for i in indices]
     return torch.tensor(speaking, dtype=torch.float64, device=plan.device)
-
-
-def _elements(plan: Plan, index: int) -> int:
-    """How many elements of a piece this rank holds."""
-    piece = plan.pieces[index]
-    if piece.span is not None:
-        return len(range(*piece.span.indices(piece.holder.numel())))
-    return _local(piece.holder).numel()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _few(names: Sequence[str]) -> str:

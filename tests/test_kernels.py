@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distclip
-from distclip.kernels import local_norms
+from distclip.kernels import local_norms, scale_
 from distclip.kernels.sums import CHUNK, ROW, ROWS_CHUNK, SMALL
 from oracle import true_norm
 
@@ -148,3 +148,12 @@ def test_no_temporary_is_as_large_as_a_gradient(dtype, p, factor):
     with LargestNewTensor() as made:
         distclip.clip_grad_norm_([parameter], 0.5, p)
     assert 0 < made.bytes <= 1 << 20
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("numel", [1, 33, 10_000])
+def test_scaling_rounds_once(dtype, numel):
+    tensor = noise(numel, dtype)
+    exact = (tensor.double() * torch.tensor(0.123456789).double()).to(dtype)
+    scale_([tensor], 0.123456789)
+    assert torch.equal(tensor, exact)

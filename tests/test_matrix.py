@@ -1,0 +1,95 @@
+"""The matrix: every layout, dtype, p and state of the gradients against the float64 oracle, on 2, 4 and 8 ranks."""
+
+from math import inf
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+import distclip
+from oracle import same_tensors, true_norm
+from parallel import EIGHT, FOUR, TWO, united
+from ranks import count_collectives, run_ranks, same_bits
+
+P = (0.5, 1.0, 2.0, 3.0, inf)
+SCALES = {"ordinary": 30.0, "tiny": 1e-4, "huge": 1e15}
+AFTER = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+LAYOUTS = [
+    pytest.param(layout, size, id=f"{layout.__name__}-{size}") for size, ls in ((2, TWO), (4, FOUR)) for layout in ls
+]
+ON_EIGHT = [pytest.param(layout, 8, id=f"{layout.__name__}-8") for layout in EIGHT]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def holders(job) -> list[torch.Tensor]:
+    """The tensors that hold gradients, in the plan's own list: TP under DDP and FSDP1 hide them."""
+    clipper = distclip.Clipper(job.parts, inf, **job.options)
+    return list({id(p.holder): p.holder for p in clipper._plan.pieces}.values())
+
+
+def clipped(layout, dtype: torch.dtype, state: str) -> dict[str, object]:
+    """By function and by Clipper, for every p: the norms, what clipping leaves, whether an unclipped step kept bits."""
+    job = layout(dtype, SCALES[state])
+    job.backward()
+    whole = united(job)
+    kept = [(h, None if h.grad is None else h.grad.detach().clone()) for h in holders(job)]
+    result: dict[str, object] = {"oracle": {p: true_norm(whole, p) for p in P}, "realigns": job.realigns}
+    result["tolerance"] = 2e-7 if job.exact else 1e-6 if dtype == torch.float32 else 2e-2
+    for name in ("function", "clipper"):
+        norms, untouched, after = {}, {}, {}
+        for p in P:
+            oracle = result["oracle"][p]
+            for bound in (2 * oracle, oracle / 3):
+                for holder, gradient in kept:
+                    holder.grad = None if gradient is None else gradient.clone()
+                before = [local(h.grad).clone() for h, _ in kept if h.grad is not None]
+                if name == "function":
+                    with count_collectives() as counts:
+                        norms[p, bound < oracle] = distclip.clip_grad_norm_(job.parts, bound, p, **job.options)
+                else:
+                    clipper = distclip.Clipper(job.parts, bound, norm_type=p, **job.options)
+                    with count_collectives() as counts:
+                        norms[p, bound < oracle] = clipper.clip_().norm
+                if bound > oracle:
+                    untouched[p] = same_tensors(before, [local(h.grad) for h, _ in kept if h.grad is not None])
+                else:
+                    again = distclip.clip_grad_norm_(job.parts, inf, p, **job.options)
+                    after[p] = again.item() / bound
+        result[name] = {"norms": norms, "untouched": untouched, "after": after, "collectives": dict(counts)}
+    for holder, gradient in kept:
+        holder.grad = None if gradient is None else gradient.clone()
+    distclip.Clipper(job.parts, inf, **job.options).verify()
+    return result
+
+
+def check(results: list[dict], dtype: torch.dtype) -> None:
+    assert same_bits([r["function"]["norms"] for r in results])
+    assert same_bits([r["clipper"]["norms"] for r in results])
+    for name in ("function", "clipper"):
+        for p in P:
+            oracle = results[0]["oracle"][p]
+            assert oracle > 0, "a vacuous case"
+            for clips in (False, True):
+                norm = results[0][name]["norms"][p, clips].item()
+                assert norm == pytest.approx(oracle, rel=results[0]["tolerance"]), p
+            left = norm / (norm + 1e-6)  # of the bound, by torch's own formula
+            error = AFTER[dtype] * (2 if p < 1 else 1)
+            assert results[0][name]["after"][p] == pytest.approx(left, rel=error), p
+            assert results[0]["realigns"] or all(r[name]["untouched"][p] for r in results)
+        if not results[0]["realigns"]:
+            assert all(r[name]["collectives"] == {"allreduce": 1} for r in results)
+
+
+@pytest.mark.parametrize("state", SCALES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_norm_and_clipping_are_those_of_one_process(layout, size, dtype, state):
+    check(run_ranks(clipped, size, layout, dtype, state), dtype)
+
+
+@pytest.mark.parametrize(("layout", "size"), ON_EIGHT)
+def test_the_same_on_eight_ranks(layout, size):
+    check(run_ranks(clipped, size, layout, torch.float32, "ordinary", timeout=120), torch.float32)

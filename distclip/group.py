@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .roll_call import who_is_missing
+
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
 
@@ -53,9 +55,15 @@ class ClippingGroup:
         return self.ranks[self.rank]
 
     def all_reduce(self, words: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Reduce ``words`` in place over the group and return them: one collective, or none in one process."""
+        """Reduce ``words`` in place over the group and return them: one collective, or none in one process.
+
+        RuntimeError that names the ranks that did not come, where the backend gave up waiting for them.
+        """
         if self.process_group is not None:
-            dist.all_reduce(words, op, group=self.process_group)
+            try:
+                dist.all_reduce(words, op, group=self.process_group)
+            except RuntimeError as error:
+                raise RuntimeError(f"{who_is_missing(self.ranks)} ({str(error).splitlines()[0]})") from error
         return words
 
     def device_for(self, tensors: Iterable[Tensor]) -> torch.device:

@@ -1,5 +1,7 @@
 """Ranks decide alike, or all of them raise: nobody hangs and nobody steps alone."""
 
+import time
+from datetime import timedelta
 from functools import partial
 from math import inf, nan
 
@@ -178,3 +180,29 @@ def test_verify_finds_gradients_that_were_not_reduced():
     for said in run_ranks(skewed_gradients, 2, "one replica"):
         assert "do not: embed.weight; " in said
     assert run_ranks(partial(skewed_gradients, "as it should be"), 2) == ["no error"] * 2
+
+
+def absent(kind: str) -> str:
+    """Rank 1 does not come to the norm: it raised before, or it left."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    model = build()
+    model.embed.weight.grad = torch.ones_like(model.embed.weight)
+    start = time.monotonic()
+    if dist.get_rank() == 1:
+        if kind == "late":
+            time.sleep(8)
+        return "did not come"
+    try:
+        distclip.clip_grad_norm_(model, 1.0, group=group)
+    except RuntimeError as error:
+        assert time.monotonic() - start < 9
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("kind", ["raised before", "late"])
+def test_who_did_not_come_is_named(kind):
+    said = run_ranks(absent, 3, kind, timeout=30, fresh=True)
+    assert said[1] == "did not come"
+    for message in (said[0], said[2]):
+        assert "rank 1 did not come to it or died" in message

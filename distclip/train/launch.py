@@ -18,6 +18,13 @@ from distclip.train.stop import exit_code, heeded
 
 MOST = max(8, os.cpu_count() or 1)  # processes on one machine: one a core, and 8 on the smallest for trying out
 
+# `python -m distclip`, but stop signals wait from the beginning until StopSignals heeds them: to import torch takes
+# seconds, in which Ctrl-C would end each rank with a traceback.
+RANK = (
+    "import signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}); "
+    "from distclip.cli import main; sys.exit(main())"
+)
+
 
 def check_processes(processes: int) -> None:
     require(
@@ -56,7 +63,7 @@ def launch_at(meeting: str, processes: int, words: Sequence[str]) -> int:
         signals_to_handle=",".join(s.name for s in heeded()),
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "distclip", *words)
+        elastic_launch(config, sys.executable)("-c", RANK, *words)
     except SignalException as error:
         return exit_code(signal.Signals(error.sigval))
     except ChildFailedError as error:

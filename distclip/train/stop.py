@@ -26,6 +26,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in heeded():
             self.previous[number] = signal.signal(number, self.remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see launch.py: some may be waiting
         return self
 
     def __exit__(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,27 +17,41 @@ from train.commands import CONFIGS, TINY, TORCHRUN, metrics, numbers, start
 LONG = [*TINY, "train.steps=100000", "train.log_every=1000"]
 
 
+PATIENCE = 200  # seconds: what takes 3 on a quiet machine has taken 60 on a busy one
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`start`, and no process is left behind: SIGTERM lets the command end its ranks, which SIGKILL would not."""
+    processes = []
+
+    def started(*words: str | Path, launcher: list[str] | None = None) -> subprocess.Popen[str]:
+        processes.append(start(*words, launcher=launcher))
+        return processes[-1]
+
+    yield started
+    for process in processes:
+        process.terminate()
+        process.communicate()
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    try:
-        output, errors = process.communicate(timeout=90)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    output, errors = process.communicate(timeout=PATIENCE)
     return process.returncode, output, errors
 
 
 def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= steps):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "no step was taken"
         time.sleep(0.05)
 
 
-def test_the_command_starts_its_ranks_and_torchrun_takes_the_same_steps(tmp_path: Path):
+def test_the_command_starts_its_ranks_and_torchrun_takes_the_same_steps(run, tmp_path: Path):
     words = ["train", CONFIGS / "quickstart.yaml", *TINY, "train.steps=6", "--train.log_every=2"]
-    alone = start(*words, f"run.root={tmp_path}")
-    under = start(*words, f"run.dir={tmp_path / 'torchrun'}", launcher=[*TORCHRUN, "2"])
+    alone = run(*words, f"run.root={tmp_path}")
+    under = run(*words, f"run.dir={tmp_path / 'torchrun'}", launcher=[*TORCHRUN, "2"])
     code, output, errors = finish(alone)
     assert (code, errors) == (0, "")
     assert finish(under)[0] == 0
@@ -62,10 +77,10 @@ def test_the_command_starts_its_ranks_and_torchrun_takes_the_same_steps(tmp_path
     [(signal.SIGINT, os.killpg, 130), (signal.SIGTERM, os.kill, 143)],
     ids=["Ctrl-C in the terminal", "SIGTERM to the command"],
 )
-def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(number, send, code, tmp_path: Path):
+def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(number, send, code, run, tmp_path: Path):
     folder = tmp_path / "run"
     words = ["train", CONFIGS / "quickstart.yaml", *LONG, f"run.dir={folder}"]
-    process = start(*words)
+    process = run(*words)
     wait_for_steps(folder, 5, process)
     send(process.pid, number)
     returned, output, errors = finish(process)
@@ -77,14 +92,36 @@ def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(number, 
     assert json.loads((folder / "summary.json").read_text())["status"] == f"stopped by {number.name}"
     assert f"resume=true run.dir={folder}" in "".join(output.split("\n"))
 
-    code, _, errors = finish(start(*words, "resume=true", f"train.steps={steps[-1] + 3}"))
+    code, _, errors = finish(run(*words, "resume=true", f"train.steps={steps[-1] + 3}"))
     assert (code, errors) == (0, "")
     assert [record["step"] for record in metrics(folder)] == list(range(1, steps[-1] + 4))
 
 
-def test_a_failure_in_training_is_exit_code_1_and_one_line(tmp_path: Path):
+def blocked(pid: int) -> int:
+    """The mask of signals that wait, of a process that has just begun."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
+def test_a_signal_waits_for_ranks_that_are_still_starting(run, tmp_path: Path):
+    folder = tmp_path / "run"
+    process = run("train", CONFIGS / "quickstart.yaml", *LONG, f"run.dir={folder}")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    bit = 1 << (signal.SIGINT - 1)
+    while len(ranks := children.read_text().split()) < 2 or not all(blocked(int(rank)) & bit for rank in ranks):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, errors = finish(process)
+    assert code == 130
+    assert "Traceback" not in errors
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_failure_in_training_is_exit_code_1_and_one_line(run, tmp_path: Path):
     words = ["optim.lr=1e30", "clip.nonfinite=raise", "train.epochs=1", f"run.dir={tmp_path / 'run'}"]
-    code, _, errors = finish(start("train", CONFIGS / "digits.yaml", *words))
+    code, _, errors = finish(run("train", CONFIGS / "digits.yaml", *words))
     assert code == 1
     assert errors.count("distclip: training failed: ") == 1
     assert "Traceback" not in errors

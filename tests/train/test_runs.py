@@ -35,7 +35,8 @@ def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def run(folder: Path, ranks: int, config: str, *words: str) -> None:
-    codes = run_ranks(train_here, ranks, config, [*words, f"run.dir={folder}", f"parallel.processes={ranks}"])
+    words = (*words, f"run.dir={folder}", f"parallel.processes={ranks}")
+    codes = run_ranks(train_here, ranks, config, list(words), timeout=200)
     assert codes == [0] * ranks
 
 

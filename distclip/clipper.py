@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from math import inf
 from typing import Any, Literal
+from weakref import WeakSet
 from zlib import crc32
 
 import torch
@@ -36,6 +37,8 @@ DISAGREE = (
     "holds other parameters, or made one call of Clipper more or less; let every rank make the same calls"
 )
 
+_alive: WeakSet["Clipper"] = WeakSet()
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -66,8 +69,9 @@ class Clipper:
       ``"raise"``: NonFiniteError on every rank, gradients untouched. ``"propagate"``: scale and step, as torch does.
     * ``max_consecutive_skips``: so many non-finite steps in a row are skipped; the next raises NonFiniteError.
 
-    The parameters of all ranks, ``norm_type`` and the policy are compared once, by one all-reduce of a few words;
-    LayoutError or ValueError on all ranks where they differ. Every ``measure``, ``clip_`` and ``step`` makes one
+    The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
+    two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all ranks
+    where not. Every ``measure``, ``clip_`` and ``step`` makes one
     all-reduce of two float64 words (four for inf), DDP included, so that ranks decide alike even when one replica is
     corrupt. A call that raises leaves gradients and policy state as they were.
 
@@ -118,6 +122,7 @@ class Clipper:
         self._unread: tuple[Flags, Local] | None = None
         self._culprit: Culprit | None = None
         self._compare_ranks()
+        _alive.add(self)
 
     @property
     def culprit(self) -> Culprit | None:
@@ -178,12 +183,19 @@ class Clipper:
     def verify(self) -> None:
         """Prove the layout on the gradients of a backward, before the step; LayoutError on all ranks if it is wrong.
 
-        The norm's own sum, with 1 in place of |g|**p, must count every parameter's elements exactly once, and
-        gradients that every rank holds must be the same on every rank (they are not inside ``no_sync``). Two
-        all-reduces of a few words a parameter, and a wait. Parameters that ``split_over`` or ``layout`` describe are
-        not looked at.
+        The norm's own sum, with 1 in place of |g|**p, must count every parameter's elements once, and copies of a
+        gradient must be equal (inside ``no_sync`` they are not). Where ``split_over`` or ``layout`` say that ranks hold
+        different parameters, gradients of the same shape and bits must add up to one (a tied weight on two stages does
+        not). No other Clipper may hold the same parameters. Four all-reduces of a few words a parameter, and a wait;
+        gradients are never gathered.
         """
+        rivals = sum(1 for other in _alive if other is not self and other._ids & self._ids)
         verify(self._plan)
+        if rivals:
+            raise LayoutError(
+                f"{rivals} other Clipper(s) hold parameters of this one and would clip them again: keep one Clipper "
+                "for each parameter"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The policy's state and the counters: the same on every rank, for any number of ranks, copied."""

@@ -1,0 +1,166 @@
+"""A wrong layout is an error: at construction where values show it, in verify() where only gradients do."""
+
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import distclip
+from layouts import backward, build, ddp
+from parallel import mesh_of
+from ranks import count_collectives, run_ranks
+
+
+def said_by(use) -> str:
+    try:
+        use()
+    except distclip.LayoutError as error:
+        return str(error)
+    return "no error"
+
+
+def filled(model: nn.Module, seed: int) -> nn.Module:
+    chance = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=chance)
+    return model
+
+
+def stages_with_equal_names(values: str) -> str:
+    """Two pipeline stages whose parameters have the same names and shapes, told to nobody."""
+    stage = nn.Linear(3, 3)
+    for p in stage.parameters():
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(dist.get_rank() if values == "other" else 0))
+
+    def use() -> None:
+        clipper = distclip.Clipper(stage, 1.0)
+        filled(stage, dist.get_rank())
+        clipper.verify()
+
+    return said_by(use)
+
+
+def test_stages_with_equal_names_are_found_by_their_values():
+    for said in run_ranks(stages_with_equal_names, 2, "other"):
+        assert said.startswith("ranks that should hold copies hold other values of weight, bias: say split_over=")
+
+
+def test_stages_that_begin_alike_are_found_by_their_gradients():
+    for said in run_ranks(stages_with_equal_names, 2, "same"):
+        assert said.startswith("ranks that should hold the same gradient do not: weight, bias; ")
+
+
+def tied(replicas: int | None) -> str:
+    """A weight that the first and the last of two stages share, its gradient already summed."""
+    mesh = mesh_of(("pp", 2))
+    stage = nn.ParameterDict({"tied": nn.Parameter(torch.ones(4)), "own": nn.Parameter(torch.ones(2))})
+
+    def layout(name: str, parameter: torch.Tensor) -> distclip.Layout | None:
+        return distclip.Layout(replicas) if replicas and name == "tied" else None
+
+    def use() -> None:
+        clipper = distclip.Clipper(stage, 1.0, split_over=[mesh["pp"]], layout=layout)
+        stage["tied"].grad = torch.arange(4.0)
+        stage["own"].grad = torch.full((2,), 1.0 + dist.get_rank())
+        clipper.verify()
+
+    return said_by(use)
+
+
+def test_a_tied_weight_on_two_stages_is_counted_and_what_to_write_is_said():
+    for said in run_ranks(tied, 2, None):
+        assert "gradients are not counted once: on rank 0 tied (2x)" in said
+        assert "a tied weight on two stages: Layout(2)" in said
+    assert run_ranks(tied, 2, 2) == ["no error"] * 2
+
+
+def experts(replicas: int) -> str:
+    """Two plain experts, one on each rank, said to be held by ``replicas`` ranks."""
+    expert = nn.Linear(3, 3, bias=False)
+
+    def use() -> None:
+        clipper = distclip.Clipper(expert, 1.0, layout=lambda name, p: distclip.Layout(replicas))
+        filled(expert, dist.get_rank())
+        clipper.verify()
+
+    return said_by(use)
+
+
+def test_experts_said_to_be_copies_are_counted_half():
+    for said in run_ranks(experts, 2, 2):
+        assert "weight (0.5x)" in said
+    assert run_ranks(experts, 2, 1) == ["no error"] * 2
+
+
+def drifted(where: str) -> str:
+    """HSDP on 2 x 2 ranks; the second replica drifts by one bit of one value."""
+    mesh = mesh_of(("replicate", 2), ("shard", 2))
+    model = build()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+    def use() -> None:
+        if where == "value" and dist.get_rank() == 3:
+            with torch.no_grad():
+                local = model.head.weight.to_local()
+                local[0, 0] = torch.nextafter(local[0, 0], torch.tensor(9.0))
+        clipper = distclip.Clipper(model, 1.0)
+        backward(model)
+        if where == "gradient" and dist.get_rank() == 2:
+            model.head.weight.grad.to_local()[0, 0] += 1.0
+        clipper.verify()
+
+    return said_by(use)
+
+
+def test_a_replica_that_drifted_by_one_bit_is_found():
+    for said in run_ranks(drifted, 4, "value"):
+        assert said.startswith("ranks that should hold copies hold other values of head.weight: ")
+    for said in run_ranks(drifted, 4, "gradient"):
+        assert said.startswith("ranks that should hold the same gradient do not: head.weight; ")
+    assert run_ranks(drifted, 4, "nowhere") == ["no error"] * 4
+
+
+def unsynchronised() -> str:
+    model = ddp()
+    clipper = distclip.Clipper(model, 1.0)
+    with model.no_sync():
+        backward(model)
+    return said_by(clipper.verify)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_gradients_inside_no_sync_are_found(size):
+    for said in run_ranks(unsynchronised, size):
+        assert "ranks that should hold the same gradient do not: embed.weight" in said
+        assert "leave no_sync" in said
+
+
+def test_a_second_clipper_on_the_same_parameters_is_found():
+    model = filled(build(), 0)
+    first = distclip.Clipper(model, 1.0)
+    first.verify()
+    second = distclip.Clipper([model.head], 1.0)
+    assert "1 other Clipper(s) hold parameters of this one" in said_by(first.verify)
+    assert "1 other Clipper(s) hold parameters of this one" in said_by(second.verify)
+    del second
+    gc.collect()
+    first.verify()
+
+
+def cost() -> dict[str, int]:
+    model = ddp()
+    backward(model)
+    with count_collectives() as built:
+        clipper = distclip.Clipper(model, 1.0)
+    with count_collectives() as verified:
+        clipper.verify()
+    return {"built": built.total(), "verified": verified.total()}
+
+
+def test_proofs_cost_what_their_docstrings_say():
+    assert run_ranks(cost, 2) == [{"built": 2, "verified": 4}] * 2

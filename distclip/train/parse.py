@@ -47,8 +47,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     require(path.is_file(), str(path), "there is no such config file")
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"not YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from error
     require(isinstance(document, dict), str(path), "a config is a mapping of keys to values")
     return document  # type: ignore[no-any-return]
 

@@ -104,6 +104,7 @@ def test_a_problem_is_one_line_that_names_the_key(config, words, parts, here, ca
     ("text", "part"),
     [
         ("task: [", "not YAML"),
+        ("task: \xff", "not YAML"),
         ("- task", "a mapping"),
         ("", "a mapping"),
         ("name: x", "task: must be one of"),
@@ -114,7 +115,7 @@ def test_a_problem_is_one_line_that_names_the_key(config, words, parts, here, ca
     ],
 )
 def test_a_bad_file_is_one_line(text, part, here, capsys):
-    (here / "bad.yaml").write_text(text)
+    (here / "bad.yaml").write_text(text, encoding="latin-1")
     assert part in complaint(capsys, str(here / "bad.yaml"))
 
 

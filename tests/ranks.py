@@ -47,7 +47,7 @@ GRACE = 1.0  # seconds the other ranks have to finish once one has failed
 
 _processes = get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.pipelining", "distclip"]
+    ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.pipelining", "distclip"]
 )
 
 
@@ -145,10 +145,11 @@ class _Team:
 
     def _story(self, answers: Sequence[bytes | str | None], timeout: float) -> str:
         """What became of each rank: first all in one line, then one after the other."""
+        stacks = self._stacks([rank for rank, answer in enumerate(answers) if answer is None])
         headline, chapters = [], []
         for rank, answer in enumerate(answers):
             if answer is None:
-                end, text = "did not finish", f"did not finish; it was here:\n{self._stack(rank)}"
+                end, text = "did not finish", f"did not finish; it was here:\n{stacks[rank]}"
             elif isinstance(answer, str):
                 end, text = answer.rstrip().splitlines()[-1], answer
             else:
@@ -157,13 +158,18 @@ class _Team:
             chapters.append(f"---- rank {rank} ----\n{text.rstrip()}")
         return "\n".join(["; ".join(headline) + f" (limit {timeout:g} s)", *chapters])
 
-    def _stack(self, rank: int) -> str:
-        """Where the rank is: its fault handler writes that, even from inside a collective that hangs."""
-        os.kill(self.processes[rank].pid, signal.SIGUSR1)
-        patience = time.monotonic() + 1.0
-        while not (text := self.stacks[rank].read_text()) and time.monotonic() < patience:
-            time.sleep(0.05)
-        return text or "(no stack: it was not yet running or did not react)"
+    def _stacks(self, ranks: Sequence[int]) -> dict[int, str]:
+        """Where these ranks are: their fault handlers write that, even from inside a collective that hangs."""
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        stacks: dict[int, str] = {}
+        for _ in range(20 if ranks else 0):
+            time.sleep(0.25)
+            before, stacks = stacks, {rank: self.stacks[rank].read_text() for rank in ranks}
+            if stacks == before and all(stacks.values()):
+                break  # nobody is still writing
+        return stacks
 
     def kill(self) -> None:
         for process in self.processes:

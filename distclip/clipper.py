@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Literal
 from weakref import WeakSet
@@ -24,7 +24,8 @@ from .kernels import clamp_, scale_
 from .layout import LayoutFn
 from .model import pieces_of
 from .plan import Local, Measured, Plan
-from .policies import MaxNorm, Policy, State
+from .policies import Policy, State
+from .policies.adopt import as_policy, fitting, spelled
 from .policies.checks import positive
 from .report import Culprit, Report
 from .verify import compare_values, verify
@@ -70,13 +71,15 @@ class Clipper:
     * ``max_consecutive_skips``: so many non-finite steps in a row are skipped; the next raises NonFiniteError.
 
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
-    two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all ranks
-    where not. Every ``measure``, ``clip_`` and ``step`` makes one
-    all-reduce of two float64 words (four for inf), DDP included, so that ranks decide alike even when one replica is
-    corrupt. A call that raises leaves gradients and policy state as they were.
+    two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
+    ranks where not. Every ``measure``, ``clip_`` and ``step`` makes one all-reduce of two float64 words (four for
+    inf), DDP included, so that ranks decide alike even when one replica is corrupt. One word more travels with
+    DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: it says whether gradients lie otherwise than
+    their parameters (sequence-parallel norms leave pending sums), which are then redistributed into ``.grad``, from
+    then on before the all-reduce. A call that raises leaves gradients and policy state as they were.
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
-    float64 gradients and p > 7; each costs one wait a step. Without a wait, non-finite norms and disagreement are
+    float64 gradients, p > 7 and the extra word; each costs one wait a step. Without a wait, non-finite norms and disagreement are
     looked at when the next call starts, so an error and :attr:`culprit` come one call late.
 
     >>> import torch
@@ -108,7 +111,7 @@ class Clipper:
             raise ValueError(f"max_consecutive_skips must be at least 1 or None, got {max_consecutive_skips!r}")
         if overlap:
             raise NotImplementedError("overlap=True is not built yet: leave it out, the norm is taken after backward")
-        self._policy = _as_policy(policy)
+        self._policy = as_policy(policy)
         self._nonfinite = nonfinite
         self._max_consecutive_skips = max_consecutive_skips
         pieces = pieces_of(_parts(model))
@@ -207,7 +210,7 @@ class Clipper:
         wanted = {"policy", "steps", "consecutive_skips"}
         if set(state) != wanted:
             raise ValueError(f"a Clipper's state has the keys {sorted(wanted)}, got {sorted(state)}")
-        self._state = _fitting(state["policy"], self._policy.init(self._plan.device))
+        self._state = fitting(state["policy"], self._policy.init(self._plan.device))
         self._steps, self._skips = int(state["steps"]), int(state["consecutive_skips"])
         self._unread = None
 
@@ -312,7 +315,7 @@ class Clipper:
         limit = self._max_consecutive_skips
         settings = {
             "norm_type": -1.0 if self._plan.p == inf else self._plan.p,
-            "policy": crc32(_spelled(self._policy).encode()),
+            "policy": crc32(spelled(self._policy).encode()),
             "nonfinite": NONFINITE.index(self._nonfinite),
             "max_consecutive_skips": -1 if limit is None else limit,
         }
@@ -328,14 +331,6 @@ class Clipper:
         compare_values(self._plan)
 
 
-def _as_policy(policy: Policy | float) -> Policy:
-    if isinstance(policy, Policy) and not isinstance(policy, type):
-        return policy
-    if isinstance(policy, (int, float)) and not isinstance(policy, bool):
-        return MaxNorm(policy)
-    raise ValueError(f"policy must be a number or have the methods of distclip.Policy, got {policy!r}")
-
-
 def _parts(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     parts: Iterable[nn.Module] = [model] if isinstance(model, nn.Module) else model
     parts = list(parts)
@@ -343,25 +338,3 @@ def _parts(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
         if not isinstance(part, nn.Module):
             raise ValueError(f"model must be a module or a list of modules, got {type(part).__name__} in it")
     return parts
-
-
-def _spelled(policy: Policy) -> str:
-    """A text that is equal on ranks whose policies are."""
-    name = type(policy).__qualname__
-    if is_dataclass(policy):
-        return f"{name}({', '.join(f'{f.name}={getattr(policy, f.name)!r}' for f in fields(policy))})"
-    return name
-
-
-def _fitting(given: dict[str, Tensor], made: State) -> State:
-    """``given`` on the device of ``made``; ValueError where keys, shapes or dtypes differ."""
-    if set(given) != set(made):
-        raise ValueError(f"this policy's state has the keys {sorted(made)}, got {sorted(given)}: another policy?")
-    for name, own in made.items():
-        value = given[name]
-        if value.shape != own.shape or value.dtype != own.dtype:
-            raise ValueError(
-                f"policy state {name} must have shape {tuple(own.shape)} and dtype {own.dtype}, got "
-                f"{tuple(value.shape)} and {value.dtype}: load it into a policy with the same settings"
-            )
-    return {name: given[name].to(own.device, copy=True) for name, own in made.items()}

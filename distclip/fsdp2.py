@@ -1,12 +1,39 @@
-"""FSDP2: which parameters a module manages. Private torch API, read in 2.13 (``_fsdp_param_groups``) and 2.6."""
+"""FSDP2: which parameters its modules manage. Private torch API, read in 2.13, 2.11 and 2.6.
 
+FSDP2 brings the gradients of a sharded parameter to the parameter's placements itself. Between a forward and the
+backward it shows unsharded copies in place of the parameters, plain tensors that never have a gradient.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 
 
 def managed_parameters(module: FSDPModule) -> set[int]:
-    """Ids of the sharded parameters of ``module`` itself: FSDP2 brings their gradients to the right placements."""
+    """Ids of the sharded parameters that ``module`` itself manages."""
+    return {id(entry.sharded_param) for entry in _entries(module)}
+
+
+def managed_anywhere() -> tuple[set[int], set[int]]:
+    """Ids of all sharded parameters in this process, and of the unsharded copies that stand in for them now."""
+    sharded: set[int] = set()
+    copies: set[int] = set()
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            for entry in _entries(module):
+                sharded.add(id(entry.sharded_param))
+                copy: Tensor | None = getattr(entry, "_unsharded_param", None)
+                if copy is not None:
+                    copies.add(id(copy))
+    return sharded, copies
+
+
+def _entries(module: FSDPModule) -> Iterator[Any]:
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # one group for each module until torch 2.12
         groups = [state._fsdp_param_group]
-    return {id(entry.sharded_param) for group in groups if group is not None for entry in group.fsdp_params}
+    return (entry for group in groups if group is not None for entry in group.fsdp_params)

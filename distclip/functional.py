@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from .culprit import find_culprit
 from .errors import LayoutError, NonFiniteError
 from .fsdp1 import is_flattened
+from .fsdp2 import managed_anywhere
 from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
@@ -63,8 +64,11 @@ def clip_grad_norm_(
     * ``foreach``: accepted for torch's sake; the kernels are chosen by device.
     * ``group``, ``split_over``, ``layout``: as for :class:`Clipper`.
 
-    Collectives: none, or one all-reduce of two float64 words (four for inf), as the module says. A LayoutError is
-    raised on all ranks where they disagree; on accelerators, which it does not wait for, the norm is NaN instead.
+    Collectives: none, or one all-reduce of two float64 words (four for inf), as the module says. With DTensors that
+    FSDP2 does not manage, or with ``split_over`` or ``layout``, one word more says whether a gradient lies otherwise
+    than its parameter (sequence-parallel norms leave pending sums); on accelerators it costs a wait. If one does, the
+    ranks of its mesh redistribute it into ``.grad`` and the norm is reduced again. A LayoutError is raised on all ranks
+    where they disagree; on accelerators, where nothing waits for that, the norm is NaN instead.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -162,7 +166,7 @@ def clip_grad_value_(
 def _pieces(parameters: Parameters) -> list[Piece]:
     """The pieces of modules, with their names, or of bare parameters."""
     if isinstance(parameters, Tensor):
-        return [piece_of(parameters)]
+        return _pieces_of_tensors([parameters])
     listed = [parameters] if isinstance(parameters, nn.Module) else list(parameters)
     modules = [item for item in listed if isinstance(item, nn.Module)]
     if modules:
@@ -173,7 +177,19 @@ def _pieces(parameters: Parameters) -> list[Piece]:
     if len(tensors) != len(listed):
         odd = next(item for item in listed if not isinstance(item, Tensor))
         raise ValueError(f"parameters must be tensors or modules, got {type(odd).__name__} (named_parameters()?)")
-    return [piece_of(tensor) for tensor in tensors]
+    return _pieces_of_tensors(tensors)
+
+
+def _pieces_of_tensors(tensors: Sequence[Tensor]) -> list[Piece]:
+    """The pieces of bare parameters; LayoutError where one is only a stand-in that FSDP1 or FSDP2 shows."""
+    sharded, copies = managed_anywhere()
+    for i, tensor in enumerate(tensors):
+        if id(tensor) in copies:
+            raise LayoutError(
+                f"parameter {i} of shape {tuple(tensor.shape)} is an unsharded copy, which FSDP2 shows between forward "
+                "and backward and which has no gradient: pass the module, or call its reshard() first"
+            )
+    return [piece_of(tensor, reduced=id(tensor) in sharded) for tensor in tensors]
 
 
 def _plan(

@@ -171,7 +171,9 @@ def test_a_bad_number_is_refused_by_name(argument, value):
         BAD_NUMBERS[argument](value)
 
 
-@pytest.mark.parametrize("pair", [(1.0, -1.0), (nan, 1.0), (0.0, 0.0), (1.0,), (1.0, 2.0, 3.0)])
+@pytest.mark.parametrize(
+    "pair", [(1.0, -1.0), (nan, 1.0), (0.0, 0.0), (1.0, 2.0), (-2.0, -1.0), (1.0,), (-1.0, 2.0, 3.0)]
+)
 def test_a_bad_pair_of_values_is_refused(pair):
     with pytest.raises(ValueError, match=r"clip_value must be .*min, max"):
         distclip.clip_grad_value_([], pair)
@@ -321,3 +323,99 @@ def first_call_on_many_dtensors(count: int) -> float:
 
 def test_the_first_call_on_2000_dtensors_takes_under_a_second():
     assert max(run_ranks(first_call_on_many_dtensors, 2, 2000)) < 1.0
+
+
+def unsharded_copies() -> list[str]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = build()
+    torch.distributed.fsdp.fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    model(torch.zeros(2, 6, dtype=torch.long))  # no backward: the module now shows unsharded copies
+    said = []
+    try:
+        distclip.clip_grad_norm_(model.parameters(), 1.0)
+    except distclip.LayoutError as error:
+        said.append(str(error))
+    backward(model)
+    whole = true_norm(whole_gradients(model.parameters()))
+    model(torch.zeros(2, 6, dtype=torch.long))
+    said.append(abs(distclip.clip_grad_norm_(model, inf).item() / whole - 1) < 1e-6)
+    said.append(isinstance(next(model.parameters()), torch.distributed.tensor.DTensor))
+    return said
+
+
+def test_unsharded_copies_are_never_taken_for_parameters():
+    for said, *rest in run_ranks(unsharded_copies, 2):
+        assert "is an unsharded copy, which FSDP2 shows between forward and backward" in said
+        assert rest == [True, True]
+
+
+def payloads() -> list[int]:
+    """Words of every all-reduce that the functions make on FSDP2, on DTensors cut by hand, and for inf."""
+    sizes = []
+    plain = distclip.group.ClippingGroup.all_reduce
+
+    def spy(self, words, *op):
+        sizes.append(words.numel())
+        return plain(self, words, *op)
+
+    distclip.group.ClippingGroup.all_reduce = spy
+    model = fsdp2()
+    backward(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    by_hand = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    for what in (model.parameters(), model, [by_hand]):
+        distclip.clip_grad_norm_(what, 1.0)
+    distclip.clip_grad_norm_(model, 1.0, inf)
+    distclip.clip_grad_norm_([], 1.0, group=dist.group.WORLD)
+    return sizes
+
+
+def test_two_words_travel():
+    assert run_ranks(payloads, 2, fresh=True) == [[2, 2, 3, 4, 2]] * 2
+
+
+def test_complex_gradients_have_the_norm_of_their_moduli():
+    for p in (0.5, 1.0, 2.0, 3.0, inf):
+        wave = nn.Parameter(torch.zeros(1000, dtype=torch.complex64))
+        wave.grad = torch.randn(1000, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+        expected = true_norm([wave.grad.abs().double()], p)
+        assert distclip.clip_grad_norm_([wave], expected / 2, p).item() == pytest.approx(expected, rel=2e-7)
+        assert true_norm([wave.grad.abs()], p) == pytest.approx(expected / 2, rel=1e-6)
+    distclip.clip_grad_value_([wave], 1e-3)
+    assert torch.view_as_real(wave.grad).abs().max().item() == pytest.approx(1e-3)
+
+
+def test_sparse_gradients_are_coalesced_and_never_densified():
+    table, dense = nn.Embedding(1000, 4, sparse=True), nn.Embedding(1000, 4)
+    dense.load_state_dict(table.state_dict())
+    for model in (table, dense):
+        model(torch.tensor([1, 1, 5, 7])).square().sum().backward()
+    assert not table.weight.grad.is_coalesced()
+    expected = true_norm([dense.weight.grad])
+    assert distclip.get_total_norm([table.weight.grad]).item() == pytest.approx(expected, rel=2e-7)
+    assert distclip.clip_grad_norm_(table.parameters(), 1.0).item() == pytest.approx(expected, rel=2e-7)
+    assert table.weight.grad.is_sparse
+    assert table.weight.grad._values().shape == (3, 4)
+    assert true_norm([table.weight.grad.to_dense()]) == pytest.approx(1.0, rel=1e-6)
+    optimizer = torch.optim.SparseAdam(table.parameters())
+    assert distclip.Clipper(table, 0.5).step(optimizer).norm.item() == pytest.approx(1.0, rel=1e-6)
+    table.weight.grad = None
+    table(torch.tensor([1, 1])).square().sum().backward()
+    distclip.clip_grad_value_(table.parameters(), (-1e-3, 2e-3))
+    assert table.weight.grad.to_dense().abs().max().item() == pytest.approx(2e-3)
+
+
+def test_the_functions_can_stand_in_for_torchs(monkeypatch):
+    for name in ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_"):
+        monkeypatch.setattr(nn.utils, name, getattr(distclip, name))
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        backward(model, step, scale=30.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0, norm_type=2, error_if_nonfinite=True)
+        assert float(norm) > 1.0
+        assert nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() == pytest.approx(1.0, rel=1e-6)
+        nn.utils.clip_grads_with_norm_(model.parameters(), 0.5, torch.tensor(1.0), foreach=True)
+        nn.utils.clip_grad_value_(model.parameters(), clip_value=0.01)
+        optimizer.step()
+        optimizer.zero_grad()

@@ -76,7 +76,7 @@ def test_autoclip_is_equivariant(factor):
         (lambda: MaxNorm(nan), "max_norm"),
         (lambda: MaxNorm("1"), None),
         (lambda: ValueClip(-1), "clip_value must be above 0"),
-        (lambda: ValueClip((1, -1)), "min <= max"),
+        (lambda: ValueClip((1, -1)), "min <= 0 <= max"),
         (lambda: AutoClip(-1), "percentile must be from 0 to 100"),
         (lambda: AutoClip(nan), "percentile"),
         (lambda: AutoClip(window=0), "window must be a whole number of at least 1"),

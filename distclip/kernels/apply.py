@@ -18,11 +18,12 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
 
 
 def clamp_(tensors: Sequence[Tensor], low: float, high: float, unless: Tensor | None = None) -> None:
-    """Clamp every tensor in place to [low, high]; NaN stays NaN.
+    """Clamp every tensor in place to [low, high], real and imaginary parts each; NaN stays NaN.
 
     ``unless``: 0-d bool read on its device; where it is true nothing changes.
     """
-    for device, group in _by_device(tensors).items():
+    parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    for device, group in _by_device(parts).items():
         if unless is None:
             torch._foreach_clamp_min_(group, low)
             torch._foreach_clamp_max_(group, high)

@@ -26,14 +26,20 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     No temporary is as large as a large tensor. Never waits on an accelerator.
     """
     norms: list[Tensor | None] = [None] * len(tensors)
-    batch = [i for i, t in enumerate(tensors) if t.numel() and (t.device.type != "cpu" or t.numel() <= SMALL)]
+    tensors = [torch.view_as_real(t) if t.is_complex() and p == 2.0 else t for t in tensors]
+    batch = [i for i, t in enumerate(tensors) if t.numel() and _fits_one_call(t)]
     for i, norm in zip(batch, _foreach_norm([tensors[i] for i in batch], p), strict=True):
         norms[i] = norm
     for i, tensor in enumerate(tensors):
-        if tensor.device.type == "cpu" and tensor.numel() > SMALL:
+        if tensor.numel() and norms[i] is None:
             norms[i] = _largest(tensor) if p == inf else _large_sum(tensor, p).pow_(1 / p)
     nothing = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
     return torch.stack([nothing if norm is None else norm for norm in norms])
+
+
+def _fits_one_call(tensor: Tensor) -> bool:
+    """Whether the foreach kernel sums it in float64 without a copy that matters; it cannot for complex numbers."""
+    return not tensor.is_complex() and (tensor.device.type != "cpu" or tensor.numel() <= SMALL)
 
 
 def _foreach_norm(tensors: list[Tensor], p: float) -> Sequence[Tensor]:
@@ -42,12 +48,15 @@ def _foreach_norm(tensors: list[Tensor], p: float) -> Sequence[Tensor]:
 
 def _largest(tensor: Tensor) -> Tensor:
     """max(|x|): NaN when any element is."""
+    if tensor.is_complex():
+        parts = [_float64(chunk).max() for flat in flat_views(tensor) for chunk in torch.split(flat, CHUNK)]
+        return torch.stack(parts).max()
     low, high = torch.aminmax(tensor)
     return torch.maximum(-low, high).double()
 
 
 def _large_sum(tensor: Tensor, p: float) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for flat in flat_views(tensor):
         if p == 2.0 and flat.dtype == torch.float32:
             for chunk in torch.split(flat, ROWS_CHUNK):
@@ -90,7 +99,10 @@ def _sum_of_extreme_rows(rows: Tensor, norms: Tensor) -> Tensor:
 
 def _exact_sum(chunk: Tensor, p: float) -> Tensor:
     """sum(|x| ** p) of a 1-D chunk, every operation in float64."""
-    x = chunk.double()
-    if p == 2.0:
-        return torch.dot(x, x)
-    return x.abs().pow_(p).sum()
+    x = _float64(chunk)
+    return torch.dot(x, x) if p == 2.0 else x.abs().pow_(p).sum()
+
+
+def _float64(chunk: Tensor) -> Tensor:
+    """The numbers, or the moduli of complex ones."""
+    return chunk.to(torch.complex128).abs() if chunk.is_complex() else chunk.double()

@@ -1,6 +1,6 @@
 """Checks of numbers that users pass; each error names the argument."""
 
-from math import isinf, isnan
+from math import isnan
 
 
 def positive(name: str, value: float, note: str = "") -> float:
@@ -12,13 +12,13 @@ def positive(name: str, value: float, note: str = "") -> float:
 
 
 def bounds(name: str, value: float | tuple[float, float]) -> tuple[float, float]:
-    """(low, high) from a number c > 0, meaning (-c, c), or from a pair with low <= high."""
+    """(low, high) from a number c > 0, meaning (-c, c), or from a pair on both sides of 0, one of which may be 0."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(f"{name} must be a number or (min, max), got {value!r}")
         low, high = (_number(name, v) for v in value)
-        if isnan(low) or isnan(high) or low > high or low == high == 0 or (isinf(low) and low == high):
-            raise ValueError(f"{name} must be (min, max) with min <= max, not both 0, got {value!r}")
+        if not (low <= 0 <= high and low < high):  # false for NaN too
+            raise ValueError(f"{name} must be (min, max) with min <= 0 <= max, not both 0, got {value!r}")
         return low, high
     number = positive(name, value)
     return -number, number

@@ -79,8 +79,8 @@ class Clipper:
     then on before the all-reduce. A call that raises leaves gradients and policy state as they were.
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
-    float64 gradients, p > 7 and the extra word; each costs one wait a step. Without a wait, non-finite norms and disagreement are
-    looked at when the next call starts, so an error and :attr:`culprit` come one call late.
+    float64 gradients, p > 7 and the extra word; each costs one wait a step. Without a wait, non-finite norms and
+    disagreement are looked at when the next call starts, so an error and :attr:`culprit` come one call late.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import distclip
-from layouts import backward, build, ddp, fsdp2, fsdp2_and_plain, fsdp2_bf16_parameters
+import parallel
+from layouts import backward, ddp, fsdp2, fsdp2_and_plain, fsdp2_bf16_parameters
 from oracle import true_norm, whole_gradients
+from parallel import united
 from ranks import RankError, run_ranks, same_bits
 
 MEASURED_TORCH = torch.__version__.startswith("2.13")
@@ -193,22 +194,56 @@ def test_the_first_call_on_many_dtensors():
         assert max(run_ranks(first_call, 2, "torch", 600)) > 10 * ours
 
 
-def fsdp1_norms() -> tuple[object, object, float]:
-    torch.manual_seed(0)
-    model = FullyShardedDataParallel(build(), device_id=torch.device("cpu"), use_orig_params=True)
-    backward(model, scale=30.0)
-    ours = outcome(lambda: ours_clip(model.parameters(), inf))
-    torchs = outcome(lambda: torch_clip(model.parameters(), inf))
-    alone = build()
-    dist.barrier()
-    return torchs, ours, sum(p.numel() for p in alone.parameters())
+def job_norms(layout, norm_type: float = 2.0) -> tuple[object, object, object, float]:
+    """(torch's norm, ours of bare parameters, ours of the parts with the layout's options, the oracle)."""
+    job = layout(torch.float32, 30.0)
+    job.backward()
+    oracle = true_norm(united(job), norm_type)
+    ours = outcome(lambda: ours_clip(job.parts, inf, norm_type, **job.options))
+    bare = outcome(lambda: ours_clip(job.parameters(), inf, norm_type))
+    torchs = outcome(lambda: torch_clip(job.parameters(), inf, norm_type))
+    return torchs, bare, ours, oracle
 
 
-def test_fsdp1_parameters_without_their_module():
-    results = run_ranks(fsdp1_norms, 2)
-    assert all("is managed by FSDP1" in ours for _, ours, _ in results), "never the local norm"
+def test_fsdp2_with_tensor_parallel():
+    for torchs, bare, ours, oracle in run_ranks(job_norms, 4, parallel.fsdp2_tp):
+        assert bare == ours == pytest.approx(oracle, rel=2e-7)
+        if MEASURED_TORCH:
+            assert "must have the same mesh" in torchs
+
+
+def test_tensor_parallel_with_plain_norm_layers():
+    for torchs, bare, ours, oracle in run_ranks(job_norms, 2, parallel.tp):
+        assert bare == ours == pytest.approx(oracle, rel=2e-7)
+        if MEASURED_TORCH:
+            assert "got mixed torch.Tensor and DTensor" in torchs
+
+
+def test_pipeline_stages():
+    for torchs, _, ours, oracle in run_ranks(job_norms, 2, parallel.pp_gpipe):
+        assert ours == pytest.approx(oracle, rel=2e-7)
+        if MEASURED_TORCH:
+            assert torchs < 0.99 * oracle, "torch returns the norm of the stage"
+
+
+def test_fsdp1():
+    for torchs, bare, ours, oracle in run_ranks(job_norms, 2, parallel.fsdp1_full):
+        assert ours == pytest.approx(oracle, rel=2e-7)
+        assert "is managed by FSDP1" in bare, "never the local norm"
+        if MEASURED_TORCH:
+            assert torchs < 0.99 * oracle, "torch returns the norm of what the rank holds"
+
+
+def sparse_norm(clip: Callable[..., torch.Tensor]) -> object:
+    table = nn.Embedding(10, 4, sparse=True)
+    table(torch.tensor([1, 1, 5])).sum().backward()
+    return outcome(lambda: clip(table.parameters(), inf))
+
+
+def test_sparse_gradients():
+    assert sparse_norm(ours_clip) == pytest.approx((4 * 4 + 4) ** 0.5)
     if MEASURED_TORCH:
-        assert results[0][0] != results[1][0], "torch returns the norm of what the rank holds"
+        assert "Could not run" in sparse_norm(torch_clip)
 
 
 def listed_twice(clip: Callable[..., object]) -> tuple[float, float]:

@@ -1,0 +1,346 @@
+"""Laws of the norm, over random layouts of 1 to 64 ranks that one process simulates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, isfinite, nan
+from random import Random
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import distclip
+from distclip.piece import piece_of
+from distclip.plan import Plan
+from distclip.verify import verify
+from distclip.words import CODES, clip_coef, reduce_norm
+from oracle import same_tensors, true_norm
+from parallel import mesh_of
+from ranks import run_ranks, same_bits
+from simulated import SimulatedGroup, simulate
+
+P = (0.5, 1.0, 2.0, 3.0, inf)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+law = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One whole gradient in pieces: rank r holds piece ``held[r]``, and ``missing`` pieces have no gradient."""
+
+    whole: Tensor
+    pieces: tuple[slice, ...]
+    held: tuple[int, ...]
+    missing: frozenset[int]
+
+    @property
+    def replicas(self) -> int:
+        return len(self.held) // len(self.pieces)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank holds: tensors with gradients, and the number of ranks that hold each of them."""
+
+    tensors: list[Tensor]
+    replicas: list[int]
+
+    def layout(self, name: str, tensor: Tensor) -> distclip.Layout:
+        (index,) = (i for i, own in enumerate(self.tensors) if own is tensor)
+        return distclip.Layout(self.replicas[index])
+
+    def plan(self, p: float, group: SimulatedGroup) -> Plan:
+        return Plan.of([piece_of(t) for t in self.tensors], p, group, layout=self.layout)
+
+
+@dataclass(frozen=True)
+class World:
+    """``size`` ranks, and what of each gradient they hold."""
+
+    size: int
+    cuts: tuple[Cut, ...]
+
+    def ranks(self) -> list[Rank]:
+        """Fresh copies. A rank may hold an empty piece, or not know the parameter at all."""
+        made = [Rank([], []) for _ in range(self.size)]
+        for cut in self.cuts:
+            for rank, index in zip(made, cut.held, strict=True):
+                gradient = cut.whole[cut.pieces[index]].clone()
+                if not gradient.numel() and index % 2:
+                    continue
+                tensor = torch.empty_like(gradient)
+                tensor.grad = None if index in cut.missing else gradient
+                rank.tensors.append(tensor)
+                rank.replicas.append(cut.replicas)
+        return made
+
+    def whole(self) -> list[Tensor]:
+        """Every element that has a gradient, once."""
+        found = [c.whole[s] for c in self.cuts for i, s in enumerate(c.pieces) if i not in c.missing]
+        return found or [torch.zeros(0)]
+
+
+def cut_up(wholes: Sequence[Tensor], size: int, chance: Random, missing: float = 0.0) -> World:
+    """Uneven pieces, empty ones among them, of each gradient for itself, on ranks in any order."""
+    cuts = []
+    for whole in wholes:
+        count = size // chance.choice([k for k in range(1, size + 1) if size % k == 0])
+        edges = [0, *sorted(chance.choices(range(len(whole) + 1), k=count - 1)), len(whole)]
+        held = [i for i in range(count) for _ in range(size // count)]
+        chance.shuffle(held)
+        pieces = tuple(map(slice, edges, edges[1:]))
+        cuts.append(Cut(whole, pieces, tuple(held), frozenset(i for i in range(count) if chance.random() < missing)))
+    return World(size, tuple(cuts))
+
+
+sizes = st.integers(1, 64)
+chances = st.integers(0, 2**32 - 1).map(Random)
+
+
+@st.composite
+def gradients(draw, dtypes: Sequence[torch.dtype] = DTYPES, least: int = 0) -> list[Tensor]:
+    """Up to five vectors of random numbers between 2**-8 and 2**8 or so; of one dtype, or of several."""
+    kinds = st.tuples(st.integers(least, 40), st.sampled_from(dtypes), st.integers(-8, 8))
+    seed = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    return [
+        torch.randn(numel, generator=seed, dtype=torch.float64).mul(2.0**exponent).to(dtype)
+        for numel, dtype, exponent in draw(st.lists(kinds, min_size=1, max_size=5))
+    ]
+
+
+def norm64(world: World, p: float) -> Tensor:
+    """The float64 norm that every rank sees, before it is rounded; one all-reduce."""
+    ranks = world.ranks()
+    norms = simulate(lambda group: ranks[group.rank].plan(p, group).measure().reduced.norm, world.size, words=1)
+    assert same_bits(norms)
+    return norms[0]
+
+
+def clip(world: World, ranks: list[Rank], bound: float, p: float) -> float:
+    """Clip the gradients of ``ranks``; the norm before."""
+
+    def use(group: SimulatedGroup) -> Tensor:
+        mine = ranks[group.rank]
+        return distclip.clip_grad_norm_(mine.tensors, bound, p, group=group, layout=mine.layout)
+
+    return simulate(use, world.size, words=1)[0].item()
+
+
+def coefficient(norm: Tensor, bound: float) -> float:
+    return clip_coef(norm, torch.tensor(bound, dtype=torch.float64)).item()
+
+
+# ---- the norm -----------------------------------------------------------------------------------------------
+
+
+@law
+@given(gradients(), sizes, chances, st.sampled_from(P))
+def test_any_layout_has_the_norm_of_one_process(wholes, size, chance, p):
+    world = cut_up(wholes, size, chance, missing=0.2)
+    assert norm64(world, p).item() == pytest.approx(true_norm(world.whole(), p), rel=2e-7, abs=0)
+
+
+@law
+@given(gradients(), sizes, sizes, chances, st.sampled_from(P))
+def test_two_layouts_of_the_same_gradients_have_one_norm_and_one_coefficient(wholes, size, other, chance, p):
+    left, right = (norm64(cut_up(wholes, n, chance), p) for n in (size, other))
+    assert left.item() == pytest.approx(right.item(), rel=1e-12, abs=0)
+    assert coefficient(left, 0.7) == coefficient(right, 0.7)
+
+
+@law
+@given(gradients(), sizes, chances, st.sampled_from(P))
+def test_the_order_of_ranks_and_of_parameters_does_not_matter(wholes, size, chance, p):
+    world = cut_up(wholes, size, chance)
+    order = chance.sample(range(size), size)
+    cuts = [Cut(c.whole, c.pieces, tuple(c.held[r] for r in order), c.missing) for c in world.cuts]
+    chance.shuffle(cuts)
+    left, right = norm64(world, p), norm64(World(size, tuple(cuts)), p)
+    assert left.item() == pytest.approx(right.item(), rel=1e-12, abs=0)
+    assert coefficient(left, 0.7) == coefficient(right, 0.7)
+
+
+@law
+@given(gradients(), sizes, chances, st.sampled_from([1.0, 2.0, inf]), st.integers(-40, 40))
+def test_a_power_of_two_comes_out_of_the_norm_exactly(wholes, size, chance, p, exponent):
+    world, factor = cut_up(wholes, size, chance), 2.0**exponent
+    scaled = World(size, tuple(Cut(c.whole * factor, c.pieces, c.held, c.missing) for c in world.cuts))
+    assert norm64(scaled, p) == factor * norm64(world, p)
+
+
+@law
+@given(gradients([torch.float64], least=1), sizes, chances, st.sampled_from(P), st.floats(1.0, 1e6))
+def test_the_norm_never_falls_when_an_element_grows(wholes, size, chance, p, factor):
+    world = cut_up(wholes, size, chance)
+    before = norm64(world, p)
+    grown = chance.choice(wholes)
+    grown[chance.randrange(len(grown))] *= factor
+    assert norm64(world, p) >= before * (1 if p in (1.0, 2.0, inf) else 1 - 1e-15)  # pow() is not monotone to the bit
+
+
+# ---- clipping -----------------------------------------------------------------------------------------------
+
+
+@law
+@given(gradients([torch.float32, torch.float64], least=1), sizes, chances, st.sampled_from(P), st.floats(1.5, 1e3))
+def test_clipping_reaches_the_bound_and_a_second_time_changes_next_to_nothing(wholes, size, chance, p, ratio):
+    world = cut_up([w * 2.0**20 for w in wholes], size, chance)
+    ranks, oracle = world.ranks(), true_norm(world.whole(), p)
+    bound = max(1.0, oracle / ratio)  # a smaller one is not large beside the formula's 1e-6
+    tensors = [t for rank in ranks for t in rank.tensors]
+    clip(world, ranks, bound, p)
+    once = [t.grad.clone() for t in tensors]
+    left = clip(world, ranks, bound, p)
+    assert left == pytest.approx(min(bound, oracle), rel=2e-6)
+    assert all(((t.grad - before).abs() <= 2e-6 * before.abs()).all() for t, before in zip(tensors, once, strict=True))
+
+
+@law
+@given(gradients(), sizes, chances, st.sampled_from(P))
+def test_under_the_bound_every_bit_stays(wholes, size, chance, p):
+    world = cut_up(wholes, size, chance, missing=0.2)
+    ranks = world.ranks()
+    found = [t.grad for rank in ranks for t in rank.tensors if t.grad is not None]
+    before = [g.clone() for g in found]
+    clip(world, ranks, 2 * true_norm(world.whole(), p) + 1e-5, p)
+    assert same_tensors(before, found)
+
+
+def other_kinds() -> str:
+    mesh = mesh_of(("dp", 2))
+    kinds = distribute_tensor(torch.ones(4), mesh, [Shard(0)]), torch.ones(4)
+    try:
+        distclip.clip_grad_norm_([kinds[dist.get_rank()]], 1.0, group=dist.group.WORLD)
+    except distclip.LayoutError as error:
+        return str(error)
+    return "no error"
+
+
+def test_other_kinds_of_parameters_on_one_rank_are_an_error_on_all():
+    """How many words travel may not hang on what this rank holds: rank 0 sent three, rank 1 two."""
+    for said in run_ranks(other_kinds, 2, timeout=10):
+        assert "the ranks of the clipping group passed other parameters" in said
+
+
+@law
+@given(gradients(), sizes, chances, st.sampled_from(P), st.sampled_from([1.0, nan, inf]))
+def test_the_returned_norm_has_the_same_bits_on_every_rank(wholes, size, chance, p, factor):
+    world = cut_up([w * factor for w in wholes], size, chance)
+    ranks = world.ranks()
+
+    def use(group: SimulatedGroup) -> Tensor:
+        mine = ranks[group.rank]
+        return distclip.clip_grad_norm_(mine.tensors, 1.0, p, group=group, layout=mine.layout)
+
+    assert same_bits(simulate(use, size))
+
+
+@law
+@given(gradients([torch.float32], least=1), sizes, chances, st.sampled_from(P), st.sampled_from([nan, inf, -inf]))
+def test_one_bad_number_is_seen_by_all_and_named_by_all(wholes, size, chance, p, bad):
+    chance.choice(wholes)[0] = bad
+    world = cut_up(wholes, size, chance)
+    ranks = world.ranks()
+    holders = [n for n, rank in enumerate(ranks) if not all(t.grad.isfinite().all() for t in rank.tensors)]
+
+    def use(group: SimulatedGroup) -> Tensor:
+        mine = ranks[group.rank]
+        return distclip.clip_grad_norm_(mine.tensors, 1.0, p, error_if_nonfinite=True, group=group, layout=mine.layout)
+
+    said = [str(end) for end in simulate(use, size, words=3)]
+    assert len(set(said)) == 1
+    assert f"on rank {holders[0]} has {'NaN' if bad != bad else 'inf'} in its gradient" in said[0]
+
+
+@law
+@given(gradients([torch.float32, torch.float64], least=2), sizes, chances, st.booleans())
+def test_a_right_layout_is_proved_and_a_wrong_one_is_not(wholes, size, chance, wrong):
+    world = cut_up(wholes, size, chance)
+    ranks = world.ranks()
+    if wrong := wrong and size > 1:
+        number = chance.choice([n for n, rank in enumerate(ranks) if any(len(t) for t in rank.tensors)])
+        index = chance.choice([i for i, t in enumerate(ranks[number].tensors) if len(t)])
+        said = ranks[number].replicas
+        said[index] = said[index] % size + 1
+    ends = simulate(lambda group: verify(ranks[group.rank].plan(2.0, group)), size)
+    if wrong:
+        assert len({str(end) for end in ends}) == 1
+        assert "gradients are not counted once" in str(ends[0])
+    else:
+        assert ends == [None] * size
+
+
+# ---- the agreement word -------------------------------------------------------------------------------------
+
+
+def verdicts(size: int, p: float, codes: Sequence[int], faulty: Sequence[bool]) -> list[tuple[float, bool]]:
+    """(norm, disagree) on every rank, each of which holds the number 1."""
+    one = torch.ones((), dtype=torch.float64)
+
+    def use(group: SimulatedGroup) -> tuple[float, bool]:
+        reduced = reduce_norm(group, one, p, codes[group.rank], faulty[group.rank], None)
+        return reduced.norm.item(), reduced.disagree.item()
+
+    return simulate(use, size, words=1)
+
+
+both = pytest.mark.parametrize("p", [2.0, inf])
+
+
+@both
+@law
+@given(sizes, st.integers(0, 2**60))
+def test_equal_codes_agree(p, size, code):
+    norm = pytest.approx(1.0 if p == inf else size**0.5, rel=1e-15)
+    assert verdicts(size, p, [code] * size, [False] * size) == [(norm, False)] * size
+
+
+@both
+@law
+@given(sizes.filter(lambda n: n > 1), st.integers(0, 2**60), st.integers(1, CODES - 1), chances)
+def test_one_rank_with_another_code_never_agrees(p, size, code, difference, chance):
+    odd = chance.randrange(size)
+    codes = [code + difference * (rank == odd) for rank in range(size)]
+    assert [disagree for _, disagree in verdicts(size, p, codes, [False] * size)] == [True] * size
+
+
+@both
+@law
+@given(sizes, st.integers(0, 2**60), chances)
+def test_faulty_ranks_are_always_seen(p, size, code, chance):
+    faulty = [chance.random() < 0.3 for _ in range(size)]
+    faulty[chance.randrange(size)] = True
+    assert [disagree for _, disagree in verdicts(size, p, [code] * size, faulty)] == [True] * size
+
+
+@both
+@law
+@given(sizes.filter(lambda n: n > 1), st.integers(1, 2**60), st.integers(-2, 2), chances)
+def test_a_faulty_rank_is_seen_whatever_its_code_is(p, size, code, difference, chance):
+    odd = chance.randrange(1, size)
+    codes = [code + difference * (rank == odd) for rank in range(size)]
+    faulty = [rank == odd for rank in range(size)]
+    assert [disagree for _, disagree in verdicts(size, p, codes, faulty)] == [True] * size
+
+
+# ---- AutoClip -----------------------------------------------------------------------------------------------
+
+
+@law
+@given(
+    st.lists(st.floats(0, 1e30) | st.sampled_from([nan, inf]), min_size=1, max_size=40),
+    st.floats(0, 100),
+    st.integers(1, 20),
+)
+def test_autoclip_bounds_by_numpys_percentile_of_the_window(norms, percentile, window):
+    policy = distclip.AutoClip(percentile, window)
+    state, kept = policy.init(torch.device("cpu")), []
+    for norm in norms:
+        decision, state = policy.decide(torch.tensor(norm, dtype=torch.float64), state)
+        kept = [*kept, norm][-window:] if isfinite(norm) else kept
+        wanted = numpy.percentile(kept, percentile) if kept else inf
+        assert decision.max_norm.item() == pytest.approx(wanted, rel=1e-12)

@@ -144,9 +144,10 @@ class _Team:
             return f"died with exit code {self.processes[rank].exitcode}"
 
     def _story(self, answers: Sequence[bytes | str | None], timeout: float) -> str:
-        """What became of each rank: first all in one line, then one after the other."""
+        """What became of the ranks: first all in one line, then in full. Ranks of the same fate stand together."""
         stacks = self._stacks([rank for rank, answer in enumerate(answers) if answer is None])
-        headline, chapters = [], []
+        ends: dict[str, list[int]] = {}
+        texts: dict[str, list[int]] = {}
         for rank, answer in enumerate(answers):
             if answer is None:
                 end, text = "did not finish", f"did not finish; it was here:\n{stacks[rank]}"
@@ -154,9 +155,11 @@ class _Team:
                 end, text = answer.rstrip().splitlines()[-1], answer
             else:
                 end = text = "finished"
-            headline.append(f"rank {rank}: {end}")
-            chapters.append(f"---- rank {rank} ----\n{text.rstrip()}")
-        return "\n".join(["; ".join(headline) + f" (limit {timeout:g} s)", *chapters])
+            ends.setdefault(end, []).append(rank)
+            texts.setdefault(text.rstrip(), []).append(rank)
+        headline = "; ".join(f"{_named(ranks)}: {end}" for end, ranks in ends.items())
+        headline += f" (limit {timeout:g} s)" if stacks else ""
+        return "\n".join([headline, *(f"---- {_named(ranks)} ----\n{text}" for text, ranks in texts.items())])
 
     def _stacks(self, ranks: Sequence[int]) -> dict[int, str]:
         """Where these ranks are: their fault handlers write that, even from inside a collective that hangs."""
@@ -178,6 +181,10 @@ class _Team:
             process.join()
             pipe.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 _teams: dict[int, _Team] = {}

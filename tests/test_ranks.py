@@ -130,7 +130,7 @@ def test_the_next_case_after_a_failure_works():
 def test_a_hang_ends_within_its_limit_and_shows_which_rank_stayed_away():
     run_ranks(rank_and_sum, 2, 0)  # ranks that have started and imported this file
     start = time.monotonic()
-    with pytest.raises(RankError, match=r"rank 0: did not finish; rank 1: did not finish \(limit 2 s\)") as error:
+    with pytest.raises(RankError, match=r"ranks 0, 1: did not finish \(limit 2 s\)") as error:
         run_ranks(rank_one_stays_away, 2, 100.0, timeout=2.0)
     assert time.monotonic() - start < 30
     zero, one = chapters(error)
@@ -146,7 +146,7 @@ def test_one_collective_too_many_is_a_hang_of_that_rank():
 
 
 def test_an_unpicklable_result_is_an_error_and_no_hang():
-    with pytest.raises(RankError, match=r"rank 0: TypeError: cannot pickle '_thread.lock' object"):
+    with pytest.raises(RankError, match=r"ranks 0, 1: TypeError: cannot pickle '_thread.lock' object"):
         run_ranks(return_a_lock, 2)
 
 
@@ -155,14 +155,16 @@ def test_a_function_that_ranks_cannot_import_is_refused_at_once():
         run_ranks(lambda: None, 2)
 
 
-@pytest.mark.parametrize(("fn", "why"), [(die, "died with exit code -9"), (exit_quietly, "SystemExit: 0")])
+@pytest.mark.parametrize(
+    ("fn", "why"), [(die, "rank 0: died with exit code -9"), (exit_quietly, "ranks 0, 1: SystemExit: 0")]
+)
 def test_a_rank_that_ends_is_a_failure(fn, why):
-    with pytest.raises(RankError, match=f"rank 0: {why}"):
+    with pytest.raises(RankError, match=why):
         run_ranks(fn, 2)
 
 
 def test_a_warning_is_an_error_on_a_rank_too():
-    with pytest.raises(RankError, match="rank 0: UserWarning: careful"):
+    with pytest.raises(RankError, match="ranks 0, 1: UserWarning: careful"):
         run_ranks(warn, 2)
 
 

@@ -61,7 +61,7 @@ def clipped(layout, dtype: torch.dtype, state: str) -> dict[str, object]:
         result[name] = {"norms": norms, "untouched": untouched, "after": after, "collectives": dict(counts)}
     for holder, gradient in kept:
         holder.grad = None if gradient is None else gradient.clone()
-    distclip.Clipper(job.parts, inf, **job.options).verify()
+    clipper.verify()
     return result
 
 

@@ -73,13 +73,14 @@ class Clipper:
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
     ranks where not. Every ``measure``, ``clip_`` and ``step`` makes one all-reduce of two float64 words (four for
-    inf), DDP included, so that ranks decide alike even when one replica is corrupt. One word more travels with
-    DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: it says whether gradients lie otherwise than
-    their parameters (sequence-parallel norms leave pending sums), which are then redistributed into ``.grad``, from
-    then on before the all-reduce. A call that raises leaves gradients and policy state as they were.
+    inf), DDP included, so that ranks decide alike even when one replica is corrupt. Two words more travel with
+    DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: they say whether some rank holds float64, and
+    whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending sums), which are then
+    redistributed into ``.grad``, from then on before the all-reduce. A call that raises leaves gradients and policy
+    state as they were.
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
-    float64 gradients, p > 7 and the extra word; each costs one wait a step. Without a wait, non-finite norms and
+    float64 gradients, p > 7 and the extra words; each costs one wait a step. Without a wait, non-finite norms and
     disagreement are looked at when the next call starts, so an error and :attr:`culprit` come one call late.
 
     >>> import torch
@@ -224,7 +225,7 @@ class Clipper:
         if (
             reads_are_free(self._plan.device)
             or self._nonfinite == "raise"
-            or self._plan.can_overflow
+            or measured.can_overflow
             or (may_skip and not skips_on_device)
         ):
             outcome = self._read_now(outcome, reduced)
@@ -247,7 +248,7 @@ class Clipper:
         if self._nonfinite != "propagate":
             skip = skip | ~reduced.norm.isfinite() | reduced.disagree
         coef = torch.where(skip, 1.0, clip_coef(reduced.norm, decision.max_norm))
-        dtype = self._plan.dtype
+        dtype = measured.dtype
         report = Report(presented(reduced.norm, dtype), presented(decision.max_norm, dtype), coef, skip)
         known_never = decision.skip is None and self._nonfinite == "propagate"
         return Outcome(report, measured.local, decision.bounds, coef, False if known_never else skip), state

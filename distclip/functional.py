@@ -65,10 +65,11 @@ def clip_grad_norm_(
     * ``group``, ``split_over``, ``layout``: as for :class:`Clipper`.
 
     Collectives: none, or one all-reduce of two float64 words (four for inf), as the module says. With DTensors that
-    FSDP2 does not manage, or with ``split_over`` or ``layout``, one word more says whether a gradient lies otherwise
-    than its parameter (sequence-parallel norms leave pending sums); on accelerators it costs a wait. If one does, the
-    ranks of its mesh redistribute it into ``.grad`` and the norm is reduced again. A LayoutError is raised on all ranks
-    where they disagree; on accelerators, where nothing waits for that, the norm is NaN instead.
+    FSDP2 does not manage, ``group``, ``split_over`` or ``layout``, two words more say whether some rank holds float64,
+    and whether a gradient lies otherwise than its parameter (sequence-parallel norms leave pending sums); reading them
+    costs a wait on accelerators. If one does, the ranks of its mesh redistribute it into ``.grad`` and the norm is
+    reduced again. A LayoutError is raised on all ranks where they disagree; on accelerators, where nothing waits for
+    that, the norm is NaN instead.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -84,7 +85,7 @@ def clip_grad_norm_(
     norm, culprit = _total_norm(plan, measured, error_if_nonfinite)
     if culprit is None or culprit.kind != "overflow":
         _scale(measured.local.gradients, norm, bound)
-    return presented(norm, plan.dtype)
+    return presented(norm, measured.dtype)
 
 
 @torch.no_grad()
@@ -110,8 +111,9 @@ def get_total_norm(
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     plan = _plan([piece_of_gradient(t) for t in listed], norm_type, group, split_over, None)
     given = [piece.holder for piece in plan.pieces]
-    norm, _ = _total_norm(plan, plan.measure(given=given), error_if_nonfinite)
-    return presented(norm, plan.dtype)
+    measured = plan.measure(given=given)
+    norm, _ = _total_norm(plan, measured, error_if_nonfinite)
+    return presented(norm, measured.dtype)
 
 
 @torch.no_grad()
@@ -208,18 +210,19 @@ def _plan(
             )
     seen_cut = any(piece.spec is not None or is_flattened(piece.holder) for piece in pieces)
     talks = bool(group or split_over or layout) or seen_cut
-    return Plan.of(pieces, p, ClippingGroup.of(group) if talks else ClippingGroup.alone(), split_over, layout)
+    where = ClippingGroup.of(group) if talks else ClippingGroup.alone()
+    return Plan.of(pieces, p, where, split_over, layout, asks=group is not None)
 
 
 def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tuple[Tensor, Culprit | None]:
     """The float64 norm, and the culprit where a wait was allowed to look for one."""
     reduced = measured.reduced
-    if not (error_if_nonfinite or plan.can_overflow or reads_are_free(plan.device)):
+    if not (error_if_nonfinite or measured.can_overflow or reads_are_free(plan.device)):
         return torch.where(reduced.disagree, torch.nan, reduced.norm), None
     norm, disagree = torch.stack([reduced.norm, reduced.disagree.double()]).tolist()
     if disagree:
         raise LayoutError(DISAGREE)
-    if not (isnan(norm) or norm == inf) or not (error_if_nonfinite or plan.can_overflow):
+    if not (isnan(norm) or norm == inf) or not (error_if_nonfinite or measured.can_overflow):
         return reduced.norm, None
     culprit = find_culprit(plan, measured.local)
     if error_if_nonfinite:

@@ -49,11 +49,18 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """``realigned``: whether gradients of some rank had to be brought to their parameters' placements by talking."""
+    """One measurement.
+
+    * ``realigned``: whether gradients of some rank had to be brought to their parameters' placements by talking.
+    * ``dtype``: of the norm that users see, the same on every rank: float64 where some rank has such a parameter.
+    * ``can_overflow``: whether finite gradients may have a power sum beyond float64; those of fp32 cannot up to p = 7.
+    """
 
     local: Local
     reduced: Reduced
     realigned: bool
+    dtype: torch.dtype
+    can_overflow: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +72,11 @@ class Plan:
     p: float
     weights: Tensor  # (len(pieces),) float64 on `device`: 1 / replicas, or 1 when no rank talks to another
     device: torch.device
-    dtype: torch.dtype  # of the norm that users see
+    wide: bool  # whether this rank has float64 parameters
     common: tuple[bool, ...]  # which pieces every rank of the group must know
     code: int  # hash of the common pieces
-    asks: bool  # whether a word says that gradients wait to be realigned: the same on all ranks
+    asks: bool  # whether two words more ask all ranks for misplaced gradients and float64: the same on all ranks
+    heeds: bool  # whether the answers can be yes on a rank other than this one, so that they must be read
 
     @classmethod
     def of(
@@ -78,8 +86,12 @@ class Plan:
         group: ClippingGroup,
         split_over: Sequence[Axis] = (),
         layout: LayoutFn | None = None,
+        asks: bool = False,
     ) -> "Plan":
-        """Read every piece's layout; a parameter listed twice counts once. No collective."""
+        """Read every piece's layout; a parameter listed twice counts once. No collective.
+
+        ``asks`` makes the words travel that say whether gradients are misplaced, also where this rank's cannot be.
+        """
         unique = {(id(p.holder), None if p.span is None else p.name): p for p in reversed(pieces)}
         kept = tuple(reversed(unique.values()))
         reader = LayoutReader(group, split_over, layout)
@@ -91,22 +103,19 @@ class Plan:
         holders = [piece.holder for piece in kept]
         device = group.device_for(holders)
         replicas = [holding.layout.replicas for holding in holdings]
+        heeds = group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, kept)))
         return cls(
             pieces=kept,
             group=group,
             p=p,
             weights=torch.tensor(replicas, dtype=torch.float64, device=device).reciprocal(),
             device=device,
-            dtype=torch.float64 if any(t.dtype in WIDE for t in holders) else torch.float32,
+            wide=any(t.dtype in WIDE for t in holders),
             common=tuple(holding.common for holding in holdings),
             code=int.from_bytes(digest.digest()),
-            asks=group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, kept))),
+            asks=asks or heeds,
+            heeds=heeds,
         )
-
-    @property
-    def can_overflow(self) -> bool:
-        """Whether finite gradients can have a power sum beyond float64: |x| ** p of fp32 cannot up to p = 7."""
-        return self.dtype == torch.float64 or 7 < self.p < inf
 
     def label(self, index: int) -> str:
         """What errors call piece ``index``."""
@@ -115,10 +124,10 @@ class Plan:
     def measure(self, tag: int = 0, given: Sequence[Tensor | None] | None = None, eager: bool = False) -> Measured:
         """Measure the gradients of the pieces, or those ``given``, one for each piece.
 
-        One all-reduce if the group has one. Where a reduced word says that gradients wait to be realigned, that is
-        done, stored in ``.grad`` unless ``given``, and measured again; ``eager`` realigns first, which every rank must
-        then do. Waits for an accelerator only to read that word. ``tag`` is mixed into the agreement word. An error of
-        this rank is raised after it has taken part.
+        One all-reduce if the group has one. Where its answers say that gradients wait to be realigned, that is done,
+        stored in ``.grad`` unless ``given``, and measured again; ``eager`` realigns first, which every rank must then
+        do. Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is mixed into the
+        agreement word. An error of this rank is raised after it has taken part.
         """
         gradients = [piece.holder.grad for piece in self.pieces] if given is None else list(given)
         error = None
@@ -126,16 +135,20 @@ class Plan:
             gradients, error = self._realigned(gradients, store=given is None)
         local = self.look(gradients, error)
         reduced = self._reduce(local, tag)
-        if reduced.misplaced is not None and reduced.misplaced & ~reduced.disagree:
-            gradients, error = self._realigned(gradients, store=given is None)
-            local = self.look(gradients, error)
-            reduced = self._reduce(local, tag + REALIGNED)
-            eager = True
+        wide = self.wide
+        if self.heeds:
+            disagree, misplaced, wide = torch.stack([reduced.disagree, *reduced.answers]).tolist()
+            if misplaced and not disagree:
+                gradients, error = self._realigned(gradients, store=given is None)
+                local = self.look(gradients, error)
+                reduced = self._reduce(local, tag + REALIGNED)
+                eager = True
         if local.error is not None:
             raise local.error
         if given is None:
             self._store(local.instead)
-        return Measured(local, reduced, eager)
+        dtype = torch.float64 if wide else torch.float32
+        return Measured(local, reduced, eager, dtype, can_overflow=wide or 7 < self.p < inf)
 
     def look(self, gradients: Sequence[Tensor | None], error: LayoutError | None = None) -> Local:
         """Take the local norms of ``gradients``, one for each piece, None where there is none."""
@@ -164,8 +177,8 @@ class Plan:
         else:
             weights = self.weights if len(local.indices) == len(self.pieces) else self.weights[local.indices]
             mine = torch.dot(local.norms.pow(self.p), weights)
-        misplaced = local.misplaced > 0 if self.asks else None
-        return reduce_norm(self.group, mine, self.p, self.code + tag * TAG_STEP, local.error is not None, misplaced)
+        questions = (local.misplaced > 0, self.wide) if self.asks else ()
+        return reduce_norm(self.group, mine, self.p, self.code + tag * TAG_STEP, local.error is not None, questions)
 
     def _realigned(
         self, gradients: Sequence[Tensor | None], store: bool

@@ -8,6 +8,7 @@ norm (0 where it is not finite, because Gloo's MAX drops NaN by position), a fla
 ``-code``. The verdict comes from reduced values alone, so that every rank sees the same one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, nan
 
@@ -19,6 +20,7 @@ from .group import ClippingGroup
 
 MODULUS = 2.0**36
 CODES = 1 << 16
+FAULT = 1 << 20  # added by a rank with an error: more than 15 other ranks' codes can make up for
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,47 +29,47 @@ class Reduced:
 
     * ``norm``: 0-d float64, the total norm.
     * ``disagree``: 0-d bool, ranks sent different codes or reported a fault.
-    * ``misplaced``: 0-d bool, some rank has gradients to realign first; None where nobody can have any.
+    * ``answers``: for each question, a 0-d bool: whether some rank said yes.
     """
 
     norm: Tensor
     disagree: Tensor
-    misplaced: Tensor | None
+    answers: tuple[Tensor, ...]
 
 
 def reduce_norm(
-    group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool, misplaced: bool | None
+    group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool, questions: Sequence[bool]
 ) -> Reduced:
     """Make ``local``, this rank's sum of powers over replicas (p = inf: its largest norm), global.
 
-    One all-reduce of two float64 words (p = inf: four), and one more where ``misplaced`` is not None, made by every
-    rank of the group whatever it holds; none in one process. A ``faulty`` rank, which is about to raise, takes part so
-    that the others do not wait for it.
+    One all-reduce of two float64 words (p = inf: four) and one for each of ``questions``, made by every rank of the
+    group whatever it holds; none in one process. A ``faulty`` rank, which is about to raise, takes part so that the
+    others do not wait for it.
     """
     reduce = _reduce_max if p == inf else _reduce_sum
-    asked = [] if misplaced is None else [torch.full_like(local, misplaced)]
-    norm, disagree, *answer = reduce(group, local, p, code % CODES, faulty, asked)
-    return Reduced(norm, disagree, answer[0] > 0 if answer else None)
+    said = [torch.full_like(local, yes) for yes in questions]
+    norm, disagree, *answers = reduce(group, local, p, code % CODES, FAULT * faulty, said)
+    return Reduced(norm, disagree, tuple(answer > 0 for answer in answers))
 
 
 def _reduce_sum(
-    group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool, asked: list[Tensor]
+    group: ClippingGroup, local: Tensor, p: float, code: int, fault: int, said: list[Tensor]
 ) -> tuple[Tensor, ...]:
     word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
-    words = torch.stack([local, torch.full_like(local, word + faulty), *asked])
-    total, agreement, *answer = group.all_reduce(words).unbind()
-    return total.sqrt() if p == 2 else total.pow(1 / p), agreement.remainder(MODULUS) != 0, *answer
+    words = torch.stack([local, torch.full_like(local, word + fault), *said])
+    total, agreement, *answers = group.all_reduce(words).unbind()
+    return total.sqrt() if p == 2 else total.pow(1 / p), agreement.remainder(MODULUS) != 0, *answers
 
 
 def _reduce_max(
-    group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool, asked: list[Tensor]
+    group: ClippingGroup, local: Tensor, p: float, code: int, fault: int, said: list[Tensor]
 ) -> tuple[Tensor, ...]:
     flag = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
     finite = torch.where(flag == 0, local, 0.0)
-    codes = torch.full_like(local, code + faulty), torch.full_like(local, -code)
-    words = torch.stack([finite, flag, *codes, *asked])
-    norm, flag, high, low, *answer = group.all_reduce(words, dist.ReduceOp.MAX).unbind()
-    return torch.where(flag == 2, nan, torch.where(flag == 1, inf, norm)), high != -low, *answer
+    codes = torch.full_like(local, code + fault), torch.full_like(local, -code)
+    words = torch.stack([finite, flag, *codes, *said])
+    norm, flag, high, low, *answers = group.all_reduce(words, dist.ReduceOp.MAX).unbind()
+    return torch.where(flag == 2, nan, torch.where(flag == 1, inf, norm)), high != -low, *answers
 
 
 def clip_coef(norm: Tensor, max_norm: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Laws of the norm, over random layouts of 1 to 64 ranks that one process simulates."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
@@ -25,7 +26,8 @@ from simulated import SimulatedGroup, simulate
 
 P = (0.5, 1.0, 2.0, 3.0, inf)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-law = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "60"))
+law = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,7 @@ def verdicts(size: int, p: float, codes: Sequence[int], faulty: Sequence[bool]) 
     one = torch.ones((), dtype=torch.float64)
 
     def use(group: SimulatedGroup) -> tuple[float, bool]:
-        reduced = reduce_norm(group, one, p, codes[group.rank], faulty[group.rank], None)
+        reduced = reduce_norm(group, one, p, codes[group.rank], faulty[group.rank], ())
         return reduced.norm.item(), reduced.disagree.item()
 
     return simulate(use, size, words=1)

@@ -1,9 +1,10 @@
 """The matrix: every layout, dtype, p and state of the gradients against the float64 oracle, on 2, 4 and 8 ranks."""
 
-from math import inf
+from math import inf, nan
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import distclip
@@ -93,3 +94,60 @@ def test_norm_and_clipping_are_those_of_one_process(layout, size, dtype, state):
 @pytest.mark.parametrize(("layout", "size"), ON_EIGHT)
 def test_the_same_on_eight_ranks(layout, size):
     check(run_ranks(clipped, size, layout, torch.float32, "ordinary", timeout=120), torch.float32)
+
+
+MORE = [
+    p for p in LAYOUTS if p.id in {"by_hand-4", "hsdp-4", "fsdp2_tp-4", "tp_sequence-2", "pp_fsdp2-4", "ep_plain-4"}
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize(("layout", "size"), MORE)
+def test_the_same_in_other_dtypes(layout, size, dtype):
+    check(run_ranks(clipped, size, layout, dtype, "ordinary"), dtype)
+
+
+def troubled(layout) -> dict[str, object]:
+    """A NaN on the last rank, then no gradient at all there."""
+    job = layout(torch.float32, 30.0)
+    job.backward()
+    last = dist.get_rank() == dist.get_world_size() - 1
+    clipper = distclip.Clipper(job.parts, 1.0, **job.options)
+    clipper.measure()  # brings gradients into place
+    pieces = clipper._plan.pieces
+    mine = [i for i, piece in enumerate(pieces) if piece.holder.grad is not None and gradient_of(piece).numel()]
+    if last:
+        gradient_of(pieces[mine[-1]]).view(-1)[0] = nan
+    before = [gradient_of(pieces[i]).clone() for i in mine]
+    report = clipper.clip_()
+    result = {
+        "skip": report.skip.item(),
+        "culprit": str(report.culprit),
+        "untouched": same_bits([before, [gradient_of(pieces[i]) for i in mine]]),
+        "expected": clipper._plan.label(mine[-1]),
+    }
+    for piece in pieces:
+        piece.holder.grad = None
+    job.backward()
+    if last:
+        for piece in pieces:
+            piece.holder.grad = None
+    result["norms"] = [distclip.clip_grad_norm_(job.parts, inf, p, **job.options) for p in (2.0, inf)]
+    result["finite"] = all(norm.isfinite().item() for norm in result["norms"])
+    return result
+
+
+def gradient_of(piece) -> torch.Tensor:
+    gradient = local(piece.holder.grad)
+    return gradient if piece.span is None else gradient[piece.span]
+
+
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_a_bad_number_is_named_and_a_rank_without_gradients_takes_part(layout, size):
+    results = run_ranks(troubled, size, layout)
+    for r in results:
+        assert r["skip"] is True
+        assert r["culprit"] == f"{results[-1]['expected']} on rank {size - 1} has NaN in its gradient"
+        assert r["untouched"]
+        assert r["finite"]
+    assert same_bits([r["norms"] for r in results])

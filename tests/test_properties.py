@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -304,9 +304,9 @@ def test_equal_codes_agree(p, size, code):
 @both
 @law
 @given(sizes.filter(lambda n: n > 1), st.integers(0, 2**60), st.integers(1, CODES - 1), chances)
-def test_one_rank_with_another_code_never_agrees(p, size, code, difference, chance):
-    odd = chance.randrange(size)
-    codes = [code + difference * (rank == odd) for rank in range(size)]
+def test_two_camps_never_agree(p, size, code, difference, chance):
+    camp = set(chance.sample(range(size), chance.randrange(1, size)))
+    codes = [code + difference * (rank in camp) for rank in range(size)]
     assert [disagree for _, disagree in verdicts(size, p, codes, [False] * size)] == [True] * size
 
 
@@ -321,11 +321,12 @@ def test_faulty_ranks_are_always_seen(p, size, code, chance):
 
 @both
 @law
-@given(sizes.filter(lambda n: n > 1), st.integers(1, 2**60), st.integers(-2, 2), chances)
-def test_a_faulty_rank_is_seen_whatever_its_code_is(p, size, code, difference, chance):
-    odd = chance.randrange(1, size)
-    codes = [code + difference * (rank == odd) for rank in range(size)]
-    faulty = [rank == odd for rank in range(size)]
+@given(sizes, st.integers(0, 2**60), st.integers(-2, 2) | st.integers(1 - CODES, CODES - 1), st.integers(0, 63))
+@example(size=33, code=1, difference=CODES // 2, odd=0)  # measure() on rank 0, clip_() on the others
+@example(size=2, code=1, difference=-1, odd=1)
+def test_a_faulty_rank_is_seen_whatever_its_code_is(p, size, code, difference, odd):
+    codes = [code + difference * (rank == odd % size) for rank in range(size)]
+    faulty = [rank == odd % size for rank in range(size)]
     assert [disagree for _, disagree in verdicts(size, p, codes, faulty)] == [True] * size
 
 

@@ -56,6 +56,11 @@ class Outcome:
         """Whether gradients may have to be scaled: false only where the host knows a coefficient of 1."""
         return isinstance(self.coef, Tensor) or self.coef != 1.0
 
+    @property
+    def can_fold(self) -> bool:
+        """Whether an optimizer may do the scaling: elementwise bounds come after it, and no optimizer applies them."""
+        return self.scales and self.bounds is None
+
 
 class Clipper:
     """Clips by the true global norm, skips alike on all ranks, and keeps the policy's state.
@@ -136,7 +141,8 @@ class Clipper:
     def measure(self) -> Report:
         """Return norm and decision for the gradients as they are: nothing changes, neither policy state nor counters.
 
-        One all-reduce. Never waits on an accelerator; raises LayoutError at once where reading is free.
+        One all-reduce, waits as the class says. Ranks that disagree get a LayoutError at once where reading is free, a
+        norm of NaN on accelerators.
         """
         self._read_late_flags()
         measured = self._measure(tag=self._steps + MEASURING)
@@ -173,9 +179,7 @@ class Clipper:
         if outcome.skip is True:
             return outcome.report
         gradients, coef = outcome.local.gradients, None
-        if (
-            outcome.scales and outcome.bounds is None
-        ):  # elementwise bounds come after scaling, so nothing is left to fold
+        if outcome.can_fold:
             gradients, coef = self._not_folded(outcome.local, optimizers, folds), outcome.report.coef
         self._apply(outcome, gradients)
         skip = outcome.skip if isinstance(outcome.skip, Tensor) else None
@@ -243,13 +247,14 @@ class Clipper:
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
         reduced = measured.reduced
-        decision, state = self._policy.decide(reduced.norm, self._state)
+        norm = torch.where(reduced.disagree, torch.nan, reduced.norm)  # where nothing waits for the flag, it shows
+        decision, state = self._policy.decide(norm, self._state)
         skip = torch.zeros_like(reduced.disagree) if decision.skip is None else decision.skip
         if self._nonfinite != "propagate":
-            skip = skip | ~reduced.norm.isfinite() | reduced.disagree
-        coef = torch.where(skip, 1.0, clip_coef(reduced.norm, decision.max_norm))
+            skip = skip | ~norm.isfinite()
+        coef = torch.where(skip, 1.0, clip_coef(norm, decision.max_norm))
         dtype = measured.dtype
-        report = Report(presented(reduced.norm, dtype), presented(decision.max_norm, dtype), coef, skip)
+        report = Report(presented(norm, dtype), presented(decision.max_norm, dtype), coef, skip)
         known_never = decision.skip is None and self._nonfinite == "propagate"
         return Outcome(report, measured.local, decision.bounds, coef, False if known_never else skip), state
 

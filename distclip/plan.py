@@ -184,7 +184,7 @@ class Plan:
         self, gradients: Sequence[Tensor | None], store: bool
     ) -> tuple[list[Tensor | None], LayoutError | None]:
         try:
-            moved = realign(self.pieces, gradients, self.group)
+            moved = realign(self.pieces, gradients)
         except LayoutError as error:  # raised once this rank has taken part in the next all-reduce
             return list(gradients), error
         if store:

@@ -4,6 +4,8 @@ Sequence-parallel norm layers leave Partial gradients, a row-wise embedding leav
 parameter. A Replicate gradient is cut without talking. Everything else takes the ranks of the parameter's mesh, and
 whether it is needed cannot be read from the parameter: so the ranks of each mesh first agree on one number for each
 candidate, and a rank whose gradient is missing takes part with zeros.
+
+Private torch API, read in 2.13: ``compute_local_shape_and_global_offset``.
 """
 
 from collections.abc import Sequence
@@ -16,10 +18,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .errors import LayoutError
-from .group import ClippingGroup
 from .piece import Piece
 
 BASE = 64  # codes for a placement along one axis; 53 bits of a float64 hold 8 axes
+UNKNOWN = BASE - 1
 SUMS = ("sum", "avg")
 
 
@@ -37,10 +39,10 @@ def cut_locally(piece: Piece, gradient: DTensor) -> DTensor | None:
     return None
 
 
-def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None], group: ClippingGroup) -> list[Tensor | None]:
+def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """All ``gradients`` in the placements of their ``pieces``.
 
-    Every rank of the group calls. The ranks of each mesh with candidates make two all-reduces along each of its axes,
+    Every rank of the group calls. The ranks of each mesh with candidates make one all-reduce along each of its axes,
     then redistribute what one of them found out of place. Waits. LayoutError on all ranks of the mesh where they hold
     one gradient in different placements.
     """
@@ -52,7 +54,7 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None], group: 
             by_mesh.setdefault(piece.spec.mesh, []).append(i)
     for mesh, indices in by_mesh.items():
         codes = [_code(gradients[i]) for i in indices]
-        for i, placements in zip(indices, _agreed(mesh, codes, group), strict=True):
+        for i, placements in zip(indices, _agreed(mesh, codes), strict=True):
             spec = pieces[i].spec
             assert spec is not None
             if placements is not None and placements != spec.placements:
@@ -79,23 +81,24 @@ def _digit(placement: Placement) -> int:
         return 0
     if type(placement) is Partial and placement.reduce_op in SUMS:
         return 1 + SUMS.index(placement.reduce_op)
-    if type(placement) is Shard and placement.dim < BASE - 3:
+    if type(placement) is Shard and 3 + placement.dim < UNKNOWN:
         return 3 + placement.dim
-    raise LayoutError(f"a gradient is placed as {placement}, which cannot be summed: redistribute it first")
+    return UNKNOWN
 
 
 def _decode(code: int) -> tuple[Placement, ...]:
     placements: list[Placement] = []
     while code > 1:
         code, digit = divmod(code, BASE)
+        if digit == UNKNOWN:
+            raise LayoutError("a gradient lies in a placement that cannot be summed: redistribute it first")
         placements.append(Replicate() if digit == 0 else Partial(SUMS[digit - 1]) if digit < 3 else Shard(digit - 3))
     return tuple(reversed(placements))
 
 
-def _agreed(mesh: DeviceMesh, codes: list[int], group: ClippingGroup) -> list[tuple[Placement, ...] | None]:
+def _agreed(mesh: DeviceMesh, codes: list[int]) -> list[tuple[Placement, ...] | None]:
     """What the ranks of ``mesh`` hold in place of each code; None where none of them has a gradient."""
-    device = group.device_for([]) if mesh.device_type == "cpu" else torch.device(mesh.device_type)
-    high = torch.tensor(codes, dtype=torch.float64, device=device)
+    high = torch.tensor(codes, dtype=torch.float64, device=mesh.device_type)
     low = torch.where(high == 0, -torch.inf, -high)  # ranks without a gradient have no say
     words = torch.cat([high, low])
     for axis in range(mesh.ndim):

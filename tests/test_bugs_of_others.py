@@ -470,33 +470,37 @@ def test_a_pending_sum_is_added_before_it_is_squared():
     assert is_another(ranks[0].notes, ranks)
 
 
-def one_term_missing(drops: bool) -> tuple[float, float, int]:
-    """(norm, oracle, gradients dropped) of sequence parallel when rank 1 has no term of the pending sums."""
+def terms_missing(where: str) -> tuple[float, float, int]:
+    """(norm, oracle, gradients dropped) of sequence parallel, whose norm layers leave pending sums."""
     job = tp_sequence(torch.float32, 30.0)
     job.backward()
     whole, dropped = [], 0
     for p in job.parameters():
-        if not (drops and isinstance(p.grad, DTensor) and p.grad.placements[0] == Partial()):
-            whole.append(p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad)
-            continue
-        term = p.grad.to_local().clone()
-        dist.broadcast(term, 0)
-        whole.append(term)
-        dropped += 1
-        if dist.get_rank() == 1:
+        pending = isinstance(p.grad, DTensor) and p.grad.placements[0] == Partial()
+        if where == "on rank 1" and pending:  # what is left is the term of rank 0
+            term = p.grad.to_local().clone()
+            dist.broadcast(term, 0)
+            whole.append(term)
+            p.grad = None if dist.get_rank() == 1 else p.grad
+            dropped += 1
+        elif where == "of one layer" and pending and not dropped:
             p.grad = None
+            dropped += 1
+        else:
+            whole.append(p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad)
     return distclip.Clipper(job.parts, inf).clip_().norm.item(), true_norm(whole), dropped
 
 
-def test_a_rank_without_a_term_of_a_pending_sum_takes_part_with_zeros():
+@pytest.mark.parametrize(("where", "count"), [("on rank 1", 4), ("of one layer", 1)])
+def test_missing_terms_of_a_pending_sum_are_zeros(where, count):
     """AReaL#1139: a rank that saw no gradient skips the collectives that the others wait in."""
-    every = run_ranks(one_term_missing, 2, False)
-    some = run_ranks(one_term_missing, 2, True)
+    every, _, _ = run_ranks(terms_missing, 2, "nowhere")[0]
+    some = run_ranks(terms_missing, 2, where)
     assert same_bits([norm for norm, _, _ in some])
     for norm, oracle, dropped in some:
         assert norm == pytest.approx(oracle, rel=2e-7)
-        assert dropped > 2
-        assert abs(norm / every[0][0] - 1) > 1e-4
+        assert dropped == count
+        assert abs(norm / every - 1) > 1e-4
 
 
 # ---- what is not a number, and what is not a bound ----------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings, strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import distclip
@@ -347,3 +347,30 @@ def test_autoclip_bounds_by_numpys_percentile_of_the_window(norms, percentile, w
         kept = [*kept, norm][-window:] if isfinite(norm) else kept
         wanted = numpy.percentile(kept, percentile) if kept else inf
         assert decision.max_norm.item() == pytest.approx(wanted, rel=1e-12)
+
+
+# ---- what mutants showed to be missing ----------------------------------------------------------------------
+
+
+@law
+@given(sizes.filter(lambda n: n > 1), st.permutations(P), st.integers(0, 63))
+def test_two_norm_types_are_refused_on_all_ranks(size, types, odd):
+    model = nn.Linear(2, 1)
+
+    def use(group: SimulatedGroup) -> distclip.Clipper:
+        return distclip.Clipper(model, 1.0, group=group, norm_type=types[group.rank == odd % size])
+
+    said = {str(end) for end in simulate(use, size)}
+    assert said == {"norm_type must be the same on every rank: build every Clipper alike"}
+
+
+def test_a_bad_norm_of_bare_gradients_is_returned_unless_asked_to_raise():
+    assert distclip.get_total_norm([torch.tensor([nan])]).isnan()
+    with pytest.raises(distclip.NonFiniteError):
+        distclip.get_total_norm([torch.tensor([nan])], error_if_nonfinite=True)
+
+
+def test_what_is_not_built_yet_is_refused():
+    model = nn.Linear(2, 1)
+    with pytest.raises(NotImplementedError, match="overlap=True is not built yet"):
+        distclip.Clipper(model, 1.0, overlap=True)

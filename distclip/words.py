@@ -3,9 +3,10 @@
 For p < inf two words are summed: the sum of powers, which is not finite exactly when a rank's is, and an agreement
 word. With ``code`` a 16-bit mix of what ranks must have in common and ``M = 2**36``, rank 0 sends
 ``code * (M - size + 1)`` and every other rank ``code``: the sum modulo M is 0 when all sent the same code. All terms
-are whole numbers below 2**53, so the sum is exact in any order. For p = inf four words are maximised: the largest
-norm (0 where it is not finite, because Gloo's MAX drops NaN by position), a flag for inf or NaN, ``code`` and
-``-code``. The verdict comes from reduced values alone, so that every rank sees the same one.
+are whole numbers below 2**53, so the sum is exact in any order. A rank with an error of its own adds inf, which no
+other can make up for. For p = inf four words are maximised: the largest norm (0 where it is not finite, because Gloo's
+MAX drops NaN by position), a flag for inf or NaN, ``code`` and ``-code``. The verdict comes from reduced values alone,
+so that every rank sees the same one.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from .group import ClippingGroup
 
 MODULUS = 2.0**36
 CODES = 1 << 16
-FAULT = 1 << 20  # added by a rank with an error: more than 15 other ranks' codes can make up for
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ def reduce_norm(
     """
     reduce = _reduce_max if p == inf else _reduce_sum
     said = [torch.full_like(local, yes) for yes in questions]
-    norm, disagree, *answers = reduce(group, local, p, code % CODES, FAULT * faulty, said)
+    norm, disagree, *answers = reduce(group, local, p, code % CODES, inf if faulty else 0.0, said)
     return Reduced(norm, disagree, tuple(answer > 0 for answer in answers))
 
 
 def _reduce_sum(
-    group: ClippingGroup, local: Tensor, p: float, code: int, fault: int, said: list[Tensor]
+    group: ClippingGroup, local: Tensor, p: float, code: int, fault: float, said: list[Tensor]
 ) -> tuple[Tensor, ...]:
     word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
     words = torch.stack([local, torch.full_like(local, word + fault), *said])
@@ -62,7 +62,7 @@ def _reduce_sum(
 
 
 def _reduce_max(
-    group: ClippingGroup, local: Tensor, p: float, code: int, fault: int, said: list[Tensor]
+    group: ClippingGroup, local: Tensor, p: float, code: int, fault: float, said: list[Tensor]
 ) -> tuple[Tensor, ...]:
     flag = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
     finite = torch.where(flag == 0, local, 0.0)

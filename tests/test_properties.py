@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
 from random import Random
+from unittest.mock import patch
 
 import numpy
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distclip
 from distclip.piece import piece_of
@@ -21,7 +22,7 @@ from distclip.verify import verify
 from distclip.words import CODES, clip_coef, reduce_norm
 from oracle import same_tensors, true_norm
 from parallel import mesh_of
-from ranks import run_ranks, same_bits
+from ranks import count_collectives, run_ranks, same_bits
 from simulated import SimulatedGroup, simulate
 
 P = (0.5, 1.0, 2.0, 3.0, inf)
@@ -330,6 +331,14 @@ def test_a_faulty_rank_is_seen_whatever_its_code_is(p, size, code, difference, o
     assert [disagree for _, disagree in verdicts(size, p, codes, faulty)] == [True] * size
 
 
+@pytest.mark.parametrize("size", [48, 49, 98, 103])
+def test_equal_copies_are_equal_on_any_number_of_ranks(size):
+    """1 / (1 / 49) is not 49 in float64: nothing may be multiplied by it and then be compared with 0."""
+    model = nn.Linear(2, 1)
+    ends = simulate(lambda group: distclip.Clipper(model, 1.0, group=group), size, words=2)
+    assert {type(end) for end in ends} == {distclip.Clipper}
+
+
 # ---- AutoClip -----------------------------------------------------------------------------------------------
 
 
@@ -362,6 +371,36 @@ def test_two_norm_types_are_refused_on_all_ranks(size, types, odd):
 
     said = {str(end) for end in simulate(use, size)}
     assert said == {"norm_type must be the same on every rank: build every Clipper alike"}
+
+
+@both
+@law
+@given(sizes.filter(lambda n: n > 1), st.permutations(["measure", "clip_", "verify"]), st.integers(0, 63))
+def test_two_kinds_of_calls_never_pair(p, size, calls, odd):
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.ones(1, 2)
+    clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), size)
+
+    def use(group: SimulatedGroup) -> None:
+        clipper = clippers[group.rank]
+        with patch.object(clipper._plan.group, "past", group.past), patch.object(clipper._plan.group, "calls", 0):
+            getattr(clipper, calls[group.rank == odd % size])()
+
+    assert {type(end) for end in simulate(use, size, words=1)} == {distclip.LayoutError}
+
+
+def copy_of_a_shard() -> tuple[float, int, bool]:
+    """(norm, collectives, whether the gradient was cut in place) for a whole gradient beside a cut parameter."""
+    mesh = mesh_of(("tp", 2))
+    weight = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    weight.grad = distribute_tensor(torch.tensor([1.0, 2.0, 2.0, 4.0]), mesh, [Replicate()])
+    with count_collectives() as counts:
+        norm = distclip.clip_grad_norm_([weight], inf)
+    return norm.item(), counts.total(), weight.grad.placements == weight.placements
+
+
+def test_a_whole_gradient_of_a_cut_parameter_is_cut_without_talking():
+    assert run_ranks(copy_of_a_shard, 2) == [(5.0, 1, True)] * 2
 
 
 def test_a_bad_norm_of_bare_gradients_is_returned_unless_asked_to_raise():

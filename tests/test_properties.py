@@ -373,6 +373,13 @@ def test_two_norm_types_are_refused_on_all_ranks(size, types, odd):
     assert said == {"norm_type must be the same on every rank: build every Clipper alike"}
 
 
+def call(clippers: list[distclip.Clipper], group: SimulatedGroup, name: str) -> object:
+    """Call a method of a Clipper whose group was another run's."""
+    clipper = clippers[group.rank]
+    with patch.object(clipper._plan.group, "past", group.past), patch.object(clipper._plan.group, "calls", 0):
+        return getattr(clipper, name)()
+
+
 @both
 @law
 @given(sizes.filter(lambda n: n > 1), st.permutations(["measure", "clip_", "verify"]), st.integers(0, 63))
@@ -380,13 +387,43 @@ def test_two_kinds_of_calls_never_pair(p, size, calls, odd):
     model = nn.Linear(2, 1)
     model.weight.grad = torch.ones(1, 2)
     clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), size)
+    ends = simulate(lambda group: call(clippers, group, calls[group.rank == odd % size]), size, words=1)
+    assert {type(end) for end in ends} == {distclip.LayoutError}
 
-    def use(group: SimulatedGroup) -> None:
-        clipper = clippers[group.rank]
-        with patch.object(clipper._plan.group, "past", group.past), patch.object(clipper._plan.group, "calls", 0):
-            getattr(clipper, calls[group.rank == odd % size])()
 
-    assert {type(end) for end in simulate(use, size, words=1)} == {distclip.LayoutError}
+@both
+def test_a_disagreement_that_nothing_waited_for_is_raised_by_the_next_call(p):
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.ones(1, 2)
+    with patch("distclip.clipper.reads_are_free", lambda device: False):
+        clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), 3)
+        clippers[1].load_state_dict(clippers[1].state_dict() | {"steps": 7})
+        reports = simulate(lambda group: call(clippers, group, "clip_"), 3, words=1)
+        assert [report.skip.item() for report in reports] == [True] * 3
+        ends = simulate(lambda group: call(clippers, group, "clip_"), 3, words=0)
+    assert {type(end) for end in ends} == {distclip.LayoutError}
+
+
+def test_a_layer_without_gradients_is_no_reason_to_doubt_a_layout():
+    models = [nn.Linear(2, 1) for _ in range(3)]
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+        model.weight.grad = torch.ones(1, 2)
+    clippers = simulate(lambda group: distclip.Clipper(models[group.rank], 1.0, group=group), 3)
+    assert simulate(lambda group: call(clippers, group, "verify"), 3) == [None] * 3
+
+
+def half_cut_otherwise() -> float:
+    """The norm where rank 0 holds columns of a gradient whose parameter is cut into rows, and rank 1 has none."""
+    mesh = mesh_of(("tp", 2))
+    weight = nn.Parameter(distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)]))
+    gradient = distribute_tensor(torch.tensor([[1.0, 7.0], [2.0, 7.0], [2.0, 7.0], [4.0, 7.0]]), mesh, [Shard(1)])
+    weight.grad = gradient if dist.get_rank() == 0 else None
+    return distclip.clip_grad_norm_([weight], inf).item()
+
+
+def test_a_missing_cut_of_a_gradient_is_zeros():
+    assert run_ranks(half_cut_otherwise, 2) == [5.0, 5.0]
 
 
 def copy_of_a_shard() -> tuple[float, int, bool]:

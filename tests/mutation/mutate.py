@@ -271,6 +271,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, metavar="N", help="that many mutants, drawn evenly; all without it")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N of them")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="first those whose lines stand in FILE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="PATH", help=f"one of {', '.join(TARGETS)}")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no mutant after so long")
@@ -279,7 +280,8 @@ def main() -> int:
     mutants = [m for path in TARGETS if options.only in (None, path) for m in mutants_of(path)]
     total = len(mutants)
     random.Random(options.seed).shuffle(mutants)
-    mutants = mutants[options.skip : options.sample]
+    again = set(map(str.strip, options.again.read_text().splitlines())) if options.again else set()
+    mutants = [m for m in mutants if str(m) in again] + mutants[options.skip : options.sample]
     if options.list:
         print(*sorted(map(str, mutants)), f"{len(mutants)} of {total} mutants", sep="\n")
         return 0

@@ -450,3 +450,11 @@ def test_what_is_not_built_yet_is_refused():
     model = nn.Linear(2, 1)
     with pytest.raises(NotImplementedError, match="overlap=True is not built yet"):
         distclip.Clipper(model, 1.0, overlap=True)
+
+
+def test_a_function_that_never_waits_clips_all_the_same():
+    weight = torch.zeros(2)
+    weight.grad = torch.tensor([3.0, 4.0])
+    with patch("distclip.functional.reads_are_free", lambda device: False):
+        assert distclip.clip_grad_norm_([weight], 1.0) == 5
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))

@@ -70,6 +70,7 @@ class Plan:
     pieces: tuple[Piece, ...]
     group: ClippingGroup
     p: float
+    replicas: tuple[int, ...]  # of each piece
     weights: Tensor  # (len(pieces),) float64 on `device`: 1 / replicas, or 1 when no rank talks to another
     device: torch.device
     wide: bool  # whether this rank has float64 parameters
@@ -102,12 +103,13 @@ class Plan:
                 digest.update(_describe(piece, holding.layout.replicas))
         holders = [piece.holder for piece in kept]
         device = group.device_for(holders)
-        replicas = [holding.layout.replicas for holding in holdings]
+        replicas = tuple(holding.layout.replicas for holding in holdings)
         heeds = group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, kept)))
         return cls(
             pieces=kept,
             group=group,
             p=p,
+            replicas=replicas,
             weights=torch.tensor(replicas, dtype=torch.float64, device=device).reciprocal(),
             device=device,
             wide=any(t.dtype in WIDE for t in holders),

@@ -76,7 +76,7 @@ def _count_split(plan: Plan, local: Local) -> None:
     split = [k for k, i in enumerate(local.indices) if not plan.common[i]]
     sums = checksums([local.gradients[k] for k in split], plan.device).long().tolist()
     keys = [_key(local.gradients[k], local.norms[k], total) for k, total in zip(split, sums, strict=True)]
-    shares = [plan.weights[local.indices[k]].item() for k in split]
+    shares = [1 / plan.replicas[local.indices[k]] for k in split]
     counted = _gathered(plan, keys, shares)
     wrong = [
         f"{plan.label(local.indices[k])} ({counted[key]:.3g}x)"
@@ -116,14 +116,13 @@ def _key(gradient: Tensor, norm: Tensor, total: int) -> int:
 
 def _copied(plan: Plan) -> list[int]:
     """Pieces that other ranks have copies of, which can be compared."""
-    weights = plan.weights.tolist()
-    return [i for i, p in enumerate(plan.pieces) if plan.common[i] and p.aligned and weights[i] < 1]
+    return [i for i, p in enumerate(plan.pieces) if plan.common[i] and p.aligned and plan.replicas[i] > 1]
 
 
 def _signs(plan: Plan, indices: Sequence[int]) -> Tensor:
     """1 - replicas on the rank that speaks for the copies of a piece, 1 on the others."""
-    speaking = [1.0 - 1.0 / plan.weights[i].item() if speaks(plan.group, plan.pieces[i]) else 1.0 for i in indices]
-    return torch.tensor(speaking, dtype=torch.float64, device=plan.device)
+    signs = [1 - plan.replicas[i] if speaks(plan.group, plan.pieces[i]) else 1 for i in indices]
+    return torch.tensor(signs, dtype=torch.float64, device=plan.device)
 
 
 def _few(names: Sequence[str]) -> str:

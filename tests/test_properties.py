@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
 from distclip.piece import piece_of
@@ -404,6 +404,30 @@ def test_a_disagreement_that_nothing_waited_for_is_raised_by_the_next_call(p):
     assert {type(end) for end in ends} == {distclip.LayoutError}
 
 
+def test_the_culprit_is_not_waited_for_where_waiting_costs():
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.full((1, 2), nan)
+    with patch("distclip.clipper.reads_are_free", lambda device: False):
+        clipper = distclip.Clipper(model, 1.0)
+        assert clipper.clip_().culprit is None
+        assert clipper.culprit is None
+        clipper.measure()
+    assert str(clipper.culprit) == "weight on rank 0 has NaN in its gradient"
+
+
+@pytest.mark.parametrize(("p", "words"), [(2.0, 2), (inf, 4)])
+def test_as_few_words_travel_as_the_docstring_says(p, words):
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.ones(1, 2)
+    clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), 3)
+
+    def use(group: SimulatedGroup) -> int:
+        call(clippers, group, "measure")
+        return group.past[0].got.numel()
+
+    assert simulate(use, 3, words=1) == [words] * 3
+
+
 def test_a_layer_without_gradients_is_no_reason_to_doubt_a_layout():
     models = [nn.Linear(2, 1) for _ in range(3)]
     for model in models:
@@ -434,6 +458,25 @@ def copy_of_a_shard() -> tuple[float, int, bool]:
     with count_collectives() as counts:
         norm = distclip.clip_grad_norm_([weight], inf)
     return norm.item(), counts.total(), weight.grad.placements == weight.placements
+
+
+def pending_average() -> tuple[float, str]:
+    """(norm of an average that is still to be taken, what is said to a DTensor in place of a norm)."""
+    mesh = mesh_of(("dp", 2))
+    weight = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
+    terms = torch.tensor([6.0, 0.0]) if dist.get_rank() == 0 else torch.tensor([0.0, 8.0])
+    weight.grad = DTensor.from_local(terms, mesh, [Partial("avg")], run_check=False)
+    norm = distclip.clip_grad_norm_([weight], inf).item()
+    try:
+        distclip.clip_grads_with_norm_([weight], 1.0, weight.grad.norm())
+    except ValueError as error:
+        return norm, str(error)
+    return norm, "no error"
+
+
+def test_a_pending_average_is_taken_and_a_dtensor_is_no_norm():
+    said = "total_norm must be a plain tensor, got a DTensor: use distclip.get_total_norm"
+    assert run_ranks(pending_average, 2) == [(5.0, said)] * 2
 
 
 def test_a_whole_gradient_of_a_cut_parameter_is_cut_without_talking():

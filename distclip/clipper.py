@@ -225,12 +225,11 @@ class Clipper:
         measured = self._measure(tag=self._steps)
         local, reduced = measured.local, measured.reduced
         outcome, state = self._decide(measured)
-        may_skip = self._nonfinite == "skip" or outcome.skip is not False
         if (
             reads_are_free(self._plan.device)
             or self._nonfinite == "raise"
             or measured.can_overflow
-            or (may_skip and not skips_on_device)
+            or (outcome.skip is not False and not skips_on_device)
         ):
             outcome = self._read_now(outcome, reduced)
         else:

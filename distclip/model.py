@@ -20,16 +20,21 @@ def pieces_of(models: Iterable[nn.Module]) -> list[Piece]:
     """
     parts = list(models)
     found: list[Piece] = []
+    seen: set[nn.Module] = set()
     for number, part in enumerate(parts):
-        found.extend(_pieces_of_part(part, f"{number}." if len(parts) > 1 else ""))
+        found.extend(_pieces_of_part(part, f"{number}." if len(parts) > 1 else "", seen))
     return found
 
 
-def _pieces_of_part(part: nn.Module, prefix: str) -> Iterator[Piece]:
+def _pieces_of_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[Piece]:
+    """The pieces of one part, without those of FSDP1 modules in ``seen``, to which its own are added."""
     managed: set[int] = set()
     hidden: list[nn.Parameter] = []
     for path, module in part.named_modules():
         if isinstance(module, FullyShardedDataParallel):
+            if module in seen:  # a module listed twice counts once
+                continue
+            seen.add(module)
             yield from flattened_pieces(module, prefix + _clean(f"{path}." if path else ""))
         elif isinstance(module, FSDPModule):
             module.reshard()  # after a forward without backward it shows unsharded copies, which have no gradients

@@ -145,3 +145,19 @@ def test_a_rank_outside_the_group_is_told_so():
 def test_replicas_are_a_positive_whole_number(value):
     with pytest.raises(ValueError, match="replicas must be a positive whole number"):
         distclip.Layout(value)
+
+
+def listed_twice(flat: bool) -> tuple[float, float]:
+    torch.manual_seed(0)
+    inner = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=not flat)
+    model = FullyShardedDataParallel(nn.Sequential(inner), device_id=torch.device("cpu"), use_orig_params=not flat)
+    model(torch.ones(2, 4)).square().sum().backward()
+    once = distclip.clip_grad_norm_(model, torch.inf)
+    twice = distclip.clip_grad_norm_([model, inner, model], torch.inf)
+    return once.item(), twice.item()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_fsdp1_module_listed_twice_counts_once(flat):
+    for once, twice in run_ranks(listed_twice, 2, flat):
+        assert once == twice > 0

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import distclip
 from distclip.kernels import local_norms, scale_
-from distclip.kernels.sums import CHUNK, ROW, ROWS_CHUNK, SMALL
+from distclip.kernels.sums import CHUNK, ROW, SMALL, WINDOW
 from oracle import true_norm
 
 EDGES = [1, 2, ROW - 1, ROW, ROW + 1, 1000, SMALL, SMALL + 1, CHUNK + ROW + 3, 10**6 + 7]
@@ -142,7 +142,7 @@ class LargestNewTensor(TorchDispatchMode):
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, inf])
 @pytest.mark.parametrize("factor", [1.0, 0.0, 1e-30])
 def test_no_temporary_is_as_large_as_a_gradient(dtype, p, factor):
-    tensor = (noise(2 * ROWS_CHUNK) * factor).to(dtype)
+    tensor = (noise(8 * ROW * WINDOW) * factor).to(dtype)
     parameter = torch.nn.Parameter(torch.zeros_like(tensor))
     parameter.grad = tensor
     with LargestNewTensor() as made:

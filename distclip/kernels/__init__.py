@@ -4,4 +4,4 @@ On the CPU sums go block by block; on accelerators through torch's foreach kerne
 """
 
 from .apply import clamp_ as clamp_, scale_ as scale_
-from .sums import local_norms as local_norms
+from .sums import largest as largest, local_norms as local_norms, power_sum as power_sum

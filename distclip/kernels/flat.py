@@ -20,7 +20,7 @@ def flat_views(tensor: Tensor) -> Iterator[Tensor]:
     if dense.is_contiguous():
         yield dense.view(-1)
     elif tensor.numel() <= COPY:
-        yield tensor.reshape(-1)
+        yield tensor.contiguous().view(-1)
     else:
         dim = max(range(tensor.ndim), key=tensor.size)
         for half in tensor.tensor_split(2, dim):

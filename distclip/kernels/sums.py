@@ -1,12 +1,14 @@
-"""The p-norm of every local gradient, accumulated so that nothing overflows, underflows or is rounded away.
+"""Sums of |x| ** p, accumulated so that nothing overflows, underflows or is rounded away.
 
 torch's own fp32 norm on the CPU adds a whole tensor in fp32: 1.1e-2 off at 1e8 elements (pytorch#169237). Here the
-CPU adds rows of 64 squares in fp32 and the rows in float64; everything else is converted to float64 first, a chunk at
-a time. x ** 2 of any finite fp32, bf16 or fp16 number is exact in float64, from 1e-45 to 3e38.
+CPU adds rows of 64 powers in fp32 and the rows in float64, where x ** 2 of any finite fp32, bf16 or fp16 number is
+exact, from 1e-45 to 3e38. Rows that left the range of fp32 are added again in float64. Accelerators convert to float64.
+
+Private torch API, read in 2.13: ``_foreach_norm``, ``_C._nn.flatten_dense_tensors``.
 """
 
-from collections.abc import Sequence
-from math import inf
+from collections.abc import Iterable, Iterator, Sequence
+from math import inf, isnan, nan
 
 import torch
 from torch import Tensor
@@ -14,10 +16,11 @@ from torch import Tensor
 from .flat import flat_views
 
 ROW = 64  # constant data, worst of 4000 values: 1.3e-7 off with rows of 64, 5.4e-7 with 512; 0.17 ns/element to 0.14
-ROWS_CHUNK = 1 << 22  # elements summed in rows at once: 256 KiB of row norms
-CHUNK = 1 << 16  # elements converted at once: 512 KiB of float64
-SMALL = 1 << 14  # up to here one float64 copy in one foreach call is faster than rows
-TINY = 2.5e-14  # a row norm above it lost at most 6e-8 of its sum of squares to fp32 underflow, flushed or not
+WINDOW = 1 << 14  # rows added in float64 at once: 64 KiB of fp32, 128 KiB of float64
+CHUNK = 1 << 16  # elements converted or joined at once: 512 KiB of float64
+SMALL = 1 << 13  # smaller tensors are copied into one: 0.4 us and their bytes; rows of their own take 6 us
+TAILS = 1 << 10  # ends of tensors, each shorter than a row, kept to be added at once
+LEAST = 1e-26  # of a row, on average: fp32 powers that underflowed, flushed or not, took less than 1e-10 of it
 
 
 def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -25,82 +28,144 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
 
     No temporary is as large as a large tensor. Never waits on an accelerator.
     """
-    norms: list[Tensor | None] = [None] * len(tensors)
-    tensors = [torch.view_as_real(t) if t.is_complex() and p == 2.0 else t for t in tensors]
-    batch = [i for i, t in enumerate(tensors) if t.numel() and _fits_one_call(t)]
-    for i, norm in zip(batch, _foreach_norm([tensors[i] for i in batch], p), strict=True):
-        norms[i] = norm
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() and norms[i] is None:
-            norms[i] = _largest(tensor) if p == inf else _large_sum(tensor, p).pow_(1 / p)
-    nothing = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    return torch.stack([nothing if norm is None else norm for norm in norms])
+    if not tensors or tensors[0].device.type == "cpu":
+        if p == inf:
+            return torch.tensor([largest([t]) for t in tensors], dtype=torch.float64)
+        sums = torch.tensor([power_sum([t], p) for t in tensors], dtype=torch.float64)
+        return sums.sqrt() if p == 2 else sums.pow(1 / p)
+    real = [torch.view_as_real(t) if t.is_complex() and p == 2 else t for t in tensors]
+    full = [i for i, t in enumerate(real) if t.numel()]
+    norms = torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)
+    if full:
+        found = torch._foreach_norm([real[i].abs() if real[i].is_complex() else real[i] for i in full], p, torch.float64)
+        norms[full] = torch.stack(found)
+    return norms
 
 
-def _fits_one_call(tensor: Tensor) -> bool:
-    """Whether the foreach kernel sums it in float64 without a copy that matters; it cannot for complex numbers."""
-    return not tensor.is_complex() and (tensor.device.type != "cpu" or tensor.numel() <= SMALL)
+def power_sum(tensors: Sequence[Tensor], p: float) -> float:
+    """The sum of |x| ** p over all elements of ``tensors`` on the CPU, p < inf."""
+    if p == 2:
+        rows = _Rows(sum(map(Tensor.numel, tensors)))
+        for flat in _joined(tensors, p):
+            rows.add(flat)
+        return rows.total()
+    return sum(_exact_sum(chunk, p) for flat in _joined(tensors, p) for chunk in flat.split(CHUNK))
 
 
-def _foreach_norm(tensors: list[Tensor], p: float) -> Sequence[Tensor]:
-    return torch._foreach_norm(tensors, p, dtype=torch.float64) if tensors else ()
-
-
-def _largest(tensor: Tensor) -> Tensor:
-    """max(|x|): NaN when any element is."""
-    if tensor.is_complex():
-        parts = [_float64(chunk).max() for flat in flat_views(tensor) for chunk in torch.split(flat, CHUNK)]
-        return torch.stack(parts).max()
-    low, high = torch.aminmax(tensor)
-    return torch.maximum(-low, high).double()
-
-
-def _large_sum(tensor: Tensor, p: float) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for flat in flat_views(tensor):
-        if p == 2.0 and flat.dtype == torch.float32:
-            for chunk in torch.split(flat, ROWS_CHUNK):
-                total += _sum_of_rows(chunk)
-        elif p == 2.0 and flat.dtype in (torch.bfloat16, torch.float16):
-            for chunk in torch.split(flat, CHUNK):
-                total += _sum_of_rows(chunk.float())
+def largest(tensors: Sequence[Tensor]) -> float:
+    """max(|x|) over all elements of ``tensors`` on the CPU: NaN when any element is, 0 when there are none."""
+    found = [0.0]
+    for flat in _joined(tensors, inf):
+        if flat.is_complex():
+            found += (_float64(chunk).max().item() for chunk in flat.split(CHUNK))
         else:
-            for chunk in torch.split(flat, CHUNK):
-                total += _exact_sum(chunk, p)
-    return total
+            low, high = flat.aminmax()
+            found += (-low.item(), high.item())
+    return nan if any(map(isnan, found)) else max(found)
 
 
-def _sum_of_rows(chunk: Tensor) -> Tensor:
-    """Sum of squares of a 1-D fp32 chunk: fp32 within rows, float64 across them."""
-    whole = chunk.numel() // ROW * ROW
-    rows = chunk[:whole].view(-1, ROW)
-    total = _exact_sum(chunk[whole:], 2.0)
-    if not whole:
-        return total
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    low, high = torch.aminmax(norms)
-    if low > TINY and high < inf:
-        norms = norms.double()
-        return total + torch.dot(norms, norms)
-    return total + _sum_of_extreme_rows(rows, norms)
+class _Rows:
+    """A sum of squares. Norms of fp32 rows wait in one window until it is full: many tensors share its float64 sum."""
+
+    __slots__ = ("_converted", "_parts", "_tails", "_total", "_used", "_wide", "_window")
+
+    def __init__(self, numel: int) -> None:
+        self._window = torch.empty(min(numel // ROW, WINDOW))
+        self._wide = torch.empty(len(self._window), dtype=torch.float64)
+        self._used = 0
+        self._parts: list[tuple[Tensor, int, int]] = []  # whose rows are in the window: elements from, to
+        self._converted: Tensor | None = None
+        self._tails: list[Tensor] = []
+        self._total = 0.0
+
+    def add(self, flat: Tensor) -> None:
+        """Add a contiguous 1-D tensor of real numbers."""
+        if flat.dtype == torch.float32:
+            self._add_rows(flat, flat)
+        elif flat.dtype == torch.float64:
+            self._total += flat.dot(flat).item()
+        else:
+            if self._converted is None:
+                self._converted = torch.empty(CHUNK)
+            for chunk in flat.split(CHUNK):
+                self._add_rows(self._converted[: len(chunk)].copy_(chunk), chunk)
+
+    def total(self) -> float:
+        """The sum of all that was added."""
+        self._empty_window()
+        self._add_tails()
+        return self._total
+
+    def _add_rows(self, flat: Tensor, source: Tensor) -> None:
+        assert flat.is_contiguous()
+        numel, start, done = len(flat), flat.storage_offset(), 0
+        while numel - done >= ROW:
+            used = self._used
+            count = min((numel - done) // ROW, len(self._window) - used)
+            rows = flat.as_strided((count, ROW), (ROW, 1), start + done)
+            torch.linalg.vector_norm(rows, 2, 1, out=self._window[used : used + count])
+            self._parts.append((source, done, done + count * ROW))
+            self._used += count
+            done += count * ROW
+            if self._used == len(self._window):
+                self._empty_window()
+        if done < numel:
+            self._tails.append(source[done:])
+            if len(self._tails) == TAILS:
+                self._add_tails()
+
+    def _empty_window(self) -> None:
+        norms = self._wide[: self._used].copy_(self._window[: self._used])
+        found = norms.dot(norms).item()
+        if not self._used * LEAST <= found < inf:  # true for NaN too
+            found = sum(_extreme_sum(source[start:end]) for source, start, end in self._parts)
+        self._total += found
+        self._used = 0
+        self._parts.clear()
+
+    def _add_tails(self) -> None:
+        if self._tails:
+            self._total += _exact_sum(torch.cat(self._tails), 2)
+            self._tails.clear()
 
 
-def _sum_of_extreme_rows(rows: Tensor, norms: Tensor) -> Tensor:
-    """The same where fp32 squares of some rows over- or underflowed: those rows again in float64, zero rows not."""
-    good = (norms > TINY) & (norms < inf)
-    kept = norms[good].double()
-    total = torch.dot(kept, kept)
-    for block, bad in zip(torch.split(rows, CHUNK // ROW), torch.split(~good, CHUNK // ROW), strict=True):
-        extreme = block[bad].view(-1)
-        if extreme.numel() and _largest(extreme) != 0:
-            total += _exact_sum(extreme, 2.0)
-    return total
+def _joined(tensors: Iterable[Tensor], p: float) -> Iterator[Tensor]:
+    """Contiguous 1-D tensors that hold every element once: views of large tensors, and copies of many small ones.
+
+    The last comes first: whoever scales them afterwards, from the first on, finds those in the cache.
+    """
+    small: dict[torch.dtype, list[Tensor]] = {}
+    waiting: dict[torch.dtype, int] = {}
+    for tensor in reversed(list(tensors)):
+        if tensor.is_complex() and p == 2:
+            tensor = torch.view_as_real(tensor)
+        numel = tensor.numel()
+        if numel > SMALL:
+            yield from flat_views(tensor)
+        elif numel:
+            dtype = tensor.dtype
+            small.setdefault(dtype, []).append(tensor)
+            waiting[dtype] = waiting.get(dtype, 0) + numel
+            if waiting[dtype] > CHUNK - SMALL:
+                yield _flattened(small.pop(dtype))
+                waiting[dtype] = 0
+    yield from map(_flattened, small.values())
 
 
-def _exact_sum(chunk: Tensor, p: float) -> Tensor:
-    """sum(|x| ** p) of a 1-D chunk, every operation in float64."""
+def _flattened(tensors: list[Tensor]) -> Tensor:
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return flat
+
+
+def _extreme_sum(chunk: Tensor) -> float:
+    """The sum of squares of a 1-D chunk where fp32 does not reach, which is cheap where all of it is zero."""
+    return sum(_exact_sum(block, 2) for block in chunk.split(CHUNK) if largest([block]) != 0)
+
+
+def _exact_sum(chunk: Tensor, p: float) -> float:
+    """The sum of |x| ** p of a 1-D chunk, every operation in float64."""
     x = _float64(chunk)
-    return torch.dot(x, x) if p == 2.0 else x.abs().pow_(p).sum()
+    return (x.dot(x) if p == 2 else x.abs().pow_(p).sum()).item()
 
 
 def _float64(chunk: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""Norms and scaling on CUDA devices, in Triton: one launch for many tensors of one dtype, whatever their sizes.
+
+Ask :func:`available` first: only the two functions below it import Triton, on their first call.
+"""
+
+import os
+import sysconfig
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from math import inf
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .table import block_size, fits, table_of
+
+WARPS = 8
+FINISH = 2048  # block sums that one program adds at once
+
+
+def available(device: torch.device) -> bool:
+    """Whether these kernels run on ``device``: an NVIDIA GPU (sm_80 or newer), or the CPU where TRITON_INTERPRET=1."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return device.type == "cpu" and find_spec("triton") is not None
+    return device.type == "cuda" and _compiles() and _supported(device)
+
+
+@cache
+def _compiles() -> bool:
+    """Whether Triton is here, and the C compiler and Python headers with which it builds its launcher."""
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    compiler = os.environ.get("CC") or which("gcc") or which("clang")
+    return torch.version.cuda is not None and bool(find_spec("triton") and compiler and headers.exists())
+
+
+@cache
+def _supported(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
+    """Return the p-norm of each tensor: float64, shape (len(tensors),), on their common device.
+
+    At most two launches a dtype, and a fixed order of adding: the same tensors give the same bits. Complex tensors
+    (p = 2: as pairs), other dtypes and tensors with gaps go to torch's kernels, as all do in the capture of a CUDA
+    graph that was not preceded by a call with the same addresses. Never waits; the first call for a dtype and p
+    compiles.
+    """
+    from . import device
+
+    parts = [torch.view_as_real(t) if t.is_complex() and p == 2.0 else t for t in tensors]
+    norms = torch.zeros(len(parts), dtype=torch.float64, device=parts[0].device)
+    groups, others = _groups(parts)
+    with torch.cuda.device_of(norms):
+        for dtype, places in groups.items():
+            table = table_of([parts[i] for i in places], places)
+            if table is None:
+                others += places
+                continue
+            block = block_size(dtype)
+            sums = norms.new_empty(len(table.row_of_block))
+            name = _triton_dtype(dtype)
+            device.block_sums[(len(sums),)](
+                table.rows, table.row_of_block, sums, name, float(p), block, 16 // dtype.itemsize, num_warps=WARPS
+            )
+            device.norms_of_rows[(len(places),)](table.rows, sums, norms, float(p), block, FINISH, num_warps=WARPS)
+    if others:
+        torch._foreach_copy_([norms[i] for i in others], _torch_norms([parts[i] for i in others], p))
+    return norms
+
+
+def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
+    """Multiply every tensor in place by ``coef``, 0-d float32 on their device, read there: where it is exactly 1
+    nothing is read or written.
+
+    One launch a dtype. The product is made in fp32 (fp64 in float64) and rounded once, which gives the bits of
+    ``torch._foreach_mul_``; that does the tensors that :func:`local_norms` also leaves to torch. No tensor may be
+    listed twice. Never waits.
+    """
+    from . import device
+
+    parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    groups, others = _groups(parts)
+    with torch.cuda.device_of(coef):
+        for dtype, places in groups.items():
+            table = table_of([parts[i] for i in places], places)
+            if table is None:
+                others += places
+                continue
+            device.scale_blocks[(len(table.row_of_block),)](
+                table.rows, table.row_of_block, coef, _triton_dtype(dtype), block_size(dtype), num_warps=WARPS
+            )
+    if others:
+        torch._foreach_mul_([parts[i] for i in others], coef)
+
+
+def _groups(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[int]], list[int]]:
+    """Indices of the tensors that the kernels read, by dtype, and of those they cannot; empty ones in neither."""
+    groups: dict[torch.dtype, list[int]] = {}
+    others = []
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() and fits(tensor):
+            groups.setdefault(tensor.dtype, []).append(i)
+        elif tensor.numel():
+            others.append(i)
+    return groups, others
+
+
+def _torch_norms(tensors: Sequence[Tensor], p: float) -> Sequence[Tensor]:
+    """float64 norms by torch's own kernels, without a copy; its foreach kernel knows no complex numbers."""
+    if not any(t.is_complex() for t in tensors):
+        return torch._foreach_norm(tensors, p, dtype=torch.float64)
+    wide = [torch.complex128 if t.is_complex() else torch.float64 for t in tensors]
+    return [torch.linalg.vector_norm(t, p, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))

@@ -1,14 +1,16 @@
-"""The command line: `distclip train CONFIG [key=value ...]`."""
+"""The command line: `distclip train CONFIG [key=value ...]` and `distclip bench [CASE ...]`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from distclip import __version__
 
 # modules of the extra `train`, under the names to install them by
 EXTRA = {"jsonargparse": "jsonargparse", "rich": "rich", "sklearn": "scikit-learn", "yaml": "PyYAML"}
-EPILOG = """\
+TRAIN = """\
 examples:
   distclip train configs/quickstart.yaml
   distclip train configs/quickstart.yaml train.steps=50 clip.max_norm=0.5
@@ -24,12 +26,45 @@ exit codes:
   2    something in the config, on the command line or in the data is wrong: one line on stderr
   130  stopped by Ctrl-C (143: by SIGTERM, 129: by SIGHUP), with a checkpoint to go on from
 """
+BENCH = """\
+examples:
+  distclip bench
+  distclip bench fsdp2-small plain-clipped --rounds 10 --json figures.json
+  torchrun --nproc-per-node 8 -m distclip bench --device cuda
+
+docs/bench.md says how it measures.
+
+exit codes:
+  0    measured
+  2    something on the command line is wrong: one line on stderr
+  130  stopped by Ctrl-C
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"distclip: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    config, overrides = parse(words)
+    parser = parser_of_commands()
+    known, others = parser.parse_known_args(words)
+    try:
+        if known.command == "train":
+            return train(known.config, [*known.overrides, *others])
+        if others:
+            parser.error(f"bench does not know {others[0]}: see distclip bench --help")
+        return bench(known, words)
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(config: str, overrides: list[str]) -> int:
+    """Train as the config and the `key=value` words say; `--key=value` is the same."""
     try:
         from distclip.train.start import start  # needs the extra; --help and --version do not
 
@@ -40,26 +75,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f'distclip: training needs {package}: pip install "distclip[train]"', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
-def parse(words: list[str]) -> tuple[str, list[str]]:
-    """The config's path and the `key=value` words; `--key=value` is the same."""
-    parser = argparse.ArgumentParser(
-        prog="distclip",
-        description="Train with gradients clipped by the true global norm.",
+def bench(known: argparse.Namespace, words: list[str]) -> int:
+    """Measure the cases, or list them."""
+    from distclip.bench.start import Options, show_cases, start  # FSDP and DTensor: training chooses its own imports
+
+    if known.list:
+        return show_cases()
+    return start(
+        Options(
+            cases=known.cases,
+            processes=known.processes,
+            rounds=known.rounds,
+            json=known.json,
+            device=known.device,
+            words=words,
+        )
     )
+
+
+def parser_of_commands() -> Parser:
+    parser = Parser(prog="distclip", description="Gradient clipping by the true global norm: train, measure.")
     parser.add_argument("--version", action="version", version=f"distclip {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    add_train(commands)
+    add_bench(commands)
+    return parser
+
+
+def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "train as a YAML file says, on the ranks it asks for or under torchrun"
     train = commands.add_parser(
         "train",
-        help="train as a YAML file says, on the ranks it asks for or under torchrun",
-        description="Train as a YAML file says, on the ranks it asks for or under torchrun.",
-        epilog=EPILOG,
+        help=about,
+        description=sentence(about),
+        epilog=TRAIN,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace the file's")
-    known, others = parser.parse_known_args(words)
-    return known.config, [*known.overrides, *others]
+
+
+def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "measure distclip beside torch, on local ranks or under torchrun"
+    bench = commands.add_parser(
+        "bench",
+        help=about,
+        description=sentence(about),
+        epilog=BENCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("cases", metavar="CASE", nargs="*", help="a case, or the beginning of several (default: all)")
+    bench.add_argument("--processes", type=int, default=2, metavar="N", help="local ranks without a launcher (2)")
+    bench.add_argument("--rounds", type=int, metavar="N", help="rounds of every case (default: each case's own)")
+    bench.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="with Gloo or with NCCL (cpu)")
+    bench.add_argument("--list", action="store_true", help="list the cases and their goals, and measure nothing")
+
+
+def sentence(about: str) -> str:
+    return f"{about[0].upper()}{about[1:]}."

@@ -13,12 +13,13 @@ FLOORS = [
     {"group"},
     {"compare", "folding", "fsdp1", "fsdp2", "kernels", "layout", "policies", "realign", "words"},
     {"gradient", "model"},
+    {"neighbours"},
     {"plan"},
     {"culprit", "verify"},
     {"clipper", "functional"},
     {"__init__"},  # `import distclip`: the public names; the core ends here
     {"integrations"},
-    {"train"},
+    {"bench", "train"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,113 @@
+"""Who is measured against whom, on which gradients."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+import distclip
+from distclip.bench.case import Call, Contest
+from distclip.bench.place import Place
+from distclip.bench.subject import FreshDTensors, Subject, gpt, restoring
+
+SubjectOf: TypeAlias = Callable[[Place], Subject]
+
+
+def clipping(
+    place: Place, subject_of: SubjectOf, *, by: str = "clipper", clips: bool = True, fresh: bool = False
+) -> Contest:
+    """torch's clip_grad_norm_ and ours, or the Clipper's clip_(); ``fresh``: each after a backward of its own."""
+    subject = subject_of(place)
+    norm, max_norm = norm_and_bound(subject, clips)
+    ours = function(subject, max_norm) if by == "function" else clipper(subject, max_norm)
+    calls = {"torch": torch_function(subject, max_norm), "distclip": ours}
+    prepare = subject.backward if fresh else restoring(subject.parameters)
+    return Contest(calls=calls, prepare=prepare, norm=norm, max_norm=max_norm, group=subject.group)
+
+
+def functions(place: Place, subject_of: SubjectOf) -> Contest:
+    """Our function beside our Clipper; torch's function is measured as well."""
+    subject = subject_of(place)
+    norm, max_norm = norm_and_bound(subject, clips=True)
+    calls = {
+        "torch": torch_function(subject, max_norm),
+        "clipper": clipper(subject, max_norm),
+        "distclip": function(subject, max_norm),
+    }
+    return Contest(calls=calls, prepare=restoring(subject.parameters), norm=norm, max_norm=max_norm)
+
+
+def memory(place: Place, subject_of: SubjectOf, *, by: str) -> Contest:
+    """As `clipping`, with what may be allocated: 1 MiB and 64 bytes a parameter, in KiB."""
+    subject = subject_of(place)
+    allowed = 1024 + 64 / 1024 * len(subject.parameters)
+    return replace(clipping(place, lambda _: subject, by=by), constants={"allowed": allowed})
+
+
+def cold(place: Place, *, tensors: int) -> Contest:
+    """The functions, each on DTensors that neither has seen before."""
+    sets = FreshDTensors(place, tensors)
+    calls: dict[str, Call] = {
+        "torch": lambda: torch.nn.utils.clip_grad_norm_(sets.parameters, 0.1),
+        "distclip": lambda: distclip.clip_grad_norm_(sets.parameters, 0.1),
+    }
+    return Contest(calls=calls, prepare=sets.renew, norm=1.0, max_norm=0.1)
+
+
+def optimizer_step(place: Place, subject_of: SubjectOf, *, clips: bool) -> Contest:
+    """A step of fused AdamW, bare and by the Clipper."""
+    subject = subject_of(place)
+    norm, max_norm = norm_and_bound(subject, clips)
+    optimizer = still_adamw(subject.model)
+    holder = distclip.Clipper(subject.model, max_norm, group=subject.group)
+    calls: dict[str, Call] = {"torch": optimizer.step, "distclip": lambda: holder.step(optimizer).norm}
+    prepare = restoring(subject.parameters)
+    return Contest(calls=calls, prepare=prepare, norm=norm, max_norm=max_norm, group=subject.group)
+
+
+def training_step(place: Place, *, overlap: bool) -> Contest:
+    """A whole step of training a small GPT, without clipping and with it. Each has a model of its own: hooks stay."""
+    bare, clipped = (gpt(place, layers=4, width=256, time=64, batch=8) for _ in range(2))
+    norm, max_norm = norm_and_bound(clipped, clips=True)
+    holder = distclip.Clipper(clipped.model, max_norm, overlap=overlap)
+    bare_optimizer, optimizer = still_adamw(bare.model), still_adamw(clipped.model)
+
+    def without_clipping() -> None:
+        bare.backward()
+        bare_optimizer.step()
+
+    def with_clipping() -> Tensor:
+        clipped.backward()
+        return holder.step(optimizer).norm
+
+    calls: dict[str, Call] = {"torch": without_clipping, "distclip": with_clipping}
+    return Contest(calls=calls, prepare=lambda: None, norm=norm, max_norm=max_norm)
+
+
+def norm_and_bound(subject: Subject, clips: bool) -> tuple[float, float]:
+    """The norm of the gradients after a backward, and a bound that is in force, or finite and far away."""
+    subject.backward()
+    norm = distclip.clip_grad_norm_(subject.parameters, inf).item()
+    return norm, norm / 10 if clips else norm * 1e9
+
+
+def torch_function(subject: Subject, max_norm: float) -> Call:
+    return lambda: torch.nn.utils.clip_grad_norm_(subject.parameters, max_norm)
+
+
+def function(subject: Subject, max_norm: float) -> Call:
+    return lambda: distclip.clip_grad_norm_(subject.parameters, max_norm)
+
+
+def clipper(subject: Subject, max_norm: float) -> Call:
+    holder = distclip.Clipper(subject.model, max_norm, group=subject.group)
+    return lambda: holder.clip_().norm
+
+
+def still_adamw(model: nn.Module) -> AdamW:
+    """Fused AdamW that does its work and moves nothing, so that every step meets the same gradients."""
+    return AdamW(model.parameters(), lr=0.0, fused=True)

@@ -8,7 +8,6 @@ import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from math import inf
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -32,7 +31,7 @@ def available(device: torch.device) -> bool:
 @cache
 def _compiles() -> bool:
     """Whether Triton is here, and the C compiler and Python headers with which it builds its launcher."""
-    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    headers = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
     compiler = os.environ.get("CC") or which("gcc") or which("clang")
     return torch.version.cuda is not None and bool(find_spec("triton") and compiler and headers.exists())
 
@@ -55,7 +54,7 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     parts = [torch.view_as_real(t) if t.is_complex() and p == 2.0 else t for t in tensors]
     norms = torch.zeros(len(parts), dtype=torch.float64, device=parts[0].device)
     groups, others = _groups(parts)
-    with torch.cuda.device_of(norms):
+    with torch.cuda.device(norms.get_device()):  # -1 on the CPU: none
         for dtype, places in groups.items():
             table = table_of([parts[i] for i in places], places)
             if table is None:
@@ -85,7 +84,7 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
 
     parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     groups, others = _groups(parts)
-    with torch.cuda.device_of(coef):
+    with torch.cuda.device(coef.get_device()):
         for dtype, places in groups.items():
             table = table_of([parts[i] for i in places], places)
             if table is None:
@@ -110,10 +109,10 @@ def _groups(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[int]], li
     return groups, others
 
 
-def _torch_norms(tensors: Sequence[Tensor], p: float) -> Sequence[Tensor]:
+def _torch_norms(tensors: list[Tensor], p: float) -> list[Tensor]:
     """float64 norms by torch's own kernels, without a copy; its foreach kernel knows no complex numbers."""
     if not any(t.is_complex() for t in tensors):
-        return torch._foreach_norm(tensors, p, dtype=torch.float64)
+        return list(torch._foreach_norm(tensors, p, dtype=torch.float64))
     wide = [torch.complex128 if t.is_complex() else torch.float64 for t in tensors]
     return [torch.linalg.vector_norm(t, p, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
 

@@ -1,0 +1,142 @@
+"""The Triton kernels, without a GPU: run in Triton's interpreter, and compiled for chips that are not here.
+
+Triton decides at its import whether it interprets, so both happen in processes of their own and nothing leaks into the
+other tests. On a GPU: tests/gpu/check.py.
+"""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from distclip.kernels import triton
+from distclip.kernels.triton.table import DTYPES, Table, fits, table_of
+from gpu.cases import CASES, wrong
+
+ROOT = Path(__file__).parent.parent
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None or find_spec("numpy") is None,
+    reason="Triton and numpy are not installed (CPU builds of torch bring neither): pip install triton numpy",
+)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton interprets its kernels on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONWARNINGS", "ignore")  # numpy warns of the overflows that the kernels are written for
+        pool = ProcessPoolExecutor(1, get_context("spawn"))
+        assert pool.submit(triton.available, torch.device("cpu")).result()
+    with pool:
+        yield pool
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_in_the_interpreter(interpreter, name):
+    assert interpreter.submit(wrong, name, "cpu").result() == []
+
+
+def scale_unreadable(factor: float) -> None:
+    """Scale memory that may be neither read nor written: a process that tries to is killed."""
+    size = 4 * 3 * triton.block_size(torch.float32)
+    tensor = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.float32)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(size), 0) == 0
+    triton.scale_([tensor[1:]], torch.tensor(factor))
+
+
+@needs_triton
+def test_a_coefficient_of_one_touches_no_gradient(interpreter):
+    interpreter.submit(scale_unreadable, 1.0).result()
+
+
+@needs_triton
+def test_kernels_compile_for_gpus_without_surprises():
+    """Real launches, compiled to machine code for A100 and H100: vector loads, no spills, no float64 where it costs."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests/gpu/compile.py"), "80", "90"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    faulty = [line for line in done.stdout.splitlines() if not line.endswith('"wrong": []}')]
+    assert (done.returncode, faulty) == (0, []), done.stderr
+
+
+def test_the_gpu_check_knows_its_arguments():
+    command = [sys.executable, str(ROOT / "tests/gpu/check.py"), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--only" in done.stdout
+
+
+def test_triton_is_imported_only_where_it_runs():
+    code = (
+        "import sys, torch, distclip\n"
+        "from distclip.kernels import triton\n"
+        "assert not triton.available(torch.device('cpu')) and not triton.available(torch.device('meta'))\n"
+        "assert 'triton' not in sys.modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
+
+
+def dense() -> dict[str, Tensor]:
+    x = torch.zeros(4, 6, 5, 5)
+    return {
+        "contiguous": x,
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "transposed": x.permute(3, 1, 0, 2),
+        "inside": x.view(-1)[3:70],
+        "scalar": x[0, 0, 0, 0],
+        "column": x.view(-1, 1).expand(-1, 1),
+        "pairs": torch.view_as_real(torch.zeros(3, 4, dtype=torch.complex64).t()),
+    }
+
+
+def gappy() -> dict[str, Tensor]:
+    x = torch.zeros(4, 6)
+    return {
+        "slice": x[:, 1:],
+        "strided": x.view(-1)[::2],
+        "expanded": x[0].expand(3, 6),
+        "windows": x.view(-1).as_strided((3, 2), (1, 1)),
+        "complex": x.to(torch.complex64),
+        "integers": x.int(),
+    }
+
+
+@pytest.mark.parametrize("name", dense())
+def test_dense_tensors_fit(name):
+    assert fits(dense()[name])
+
+
+@pytest.mark.parametrize("name", gappy())
+def test_tensors_with_gaps_and_other_dtypes_do_not_fit(name):
+    assert not fits(gappy()[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_table_covers_every_element_once(dtype):
+    memory = torch.zeros(200_000, dtype=dtype)
+    block = triton.block_size(dtype)
+    tensors = [memory[3:4], memory[7 : 7 + block], memory[50_000:150_001], memory[150_001 : 150_001 + block - 9]]
+    table = table_of(tensors, (5, 6, 7, 8))
+    assert isinstance(table, Table)
+    blocks = table.row_of_block.tolist()
+    for row, (line, begin, end, first, place) in enumerate(table.rows.tolist()):
+        assert line % 128 == 0
+        assert line + begin * dtype.itemsize == tensors[row].data_ptr()
+        assert (end - begin, place) == (tensors[row].numel(), row + 5)
+        count = blocks.count(row)
+        assert blocks[first : first + count] == [row] * count
+        assert (count - 1) * block < end <= count * block

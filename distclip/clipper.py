@@ -22,14 +22,15 @@ from .folding import foldable, folded, may_skip_on_device, parameters_of
 from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
-from .model import pieces_of
-from .plan import Local, Measured, Plan
+from .model import held_in
+from .piece import Held, holders_of, once
+from .plan import Measured, Plan
 from .policies import Policy, State
 from .policies.adopt import as_policy, fitting, spelled
 from .policies.checks import positive
 from .report import Culprit, Report
 from .verify import compare_values, verify
-from .words import Reduced, clip_coef, presented
+from .words import clip_coef, presented
 
 NONFINITE = ("skip", "raise", "propagate")
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
@@ -46,7 +47,7 @@ class Outcome:
     """One measured and decided step. ``coef`` and ``skip`` are numbers where the host knows them, tensors otherwise."""
 
     report: Report
-    local: Local
+    measured: Measured
     bounds: tuple[float, float] | None
     coef: float | Tensor
     skip: bool | Tensor
@@ -120,17 +121,18 @@ class Clipper:
         self._policy = as_policy(policy)
         self._nonfinite = nonfinite
         self._max_consecutive_skips = max_consecutive_skips
-        pieces = pieces_of(_parts(model))
+        listed = once(held_in(_parts(model)))
         p = positive("norm_type", norm_type)
-        self._plan = Plan.of(pieces, p, ClippingGroup.of(group), split_over, layout)
-        self._ids = frozenset(id(piece.holder) for piece in pieces)
+        self._plan = Plan.of(listed, p, ClippingGroup.of(group), split_over, layout)
+        self._holders = holders_of(listed)
+        self._ids = frozenset(map(id, self._holders))
         self._state = self._policy.init(self._plan.device)
         self._steps = 0
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._skips = 0
-        self._unread: tuple[Flags, Local] | None = None
+        self._unread: tuple[Flags, Measured] | None = None
         self._culprit: Culprit | None = None
-        self._compare_ranks()
+        self._compare_ranks(listed)
         _alive.add(self)
 
     @property
@@ -159,7 +161,7 @@ class Clipper:
         all-reduce (on a non-finite norm two more); waits as the class says.
         """
         outcome = self._advance(skips_on_device=True)
-        self._apply(outcome, outcome.local.gradients)
+        self._apply(outcome, outcome.measured.runs)
         return outcome.report
 
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
@@ -178,9 +180,9 @@ class Clipper:
         outcome = self._advance(skips_on_device=on_device)
         if outcome.skip is True:
             return outcome.report
-        gradients, coef = outcome.local.gradients, None
+        gradients, coef = outcome.measured.runs, None
         if outcome.can_fold:
-            gradients, coef = self._not_folded(outcome.local, optimizers, folds), outcome.report.coef
+            gradients, coef = self._not_folded(outcome.measured, optimizers, folds), outcome.report.coef
         self._apply(outcome, gradients)
         skip = outcome.skip if isinstance(outcome.skip, Tensor) else None
         for optimizer, folds_here in zip(optimizers, folds, strict=True):
@@ -198,7 +200,7 @@ class Clipper:
         gradients are never gathered.
         """
         rivals = sum(1 for other in _alive if other is not self and other._ids & self._ids)
-        verify(self._plan)
+        verify(self._plan, self._holders)
         if rivals:
             raise LayoutError(
                 f"{rivals} other Clipper(s) hold parameters of this one and would clip them again: keep one Clipper "
@@ -223,7 +225,6 @@ class Clipper:
         """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
         self._read_late_flags()
         measured = self._measure(tag=self._steps)
-        local, reduced = measured.local, measured.reduced
         outcome, state = self._decide(measured)
         if (
             reads_are_free(self._plan.device)
@@ -231,51 +232,55 @@ class Clipper:
             or measured.can_overflow
             or (outcome.skip is not False and not skips_on_device)
         ):
-            outcome = self._read_now(outcome, reduced)
+            outcome = self._read_now(outcome)
         else:
-            kept = replace(local, gradients=[])  # norms name a culprit; gradients would stay alive
-            self._unread = Flags.send(~reduced.norm.isfinite(), reduced.disagree), kept
+            kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
+            norm, disagree = measured.reduced.tensors(self._plan.device)
+            self._unread = Flags.send(~norm.isfinite(), disagree), kept
         self._state = state
         self._steps += 1
         return outcome
 
     def _measure(self, tag: int) -> Measured:
-        measured = self._plan.measure(tag, eager=self._realigns)
+        gradients = [holder.grad for holder in self._holders]
+        measured = self._plan.measure(gradients, self._holders, tag, eager=self._realigns)
         self._realigns = measured.realigned
         return measured
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
         reduced = measured.reduced
-        norm = torch.where(reduced.disagree, torch.nan, reduced.norm)  # where nothing waits for the flag, it shows
+        norm, disagree = reduced.tensors(self._plan.device)
+        norm = torch.where(disagree, torch.nan, norm)  # where nothing waits for the flag, it shows
         decision, state = self._policy.decide(norm, self._state)
-        skip = torch.zeros_like(reduced.disagree) if decision.skip is None else decision.skip
+        skip = torch.zeros_like(disagree) if decision.skip is None else decision.skip
         if self._nonfinite != "propagate":
             skip = skip | ~norm.isfinite()
         coef = torch.where(skip, 1.0, clip_coef(norm, decision.max_norm))
         dtype = measured.dtype
         report = Report(presented(norm, dtype), presented(decision.max_norm, dtype), coef, skip)
         known_never = decision.skip is None and self._nonfinite == "propagate"
-        return Outcome(report, measured.local, decision.bounds, coef, False if known_never else skip), state
+        return Outcome(report, measured, decision.bounds, coef, False if known_never else skip), state
 
-    def _read_now(self, outcome: Outcome, reduced: Reduced) -> Outcome:
+    def _read_now(self, outcome: Outcome) -> Outcome:
         """Bring the decision to the host in one copy; raise, on all ranks alike, what must be raised."""
-        report = outcome.report
-        words = torch.stack([reduced.norm, reduced.disagree.double(), report.coef.double(), report.skip.double()])
-        norm, disagree, coef, skip = words.tolist()
-        if disagree:
+        report, reduced = outcome.report, outcome.measured.reduced
+        norm, disagree = reduced.tensors(report.coef.device)
+        words = torch.stack([norm, disagree.double(), report.coef.double(), report.skip.double()])
+        number, disagrees, coef, skip = words.tolist()
+        if disagrees:
             raise LayoutError(DISAGREE)
-        if norm - norm == 0:  # finite
+        if number - number == 0:  # finite
             self._skips = 0
         else:
-            culprit = self._blame(outcome.local)
+            culprit = self._blame(outcome.measured)
             if culprit.kind == "overflow":
                 coef = 1.0
             report = Report(report.norm, report.max_norm, torch.full_like(report.coef, coef), report.skip, culprit)
-        return Outcome(report, outcome.local, outcome.bounds, coef, bool(skip))
+        return Outcome(report, outcome.measured, outcome.bounds, coef, bool(skip))
 
-    def _blame(self, local: Local) -> Culprit:
+    def _blame(self, measured: Measured) -> Culprit:
         """Name the culprit of a non-finite norm, count the skip, and raise where that was asked for."""
-        self._culprit = find_culprit(self._plan, local)
+        self._culprit = find_culprit(self._plan, self._plan.norms(measured))
         if self._nonfinite == "raise":
             raise NonFiniteError(f"the total norm is not finite: {self._culprit}; no gradient was changed")
         if self._nonfinite == "skip":
@@ -291,12 +296,12 @@ class Clipper:
         """The one fixed place where a step decided on an accelerator is looked at, by waiting and never by a query."""
         if self._unread is None:
             return
-        (flags, local), self._unread = self._unread, None
+        (flags, measured), self._unread = self._unread, None
         nonfinite, disagree = flags.read()
         if disagree:
             raise LayoutError(DISAGREE)
         if nonfinite:
-            self._blame(local)
+            self._blame(measured)
         else:
             self._skips = 0
 
@@ -310,13 +315,17 @@ class Clipper:
             unless = outcome.skip if isinstance(outcome.skip, Tensor) else None
             clamp_(gradients, *outcome.bounds, unless=unless)
 
-    def _not_folded(self, local: Local, optimizers: Sequence[Optimizer], folds: Sequence[bool]) -> list[Tensor]:
+    def _not_folded(
+        self, measured: Measured, optimizers: Sequence[Optimizer], folds: Sequence[bool]
+    ) -> Sequence[Tensor]:
         """The gradients that no folding optimizer scales, those that no optimizer holds included."""
         inside = {id(p) for o, f in zip(optimizers, folds, strict=True) if f for p in parameters_of(o)}
-        pieces = self._plan.pieces
-        return [g for g, i in zip(local.gradients, local.indices, strict=True) if id(pieces[i].holder) not in inside]
+        if not inside:
+            return measured.runs
+        outside = [None if id(h) in inside else g for h, g in zip(self._holders, measured.gradients, strict=True)]
+        return self._plan.look(outside).parts
 
-    def _compare_ranks(self) -> None:
+    def _compare_ranks(self, listed: Sequence[Held]) -> None:
         limit = self._max_consecutive_skips
         settings = {
             "norm_type": -1.0 if self._plan.p == inf else self._plan.p,
@@ -333,7 +342,7 @@ class Clipper:
             )
         if different:
             raise ValueError(f"{', '.join(different)} must be the same on every rank: build every Clipper alike")
-        compare_values(self._plan)
+        compare_values(self._plan, listed)
 
 
 def _parts(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from .compare import say
 from .kernels import local_norms
-from .plan import Local, Plan
+from .plan import Norms, Plan
 from .report import Culprit
 
 KINDS = {1: "NaN", 2: "inf", 3: "overflow"}
@@ -18,14 +18,14 @@ NOBODY = 1 << 62
 OVERFLOW = 1 << 60  # added so that a NaN or inf anywhere comes before an overflow
 
 
-def find_culprit(plan: Plan, local: Local) -> Culprit:
+def find_culprit(plan: Plan, norms: Norms) -> Culprit:
     """The first parameter of the lowest rank whose gradient is not finite, the same answer on every rank.
 
-    Two all-reduces, of one int64 and of 1024 bytes, and one wait. ``local.gradients`` may be empty where the gradients
+    Two all-reduces, of one int64 and of 1024 bytes, and one wait. ``norms.parts`` may be empty where the gradients
     have changed since; then an inf norm is taken for an inf gradient.
     """
     group, device = plan.group, plan.device
-    word = torch.tensor([_first_bad(group.rank, local)], device=device)
+    word = torch.tensor([_first_bad(group.rank, norms)], device=device)
     winner = int(group.all_reduce(word, dist.ReduceOp.MIN).item())
     if winner == NOBODY:
         return Culprit("overflow", None, None)
@@ -35,12 +35,12 @@ def find_culprit(plan: Plan, local: Local) -> Culprit:
     return Culprit(kind, name, group.ranks[rank])
 
 
-def _first_bad(rank: int, local: Local) -> int:
+def _first_bad(rank: int, norms: Norms) -> int:
     words = [NOBODY]
-    for position in (~local.norms.isfinite()).nonzero().flatten().tolist():
-        norm = local.norms[position]
-        if local.gradients and norm == inf:  # a look at the gradient tells an inf from an overflow
-            norm = local_norms([local.gradients[position]], inf)[0]
+    for position in (~norms.norms.isfinite()).nonzero().flatten().tolist():
+        norm = norms.norms[position]
+        if norms.parts and norm == inf:  # a look at the gradient tells an inf from an overflow
+            norm = local_norms([norms.parts[position]], inf)[0]
         kind = 1 if norm.isnan() else 2 if norm == inf else 3
-        words.append(rank << 34 | local.indices[position] << 2 | kind | (OVERFLOW if kind == 3 else 0))
+        words.append(rank << 34 | norms.indices[position] << 2 | kind | (OVERFLOW if kind == 3 else 0))
     return min(words)

@@ -6,11 +6,12 @@ or, with ``use_orig_params=True``, the part of each parameter that this rank has
 
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .piece import Piece, Spec
+from .piece import Held, Piece, Spec
 
 
 def is_flattened(parameter: Tensor) -> bool:
@@ -18,8 +19,8 @@ def is_flattened(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
-def flattened_pieces(module: FullyShardedDataParallel, prefix: str) -> Iterator[Piece]:
-    """The pieces that ``module`` itself manages (not its nested FSDP modules), in the order of its flat parameter."""
+def held_by_fsdp1(module: FullyShardedDataParallel, prefix: str) -> Iterator[Held]:
+    """What ``module`` itself manages (not its nested FSDP modules), in the order of its flat parameter."""
     handle = module._handle
     if handle is None:
         return
@@ -27,13 +28,19 @@ def flattened_pieces(module: FullyShardedDataParallel, prefix: str) -> Iterator[
     ranks = tuple(dist.get_process_group_ranks(handle.process_group)) if handle.uses_sharded_strategy else ()
     for i, info in enumerate(flat._shard_param_infos):
         extension = flat._param_extensions[i]  # the DTensorSpec of a parameter that was cut by tensor parallel before
-        start = info.offset_in_shard or 0
-        yield Piece(
+        start, here = info.offset_in_shard or 0, info.numel_in_shard or 0
+        holder = flat if flat._params is None else flat._params[i]
+        piece = Piece(
             name=f"{prefix}{flat._fqns[i]}",
-            holder=flat if flat._params is None else flat._params[i],
+            shape=flat._sharded_size if flat._params is None else torch.Size([here]),  # as it is after a backward
+            dtype=holder.dtype,
+            device=holder.device,
+            is_dtensor=False,
+            here=here,
             size=flat._numels[i] if extension is None else extension.shape.numel(),
-            span=slice(start, start + (info.numel_in_shard or 0)) if flat._params is None else None,
+            span=slice(start, start + here) if flat._params is None else None,
             spec=None if extension is None else Spec(extension.mesh, extension.placements),
             flat_over=ranks,
             aligned=not any(flat._param_extensions),  # tensor-parallel neighbours may have other sizes on other ranks
         )
+        yield Held(piece, holder)

@@ -9,28 +9,24 @@ show is not seen: pipeline stages and experts held as plain tensors need ``split
 
 from collections.abc import Iterable, Sequence
 from math import inf, isnan
-from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .arguments import Parameters, held, plan_of, planned
 from .culprit import find_culprit
 from .errors import LayoutError, NonFiniteError
-from .fsdp1 import is_flattened
-from .fsdp2 import managed_anywhere
-from .group import Axis, ClippingGroup, reads_are_free
+from .group import Axis, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
-from .model import pieces_of
-from .piece import Piece, piece_of, piece_of_gradient
+from .piece import held_gradient, holders_of
 from .plan import Measured, Plan
 from .policies.checks import bounds, positive
 from .report import Culprit
-from .words import clip_coef, presented
+from .words import Word, clip_coef, presented
 
-Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
 DISAGREE = (
     "the ranks of the clipping group passed other parameters, or one of them stopped with an error of its own "
     "(see its message): pass the same parameters everywhere, or say split_over="
@@ -80,11 +76,11 @@ def clip_grad_norm_(
     tensor([0.6000, 0.8000])
     """
     bound = positive("max_norm", max_norm, "inf measures only")
-    plan = _plan(_pieces(parameters), norm_type, group, split_over, layout)
-    measured = plan.measure()
+    plan, holders = planned(parameters, norm_type, group, split_over, layout)
+    measured = plan.measure([holder.grad for holder in holders], holders)
     norm, culprit = _total_norm(plan, measured, error_if_nonfinite)
     if culprit is None or culprit.kind != "overflow":
-        _scale(measured.local.gradients, norm, bound)
+        _scale(measured.runs, norm, bound)
     return presented(norm, measured.dtype)
 
 
@@ -108,10 +104,9 @@ def get_total_norm(
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
     tensor(5.)
     """
-    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    plan = _plan([piece_of_gradient(t) for t in listed], norm_type, group, split_over, None)
-    given = [piece.holder for piece in plan.pieces]
-    measured = plan.measure(given=given)
+    listed = [held_gradient(t) for t in ([tensors] if isinstance(tensors, Tensor) else tensors)]
+    plan = plan_of(listed, positive("norm_type", norm_type), group, split_over, None)
+    measured = plan.measure(holders_of(listed))
     norm, _ = _total_norm(plan, measured, error_if_nonfinite)
     return presented(norm, measured.dtype)
 
@@ -135,7 +130,7 @@ def clip_grads_with_norm_(
     bound = positive("max_norm", max_norm, "inf measures only")
     if isinstance(total_norm, DTensor):
         raise ValueError("total_norm must be a plain tensor, got a DTensor: use distclip.get_total_norm")
-    _scale(_gradients(_pieces(parameters)), torch.as_tensor(total_norm).double(), bound)
+    _scale(_gradients(holders_of(held(parameters))), torch.as_tensor(total_norm).double(), bound)
 
 
 @torch.no_grad()
@@ -154,77 +149,29 @@ def clip_grad_value_(
     tensor([ 2., -1.])
     """
     low, high = bounds("clip_value", clip_value)
-    pieces = _pieces(parameters)
-    for piece in pieces:
-        gradient = piece.holder.grad
+    holders = holders_of(held(parameters))
+    for holder in holders:
+        gradient = holder.grad
         if isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements):
             raise LayoutError(
                 f"a gradient is placed as {gradient.placements}, a sum not made yet, whose terms must not be clamped: "
                 "use Clipper(model, ValueClip(...)), or redistribute it"
             )
-    clamp_(_gradients(pieces), low, high)
+    clamp_(_gradients(holders), low, high)
 
 
-def _pieces(parameters: Parameters) -> list[Piece]:
-    """The pieces of modules, with their names, or of bare parameters."""
-    if isinstance(parameters, Tensor):
-        return _pieces_of_tensors([parameters])
-    listed = [parameters] if isinstance(parameters, nn.Module) else list(parameters)
-    modules = [item for item in listed if isinstance(item, nn.Module)]
-    if modules:
-        if len(modules) != len(listed):
-            raise ValueError("parameters must be tensors or modules, got both: pass the modules' parameters() instead")
-        return pieces_of(modules)
-    tensors = [item for item in listed if isinstance(item, Tensor)]
-    if len(tensors) != len(listed):
-        odd = next(item for item in listed if not isinstance(item, Tensor))
-        raise ValueError(f"parameters must be tensors or modules, got {type(odd).__name__} (named_parameters()?)")
-    return _pieces_of_tensors(tensors)
-
-
-def _pieces_of_tensors(tensors: Sequence[Tensor]) -> list[Piece]:
-    """The pieces of bare parameters; LayoutError where one is only a stand-in that FSDP1 or FSDP2 shows."""
-    sharded, copies = managed_anywhere()
-    for i, tensor in enumerate(tensors):
-        if id(tensor) in copies:
-            raise LayoutError(
-                f"parameter {i} of shape {tuple(tensor.shape)} is an unsharded copy, which FSDP2 shows between forward "
-                "and backward and which has no gradient: pass the module, or call its reshard() first"
-            )
-    return [piece_of(tensor, reduced=id(tensor) in sharded) for tensor in tensors]
-
-
-def _plan(
-    pieces: list[Piece],
-    norm_type: float,
-    group: dist.ProcessGroup | None,
-    split_over: Sequence[Axis],
-    layout: LayoutFn | None,
-) -> Plan:
-    p = positive("norm_type", norm_type)
-    for i, piece in enumerate(pieces):
-        if not piece.name and is_flattened(piece.holder):
-            raise LayoutError(
-                f"parameter {i} of shape {tuple(piece.holder.shape)} is managed by FSDP1 (FullyShardedDataParallel) "
-                "and does not show of what it is a part: pass the FSDP1 module instead of its parameters"
-            )
-    seen_cut = any(piece.spec is not None or is_flattened(piece.holder) for piece in pieces)
-    talks = bool(group or split_over or layout) or seen_cut
-    where = ClippingGroup.of(group) if talks else ClippingGroup.alone()
-    return Plan.of(pieces, p, where, split_over, layout, asks=group is not None)
-
-
-def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tuple[Tensor, Culprit | None]:
+def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tuple[Word, Culprit | None]:
     """The float64 norm, and the culprit where a wait was allowed to look for one."""
     reduced = measured.reduced
     if not (error_if_nonfinite or measured.can_overflow or reads_are_free(plan.device)):
-        return torch.where(reduced.disagree, torch.nan, reduced.norm), None
-    norm, disagree = torch.stack([reduced.norm, reduced.disagree.double()]).tolist()
-    if disagree:
+        norm, disagree = reduced.tensors(plan.device)
+        return torch.where(disagree, torch.nan, norm), None
+    number, disagrees, _ = reduced.read()
+    if disagrees:
         raise LayoutError(DISAGREE)
-    if not (isnan(norm) or norm == inf) or not (error_if_nonfinite or measured.can_overflow):
+    if not (isnan(number) or number == inf) or not (error_if_nonfinite or measured.can_overflow):
         return reduced.norm, None
-    culprit = find_culprit(plan, measured.local)
+    culprit = find_culprit(plan, plan.norms(measured))
     if error_if_nonfinite:
         raise NonFiniteError(
             f"The total norm of order {plan.p} is not finite: {culprit}; no gradient was changed. "
@@ -233,17 +180,14 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
     return reduced.norm, culprit
 
 
-def _scale(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
-    coef = clip_coef(norm, torch.full_like(norm, max_norm))
-    if not reads_are_free(coef.device):
+def _scale(gradients: Sequence[Tensor], norm: Word, max_norm: float) -> None:
+    coef = clip_coef(norm, max_norm)
+    if not reads_are_free(coef.device) or coef.item() != 1.0:
         scale_(gradients, coef)
-    elif (factor := coef.item()) != 1.0:
-        scale_(gradients, factor)
 
 
-def _gradients(pieces: list[Piece]) -> list[Tensor]:
-    """The local gradients that exist, each parameter's once, as they lie."""
-    holders = {id(piece.holder): piece.holder for piece in pieces}.values()
+def _gradients(holders: Sequence[Tensor]) -> list[Tensor]:
+    """The local gradients that exist, as they lie."""
     found: list[Tensor] = []
     for holder in holders:
         gradient = holder.grad

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .piece import Piece
+from .errors import LayoutError
+from .piece import Piece, local_tensor
 from .realign import cut_locally, is_candidate
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -28,9 +29,9 @@ class Found:
 def look_at(piece: Piece, gradient: Tensor) -> Found:
     """Look at the gradient of one piece; never talks, copies only a sparse gradient that is not coalesced."""
     instead: Tensor | None = None
-    if isinstance(gradient, DTensor) != isinstance(piece.holder, DTensor):
+    if isinstance(gradient, DTensor) != piece.is_dtensor:
         kinds = ["a plain tensor", "a DTensor"]
-        kind = kinds[isinstance(gradient, DTensor)], kinds[isinstance(piece.holder, DTensor)]
+        kind = kinds[isinstance(gradient, DTensor)], kinds[piece.is_dtensor]
         return Found(None, problem=f"is {kind[0]}, its parameter {kind[1]}: give both the same kind")
     if isinstance(gradient, DTensor):
         assert piece.spec is not None
@@ -45,9 +46,7 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
                     "redistribute the gradient to the parameter's placements",
                 )
             gradient = instead
-        local: Tensor = gradient._local_tensor  # to_local() takes 3.6 us, the attribute 10 ns
-    else:
-        local = gradient
+    local = local_tensor(gradient)
     if local.layout == torch.sparse_coo and not isinstance(gradient, DTensor):
         instead = None if local.is_coalesced() else local.coalesce()
         local = (local if instead is None else instead)._values()
@@ -56,11 +55,28 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
     if local.dtype not in REAL + COMPLEX:
         return Found(None, problem=f"has dtype {local.dtype}, which has no norm: use {', '.join(map(str, REAL))}")
     if piece.span is not None:
-        if local.numel() != piece.holder.numel():
+        if local.numel() != piece.shape.numel():
             return Found(
                 None,
                 problem=f"lies in a flat gradient of {local.numel()} elements beside a flat parameter of "
-                f"{piece.holder.numel()}: it is not reduced yet (leave no_sync for the last backward)",
+                f"{piece.shape.numel()}: it is not reduced yet (leave no_sync for the last backward)",
             )
         local = local[piece.span]
     return Found(local, instead)
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """This rank's gradients, piece by piece.
+
+    * ``parts``: those that exist and are in place, as plain tensors; ``indices``: which piece each belongs to.
+    * ``misplaced``: how many gradients wait to be realigned.
+    * ``instead``: gradients to be stored in place of those found, by source.
+    * ``error``: what makes these gradients unusable on this rank, to be raised once all ranks have met.
+    """
+
+    parts: list[Tensor]
+    indices: list[int]
+    misplaced: int
+    instead: dict[int, Tensor]
+    error: LayoutError | None

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self, TypeAlias
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,12 @@ Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class ClippingGroup:
-    """The ranks that take part, in group order; ``process_group`` is None for one process without torch.distributed.
+    """The ranks that take part, in group order; nothing to talk through for one process without torch.distributed.
 
     ``rank`` is this process's index in ``ranks``; ``ranks`` holds global ranks.
     """
 
-    process_group: dist.ProcessGroup | None
+    reference: ref[dist.ProcessGroup] | None  # weak: a plan must not keep a group alive that was destroyed
     ranks: tuple[int, ...]
     rank: int
 
@@ -34,17 +35,28 @@ class ClippingGroup:
             if group is not None:
                 raise ValueError("group was given but torch.distributed is not initialised: call init_process_group")
             return cls(None, (0,), 0)
-        process_group = dist.group.WORLD if group is None else group
+        process_group = group or dist.group.WORLD
+        assert process_group is not None
         rank = dist.get_rank(process_group)
         if rank < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the clipping group: only the ranks of `group` may call")
-        return cls(process_group, tuple(dist.get_process_group_ranks(process_group)), rank)
+        return cls(ref(process_group), tuple(dist.get_process_group_ranks(process_group)), rank)
 
     @classmethod
     def alone(cls) -> Self:
         """This process without anybody else: nothing is reduced."""
         initialised = dist.is_available() and dist.is_initialized()
         return cls(None, (dist.get_rank() if initialised else 0,), 0)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """What the group talks through, or None; RuntimeError after it was destroyed."""
+        if self.reference is None:
+            return None
+        process_group = self.reference()
+        if process_group is None:
+            raise RuntimeError("the process group was destroyed: build the Clipper anew")
+        return process_group
 
     @property
     def size(self) -> int:
@@ -59,9 +71,10 @@ class ClippingGroup:
 
         RuntimeError that names the ranks that did not come, where the backend gave up waiting for them.
         """
-        if self.process_group is not None:
+        process_group = self.process_group
+        if process_group is not None:
             try:
-                dist.all_reduce(words, op, group=self.process_group)
+                dist.all_reduce(words, op, group=process_group)
             except RuntimeError as error:
                 raise RuntimeError(f"{who_is_missing(self.ranks)} ({str(error).splitlines()[0]})") from error
         return words

@@ -21,7 +21,7 @@ from torch.distributed.tensor import Placement, Replicate
 
 from .errors import LayoutError
 from .group import Axis, ClippingGroup, axis_ranks
-from .piece import Piece, Spec
+from .piece import Held, Piece, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,10 @@ class LayoutReader:
         self._layout = layout
         self._seen: dict[tuple[DeviceMesh | None, tuple[Placement, ...], tuple[int, ...]], Holding] = {}
 
-    def read(self, name: str, piece: Piece) -> Holding:
-        """The holding of ``piece``; LayoutError where it is unknown, never a guess."""
-        said = None if self._layout is None else self._layout(name, piece.holder)
+    def read(self, name: str, held: Held) -> Holding:
+        """The holding of a piece; LayoutError where it is unknown, never a guess."""
+        piece = held.piece
+        said = None if self._layout is None else self._layout(name, held.holder)
         if said is not None:
             if said.replicas > self._group.size:
                 raise LayoutError(

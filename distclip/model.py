@@ -6,28 +6,28 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from .fsdp1 import flattened_pieces, is_flattened
+from .fsdp1 import held_by_fsdp1, is_flattened
 from .fsdp2 import managed_parameters
-from .piece import Piece, piece_of
+from .piece import Held, held_parameter
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
-def pieces_of(models: Iterable[nn.Module]) -> list[Piece]:
-    """The pieces of the parts this rank holds, in the order of their modules; FSDP2 modules are resharded first.
+def held_in(models: Iterable[nn.Module]) -> list[Held]:
+    """What this rank holds of the parts it has, in the order of their modules; FSDP2 modules are resharded first.
 
     Names are those of the unwrapped model, with the number of the part before them where there are several.
     """
     parts = list(models)
-    found: list[Piece] = []
+    found: list[Held] = []
     seen: set[nn.Module] = set()
     for number, part in enumerate(parts):
-        found.extend(_pieces_of_part(part, f"{number}." if len(parts) > 1 else "", seen))
+        found.extend(_held_in_part(part, f"{number}." if len(parts) > 1 else "", seen))
     return found
 
 
-def _pieces_of_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[Piece]:
-    """The pieces of one part, without those of FSDP1 modules in ``seen``, to which its own are added."""
+def _held_in_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[Held]:
+    """What one part holds, without those of FSDP1 modules in ``seen``, to which its own are added."""
     managed: set[int] = set()
     hidden: list[nn.Parameter] = []
     for path, module in part.named_modules():
@@ -35,7 +35,7 @@ def _pieces_of_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Itera
             if module in seen:  # a module listed twice counts once
                 continue
             seen.add(module)
-            yield from flattened_pieces(module, prefix + _clean(f"{path}." if path else ""))
+            yield from held_by_fsdp1(module, prefix + _clean(f"{path}." if path else ""))
         elif isinstance(module, FSDPModule):
             module.reshard()  # after a forward without backward it shows unsharded copies, which have no gradients
             managed |= managed_parameters(module)
@@ -47,7 +47,7 @@ def _pieces_of_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Itera
     for parameter in dict.fromkeys([*names, *hidden]):
         if not is_flattened(parameter):
             name = names.get(parameter)
-            yield piece_of(parameter, f"{prefix}{name}" if name else "", reduced=id(parameter) in managed)
+            yield held_parameter(parameter, f"{prefix}{name}" if name else "", reduced=id(parameter) in managed)
 
 
 def _clean(name: str) -> str:

@@ -1,7 +1,9 @@
 """Piece: one parameter as this rank holds it, whoever cut it up."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
@@ -17,10 +19,12 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One parameter as this rank holds it.
+    """What is known of one parameter, or of one gradient, without keeping it.
 
     * ``name``: what errors call it; empty for bare tensors (see ``Plan.label``).
-    * ``holder``: the tensor in whose ``.grad`` the gradient is.
+    * ``shape``, ``dtype``, ``device``: of the holder, the tensor in whose ``.grad`` the gradient is.
+    * ``is_dtensor``: whether the holder is one.
+    * ``here``: elements of the piece on this rank.
     * ``size``: elements of the whole parameter, or None where this rank cannot know it.
     * ``span``: the part of a flat gradient that belongs to it; None for all of it.
     * ``spec``: DTensor placements, also where the holder is the plain local tensor of one.
@@ -30,7 +34,11 @@ class Piece:
     """
 
     name: str
-    holder: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    is_dtensor: bool
+    here: int
     size: int | None
     span: slice | None = None
     spec: Spec | None = None
@@ -38,26 +46,69 @@ class Piece:
     aligned: bool = True
     reduced: bool = False
 
-    def local(self) -> Tensor:
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A piece and its holder. Plans keep the piece alone, so that they keep no model alive."""
+
+    piece: Piece
+    holder: Tensor
+
+    def values(self) -> Tensor:
         """This rank's values, as a plain tensor."""
-        values = self.holder._local_tensor if isinstance(self.holder, DTensor) else self.holder
-        return values if self.span is None else values[self.span]
+        values = local_tensor(self.holder)
+        return values if self.piece.span is None else values[self.piece.span]
 
 
-def piece_of(parameter: Tensor, name: str = "", reduced: bool = False) -> Piece:
-    """The piece of a parameter that is not cut by FSDP1. DDP over tensor parallel leaves ``_st_info`` (torch 2.13)."""
+def held(holder: Tensor, name: str, size: int, spec: Spec | None = None, reduced: bool = False) -> Held:
+    """``holder`` beside the piece that it holds."""
+    piece = Piece(
+        name=name,
+        shape=holder.shape,
+        dtype=holder.dtype,
+        device=holder.device,
+        is_dtensor=isinstance(holder, DTensor),
+        here=local_tensor(holder).numel(),
+        size=size,
+        spec=spec,
+        reduced=reduced,
+    )
+    return Held(piece, holder)
+
+
+def held_parameter(parameter: Tensor, name: str = "", reduced: bool = False) -> Held:
+    """A parameter that is not cut by FSDP1. DDP over tensor parallel leaves ``_st_info`` (torch 2.13)."""
     if isinstance(parameter, DTensor):
         spec = Spec(parameter.device_mesh, parameter.placements)
-        return Piece(name, parameter, parameter.numel(), spec=spec, reduced=reduced)
+        return held(parameter, name, parameter.numel(), spec, reduced)
     hidden = getattr(parameter, "_st_info", None)
     if hidden is not None:
-        return Piece(name, parameter, hidden.shape.numel(), spec=Spec(hidden.mesh, hidden.placements))
-    return Piece(name, parameter, parameter.numel())
+        return held(parameter, name, hidden.shape.numel(), Spec(hidden.mesh, hidden.placements))
+    return held(parameter, name, parameter.numel())
 
 
-def piece_of_gradient(gradient: Tensor) -> Piece:
-    """The piece of a gradient that is given without its parameter: a pending sum is taken for what it will be."""
+def held_gradient(gradient: Tensor) -> Held:
+    """A gradient that is given without its parameter: a pending sum is taken for what it will be."""
     if not isinstance(gradient, DTensor):
-        return Piece("", gradient, gradient.numel())
+        return held(gradient, "", gradient.numel())
     placements = tuple(Replicate() if isinstance(p, Partial) else p for p in gradient.placements)
-    return Piece("", gradient, gradient.numel(), spec=Spec(gradient.device_mesh, placements))
+    return held(gradient, "", gradient.numel(), Spec(gradient.device_mesh, placements))
+
+
+def once(listed: Iterable[Held]) -> list[Held]:
+    """The first of those that are the same: a parameter listed twice counts once."""
+    unique: dict[tuple[int, str | None], Held] = {}
+    for item in listed:
+        unique.setdefault((id(item.holder), None if item.piece.span is None else item.piece.name), item)
+    return list(unique.values())
+
+
+def holders_of(listed: Iterable[Held]) -> list[Tensor]:
+    """The tensors in whose ``.grad`` gradients are, each once: a flat one holds many pieces."""
+    return list({id(item.holder): item.holder for item in listed}.values())
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """A DTensor's local tensor, or the tensor itself. ``to_local()`` takes 3.6 us, the attribute 10 ns."""
+    local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local

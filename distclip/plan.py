@@ -1,26 +1,27 @@
 """Plan: made once from the parameters; says what is summed together, where, and whether ranks talk at all.
 
 Which collectives run, and their shape, follow from the plan and never from which gradients exist: a rank without
-tokens for its experts, with an empty shard or with gradients that are None contributes zeros and takes part.
+tokens for its experts, with an empty shard or with gradients that are None contributes zeros and takes part. What a
+plan learns from gradients is where they lay in this rank's memory, which no other rank needs to know.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import inf
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .errors import LayoutError
-from .gradient import look_at
+from .gradient import Local, look_at
 from .group import Axis, ClippingGroup
-from .kernels import local_norms
+from .kernels import largest, local_norms, power_sum
 from .layout import LayoutFn, LayoutReader
-from .piece import Piece
+from .neighbours import Gathered, Memory, shares_of
+from .piece import Held, Piece, holders_of, once
 from .realign import is_candidate, realign
-from .words import Reduced, reduce_norm
+from .words import Reduced, Word, reduce_norm
 
 WIDE = (torch.float64, torch.complex128)
 REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
@@ -28,61 +29,65 @@ TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """This rank's part of one measurement.
+class Norms:
+    """The p-norm of every local gradient: float64, shape (len(indices),), on the plan's device.
 
-    * ``gradients``: the local gradients that exist and are in place, as plain tensors.
-    * ``indices``: which piece each belongs to.
-    * ``norms``: the p-norm of each, float64, shape (len(gradients),), on the plan's device.
-    * ``misplaced``: how many gradients wait to be realigned.
-    * ``instead``: gradients to be stored in place of those found, by piece.
-    * ``error``: what makes these gradients unusable on this rank, to be raised once all ranks have met.
+    ``indices``: which pieces they belong to. ``parts``: the gradients, or nothing where they have changed since.
     """
 
-    gradients: list[Tensor]
-    indices: list[int]
     norms: Tensor
-    misplaced: int
-    instead: dict[int, Tensor]
-    error: LayoutError | None
+    indices: Sequence[int]
+    parts: Sequence[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One measurement.
 
+    * ``gradients``: of the plan's sources, as they were summed; ``runs``: the same as plain tensors, to be scaled.
+    * ``norms``: of each gradient, where they were needed anyway (see :meth:`Plan.norms`).
     * ``realigned``: whether gradients of some rank had to be brought to their parameters' placements by talking.
     * ``dtype``: of the norm that users see, the same on every rank: float64 where some rank has such a parameter.
     * ``can_overflow``: whether finite gradients may have a power sum beyond float64; those of fp32 cannot up to p = 7.
     """
 
-    local: Local
+    gradients: Sequence[Tensor | None]
+    runs: Sequence[Tensor]
+    norms: Norms | None
     reduced: Reduced
     realigned: bool
     dtype: torch.dtype
     can_overflow: bool
 
+    def without_gradients(self) -> "Measured":
+        """What may be kept until the next call without keeping gradients alive."""
+        norms = None if self.norms is None else replace(self.norms, parts=())
+        return replace(self, gradients=(), runs=(), norms=norms)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Built by :meth:`of`."""
+    """Built by :meth:`of`. Keeps no parameter and no gradient alive."""
 
     pieces: tuple[Piece, ...]
+    sources: tuple[int, ...]  # of each piece: in the gradient of which holder it lies
     group: ClippingGroup
     p: float
     replicas: tuple[int, ...]  # of each piece
     weights: Tensor  # (len(pieces),) float64 on `device`: 1 / replicas, or 1 when no rank talks to another
     device: torch.device
+    on_host: bool  # whether all gradients and the words are on the CPU
     wide: bool  # whether this rank has float64 parameters
     common: tuple[bool, ...]  # which pieces every rank of the group must know
     code: int  # hash of the common pieces
     asks: bool  # whether two words more ask all ranks for misplaced gradients and float64: the same on all ranks
     heeds: bool  # whether the answers can be yes on a rank other than this one, so that they must be read
+    memory: Memory = field(default_factory=Memory, compare=False)
 
     @classmethod
     def of(
         cls,
-        pieces: Sequence[Piece],
+        listed: Sequence[Held],
         p: float,
         group: ClippingGroup,
         split_over: Sequence[Axis] = (),
@@ -91,28 +96,31 @@ class Plan:
     ) -> "Plan":
         """Read every piece's layout; a parameter listed twice counts once. No collective.
 
-        ``asks`` makes the words travel that say whether gradients are misplaced, also where this rank's cannot be.
+        Its sources are ``holders_of(listed)``. ``asks`` makes the words travel that say whether gradients are
+        misplaced, also where this rank's cannot be.
         """
-        unique = {(id(p.holder), None if p.span is None else p.name): p for p in reversed(pieces)}
-        kept = tuple(reversed(unique.values()))
+        kept = once(listed)
+        pieces = tuple(item.piece for item in kept)
+        position = {id(holder): k for k, holder in enumerate(holders_of(kept))}
         reader = LayoutReader(group, split_over, layout)
-        holdings = [reader.read(_label(i, piece), piece) for i, piece in enumerate(kept)]
+        holdings = [reader.read(_label(i, item.piece), item) for i, item in enumerate(kept)]
         digest = blake2b(digest_size=6)
-        for piece, holding in zip(kept, holdings, strict=True):
+        for piece, holding in zip(pieces, holdings, strict=True):
             if holding.common:
                 digest.update(_describe(piece, holding.layout.replicas))
-        holders = [piece.holder for piece in kept]
-        device = group.device_for(holders)
+        device = group.device_for(item.holder for item in kept)
         replicas = tuple(holding.layout.replicas for holding in holdings)
-        heeds = group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, kept)))
+        heeds = group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, pieces)))
         return cls(
-            pieces=kept,
+            pieces=pieces,
+            sources=tuple(position[id(item.holder)] for item in kept),
             group=group,
             p=p,
             replicas=replicas,
             weights=torch.tensor(replicas, dtype=torch.float64, device=device).reciprocal(),
             device=device,
-            wide=any(t.dtype in WIDE for t in holders),
+            on_host=all(d.type == "cpu" for d in (device, *(piece.device for piece in pieces))),
+            wide=any(piece.dtype in WIDE for piece in pieces),
             common=tuple(holding.common for holding in holdings),
             code=int.from_bytes(digest.digest()),
             asks=asks or heeds,
@@ -123,42 +131,46 @@ class Plan:
         """What errors call piece ``index``."""
         return _label(index, self.pieces[index])
 
-    def measure(self, tag: int = 0, given: Sequence[Tensor | None] | None = None, eager: bool = False) -> Measured:
-        """Measure the gradients of the pieces, or those ``given``, one for each piece.
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        holders: Sequence[Tensor] | None = None,
+        tag: int = 0,
+        eager: bool = False,
+    ) -> Measured:
+        """Measure ``gradients``, one for each source, None where there is none.
 
         One all-reduce if the group has one. Where its answers say that gradients wait to be realigned, that is done,
-        stored in ``.grad`` unless ``given``, and measured again; ``eager`` realigns first, which every rank must then
-        do. Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is mixed into the
-        agreement word. An error of this rank is raised after it has taken part.
+        stored in the ``.grad`` of ``holders`` if they are given, and measured again; ``eager`` realigns first, which
+        every rank must then do. Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is
+        mixed into the agreement word. An error of this rank is raised after it has taken part.
         """
-        gradients = [piece.holder.grad for piece in self.pieces] if given is None else list(given)
         error = None
         if eager:
-            gradients, error = self._realigned(gradients, store=given is None)
-        local = self.look(gradients, error)
-        reduced = self._reduce(local, tag)
+            gradients, error = self._realigned(gradients, holders)
+        gathered, local, norms, reduced = self._reduced(gradients, error, tag)
         wide = self.wide
         if self.heeds:
-            disagree, misplaced, wide = torch.stack([reduced.disagree, *reduced.answers]).tolist()
+            _, disagree, (misplaced, wide) = reduced.read()
             if misplaced and not disagree:
-                gradients, error = self._realigned(gradients, store=given is None)
-                local = self.look(gradients, error)
-                reduced = self._reduce(local, tag + REALIGNED)
+                gradients, error = self._realigned(gradients, holders)
+                gathered, local, norms, reduced = self._reduced(gradients, error, tag + REALIGNED)
                 eager = True
-        if local.error is not None:
-            raise local.error
-        if given is None:
-            self._store(local.instead)
+        if local is not None:
+            if local.error is not None:
+                raise local.error
+            gradients = _replaced(gradients, local.instead, holders)
         dtype = torch.float64 if wide else torch.float32
-        return Measured(local, reduced, eager, dtype, can_overflow=wide or 7 < self.p < inf)
+        return Measured(gradients, gathered.runs, norms, reduced, eager, dtype, can_overflow=wide or 7 < self.p < inf)
 
     def look(self, gradients: Sequence[Tensor | None], error: LayoutError | None = None) -> Local:
-        """Take the local norms of ``gradients``, one for each piece, None where there is none."""
-        found: list[Tensor] = []
+        """Look at ``gradients``, one for each source, None where there is none."""
+        parts: list[Tensor] = []
         indices: list[int] = []
         instead: dict[int, Tensor] = {}
         misplaced = 0
-        for i, (piece, gradient) in enumerate(zip(self.pieces, gradients, strict=True)):
+        for i, (piece, source) in enumerate(zip(self.pieces, self.sources, strict=True)):
+            gradient = gradients[source]
             if gradient is None:
                 continue
             seen = look_at(piece, gradient)
@@ -167,55 +179,101 @@ class Plan:
             elif seen.values is None:
                 misplaced += 1
             else:
-                found.append(seen.values)
+                parts.append(seen.values)
                 indices.append(i)
             if seen.instead is not None:
-                instead[i] = seen.instead
-        return Local(found, indices, self._norms(found), misplaced, instead, error)
+                instead[source] = seen.instead
+        return Local(parts, indices, misplaced, instead, error)
 
-    def _reduce(self, local: Local, tag: int) -> Reduced:
+    def norms(self, measured: Measured) -> Norms:
+        """The norm of each gradient that was measured: at hand on accelerators, made now on the host."""
+        if measured.norms is not None:
+            return measured.norms
+        local = self.look(measured.gradients)
+        return self._norms(local.parts, local.indices)
+
+    def _reduced(
+        self, gradients: Sequence[Tensor | None], error: LayoutError | None, tag: int
+    ) -> tuple[Gathered, Local | None, Norms | None, Reduced]:
+        """Sum what this rank has and make it global; Local where the gradients had to be looked at one by one."""
+        gathered, local = self._gathered(gradients, error)
+        norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices)
+        mine = self._sum_on_host(gathered) if norms is None else self._sum_of(norms)
+        misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
+        questions = (misplaced, self.wide) if self.asks else ()
+        return gathered, local, norms, reduce_norm(
+            self.group, mine, self.p, self.code + tag * TAG_STEP, faulty, questions
+        )  # fmt: skip
+
+    def _gathered(self, gradients: Sequence[Tensor | None], error: LayoutError | None) -> tuple[Gathered, Local | None]:
+        if error is None:
+            gathered = self.memory.gather(gradients)
+            if gathered is not None:
+                return gathered, None
+        local = self.look(gradients, error)
+        self.memory.remember(gradients, local, self.pieces, self.sources, self.replicas)
+        spans = [(k, None) for k in range(len(local.parts))]
+        shares = shares_of(self.replicas[i] for i in local.indices)
+        return Gathered(local.parts, shares, local.parts, spans, local.indices), local
+
+    def _sum_on_host(self, gathered: Gathered) -> float:
+        """The sum of powers over replicas, or the largest norm."""
+        runs, shares = gathered.runs, gathered.shares
         if self.p == inf:
-            mine = local.norms.max() if len(local.indices) else local.norms.new_zeros(())
+            return largest(runs)
+        if len(shares) == 1:
+            return power_sum(runs, self.p) / shares[0][0]
+        return sum(power_sum([runs[k] for k in these], self.p) / number for number, these in shares) + 0.0
+
+    def _sum_of(self, norms: Norms) -> Word:
+        """The same from the norms of all gradients, where the words are reduced."""
+        if self.p == inf:
+            mine = norms.norms.max() if len(norms.indices) else norms.norms.new_zeros(())
         else:
-            weights = self.weights if len(local.indices) == len(self.pieces) else self.weights[local.indices]
-            mine = torch.dot(local.norms.pow(self.p), weights)
-        questions = (local.misplaced > 0, self.wide) if self.asks else ()
-        return reduce_norm(self.group, mine, self.p, self.code + tag * TAG_STEP, local.error is not None, questions)
+            weights = self.weights if len(norms.indices) == len(self.pieces) else self.weights[list(norms.indices)]
+            mine = torch.dot(norms.norms.pow(self.p), weights)
+        return mine.item() if self.device.type == "cpu" else mine
+
+    def _norms(self, parts: Sequence[Tensor], indices: Sequence[int]) -> Norms:
+        norms = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
+        devices = {t.device for t in parts}
+        if len(devices) == 1:
+            norms = local_norms(parts, self.p).to(self.device, non_blocking=self.device.type != "cpu")
+        else:
+            for device in devices:
+                here = [i for i, t in enumerate(parts) if t.device == device]
+                norms[here] = local_norms([parts[i] for i in here], self.p).to(self.device)
+        return Norms(norms, indices, parts)
 
     def _realigned(
-        self, gradients: Sequence[Tensor | None], store: bool
-    ) -> tuple[list[Tensor | None], LayoutError | None]:
+        self, gradients: Sequence[Tensor | None], holders: Sequence[Tensor] | None
+    ) -> tuple[Sequence[Tensor | None], LayoutError | None]:
         try:
-            moved = realign(self.pieces, gradients)
+            moved = realign(self.pieces, [gradients[source] for source in self.sources])
         except LayoutError as error:  # raised once this rank has taken part in the next all-reduce
-            return list(gradients), error
-        if store:
-            self._store({i: new for i, new in enumerate(moved) if new is not None and new is not gradients[i]})
-        return moved, None
+            return gradients, error
+        new = {s: g for s, g in zip(self.sources, moved, strict=True) if g is not None and g is not gradients[s]}
+        return _replaced(gradients, new, holders), None
 
-    def _store(self, instead: dict[int, Tensor]) -> None:
-        for i, gradient in instead.items():
-            self.pieces[i].holder.grad = gradient
 
-    def _norms(self, gradients: list[Tensor]) -> Tensor:
-        if not gradients:
-            return torch.zeros(0, dtype=torch.float64, device=self.device)
-        devices = {t.device for t in gradients}
-        if len(devices) == 1:
-            return local_norms(gradients, self.p).to(self.device, non_blocking=self.device.type != "cpu")
-        norms = torch.zeros(len(gradients), dtype=torch.float64, device=self.device)
-        for device in devices:
-            here = [i for i, t in enumerate(gradients) if t.device == device]
-            norms[here] = local_norms([gradients[i] for i in here], self.p).to(self.device)
-        return norms
+def _replaced(
+    gradients: Sequence[Tensor | None], instead: dict[int, Tensor], holders: Sequence[Tensor] | None
+) -> Sequence[Tensor | None]:
+    """``gradients`` with those in ``instead``, which are stored in ``holders`` too."""
+    if not instead:
+        return gradients
+    if holders is not None:
+        for source, gradient in instead.items():
+            holders[source].grad = gradient
+    return [instead.get(source, gradient) for source, gradient in enumerate(gradients)]
 
 
 def _label(index: int, piece: Piece) -> str:
-    return piece.name or f"parameter {index} of shape {tuple(piece.holder.shape)}"
+    return piece.name or f"parameter {index} of shape {tuple(piece.shape)}"
 
 
 def _describe(piece: Piece, replicas: int) -> bytes:
     placements = () if piece.spec is None else piece.spec.placements
-    whole = isinstance(piece.holder, DTensor) or (piece.spec is None and not piece.flat_over)
-    shape = tuple(piece.holder.shape) if whole else piece.size  # local shapes of pieces differ between ranks
-    return f"{piece.name}|{shape}|{piece.holder.dtype}|{placements}|{replicas};".encode()
+    whole = piece.is_dtensor or (piece.spec is None and not piece.flat_over)
+    shape = tuple(piece.shape) if whole else piece.size  # local shapes of pieces differ between ranks
+    return f"{piece.name}|{shape}|{piece.dtype}|{placements}|{replicas};".encode()

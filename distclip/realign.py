@@ -27,7 +27,7 @@ SUMS = ("sum", "avg")
 
 def is_candidate(piece: Piece) -> bool:
     """Whether the gradient of ``piece`` may come in placements that only talking can change."""
-    return isinstance(piece.holder, DTensor) and not piece.reduced and piece.holder.device_mesh.size() > 1
+    return piece.spec is not None and piece.is_dtensor and not piece.reduced and piece.spec.mesh.size() > 1
 
 
 def cut_locally(piece: Piece, gradient: DTensor) -> DTensor | None:
@@ -113,8 +113,8 @@ def _agreed(mesh: DeviceMesh, codes: list[int]) -> list[tuple[Placement, ...] | 
 
 
 def _zeros(piece: Piece, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
-    holder = piece.holder
     whole = [p if isinstance(p, Shard) else Replicate() for p in placements]
-    shape, _ = compute_local_shape_and_global_offset(holder.shape, mesh, whole)
-    local = torch.zeros(shape, dtype=holder.dtype, device=holder.device)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=holder.shape, stride=holder.stride())
+    shape, _ = compute_local_shape_and_global_offset(piece.shape, mesh, whole)
+    local = torch.zeros(shape, dtype=piece.dtype, device=piece.device)
+    stride = torch.empty(piece.shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=piece.shape, stride=stride)

@@ -16,7 +16,8 @@ from torch import Tensor
 from .compare import checksums, say
 from .errors import LayoutError
 from .layout import speaks
-from .plan import Local, Plan
+from .piece import Held, once
+from .plan import Norms, Plan
 
 SHOWN = 5  # names in an error
 VERIFYING = 1 << 13  # tag of its measurement
@@ -24,12 +25,12 @@ TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a k
 SAY_SO = "say split_over=[mesh['pp']] or layout=... where ranks hold different parameters"
 
 
-def compare_values(plan: Plan) -> None:
+def compare_values(plan: Plan, listed: Sequence[Held]) -> None:
     """Raise LayoutError on every rank unless copies of a parameter hold the same values: one all-reduce, one wait."""
     if plan.group.process_group is None:
         return
-    copied = _copied(plan)
-    values = checksums([plan.pieces[i].local() for i in copied], plan.device)
+    copied, kept = _copied(plan), once(listed)
+    values = checksums([kept[i].values() for i in copied], plan.device)
     drift = plan.group.all_reduce(values * _signs(plan, copied))
     apart = [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
     if apart:
@@ -39,21 +40,22 @@ def compare_values(plan: Plan) -> None:
         )
 
 
-def verify(plan: Plan) -> None:
+def verify(plan: Plan, holders: Sequence[Tensor]) -> None:
     """Raise LayoutError, on every rank of the group, unless the layout holds for the gradients there are."""
-    measured = plan.measure(tag=VERIFYING)
-    if measured.reduced.disagree:
+    measured = plan.measure([holder.grad for holder in holders], holders, tag=VERIFYING)
+    if measured.reduced.read()[1]:
         raise LayoutError("the ranks do not agree: let every rank make the same calls with the same parameters")
-    _count_common(plan, measured.local)
-    _count_split(plan, measured.local)
+    norms = plan.norms(measured)
+    _count_common(plan, norms)
+    _count_split(plan, norms)
 
 
-def _count_common(plan: Plan, local: Local) -> None:
+def _count_common(plan: Plan, found: Norms) -> None:
     """Every element counts once, and copies of a gradient are equal: one all-reduce of three words a piece."""
     common = [i for i, is_common in enumerate(plan.common) if is_common]
     norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
-    norms[local.indices] = local.norms.nan_to_num(nan=0.0, posinf=0.0)
-    sizes = [float(plan.pieces[i].local().numel()) for i in common]
+    norms[list(found.indices)] = found.norms.nan_to_num(nan=0.0, posinf=0.0)
+    sizes = [float(plan.pieces[i].here) for i in common]
     counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[common]
     comparable = torch.tensor([float(plan.pieces[i].aligned) for i in common], device=plan.device)
     norms = norms[common] * comparable
@@ -71,17 +73,17 @@ def _count_common(plan: Plan, local: Local) -> None:
         )
 
 
-def _count_split(plan: Plan, local: Local) -> None:
+def _count_split(plan: Plan, found: Norms) -> None:
     """Gradients of the same shape and bits are one gradient: its shares on all ranks must add up to 1."""
-    split = [k for k, i in enumerate(local.indices) if not plan.common[i]]
-    sums = checksums([local.gradients[k] for k in split], plan.device).long().tolist()
-    keys = [_key(local.gradients[k], local.norms[k], total) for k, total in zip(split, sums, strict=True)]
-    shares = [1 / plan.replicas[local.indices[k]] for k in split]
+    split = [k for k, i in enumerate(found.indices) if not plan.common[i]]
+    sums = checksums([found.parts[k] for k in split], plan.device).long().tolist()
+    keys = [_key(found.parts[k], found.norms[k], total) for k, total in zip(split, sums, strict=True)]
+    shares = [1 / plan.replicas[found.indices[k]] for k in split]
     counted = _gathered(plan, keys, shares)
     wrong = [
-        f"{plan.label(local.indices[k])} ({counted[key]:.3g}x)"
+        f"{plan.label(found.indices[k])} ({counted[key]:.3g}x)"
         for k, key in zip(split, keys, strict=True)
-        if local.norms[k] > 0 and abs(counted[key] - 1) > TOLERANCE
+        if found.norms[k] > 0 and abs(counted[key] - 1) > TOLERANCE
     ]
     first = torch.tensor([plan.group.rank if wrong else plan.group.size], device=plan.device)
     speaker = int(plan.group.all_reduce(first, dist.ReduceOp.MIN).item())

@@ -11,7 +11,8 @@ so that every rank sees the same one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, nan
+from math import inf, isinf, isnan, nan, sqrt
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -22,23 +23,38 @@ from .group import ClippingGroup
 MODULUS = 2.0**36
 CODES = 1 << 16
 
+Word: TypeAlias = Tensor | float
+"""A number where the words are reduced on the host, a 0-d float64 tensor where that is an accelerator."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """What the reduced words say, the same on every rank.
+    """What the reduced words say, the same on every rank: numbers on the host, 0-d tensors on an accelerator.
 
-    * ``norm``: 0-d float64, the total norm.
-    * ``disagree``: 0-d bool, ranks sent different codes or reported a fault.
-    * ``answers``: for each question, a 0-d bool: whether some rank said yes.
+    * ``norm``: the total norm, float64.
+    * ``disagree``: whether ranks sent different codes or reported a fault.
+    * ``answers``: for each question, whether some rank said yes.
     """
 
-    norm: Tensor
-    disagree: Tensor
-    answers: tuple[Tensor, ...]
+    norm: Word
+    disagree: Tensor | bool
+    answers: tuple[Tensor | bool, ...]
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Norm and disagreement as 0-d tensors on ``device``, where they are."""
+        return torch.as_tensor(self.norm, dtype=torch.float64, device=device), torch.as_tensor(self.disagree)
+
+    def read(self) -> tuple[float, bool, list[bool]]:
+        """Norm, disagreement and answers as numbers: one wait if they are on an accelerator."""
+        if not isinstance(self.norm, Tensor):
+            return self.norm, bool(self.disagree), list(map(bool, self.answers))
+        words = torch.stack([torch.as_tensor(word).double() for word in (self.norm, self.disagree, *self.answers)])
+        norm, disagree, *answers = words.tolist()
+        return norm, bool(disagree), list(map(bool, answers))
 
 
 def reduce_norm(
-    group: ClippingGroup, local: Tensor, p: float, code: int, faulty: bool, questions: Sequence[bool]
+    group: ClippingGroup, local: Word, p: float, code: int, faulty: bool, questions: Sequence[bool]
 ) -> Reduced:
     """Make ``local``, this rank's sum of powers over replicas (p = inf: its largest norm), global.
 
@@ -47,39 +63,69 @@ def reduce_norm(
     others do not wait for it.
     """
     reduce = _reduce_max if p == inf else _reduce_sum
-    said = [torch.full_like(local, yes) for yes in questions]
-    norm, disagree, *answers = reduce(group, local, p, code % CODES, inf if faulty else 0.0, said)
+    norm, disagree, *answers = reduce(
+        group, local, p, code % CODES, inf if faulty else 0.0, list(map(float, questions))
+    )
     return Reduced(norm, disagree, tuple(answer > 0 for answer in answers))
 
 
 def _reduce_sum(
-    group: ClippingGroup, local: Tensor, p: float, code: int, fault: float, said: list[Tensor]
-) -> tuple[Tensor, ...]:
+    group: ClippingGroup, local: Word, p: float, code: int, fault: float, said: list[float]
+) -> tuple[Any, ...]:
     word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
-    words = torch.stack([local, torch.full_like(local, word + fault), *said])
-    total, agreement, *answers = group.all_reduce(words).unbind()
-    return total.sqrt() if p == 2 else total.pow(1 / p), agreement.remainder(MODULUS) != 0, *answers
+    total, agreement, *answers = _all_reduce(group, [local], [word + fault, *said], dist.ReduceOp.SUM)
+    return _root(total, p), agreement % MODULUS != 0, *answers
 
 
 def _reduce_max(
-    group: ClippingGroup, local: Tensor, p: float, code: int, fault: float, said: list[Tensor]
-) -> tuple[Tensor, ...]:
-    flag = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
-    finite = torch.where(flag == 0, local, 0.0)
-    codes = torch.full_like(local, code + fault), torch.full_like(local, -code)
-    words = torch.stack([finite, flag, *codes, *said])
-    norm, flag, high, low, *answers = group.all_reduce(words, dist.ReduceOp.MAX).unbind()
-    return torch.where(flag == 2, nan, torch.where(flag == 1, inf, norm)), high != -low, *answers
+    group: ClippingGroup, local: Word, p: float, code: int, fault: float, said: list[float]
+) -> tuple[Any, ...]:
+    known = [code + fault, -float(code), *said]
+    if not isinstance(local, Tensor):
+        flag = 2.0 if isnan(local) else 1.0 if isinf(local) else 0.0
+        norm, flag, high, low, *answers = _all_reduce(group, [0.0 if flag else local, flag], known, dist.ReduceOp.MAX)
+        return nan if flag == 2 else inf if flag == 1 else norm, high != -low, *answers
+    flags = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
+    finite = torch.where(flags == 0, local, 0.0)
+    norm, flags, high, low, *answers = _all_reduce(group, [finite, flags], known, dist.ReduceOp.MAX)
+    return torch.where(flags == 2, nan, torch.where(flags == 1, inf, norm)), high != -low, *answers
 
 
-def clip_coef(norm: Tensor, max_norm: Tensor) -> Tensor:
+def _all_reduce(
+    group: ClippingGroup, own: Sequence[Word], known: Sequence[float], op: dist.ReduceOp.RedOpType
+) -> list[Any]:
+    """The reduced words, ``own`` ones first: numbers if these are, 0-d tensors on their device otherwise."""
+    first = own[0]
+    if isinstance(first, Tensor):
+        words = torch.stack([*own, *(torch.full_like(first, word) for word in known)])  # type: ignore[list-item]
+        return list(group.all_reduce(words, op).unbind())
+    if group.process_group is None:
+        return [*own, *known]
+    reduced: list[Any] = group.all_reduce(torch.tensor([*own, *known], dtype=torch.float64), op).tolist()
+    return reduced
+
+
+def _root(total: Word, p: float) -> Word:
+    if p == 2:
+        return total.sqrt() if isinstance(total, Tensor) else sqrt(total)
+    if isinstance(total, Tensor):
+        return total.pow(1 / p)
+    return torch.tensor(total, dtype=torch.float64).pow(1 / p).item()  # Python's own raises where it overflows
+
+
+def clip_coef(norm: Word, max_norm: Word) -> Tensor:
     """``min(1, max_norm / (norm + 1e-6))`` as torch has it, from float64 to 0-d float32; 1 when max_norm is inf."""
-    coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return torch.where(max_norm == inf, 1.0, coef).float()
+    if isinstance(norm, Tensor) or isinstance(max_norm, Tensor):
+        norm, max_norm = torch.as_tensor(norm), torch.as_tensor(max_norm)
+        coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return torch.where(max_norm == inf, 1.0, coef).float()
+    factor = max_norm / (norm + 1e-6)
+    return torch.tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=torch.float32)
 
 
-def presented(norm: Tensor, dtype: torch.dtype) -> Tensor:
+def presented(norm: Word, dtype: torch.dtype) -> Tensor:
     """``norm`` in ``dtype`` (float32 or float64); finite stays finite: beyond float32 it is ``finfo.max``."""
-    if dtype == torch.float64:
-        return norm
-    return torch.where(norm.isfinite(), norm.clamp(max=torch.finfo(dtype).max), norm).to(dtype)
+    most = torch.finfo(dtype).max
+    if isinstance(norm, Tensor):
+        return norm if dtype == torch.float64 else torch.where(norm.isfinite(), norm.clamp(max=most), norm).to(dtype)
+    return torch.tensor(most if most < norm < inf else norm, dtype=dtype)

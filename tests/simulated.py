@@ -40,7 +40,7 @@ class Waits(BaseException):
         self.words, self.op = words, op
 
 
-@dataclass
+@dataclass(eq=False)
 class SimulatedGroup:
     """What :class:`distclip.group.ClippingGroup` is, for one of ``size`` simulated ranks."""
 
@@ -102,7 +102,7 @@ def simulate(use: Callable[[SimulatedGroup], T], size: int, words: int | None = 
 
 
 def _run(use: Callable[[SimulatedGroup], T], group: SimulatedGroup) -> T | Exception | Waits:
-    with patch("distclip.functional.ClippingGroup", Groups), patch("distclip.clipper.ClippingGroup", Groups):
+    with patch("distclip.arguments.ClippingGroup", Groups), patch("distclip.clipper.ClippingGroup", Groups):
         try:
             return use(group)
         except (Waits, Exception) as end:

@@ -15,7 +15,8 @@ FLOORS = [
     {"gradient", "model"},
     {"neighbours"},
     {"plan"},
-    {"culprit", "verify"},
+    {"cache", "culprit", "verify"},
+    {"arguments"},
     {"clipper", "functional"},
     {"__init__"},  # `import distclip`: the public names; the core ends here
     {"integrations"},

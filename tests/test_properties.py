@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
-from distclip.piece import piece_of
-from distclip.plan import Plan
+from distclip.piece import held_parameter
+from distclip.plan import Measured, Plan
 from distclip.verify import verify
 from distclip.words import CODES, clip_coef, reduce_norm
 from oracle import same_tensors, true_norm
@@ -57,7 +57,10 @@ class Rank:
         return distclip.Layout(self.replicas[index])
 
     def plan(self, p: float, group: SimulatedGroup) -> Plan:
-        return Plan.of([piece_of(t) for t in self.tensors], p, group, layout=self.layout)
+        return Plan.of([held_parameter(t) for t in self.tensors], p, group, layout=self.layout)
+
+    def measured(self, p: float, group: SimulatedGroup) -> Measured:
+        return self.plan(p, group).measure([t.grad for t in self.tensors])
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,9 @@ def gradients(draw, dtypes: Sequence[torch.dtype] = DTYPES, least: int = 0) -> l
 def norm64(world: World, p: float) -> Tensor:
     """The float64 norm that every rank sees, before it is rounded; one all-reduce."""
     ranks = world.ranks()
-    norms = simulate(lambda group: ranks[group.rank].plan(p, group).measure().reduced.norm, world.size, words=1)
+    norms = simulate(lambda group: ranks[group.rank].measured(p, group).reduced.norm, world.size, words=1)
     assert same_bits(norms)
-    return norms[0]
+    return torch.tensor(norms[0], dtype=torch.float64)
 
 
 def clip(world: World, ranks: list[Rank], bound: float, p: float) -> float:
@@ -269,7 +272,7 @@ def test_a_right_layout_is_proved_and_a_wrong_one_is_not(wholes, size, chance, w
         index = chance.choice([i for i, t in enumerate(ranks[number].tensors) if len(t)])
         said = ranks[number].replicas
         said[index] = said[index] % size + 1
-    ends = simulate(lambda group: verify(ranks[group.rank].plan(2.0, group)), size)
+    ends = simulate(lambda group: verify(ranks[group.rank].plan(2.0, group), ranks[group.rank].tensors), size)
     if wrong:
         assert len({str(end) for end in ends}) == 1
         assert "gradients are not counted once" in str(ends[0])

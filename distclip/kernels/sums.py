@@ -37,7 +37,9 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     full = [i for i, t in enumerate(real) if t.numel()]
     norms = torch.zeros(len(tensors), dtype=torch.float64, device=tensors[0].device)
     if full:
-        found = torch._foreach_norm([real[i].abs() if real[i].is_complex() else real[i] for i in full], p, torch.float64)
+        found = torch._foreach_norm(
+            [real[i].abs() if real[i].is_complex() else real[i] for i in full], p, torch.float64
+        )
         norms[full] = torch.stack(found)
     return norms
 
@@ -45,11 +47,11 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
 def power_sum(tensors: Sequence[Tensor], p: float) -> float:
     """The sum of |x| ** p over all elements of ``tensors`` on the CPU, p < inf."""
     if p == 2:
-        rows = _Rows(sum(map(Tensor.numel, tensors)))
+        rows = _Rows()
         for flat in _joined(tensors, p):
             rows.add(flat)
         return rows.total()
-    return sum(_exact_sum(chunk, p) for flat in _joined(tensors, p) for chunk in flat.split(CHUNK))
+    return sum(_exact_sum(chunk, p) for flat in _joined(tensors, p) for chunk in torch.split(flat, CHUNK))
 
 
 def largest(tensors: Sequence[Tensor]) -> float:
@@ -57,7 +59,7 @@ def largest(tensors: Sequence[Tensor]) -> float:
     found = [0.0]
     for flat in _joined(tensors, inf):
         if flat.is_complex():
-            found += (_float64(chunk).max().item() for chunk in flat.split(CHUNK))
+            found += (_float64(chunk).max().item() for chunk in torch.split(flat, CHUNK))
         else:
             low, high = flat.aminmax()
             found += (-low.item(), high.item())
@@ -65,17 +67,16 @@ def largest(tensors: Sequence[Tensor]) -> float:
 
 
 class _Rows:
-    """A sum of squares. Norms of fp32 rows wait in one window until it is full: many tensors share its float64 sum."""
+    """A sum of squares: norms of fp32 rows wait until there are enough of them for one float64 sum."""
 
-    __slots__ = ("_converted", "_parts", "_tails", "_total", "_used", "_wide", "_window")
+    __slots__ = ("_converted", "_count", "_norms", "_parts", "_tails", "_total")
 
-    def __init__(self, numel: int) -> None:
-        self._window = torch.empty(min(numel // ROW, WINDOW))
-        self._wide = torch.empty(len(self._window), dtype=torch.float64)
-        self._used = 0
-        self._parts: list[tuple[Tensor, int, int]] = []  # whose rows are in the window: elements from, to
+    def __init__(self) -> None:
+        self._norms: list[Tensor] = []
+        self._parts: list[tuple[Tensor, int, int]] = []  # whose rows these are: elements from, to
+        self._count = 0
+        self._tails: list[Tensor] = []  # ends of tensors, shorter than a row
         self._converted: Tensor | None = None
-        self._tails: list[Tensor] = []
         self._total = 0.0
 
     def add(self, flat: Tensor) -> None:
@@ -87,46 +88,47 @@ class _Rows:
         else:
             if self._converted is None:
                 self._converted = torch.empty(CHUNK)
-            for chunk in flat.split(CHUNK):
+            for chunk in torch.split(flat, CHUNK):
                 self._add_rows(self._converted[: len(chunk)].copy_(chunk), chunk)
 
     def total(self) -> float:
         """The sum of all that was added."""
-        self._empty_window()
-        self._add_tails()
+        self._add_up()
+        if self._tails:
+            self._total += _exact_sum(_one(self._tails), 2)
+            self._tails.clear()
         return self._total
 
     def _add_rows(self, flat: Tensor, source: Tensor) -> None:
+        """Add ``flat``, fp32; ``source``: the numbers that it was converted from."""
         assert flat.is_contiguous()
-        numel, start, done = len(flat), flat.storage_offset(), 0
+        numel, start, done = flat.numel(), flat.storage_offset(), 0
         while numel - done >= ROW:
-            used = self._used
-            count = min((numel - done) // ROW, len(self._window) - used)
+            count = min((numel - done) // ROW, WINDOW - self._count)
             rows = flat.as_strided((count, ROW), (ROW, 1), start + done)
-            torch.linalg.vector_norm(rows, 2, 1, out=self._window[used : used + count])
+            self._norms.append(torch.linalg.vector_norm(rows, 2, 1))
             self._parts.append((source, done, done + count * ROW))
-            self._used += count
+            self._count += count
             done += count * ROW
-            if self._used == len(self._window):
-                self._empty_window()
+            if self._count == WINDOW:
+                self._add_up()
         if done < numel:
             self._tails.append(source[done:])
             if len(self._tails) == TAILS:
-                self._add_tails()
+                self._total += _exact_sum(torch.cat(self._tails), 2)
+                self._tails.clear()
 
-    def _empty_window(self) -> None:
-        norms = self._wide[: self._used].copy_(self._window[: self._used])
+    def _add_up(self) -> None:
+        if not self._norms:
+            return
+        norms = _one(self._norms).double()
         found = norms.dot(norms).item()
-        if not self._used * LEAST <= found < inf:  # true for NaN too
+        if not self._count * LEAST <= found < inf:  # true for NaN too
             found = sum(_extreme_sum(source[start:end]) for source, start, end in self._parts)
         self._total += found
-        self._used = 0
+        self._norms.clear()
         self._parts.clear()
-
-    def _add_tails(self) -> None:
-        if self._tails:
-            self._total += _exact_sum(torch.cat(self._tails), 2)
-            self._tails.clear()
+        self._count = 0
 
 
 def _joined(tensors: Iterable[Tensor], p: float) -> Iterator[Tensor]:
@@ -152,6 +154,10 @@ def _joined(tensors: Iterable[Tensor], p: float) -> Iterator[Tensor]:
     yield from map(_flattened, small.values())
 
 
+def _one(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _flattened(tensors: list[Tensor]) -> Tensor:
     flat: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
     return flat
@@ -159,7 +165,7 @@ def _flattened(tensors: list[Tensor]) -> Tensor:
 
 def _extreme_sum(chunk: Tensor) -> float:
     """The sum of squares of a 1-D chunk where fp32 does not reach, which is cheap where all of it is zero."""
-    return sum(_exact_sum(block, 2) for block in chunk.split(CHUNK) if largest([block]) != 0)
+    return sum(_exact_sum(block, 2) for block in torch.split(chunk, CHUNK) if largest([block]) != 0)
 
 
 def _exact_sum(chunk: Tensor, p: float) -> float:

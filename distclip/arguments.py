@@ -1,0 +1,126 @@
+"""What the functions are handed: from parameters or modules to the plan that measures their gradients."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+from weakref import ref
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .cache import Planned, Plans, Terms, skeleton
+from .errors import LayoutError
+from .fsdp1 import is_flattened
+from .fsdp2 import managed_anywhere
+from .group import Axis, ClippingGroup
+from .layout import LayoutFn
+from .model import held_in
+from .piece import Held, held_parameter, holders_of
+from .plan import Plan
+from .policies.checks import positive
+
+Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
+
+_plans = Plans()
+
+
+def planned(
+    parameters: Parameters,
+    norm_type: float,
+    group: dist.ProcessGroup | None,
+    split_over: Sequence[Axis],
+    layout: LayoutFn | None,
+) -> Planned:
+    """The plan for ``parameters`` and the tensors in whose ``.grad`` their gradients are; no collective.
+
+    Known plans are reused, unless ``layout`` is given, which may answer otherwise each time.
+    """
+    p = positive("norm_type", norm_type)
+    tensors, models = _listed(parameters)
+    terms = None if layout is not None else _terms(p, group, split_over)
+    if terms is None:
+        return _fresh(tensors, models, p, group, split_over, layout)
+    modules, shown = skeleton(models) if models else ([], tensors)
+    found = _plans.find(shown, modules, terms)
+    if found is None:
+        found = _fresh(tensors, models, p, group, split_over, None)
+        modules, shown = skeleton(models) if models else ([], tensors)  # FSDP2 may have shown copies before
+        _plans.keep(shown, modules, terms, found)
+    return found
+
+
+def held(parameters: Parameters) -> list[Held]:
+    """What modules hold, with its names, or bare parameters."""
+    tensors, models = _listed(parameters)
+    return held_in(models) if models else _held_tensors(tensors)
+
+
+def plan_of(
+    listed: Sequence[Held],
+    p: float,
+    group: dist.ProcessGroup | None,
+    split_over: Sequence[Axis],
+    layout: LayoutFn | None,
+) -> Plan:
+    """The plan for what is ``listed``: of all ranks if any of it is seen to be cut, else of this process alone."""
+    for i, item in enumerate(listed):
+        if not item.piece.name and is_flattened(item.holder):
+            raise LayoutError(
+                f"parameter {i} of shape {tuple(item.holder.shape)} is managed by FSDP1 (FullyShardedDataParallel) "
+                "and does not show of what it is a part: pass the FSDP1 module instead of its parameters"
+            )
+    seen_cut = any(item.piece.spec is not None or is_flattened(item.holder) for item in listed)
+    talks = bool(group or split_over or layout) or seen_cut
+    where = ClippingGroup.of(group) if talks else ClippingGroup.alone()
+    return Plan.of(listed, p, where, split_over, layout, asks=group is not None)
+
+
+def _fresh(
+    tensors: Sequence[Tensor],
+    models: Sequence[nn.Module],
+    p: float,
+    group: dist.ProcessGroup | None,
+    split_over: Sequence[Axis],
+    layout: LayoutFn | None,
+) -> Planned:
+    listed = held_in(models) if models else _held_tensors(tensors)
+    return plan_of(listed, p, group, split_over, layout), holders_of(listed)
+
+
+def _terms(p: float, group: dist.ProcessGroup | None, split_over: Sequence[Axis]) -> Terms | None:
+    """What else a plan depends on; None for groups that are none, which a plan refuses.
+
+    Process groups are referred to weakly: one that was destroyed fits nothing.
+    """
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    groups = [axis for axis in (world, group, *split_over) if not isinstance(axis, DeviceMesh | None)]
+    if not all(isinstance(each, dist.ProcessGroup) for each in groups):
+        return None
+    meshes = tuple(axis for axis in split_over if isinstance(axis, DeviceMesh))
+    return p, group is None, tuple(map(ref, groups)), meshes
+
+
+def _listed(parameters: Parameters) -> tuple[list[Tensor], list[nn.Module]]:
+    """Tensors, or modules; ValueError for anything else."""
+    listed: list[Any] = [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
+    kinds = set(map(type, listed))
+    if all(issubclass(kind, Tensor) for kind in kinds):
+        return listed, []
+    if all(issubclass(kind, nn.Module) for kind in kinds):
+        return [], listed
+    odd = next((kind for kind in kinds if not issubclass(kind, (Tensor, nn.Module))), None)
+    if odd is not None:
+        raise ValueError(f"parameters must be tensors or modules, got {odd.__name__} (named_parameters()?)")
+    raise ValueError("parameters must be tensors or modules, got both: pass the modules' parameters() instead")
+
+
+def _held_tensors(tensors: Sequence[Tensor]) -> list[Held]:
+    """Bare parameters; LayoutError where one is only a stand-in that FSDP1 or FSDP2 shows."""
+    sharded, copies = managed_anywhere()
+    for i, tensor in enumerate(tensors):
+        if id(tensor) in copies:
+            raise LayoutError(
+                f"parameter {i} of shape {tuple(tensor.shape)} is an unsharded copy, which FSDP2 shows between forward "
+                "and backward and which has no gradient: pass the module, or call its reshard() first"
+            )
+    return [held_parameter(tensor, reduced=id(tensor) in sharded) for tensor in tensors]

@@ -1,0 +1,275 @@
+"""Neighbours in memory are one tensor: gradients that lie side by side are summed and scaled in one run.
+
+DDP buckets, FSDP1 flat gradients and FSDP2 reduce-scatter outputs lay many gradients into one storage. Where they lay
+is remembered, never what was there: a kept view would keep the gradients of the last step alive. Every step looks at
+what could have changed, and whoever finds a difference looks at each gradient anew; nothing here talks to other ranks.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, is_
+from typing import Any, NamedTuple, Self, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .gradient import Local
+from .piece import Piece, local_tensor
+
+attributes = attrgetter("__dict__")  # of a tensor: the same object as long as the tensor is, and it keeps none alive
+facts = attrgetter("dtype", "layout")
+LONGEST_REST = 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Elements that lie side by side, ``numel`` of them from ``start`` elements after the first of tensor ``first``.
+
+    ``others``: the tensors that go on where it ends, with their distance in bytes from the first one. ``whole``: it is
+    just one tensor, which may then lie in any way.
+    """
+
+    first: int
+    start: int
+    numel: int
+    replicas: int
+    whole: bool
+    others: tuple[tuple[int, int], ...]
+
+
+Shares: TypeAlias = Sequence[tuple[int, Sequence[int]]]
+
+
+class Kind(NamedTuple):
+    """What members of one run have in common."""
+
+    device: str
+    dtype: str
+    replicas: int
+    storage: int
+
+
+class Member(NamedTuple):
+    """A contiguous part of tensor ``k``, from its element ``start`` on, while neighbours are sought; bytes."""
+
+    kind: Kind
+    address: int
+    end: int
+    k: int
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Local gradients of one step.
+
+    * ``runs``: what is summed on the host, and scaled: merged where they are neighbours.
+    * ``shares``: how many ranks hold the same elements, and which of ``runs`` those are.
+    * ``tensors``: one for each gradient that exists, and ``spans``: which of them, and what of it, each piece is.
+    * ``indices``: which pieces these are.
+    """
+
+    runs: list[Tensor]
+    shares: Shares
+    tensors: Sequence[Tensor]
+    spans: Sequence[tuple[int, slice | None]]
+    indices: Sequence[int]
+
+    def parts(self) -> list[Tensor]:
+        """The local gradients piece by piece."""
+        return [self.tensors[k] if span is None else self.tensors[k][span] for k, span in self.spans]
+
+
+class Runs:
+    """Where the gradients of one plan lay when it was made."""
+
+    __slots__ = (
+        "_addresses",
+        "_attributes",
+        "_contiguous",
+        "_facts",
+        "_gaps",
+        "_indices",
+        "_merged",
+        "_numels",
+        "_runs",
+        "_shares",
+        "_spans",
+        "_specs",
+        "_types",
+    )
+
+    def __init__(
+        self,
+        gradients: Sequence[Tensor | None],
+        tensors: Sequence[Tensor],
+        runs: list[Run],
+        spans: list[tuple[int, slice | None]],
+        indices: list[int],
+    ) -> None:
+        present = [g for g in gradients if g is not None]
+        self._types = list(map(type, gradients))
+        self._gaps = len(present) < len(gradients)
+        self._specs: list[Any] | None = None
+        if any(isinstance(g, DTensor) for g in present):
+            self._specs = [g._spec if isinstance(g, DTensor) else None for g in present]
+        self._attributes: list[Any] | None = list(map(attributes, tensors))
+        self._facts = list(map(facts, tensors))
+        self._numels = list(map(Tensor.numel, tensors))
+        self._contiguous = list(map(Tensor.is_contiguous, tensors))
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._runs = runs
+        self._merged = any(not run.whole for run in runs)
+        self._shares = shares_of([run.replicas for run in runs])
+        self._spans = spans
+        self._indices = indices
+
+    @classmethod
+    def of(
+        cls,
+        gradients: Sequence[Tensor | None],
+        local: Local,
+        pieces: Sequence[Piece],
+        sources: Sequence[int],
+        replicas: Sequence[int],
+    ) -> Self | None:
+        """Remember where ``gradients`` lie, in which ``local`` was found; None where some are not plain memory."""
+        present = [s for s, gradient in enumerate(gradients) if gradient is not None]
+        tensors = [local_tensor(g) for g in gradients if g is not None]
+        plain = all(type(t) is Tensor and t.layout == torch.strided for t in tensors)
+        if not plain or local.instead or local.misplaced or local.error:
+            return None
+        position = {source: k for k, source in enumerate(present)}
+        spans = [(position[sources[i]], pieces[i].span) for i in local.indices]
+        apart: list[Run] = []
+        members: list[Member] = []
+        for (k, span), i, part in zip(spans, local.indices, local.parts, strict=True):
+            if not part.is_contiguous():
+                assert span is None, "a flat gradient is contiguous"
+                apart.append(Run(k, 0, part.numel(), replicas[i], True, ()))
+            elif part.numel():
+                kind = Kind(str(part.device), str(part.dtype), replicas[i], part.untyped_storage().data_ptr())
+                start, end = part.data_ptr(), part.data_ptr() + part.numel() * part.element_size()
+                members.append(Member(kind, start, end, k, 0 if span is None else span.start, part.numel()))
+        return cls(gradients, tensors, [*apart, *_merged(members, tensors)], spans, local.indices)
+
+    def gather(self, gradients: Sequence[Tensor | None]) -> Gathered | None:
+        """The runs of ``gradients``, or None where these do not lie as those did that are remembered."""
+        if list(map(type, gradients)) != self._types:
+            return None
+        present: Any = [g for g in gradients if g is not None] if self._gaps else gradients
+        if self._specs is None:
+            tensors: list[Tensor] = present
+        else:
+            if [getattr(g, "_spec", None) for g in present] != self._specs:
+                return None
+            tensors = [g if s is None else g._local_tensor for g, s in zip(present, self._specs, strict=True)]
+        if not (self._are_the_same(tensors) or self._are_alike(tensors)):
+            return None
+        runs = self._found_in(tensors)
+        return None if runs is None else Gathered(runs, self._shares, tensors, self._spans, self._indices)
+
+    def _are_the_same(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the very tensors of the last time, as DDP's bucket views are."""
+        if self._attributes is None:
+            return False
+        if all(map(is_, map(attributes, tensors), self._attributes)):
+            return True
+        self._attributes = None  # they are made anew each step: do not ask again
+        return False
+
+    def _are_alike(self, tensors: list[Tensor]) -> bool:
+        return (
+            list(map(facts, tensors)) == self._facts
+            and list(map(Tensor.numel, tensors)) == self._numels
+            and list(map(Tensor.is_contiguous, tensors)) == self._contiguous
+        )
+
+    def _found_in(self, tensors: list[Tensor]) -> list[Tensor] | None:
+        if not self._merged:
+            return [tensors[run.first] for run in self._runs]
+        try:
+            addresses = list(map(Tensor.data_ptr, tensors))
+            if addresses != self._addresses and not self._moved_together(addresses):
+                return None
+            return [
+                tensor if run.whole else tensor.as_strided((run.numel,), (1,), tensor.storage_offset() + run.start)
+                for run in self._runs
+                for tensor in (tensors[run.first],)
+            ]
+        except RuntimeError:  # no memory of its own, or side by side by chance, in storages of their own
+            return None
+
+    def _moved_together(self, addresses: list[int]) -> bool:
+        """Whether the tensors of each run lie as far from each other as before: FSDP2's blocks are new each step."""
+        return all(addresses[k] - addresses[run.first] == distance for run in self._runs for k, distance in run.others)
+
+
+def shares_of(replicas: Iterable[int]) -> Shares:
+    """The positions of equal numbers together: (number, positions), once for each number."""
+    positions: dict[int, list[int]] = {}
+    for k, number in enumerate(replicas):
+        positions.setdefault(number, []).append(k)
+    return list(positions.items())
+
+
+def _merged(members: list[Member], tensors: Sequence[Tensor]) -> Iterator[Run]:
+    """The runs of ``members``: each goes on as long as the next of the same kind starts where it ends."""
+    run: list[Member] = []
+    for member in sorted(members):
+        if run and (member.kind != run[-1].kind or member.address != run[-1].end):
+            yield _run(run, tensors)
+            run = []
+        run.append(member)
+    if run:
+        yield _run(run, tensors)
+
+
+def _run(members: Sequence[Member], tensors: Sequence[Tensor]) -> Run:
+    first = members[0]
+    base = tensors[first.k].data_ptr()
+    others = {m.k: tensors[m.k].data_ptr() - base for m in members if m.k != first.k}
+    whole = not others and sum(m.numel for m in members) == tensors[first.k].numel()
+    return Run(first.k, first.start, sum(m.numel for m in members), first.kind.replicas, whole, tuple(others.items()))
+
+
+class Memory:
+    """What a plan remembers of one step for the next: nothing that another rank would have to know.
+
+    Where gradients never lie twice alike, noting where they lie rests for 2, 4, ... up to 1024 steps.
+    """
+
+    __slots__ = ("_calls", "_next", "_rest", "_runs")
+
+    def __init__(self) -> None:
+        self._runs: Runs | None = None
+        self._calls = 0
+        self._next = 1
+        self._rest = 1
+
+    def gather(self, gradients: Sequence[Tensor | None]) -> Gathered | None:
+        """The runs of ``gradients`` if they lie as noted; None also in the calls 1, 2, 4, 8, ... to find new ones."""
+        self._calls += 1
+        if self._runs is None or self._calls & (self._calls - 1) == 0:
+            return None
+        gathered = self._runs.gather(gradients)
+        if gathered is not None:
+            self._rest, self._next = 1, 0
+        return gathered
+
+    def remember(
+        self,
+        gradients: Sequence[Tensor | None],
+        local: Local,
+        pieces: Sequence[Piece],
+        sources: Sequence[int],
+        replicas: Sequence[int],
+    ) -> None:
+        """Take note of where ``gradients`` lie, unless that was of no use lately."""
+        if self._calls < self._next:
+            return
+        self._runs = Runs.of(gradients, local, pieces, sources, replicas)
+        self._rest = min(2 * self._rest, LONGEST_REST)
+        self._next = self._calls + self._rest

@@ -9,21 +9,26 @@ import mmap
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from distclip.kernels import triton
-from distclip.kernels.triton.table import DTYPES, Table, fits, table_of
+from distclip.kernels.triton import table as tables
+from distclip.kernels.triton.table import DTYPES, KEPT, Table, fits, table_of
 from gpu.cases import CASES, wrong
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None or find_spec("numpy") is None,
     reason="Triton and numpy are not installed (CPU builds of torch bring neither): pip install triton numpy",
@@ -38,7 +43,7 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONWARNINGS", "ignore")  # numpy warns of the overflows that the kernels are written for
         pool = ProcessPoolExecutor(1, get_context("spawn"))
-        assert pool.submit(triton.available, torch.device("cpu")).result()
+        assert pool.submit(triton.available, CPU).result()
     with pool:
         yield pool
 
@@ -140,3 +145,61 @@ def test_a_table_covers_every_element_once(dtype):
         count = blocks.count(row)
         assert blocks[first : first + count] == [row] * count
         assert (count - 1) * block < end <= count * block
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """What a table asks of a tensor on a GPU; the table itself is made on the CPU."""
+
+    address: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+    is_cuda: bool = True
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def numel(self) -> int:
+        return 100
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU's current stream, and whether it is being captured."""
+    state = SimpleNamespace(cuda_stream=1, capturing=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(tables, "_recent", {})
+    monkeypatch.setattr(tables, "_captured", {})
+    return state
+
+
+def test_a_table_is_copied_again_for_another_stream(gpu):
+    first = table_of([OnGpu(1024)], [0])
+    assert table_of([OnGpu(1024)], [0]) is first
+    gpu.cuda_stream = 2  # does not wait for the copy on stream 1
+    second = table_of([OnGpu(1024)], [0])
+    assert second is not first
+    assert torch.equal(second.rows, first.rows)
+    assert len(tables._recent) == 1
+
+
+def test_a_capture_copies_nothing_and_keeps_the_table_that_it_read(gpu):
+    warm = table_of([OnGpu(1024)], [0])
+    gpu.cuda_stream, gpu.capturing = 2, True
+    assert table_of([OnGpu(2048)], [0]) is None  # new addresses: torch's kernels
+    assert table_of([OnGpu(1024)], [0]) is warm  # a capture starts after everything before it
+    gpu.capturing = False
+    read = weakref.ref(warm.rows)
+    del warm
+    for i in range(2 * KEPT):
+        table_of([OnGpu(4096 * i)], [0])
+    assert read() is not None
+    assert len(tables._recent) == KEPT
+
+
+def test_a_table_that_no_capture_read_is_forgotten(gpu):
+    forgotten = weakref.ref(table_of([OnGpu(1024)], [0]).rows)
+    for i in range(KEPT):
+        table_of([OnGpu(4096 * (i + 1))], [0])
+    assert forgotten() is None

@@ -66,7 +66,9 @@ def extremes(p: float, device: torch.device) -> Iterator[str]:
     values = [10.0**e for e in (-45, -40, -38, -30, -20, -15, -13, -10, 0, 10, 15, 20, 30, 38)]
     for numel in (3, BLOCK + 3):
         tensors = [noise(numel).clamp_(-3, 3) * value for value in values]
-        tensors += [torch.full((numel,), v) for v in (1e-45, torch.finfo(torch.float32).max, 1e-30, 1e20)]
+        ends = (1e-45, torch.finfo(torch.float32).max, 1e-30, 1e20)
+        powers_are_denormal = (7.1e-21, 1.3e-20, 5.1e-20, 2.9e-14, 3.7e-14)
+        tensors += [torch.full((numel,), v) for v in (*ends, *powers_are_denormal)]
         yield from wrong_norms([t.to(device) for t in tensors], p)
 
 
@@ -151,6 +153,25 @@ def far_elements(device: torch.device) -> Iterator[str]:
     kernels.scale_blocks[(blocks,)](rows, row_of_block, coef, name, BLOCK, num_warps=8)
     if not torch.equal(x, half):
         yield "not scaled"
+
+
+def many_blocks(device: torch.device) -> Iterator[str]:
+    """More block sums than one program adds at once, from the middle of the slots."""
+    from distclip.kernels.triton import device as kernels
+
+    blocks, first = 3 * triton.FINISH + 5, 7
+    for p in (1.0, 2.0, 3.0, 3.7, inf):
+        for bad in (None, inf, nan):
+            sums = noise(first + blocks + 9, torch.float64).abs()
+            if bad is not None:
+                sums[first + blocks - 2] = bad
+            rows = torch.tensor([[0, 3, 8, 0, 1], [0, 5, blocks * BLOCK - 3, first, 0]], device=device)
+            norms = torch.empty(2, dtype=torch.float64, device=device)
+            kernels.norms_of_rows[(2,)](rows, sums.to(device), norms, p, BLOCK, triton.FINISH, num_warps=triton.WARPS)
+            for got, its in zip(norms.tolist(), (sums[first : first + blocks], sums[:1]), strict=True):
+                right = its.max().item() if p == inf else its.sum().item() ** (1 / p)
+                if not (isnan(got) and isnan(right)) and got != right and abs(got - right) > 1e-12 * right:
+                    yield f"p={p} with {bad}: {got!r}, should be {right!r}"
 
 
 def tables(device: torch.device) -> Iterator[str]:
@@ -241,7 +262,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
         yield f"extremes-{p}", partial(extremes, p)
     for p in PS:
         yield f"layouts-{p}", partial(layouts, p)
-    for case in (mixtures, many, far_elements, tables, scaling_views):
+    for case in (mixtures, many, many_blocks, far_elements, tables, scaling_views):
         yield case.__name__, case
 
 

@@ -17,8 +17,8 @@ PIECES = tl.constexpr(8)  # where speed does not count, a block goes in so many 
 TINY = tl.constexpr(1e-26)  # a block's fp32 sum above it lost at most 16384 * 2**-126 / TINY = 2e-8 to underflow
 
 
-# One kernel for arguments of any alignment: it changes no load that counts, and nothing may be compiled in the middle of
-# a run, or of a capture, because a table has an odd number of rows.
+# One kernel for arguments of any alignment: it changes no load that counts, and nothing may be compiled in the middle
+# of a run, or of a capture, because a table has an odd number of rows.
 ARGUMENTS = ("rows", "row_of_block", "sums", "norms", "coef")
 
 

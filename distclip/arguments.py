@@ -31,28 +31,31 @@ def planned(
     split_over: Sequence[Axis],
     layout: LayoutFn | None,
 ) -> Planned:
-    """The plan for ``parameters`` and the tensors in whose ``.grad`` their gradients are; no collective.
+    """The plan for ``parameters``, and their gradients; no collective.
 
     Known plans are reused, unless ``layout`` is given, which may answer otherwise each time.
     """
     p = positive("norm_type", norm_type)
-    tensors, models = _listed(parameters)
+    listed: list[Any] = [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
+    of_modules = bool(listed) and isinstance(listed[0], nn.Module) and all(isinstance(m, nn.Module) for m in listed)
     terms = None if layout is not None else _terms(p, group, split_over)
-    if terms is None:
-        return _fresh(tensors, models, p, group, split_over, layout)
-    modules, shown = skeleton(models) if models else ([], tensors)
-    found = _plans.find(shown, modules, terms)
-    if found is None:
-        found = _fresh(tensors, models, p, group, split_over, None)
-        modules, shown = skeleton(models) if models else ([], tensors)  # FSDP2 may have shown copies before
-        _plans.keep(shown, modules, terms, found)
-    return found
+    if terms is not None:
+        modules, tensors = skeleton(listed) if of_modules else ([], listed)
+        found = _plans.find(tensors, modules, terms)
+        if found is not None:
+            return found
+    everything = _held(listed)
+    holders = holders_of(everything)
+    planned = Planned(plan_of(everything, p, group, split_over, layout), holders, [h.grad for h in holders])
+    if terms is not None:
+        modules, tensors = skeleton(listed) if of_modules else ([], listed)  # FSDP2 may have shown copies before
+        _plans.keep(tensors, modules, terms, planned)
+    return planned
 
 
 def held(parameters: Parameters) -> list[Held]:
     """What modules hold, with its names, or bare parameters."""
-    tensors, models = _listed(parameters)
-    return held_in(models) if models else _held_tensors(tensors)
+    return _held([parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters))
 
 
 def plan_of(
@@ -75,18 +78,6 @@ def plan_of(
     return Plan.of(listed, p, where, split_over, layout, asks=group is not None)
 
 
-def _fresh(
-    tensors: Sequence[Tensor],
-    models: Sequence[nn.Module],
-    p: float,
-    group: dist.ProcessGroup | None,
-    split_over: Sequence[Axis],
-    layout: LayoutFn | None,
-) -> Planned:
-    listed = held_in(models) if models else _held_tensors(tensors)
-    return plan_of(listed, p, group, split_over, layout), holders_of(listed)
-
-
 def _terms(p: float, group: dist.ProcessGroup | None, split_over: Sequence[Axis]) -> Terms | None:
     """What else a plan depends on; None for groups that are none, which a plan refuses.
 
@@ -100,14 +91,12 @@ def _terms(p: float, group: dist.ProcessGroup | None, split_over: Sequence[Axis]
     return p, group is None, tuple(map(ref, groups)), meshes
 
 
-def _listed(parameters: Parameters) -> tuple[list[Tensor], list[nn.Module]]:
-    """Tensors, or modules; ValueError for anything else."""
-    listed: list[Any] = [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
+def _held(listed: list[Any]) -> list[Held]:
     kinds = set(map(type, listed))
     if all(issubclass(kind, Tensor) for kind in kinds):
-        return listed, []
+        return _held_tensors(listed)
     if all(issubclass(kind, nn.Module) for kind in kinds):
-        return [], listed
+        return held_in(listed)
     odd = next((kind for kind in kinds if not issubclass(kind, (Tensor, nn.Module))), None)
     if odd is not None:
         raise ValueError(f"parameters must be tensors or modules, got {odd.__name__} (named_parameters()?)")

@@ -22,7 +22,16 @@ PLAIN = (bool, int, float, str, type(None))
 attributes = attrgetter("__dict__")
 
 Terms: TypeAlias = Hashable
-Planned: TypeAlias = tuple[Plan, list[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, its holders and their gradients; ``same``: these are the very tensors of the last time."""
+
+    plan: Plan
+    holders: Sequence[Tensor]
+    gradients: list[Tensor | None]
+    same: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +44,20 @@ class Known:
     positions: list[int] | None  # None: all of them, in their order
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors``, found by their ids, are the same objects, with no new marks on them."""
-        return (
-            all(map(is_, map(attributes, tensors), self.attributes)) and list(map(len, self.attributes)) == self.sizes
-        )
+        """Whether ``tensors``, as many, are the same objects, with no new marks on them."""
+        same = all(map(is_, map(attributes, tensors), self.attributes))
+        return same and list(map(len, self.attributes)) == self.sizes
 
-    def holders(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return list(tensors) if self.positions is None else [tensors[k] for k in self.positions]
+    def planned(self, tensors: list[Tensor]) -> Planned | None:
+        """The plan for ``tensors``, as many, or None where it does not fit.
+
+        A plan that reads no placement depends on gradients alone: where these are the same, so is what it says.
+        """
+        holders = tensors if self.positions is None else [tensors[k] for k in self.positions]
+        gradients = [holder.grad for holder in holders]
+        if self.plan.group.size == 1 and self.plan.memory.knows(gradients):
+            return Planned(self.plan, holders, gradients, same=True)
+        return Planned(self.plan, holders, gradients) if self.fits(tensors) else None
 
 
 class Plans:
@@ -53,40 +69,40 @@ class Plans:
         self._of_tensors: OrderedDict[Hashable, Known] = OrderedDict()
         self._of_modules: WeakKeyDictionary[nn.Module, tuple[Hashable, Known]] = WeakKeyDictionary()
 
-    def find(self, tensors: Sequence[Tensor], modules: Sequence[nn.Module], terms: Terms) -> Planned | None:
-        """The plan made from the same ``tensors``, all those in ``modules`` if there are any, and its holders."""
+    def find(self, tensors: list[Tensor], modules: Sequence[nn.Module], terms: Terms) -> Planned | None:
+        """The plan made from the same ``tensors``, all those in ``modules`` if there are any.
+
+        ``tensors`` may hold anything: what is found was looked at when it was kept.
+        """
         key = _key(tensors, modules, terms)
         if modules:
             there, known = self._of_modules.get(modules[0], (None, None))
-            if known is None or there != key or not known.fits(tensors):
-                return None
-        else:
-            known = self._of_tensors.get(key)
-            if known is None:
-                return None
-            if not known.fits(tensors):
-                del self._of_tensors[key]
-                return None
+            return known.planned(tensors) if known is not None and there == key else None
+        known = self._of_tensors.get(key)
+        planned = None if known is None else known.planned(tensors)
+        if planned is not None:
             self._of_tensors.move_to_end(key)
-        return known.plan, known.holders(tensors)
+        elif known is not None:
+            del self._of_tensors[key]
+        return planned
 
     def keep(self, tensors: Sequence[Tensor], modules: Sequence[nn.Module], terms: Terms, planned: Planned) -> None:
         """Remember a plan, unless the tensors do not show its holders or carry objects that would be kept alive."""
-        plan, holders = planned
         position = {id(tensor): k for k, tensor in enumerate(tensors)}
         marks = list(map(attributes, tensors))
-        if any(id(holder) not in position for holder in holders):
+        shown = all(id(holder) in position for holder in planned.holders)
+        if not shown or not all(isinstance(value, PLAIN) for mark in marks for value in mark.values()):
             return
-        places = [position[id(holder)] for holder in holders]
+        places = [position[id(holder)] for holder in planned.holders]
         all_of_them = places == list(range(len(tensors)))
-        known = Known(plan, marks, list(map(len, marks)), None if all_of_them else places)
+        known = Known(planned.plan, marks, list(map(len, marks)), None if all_of_them else places)
         key = _key(tensors, modules, terms)
         if modules:
             self._of_modules[modules[0]] = key, known
-        elif all(isinstance(value, PLAIN) for mark in marks for value in mark.values()):
-            self._of_tensors[key] = known
-            if len(self._of_tensors) > MOST:
-                self._of_tensors.popitem(last=False)
+            return
+        self._of_tensors[key] = known
+        if len(self._of_tensors) > MOST:
+            self._of_tensors.popitem(last=False)
 
     def clear(self) -> None:
         self._of_tensors.clear()
@@ -108,4 +124,6 @@ def skeleton(models: Iterable[nn.Module]) -> tuple[list[nn.Module], list[Tensor]
 
 
 def _key(tensors: Sequence[Tensor], modules: Sequence[nn.Module], terms: Terms) -> Hashable:
-    return tuple(map(id, tensors)), tuple(map(ref, modules)), terms
+    """Few words that tell most plans apart; whether one fits is then seen from all of its tensors."""
+    ends = (id(tensors[0]), id(tensors[-1])) if tensors else ()
+    return len(tensors), ends, tuple(map(ref, modules)), terms

@@ -76,9 +76,9 @@ def clip_grad_norm_(
     tensor([0.6000, 0.8000])
     """
     bound = positive("max_norm", max_norm, "inf measures only")
-    plan, holders = planned(parameters, norm_type, group, split_over, layout)
-    measured = plan.measure([holder.grad for holder in holders], holders)
-    norm, culprit = _total_norm(plan, measured, error_if_nonfinite)
+    known = planned(parameters, norm_type, group, split_over, layout)
+    measured = known.plan.measure(known.gradients, known.holders, same=known.same)
+    norm, culprit = _total_norm(known.plan, measured, error_if_nonfinite)
     if culprit is None or culprit.kind != "overflow":
         _scale(measured.runs, norm, bound)
     return presented(norm, measured.dtype)

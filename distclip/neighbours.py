@@ -37,6 +37,10 @@ class Run:
     whole: bool
     others: tuple[tuple[int, int], ...]
 
+    def order(self) -> tuple[int, int]:
+        """Runs are summed in the order of the parameters, not of addresses, which differ from process to process."""
+        return min(self.first, *(k for k, _ in self.others)) if self.others else self.first, self.start
+
 
 Shares: TypeAlias = Sequence[tuple[int, Sequence[int]]]
 
@@ -115,7 +119,9 @@ class Runs:
         self._specs: list[Any] | None = None
         if any(isinstance(g, DTensor) for g in present):
             self._specs = [g._spec if isinstance(g, DTensor) else None for g in present]
-        self._attributes: list[Any] | None = list(map(attributes, tensors))
+        self._attributes: list[Any] | None = None
+        if not self._gaps and self._specs is None:
+            self._attributes = list(map(attributes, tensors))
         self._facts = list(map(facts, tensors))
         self._numels = list(map(Tensor.numel, tensors))
         self._contiguous = list(map(Tensor.is_contiguous, tensors))
@@ -153,39 +159,42 @@ class Runs:
                 kind = Kind(str(part.device), str(part.dtype), replicas[i], part.untyped_storage().data_ptr())
                 start, end = part.data_ptr(), part.data_ptr() + part.numel() * part.element_size()
                 members.append(Member(kind, start, end, k, 0 if span is None else span.start, part.numel()))
-        return cls(gradients, tensors, [*apart, *_merged(members, tensors)], spans, local.indices)
+        runs = sorted([*apart, *_merged(members, tensors)], key=Run.order)
+        return cls(gradients, tensors, runs, spans, local.indices)
 
-    def gather(self, gradients: Sequence[Tensor | None]) -> Gathered | None:
+    def gather(self, gradients: Sequence[Tensor | None], same: bool) -> Gathered | None:
         """The runs of ``gradients``, or None where these do not lie as those did that are remembered."""
-        if list(map(type, gradients)) != self._types:
-            return None
-        present: Any = [g for g in gradients if g is not None] if self._gaps else gradients
-        if self._specs is None:
-            tensors: list[Tensor] = present
-        else:
-            if [getattr(g, "_spec", None) for g in present] != self._specs:
-                return None
-            tensors = [g if s is None else g._local_tensor for g, s in zip(present, self._specs, strict=True)]
-        if not (self._are_the_same(tensors) or self._are_alike(tensors)):
-            return None
-        runs = self._found_in(tensors)
+        tensors: Any = gradients if same or self.are_the_same(gradients) else self._alike(gradients)
+        runs = None if tensors is None else self._found_in(tensors)
         return None if runs is None else Gathered(runs, self._shares, tensors, self._spans, self._indices)
 
-    def _are_the_same(self, tensors: list[Tensor]) -> bool:
+    def are_the_same(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these are the very tensors of the last time, as DDP's bucket views are."""
         if self._attributes is None:
             return False
-        if all(map(is_, map(attributes, tensors), self._attributes)):
-            return True
+        try:
+            if all(map(is_, map(attributes, gradients), self._attributes)):
+                return True
+        except AttributeError:  # None has none
+            pass
         self._attributes = None  # they are made anew each step: do not ask again
         return False
 
-    def _are_alike(self, tensors: list[Tensor]) -> bool:
-        return (
+    def _alike(self, gradients: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """The local tensors of ``gradients`` if these differ from those remembered in nothing but where they lie."""
+        if list(map(type, gradients)) != self._types:
+            return None
+        tensors: list[Any] = [g for g in gradients if g is not None] if self._gaps else list(gradients)
+        if self._specs is not None:
+            if [getattr(g, "_spec", None) for g in tensors] != self._specs:
+                return None
+            tensors = [g if s is None else g._local_tensor for g, s in zip(tensors, self._specs, strict=True)]
+        alike = (
             list(map(facts, tensors)) == self._facts
             and list(map(Tensor.numel, tensors)) == self._numels
             and list(map(Tensor.is_contiguous, tensors)) == self._contiguous
         )
+        return tensors if alike else None
 
     def _found_in(self, tensors: list[Tensor]) -> list[Tensor] | None:
         if not self._merged:
@@ -249,12 +258,19 @@ class Memory:
         self._next = 1
         self._rest = 1
 
-    def gather(self, gradients: Sequence[Tensor | None]) -> Gathered | None:
-        """The runs of ``gradients`` if they lie as noted; None also in the calls 1, 2, 4, 8, ... to find new ones."""
+    def knows(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether ``gradients`` are the very tensors that were noted."""
+        return self._runs is not None and self._runs.are_the_same(gradients)
+
+    def gather(self, gradients: Sequence[Tensor | None], same: bool) -> Gathered | None:
+        """The runs of ``gradients`` if they lie as noted; None also in calls 4, 8, 16, ... to find new ones.
+
+        ``same``: they are known to be the very tensors.
+        """
         self._calls += 1
-        if self._runs is None or self._calls & (self._calls - 1) == 0:
+        if self._runs is None or (self._calls & (self._calls - 1) == 0 and self._calls >= self._next):
             return None
-        gathered = self._runs.gather(gradients)
+        gathered = self._runs.gather(gradients, same)
         if gathered is not None:
             self._rest, self._next = 1, 0
         return gathered
@@ -266,10 +282,11 @@ class Memory:
         pieces: Sequence[Piece],
         sources: Sequence[int],
         replicas: Sequence[int],
-    ) -> None:
-        """Take note of where ``gradients`` lie, unless that was of no use lately."""
+    ) -> Gathered | None:
+        """Note where ``gradients`` lie, unless that was of no use lately, and return their runs."""
         if self._calls < self._next:
-            return
+            return None
         self._runs = Runs.of(gradients, local, pieces, sources, replicas)
         self._rest = min(2 * self._rest, LONGEST_REST)
         self._next = self._calls + self._rest
+        return None if self._runs is None else self._runs.gather(gradients, same=False)

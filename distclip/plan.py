@@ -137,18 +137,20 @@ class Plan:
         holders: Sequence[Tensor] | None = None,
         tag: int = 0,
         eager: bool = False,
+        same: bool = False,
     ) -> Measured:
         """Measure ``gradients``, one for each source, None where there is none.
 
         One all-reduce if the group has one. Where its answers say that gradients wait to be realigned, that is done,
         stored in the ``.grad`` of ``holders`` if they are given, and measured again; ``eager`` realigns first, which
-        every rank must then do. Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is
-        mixed into the agreement word. An error of this rank is raised after it has taken part.
+        every rank must then do. ``same``: they are the very tensors of the last time. Waits for an accelerator only to
+        read those answers, where they can be yes. ``tag`` is mixed into the agreement word. An error of this rank is
+        raised after it has taken part.
         """
         error = None
         if eager:
             gradients, error = self._realigned(gradients, holders)
-        gathered, local, norms, reduced = self._reduced(gradients, error, tag)
+        gathered, local, norms, reduced = self._reduced(gradients, error, tag, same)
         wide = self.wide
         if self.heeds:
             _, disagree, (misplaced, wide) = reduced.read()
@@ -193,10 +195,10 @@ class Plan:
         return self._norms(local.parts, local.indices)
 
     def _reduced(
-        self, gradients: Sequence[Tensor | None], error: LayoutError | None, tag: int
+        self, gradients: Sequence[Tensor | None], error: LayoutError | None, tag: int, same: bool = False
     ) -> tuple[Gathered, Local | None, Norms | None, Reduced]:
         """Sum what this rank has and make it global; Local where the gradients had to be looked at one by one."""
-        gathered, local = self._gathered(gradients, error)
+        gathered, local = self._gathered(gradients, error, same)
         norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices)
         mine = self._sum_on_host(gathered) if norms is None else self._sum_of(norms)
         misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
@@ -205,13 +207,17 @@ class Plan:
             self.group, mine, self.p, self.code + tag * TAG_STEP, faulty, questions
         )  # fmt: skip
 
-    def _gathered(self, gradients: Sequence[Tensor | None], error: LayoutError | None) -> tuple[Gathered, Local | None]:
+    def _gathered(
+        self, gradients: Sequence[Tensor | None], error: LayoutError | None, same: bool
+    ) -> tuple[Gathered, Local | None]:
         if error is None:
-            gathered = self.memory.gather(gradients)
+            gathered = self.memory.gather(gradients, same)
             if gathered is not None:
                 return gathered, None
         local = self.look(gradients, error)
-        self.memory.remember(gradients, local, self.pieces, self.sources, self.replicas)
+        gathered = self.memory.remember(gradients, local, self.pieces, self.sources, self.replicas)
+        if gathered is not None:
+            return gathered, local
         spans = [(k, None) for k in range(len(local.parts))]
         shares = shares_of(self.replicas[i] for i in local.indices)
         return Gathered(local.parts, shares, local.parts, spans, local.indices), local

@@ -1,9 +1,12 @@
 """Scaling and clamping of local gradients in place. Private torch API read in 2.13: the ``_foreach_*`` functions."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
+
+device_of = attrgetter("device")
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
@@ -35,8 +38,10 @@ def clamp_(tensors: Sequence[Tensor], low: float, high: float, unless: Tensor | 
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+    devices = set(map(device_of, tensors))
+    if len(devices) == 1:
+        return {devices.pop(): list(tensors)}
     groups: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.numel():
-            groups.setdefault(tensor.device, []).append(tensor)
+        groups.setdefault(tensor.device, []).append(tensor)
     return groups

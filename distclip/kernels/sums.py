@@ -7,8 +7,9 @@ exact, from 1e-45 to 3e38. Rows that left the range of fp32 are added again in f
 Private torch API, read in 2.13: ``_foreach_norm``, ``_C._nn.flatten_dense_tensors``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import inf, isnan, nan
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ CHUNK = 1 << 16  # elements converted or joined at once: 512 KiB of float64
 SMALL = 1 << 13  # smaller tensors are copied into one: 0.4 us and their bytes; rows of their own take 6 us
 TAILS = 1 << 10  # ends of tensors, each shorter than a row, kept to be added at once
 LEAST = 1e-26  # of a row, on average: fp32 powers that underflowed, flushed or not, took less than 1e-10 of it
+
+dtype_of = attrgetter("dtype")
 
 
 def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
@@ -131,36 +134,43 @@ class _Rows:
         self._count = 0
 
 
-def _joined(tensors: Iterable[Tensor], p: float) -> Iterator[Tensor]:
+def _joined(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
     """Contiguous 1-D tensors that hold every element once: views of large tensors, and copies of many small ones.
 
     The last comes first: whoever scales them afterwards, from the first on, finds those in the cache.
     """
-    small: dict[torch.dtype, list[Tensor]] = {}
-    waiting: dict[torch.dtype, int] = {}
-    for tensor in reversed(list(tensors)):
-        if tensor.is_complex() and p == 2:
-            tensor = torch.view_as_real(tensor)
+    small: list[Tensor] = []
+    waiting = 0
+    for tensor in reversed(tensors):
         numel = tensor.numel()
         if numel > SMALL:
-            yield from flat_views(tensor)
+            yield from flat_views(_real(tensor, p))
         elif numel:
-            dtype = tensor.dtype
-            small.setdefault(dtype, []).append(tensor)
-            waiting[dtype] = waiting.get(dtype, 0) + numel
-            if waiting[dtype] > CHUNK - SMALL:
-                yield _flattened(small.pop(dtype))
-                waiting[dtype] = 0
-    yield from map(_flattened, small.values())
+            small.append(tensor)
+            waiting += numel
+            if waiting > CHUNK - SMALL:
+                yield from _flattened(small, p)
+                small.clear()
+                waiting = 0
+    if small:
+        yield from _flattened(small, p)
+
+
+def _flattened(tensors: list[Tensor], p: float) -> Iterator[Tensor]:
+    """One copy for each dtype."""
+    dtypes = set(map(dtype_of, tensors))
+    for dtype in dtypes:
+        same = tensors if len(dtypes) == 1 else [t for t in tensors if t.dtype == dtype]
+        yield torch._C._nn.flatten_dense_tensors([_real(t, p) for t in same] if dtype.is_complex else same)
+
+
+def _real(tensor: Tensor, p: float) -> Tensor:
+    """Complex numbers as pairs where their moduli are not needed: |z| ** 2 is a sum of two squares."""
+    return torch.view_as_real(tensor) if p == 2 and tensor.is_complex() else tensor
 
 
 def _one(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _flattened(tensors: list[Tensor]) -> Tensor:
-    flat: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
-    return flat
 
 
 def _extreme_sum(chunk: Tensor) -> float:

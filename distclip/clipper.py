@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import replace
+from math import inf, isfinite
 from typing import Any, Literal
 from weakref import WeakSet
 from zlib import crc32
@@ -23,6 +23,7 @@ from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
 from .model import held_in
+from .outcome import Outcome, decided
 from .piece import Held, holders_of, once
 from .plan import Measured, Plan
 from .policies import Policy, State
@@ -30,7 +31,6 @@ from .policies.adopt import as_policy, fitting, spelled
 from .policies.checks import positive
 from .report import Culprit, Report
 from .verify import compare_values, verify
-from .words import clip_coef, presented
 
 NONFINITE = ("skip", "raise", "propagate")
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
@@ -40,27 +40,6 @@ DISAGREE = (
 )
 
 _alive: WeakSet["Clipper"] = WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One measured and decided step. ``coef`` and ``skip`` are numbers where the host knows them, tensors otherwise."""
-
-    report: Report
-    measured: Measured
-    bounds: tuple[float, float] | None
-    coef: float | Tensor
-    skip: bool | Tensor
-
-    @property
-    def scales(self) -> bool:
-        """Whether gradients may have to be scaled: false only where the host knows a coefficient of 1."""
-        return isinstance(self.coef, Tensor) or self.coef != 1.0
-
-    @property
-    def can_fold(self) -> bool:
-        """Whether an optimizer may do the scaling: elementwise bounds come after it, and no optimizer applies them."""
-        return self.scales and self.bounds is None
 
 
 class Clipper:
@@ -149,7 +128,7 @@ class Clipper:
         self._read_late_flags()
         measured = self._measure(tag=self._steps + MEASURING)
         outcome, _ = self._decide(measured)
-        if reads_are_free(self._plan.device) and measured.reduced.disagree:
+        if outcome.disagree is True:
             raise LayoutError(DISAGREE)
         return outcome.report
 
@@ -232,7 +211,7 @@ class Clipper:
             or measured.can_overflow
             or (outcome.skip is not False and not skips_on_device)
         ):
-            outcome = self._read_now(outcome)
+            outcome = self._looked_at(outcome)
         else:
             kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
             norm, disagree = measured.reduced.tensors(self._plan.device)
@@ -241,6 +220,7 @@ class Clipper:
         self._steps += 1
         return outcome
 
+    @torch.no_grad()
     def _measure(self, tag: int) -> Measured:
         gradients = [holder.grad for holder in self._holders]
         measured = self._plan.measure(gradients, self._holders, tag, eager=self._realigns)
@@ -248,35 +228,18 @@ class Clipper:
         return measured
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
-        reduced = measured.reduced
-        norm, disagree = reduced.tensors(self._plan.device)
-        norm = torch.where(disagree, torch.nan, norm)  # where nothing waits for the flag, it shows
-        decision, state = self._policy.decide(norm, self._state)
-        skip = torch.zeros_like(disagree) if decision.skip is None else decision.skip
-        if self._nonfinite != "propagate":
-            skip = skip | ~norm.isfinite()
-        coef = torch.where(skip, 1.0, clip_coef(norm, decision.max_norm))
-        dtype = measured.dtype
-        report = Report(presented(norm, dtype), presented(decision.max_norm, dtype), coef, skip)
-        known_never = decision.skip is None and self._nonfinite == "propagate"
-        return Outcome(report, measured, decision.bounds, coef, False if known_never else skip), state
+        device, skips_nonfinite = self._plan.device, self._nonfinite != "propagate"
+        return decided(measured, self._policy, self._state, skips_nonfinite, device, reads_are_free(device))
 
-    def _read_now(self, outcome: Outcome) -> Outcome:
-        """Bring the decision to the host in one copy; raise, on all ranks alike, what must be raised."""
-        report, reduced = outcome.report, outcome.measured.reduced
-        norm, disagree = reduced.tensors(report.coef.device)
-        words = torch.stack([norm, disagree.double(), report.coef.double(), report.skip.double()])
-        number, disagrees, coef, skip = words.tolist()
-        if disagrees:
+    def _looked_at(self, outcome: Outcome) -> Outcome:
+        """The outcome in numbers; raise, on all ranks alike, what must be raised."""
+        outcome = outcome.read()
+        if outcome.disagree:
             raise LayoutError(DISAGREE)
-        if number - number == 0:  # finite
+        if isfinite(outcome.norm):
             self._skips = 0
-        else:
-            culprit = self._blame(outcome.measured)
-            if culprit.kind == "overflow":
-                coef = 1.0
-            report = Report(report.norm, report.max_norm, torch.full_like(report.coef, coef), report.skip, culprit)
-        return Outcome(report, outcome.measured, outcome.bounds, coef, bool(skip))
+            return outcome
+        return outcome.blamed_on(self._blame(outcome.measured))
 
     def _blame(self, measured: Measured) -> Culprit:
         """Name the culprit of a non-finite norm, count the skip, and raise where that was asked for."""
@@ -305,6 +268,7 @@ class Clipper:
         else:
             self._skips = 0
 
+    @torch.no_grad()
     def _apply(self, outcome: Outcome, gradients: Sequence[Tensor]) -> None:
         """Scale and clamp ``gradients``; with numbers on the host, only where something changes."""
         if outcome.skip is True:

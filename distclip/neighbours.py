@@ -7,7 +7,7 @@ what could have changed, and whoever finds a difference looks at each gradient a
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import attrgetter, is_, sub
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
@@ -93,6 +93,7 @@ class Runs:
         "_addresses",
         "_attributes",
         "_contiguous",
+        "_distances",
         "_facts",
         "_gaps",
         "_indices",
@@ -128,6 +129,8 @@ class Runs:
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._runs = runs
         self._merged = any(not run.whole for run in runs)
+        others = [(k, run.first, distance) for run in runs for k, distance in run.others]
+        self._distances = tuple(map(list, zip(*others, strict=True))) if others else ([], [], [])
         self._shares = shares_of([run.replicas for run in runs])
         self._spans = spans
         self._indices = indices
@@ -185,16 +188,18 @@ class Runs:
         if list(map(type, gradients)) != self._types:
             return None
         tensors: list[Any] = [g for g in gradients if g is not None] if self._gaps else list(gradients)
+        told = False
         if self._specs is not None:
-            if [getattr(g, "_spec", None) for g in tensors] != self._specs:
+            specs = [getattr(g, "_spec", None) for g in tensors]
+            if specs != self._specs:
                 return None
-            tensors = [g if s is None else g._local_tensor for g, s in zip(tensors, self._specs, strict=True)]
-        alike = (
-            list(map(facts, tensors)) == self._facts
-            and list(map(Tensor.numel, tensors)) == self._numels
-            and list(map(Tensor.is_contiguous, tensors)) == self._contiguous
-        )
-        return tensors if alike else None
+            told = all(map(is_, specs, self._specs))  # FSDP2 keeps one object, in which shape and dtype are
+            tensors = [g if s is None else g._local_tensor for g, s in zip(tensors, specs, strict=True)]
+        if not told and list(map(facts, tensors)) != self._facts:
+            return None
+        if not told and list(map(Tensor.numel, tensors)) != self._numels:
+            return None
+        return tensors if list(map(Tensor.is_contiguous, tensors)) == self._contiguous else None
 
     def _found_in(self, tensors: list[Tensor]) -> list[Tensor] | None:
         if not self._merged:
@@ -213,7 +218,8 @@ class Runs:
 
     def _moved_together(self, addresses: list[int]) -> bool:
         """Whether the tensors of each run lie as far from each other as before: FSDP2's blocks are new each step."""
-        return all(addresses[k] - addresses[run.first] == distance for run in self._runs for k, distance in run.others)
+        others, firsts, distances = self._distances
+        return list(map(sub, map(addresses.__getitem__, others), map(addresses.__getitem__, firsts))) == distances
 
 
 def shares_of(replicas: Iterable[int]) -> Shares:

@@ -15,7 +15,7 @@ FLOORS = [
     {"gradient", "model"},
     {"neighbours"},
     {"plan"},
-    {"cache", "culprit", "verify"},
+    {"cache", "culprit", "outcome", "verify"},
     {"arguments"},
     {"clipper", "functional"},
     {"__init__"},  # `import distclip`: the public names; the core ends here

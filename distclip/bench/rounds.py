@@ -2,9 +2,11 @@
 
 import gc
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from distclip.bench.case import Call, Case, Contest
 from distclip.bench.place import Place
 from distclip.bench.result import Result, summary
+
+START = 2e-3  # seconds from the last rank's arrival to the common start
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def measure(case: Case, place: Place, rounds: int) -> Result | None:
@@ -35,13 +40,14 @@ def play(case: Case, contest: Contest, device: torch.device, rounds: int) -> dic
     """What each call took in each round: the most that any rank needed."""
     meter = {"ms": milliseconds, "KiB": kibibytes}[case.unit]
     names = list(contest.calls)
+    on_one_clock = share_a_clock(contest.group, device)
     rows = []
     for number in range(-case.warmups, rounds):
         gc.collect()
         row = dict.fromkeys(names, 0.0)
         for name in names if number % 2 == 0 else reversed(names):
             contest.prepare()
-            dist.barrier(contest.group)
+            start_together(contest.group, device, on_one_clock)
             row[name], norm = meter(contest.calls[name], device)
             contest.check(norm)
         rows.append(list(row.values()))
@@ -49,6 +55,27 @@ def play(case: Case, contest: Contest, device: torch.device, rounds: int) -> dic
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=contest.group)
     measured = dict(zip(names, slowest.T.tolist(), strict=True))
     return measured | {name: [value] * rounds for name, value in contest.constants.items()}
+
+
+def start_together(group: dist.ProcessGroup | None, device: torch.device, on_one_clock: bool) -> None:
+    """Let all ranks go on at the same time; a barrier alone lets them go up to a millisecond apart on a CPU."""
+    if not on_one_clock:
+        dist.barrier(group)
+        return
+    moment = torch.tensor([time.perf_counter() + START], dtype=torch.float64, device=device)
+    dist.all_reduce(moment, dist.ReduceOp.MAX, group=group)
+    start = moment.item()
+    while time.perf_counter() < start:
+        pass
+
+
+def share_a_clock(group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """Whether all ranks run on one machine since the same start of it, so that their clocks show the same time."""
+    start = BOOT.read_text() if BOOT.exists() else socket.gethostname()
+    number = float(int.from_bytes(blake2b(start.encode(), digest_size=6).digest()))
+    extremes = torch.tensor([number, -number], dtype=torch.float64, device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    return extremes.sum().item() == 0
 
 
 @contextmanager

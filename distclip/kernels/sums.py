@@ -19,7 +19,7 @@ from .flat import flat_views
 ROW = 64  # constant data, worst of 4000 values: 1.3e-7 off with rows of 64, 5.4e-7 with 512; 0.17 ns/element to 0.14
 WINDOW = 1 << 14  # rows added in float64 at once: 64 KiB of fp32, 128 KiB of float64
 CHUNK = 1 << 16  # elements converted or joined at once: 512 KiB of float64
-SMALL = 1 << 13  # smaller tensors are copied into one: 0.4 us and their bytes; rows of their own take 6 us
+SMALL = 1 << 14  # smaller tensors are copied into one: 0.4 us and their bytes; rows of their own take 10 us
 TAILS = 1 << 10  # ends of tensors, each shorter than a row, kept to be added at once
 LEAST = 1e-26  # of a row, on average: fp32 powers that underflowed, flushed or not, took less than 1e-10 of it
 

@@ -129,8 +129,11 @@ def test_a_config_is_read_by_the_trainer(config):
     read_config(config)
 
 
+TRITON_CODE = "kernels/triton/device.py"  # imports Triton, has no doctest
+
+
 def test_the_doctests_of_the_core_hold():
-    paths = [Path("distclip", path).with_suffix("") for path, *_ in files(CORE)]
+    paths = [Path("distclip", path).with_suffix("") for path, *_ in files(CORE) if path != TRITON_CODE]
     modules = [importlib.import_module(".".join(path.parts).removesuffix(".__init__")) for path in paths]
     results = {module.__name__: doctest.testmod(module) for module in modules}
     assert {name: result for name, result in results.items() if result.failed} == {}

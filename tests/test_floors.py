@@ -76,7 +76,7 @@ def test_the_core_imports_torch_and_python_alone():
         f"{path} imports {'.'.join(name)}"
         for path, _, nodes in files(CORE)
         for name in imports(path, nodes)
-        if name[0] not in allowed
+        if name[0] not in allowed and not (name[0] == "triton" and path.startswith("kernels/triton/"))
     ]
     assert not foreign, "\n".join(foreign)
 

@@ -1,6 +1,6 @@
 """Norms and scaling of local gradients: the only code that touches gradient-sized memory.
 
-On the CPU sums go block by block; on accelerators through torch's foreach kernels.
+On the CPU sums go block by block; on accelerators through torch's foreach kernels, or Triton's where it is asked for.
 """
 
 from .apply import clamp_ as clamp_, scale_ as scale_

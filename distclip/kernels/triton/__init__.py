@@ -1,6 +1,6 @@
 """Norms and scaling on CUDA devices, in Triton: one launch for many tensors of one dtype, whatever their sizes.
 
-Ask :func:`available` first: only the two functions below it import Triton, on their first call.
+Ask :func:`chosen` first: only :func:`local_norms` and :func:`scale_` import Triton, on their first call.
 """
 
 import os
@@ -19,6 +19,14 @@ from .table import block_size, fits, table_of
 
 WARPS = 8
 FINISH = 2048  # block sums that one program adds at once
+
+
+def chosen(device: torch.device) -> bool:
+    """Whether the library takes these kernels on ``device``: only where DISTCLIP_TRITON=1 asks for them.
+
+    They were proved by Triton's interpreter and compiler and have not run on a GPU yet (tests/gpu/check.py does it).
+    """
+    return os.environ.get("DISTCLIP_TRITON") == "1" and available(device)
 
 
 def available(device: torch.device) -> bool:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from .amp import join_found_inf, skipping, unscale_
 from .compare import differing
 from .culprit import find_culprit
 from .errors import LayoutError, NonFiniteError
 from .flags import Flags
-from .folding import foldable, folded, may_skip_on_device, parameters_of
+from .folding import Folding, Folds, folded, may_skip_on_device
 from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
@@ -105,6 +106,7 @@ class Clipper:
         self._plan = Plan.of(listed, p, ClippingGroup.of(group), split_over, layout)
         self._holders = holders_of(listed)
         self._ids = frozenset(map(id, self._holders))
+        self._folding = Folding(self._ids)
         self._state = self._policy.init(self._plan.device)
         self._steps = 0
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
@@ -149,24 +151,34 @@ class Clipper:
         A fused Adam, AdamW, SGD or Adagrad applies the coefficient itself, without a pass over the gradients; for the
         others the gradients are scaled first. Afterwards the content of ``.grad`` is unspecified. One all-reduce (on
         a non-finite norm two more). Waits once a step on an accelerator if any optimizer cannot fold.
+
+        ``scaler``: unscales every optimizer for which you did not, and steps it. A norm that is not finite on any rank
+        lowers the scale of all ranks at your ``scaler.update()``; a skip for the policy's own reason does not.
         """
         if not optimizers:
             raise ValueError("step() needs the optimizers to step: step(optimizer), or call clip_() and step yourself")
-        if scaler is not None:
-            raise NotImplementedError("scaler= is not built yet: scaler.unscale_(optimizer), clip_(), scaler.step()")
-        folds = foldable(optimizers, self._ids)
-        on_device = all(folds) and not reads_are_free(self._plan.device) and all(map(may_skip_on_device, optimizers))
-        outcome = self._advance(skips_on_device=on_device)
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        folds = self._folding.of(optimizers)
+        on_device = not reads_are_free(self._plan.device) and all(folds.by_optimizer)
+        on_device = on_device and all(map(may_skip_on_device, optimizers))
+        if scaler is None:
+            outcome = self._advance(skips_on_device=on_device)
+        else:
+            outcome = self._advance_unscaled(scaler, optimizers, folds, on_device)
         if outcome.skip is True:
             return outcome.report
         gradients, coef = outcome.measured.runs, None
         if outcome.can_fold:
-            gradients, coef = self._not_folded(outcome.measured, optimizers, folds), outcome.report.coef
+            gradients, coef = self._not_folded(outcome.measured, folds), outcome.report.coef
         self._apply(outcome, gradients)
         skip = outcome.skip if isinstance(outcome.skip, Tensor) else None
-        for optimizer, folds_here in zip(optimizers, folds, strict=True):
-            with folded(optimizer, coef, skip) if folds_here else nullcontext():
-                optimizer.step()
+        for optimizer, folds_here in zip(optimizers, folds.by_optimizer, strict=True):
+            if scaler is None:
+                with folded(optimizer, coef, skip) if folds_here else nullcontext():
+                    optimizer.step()
+            else:
+                with folded(optimizer, coef, None) if folds_here else nullcontext(), skipping(optimizer, skip):
+                    scaler.step(optimizer)
         return outcome.report
 
     def verify(self) -> None:
@@ -218,6 +230,26 @@ class Clipper:
             self._unread = Flags.send(~norm.isfinite(), disagree), kept
         self._state = state
         self._steps += 1
+        return outcome
+
+    def _advance_unscaled(
+        self, scaler: GradScaler, optimizers: Sequence[Optimizer], folds: Folds, skips_on_device: bool
+    ) -> Outcome:
+        """The same after unscaling, with what it found not finite made known to the scalers of all ranks."""
+        for source, holder in enumerate(self._holders):
+            if holder.grad is not None and id(holder) not in folds.held:
+                raise ValueError(
+                    f"{self._plan.label(self._plan.sources.index(source))} has a gradient and is in none of the "
+                    "optimizers, so that the scaler cannot unscale it: pass every optimizer to one step()"
+                )
+        unscale_(scaler, optimizers)
+        try:
+            outcome = self._advance(skips_on_device)
+        except NonFiniteError:
+            join_found_inf(scaler, optimizers, True)
+            raise
+        nonfinite = ~outcome.norm.isfinite() if isinstance(outcome.norm, Tensor) else not isfinite(outcome.norm)
+        join_found_inf(scaler, optimizers, nonfinite)
         return outcome
 
     @torch.no_grad()
@@ -279,15 +311,14 @@ class Clipper:
             unless = outcome.skip if isinstance(outcome.skip, Tensor) else None
             clamp_(gradients, *outcome.bounds, unless=unless)
 
-    def _not_folded(
-        self, measured: Measured, optimizers: Sequence[Optimizer], folds: Sequence[bool]
-    ) -> Sequence[Tensor]:
+    def _not_folded(self, measured: Measured, folds: Folds) -> Sequence[Tensor]:
         """The gradients that no folding optimizer scales, those that no optimizer holds included."""
-        inside = {id(p) for o, f in zip(optimizers, folds, strict=True) if f for p in parameters_of(o)}
-        if not inside:
+        if not folds.inside:
             return measured.runs
-        outside = [None if id(h) in inside else g for h, g in zip(self._holders, measured.gradients, strict=True)]
-        return self._plan.look(outside).parts
+        if folds.inside >= self._ids:
+            return ()
+        pairs = zip(self._holders, measured.gradients, strict=True)
+        return self._plan.look([None if id(holder) in folds.inside else g for holder, g in pairs]).parts
 
     def _compare_ranks(self, listed: Sequence[Held]) -> None:
         limit = self._max_consecutive_skips

@@ -4,8 +4,10 @@ torch's fused Adam, AdamW, SGD and Adagrad divide every gradient by ``optimizer.
 state alone where ``optimizer.found_inf`` is 1: the road that GradScaler takes (torch 2.13, ``torch/optim/*.py``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,27 +17,51 @@ FOLDING = (Adam, AdamW, SGD, Adagrad)
 ABSENT = object()
 
 
-def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """Which of a step's optimizers fold, and the ids of the parameters that all and that the folding ones hold."""
+
+    by_optimizer: tuple[bool, ...]
+    held: frozenset[int]
+    inside: frozenset[int]
 
 
-def foldable(optimizers: Sequence[Optimizer], clipped: frozenset[int]) -> list[bool]:
+class Folding:
     """Which optimizers may fold: exactly torch's classes, every group fused, and every parameter clipped by us.
 
-    ``clipped``: the ids of the parameters that share the coefficient. A parameter in two optimizers keeps both from
-    folding: each would scale its gradient.
+    A parameter in two optimizers keeps both from folding: each would scale its gradient. Worked out anew only where
+    the optimizers, their parameters or their ``fused`` changed.
     """
-    holders: dict[int, int] = {}
-    for optimizer in optimizers:
-        for parameter in parameters_of(optimizer):
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    return [
-        type(optimizer) in FOLDING
-        and getattr(optimizer, "_step_supports_amp_scaling", False)
-        and all(group.get("fused") for group in optimizer.param_groups)
-        and all(id(p) in clipped and holders[id(p)] == 1 for p in parameters_of(optimizer))
-        for optimizer in optimizers
-    ]
+
+    __slots__ = ("_clipped", "_folds", "_key")
+
+    def __init__(self, clipped: frozenset[int]) -> None:
+        """``clipped``: the ids of the parameters that share the coefficient, all of them kept alive by the caller."""
+        self._clipped = clipped
+        self._key: Hashable = None
+        self._folds: Folds | None = None
+
+    def of(self, optimizers: Sequence[Optimizer]) -> Folds:
+        key = tuple(
+            (type(o), tuple((bool(g.get("fused")), tuple(map(id, g["params"]))) for g in o.param_groups))
+            for o in optimizers
+        )
+        if self._folds is None or key != self._key:
+            self._key, self._folds = key, self._worked_out(optimizers)
+        return self._folds
+
+    def _worked_out(self, optimizers: Sequence[Optimizer]) -> Folds:
+        ids = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
+        holders = Counter(i for own in ids for i in own)
+        folds = tuple(
+            type(optimizer) in FOLDING
+            and getattr(optimizer, "_step_supports_amp_scaling", False)
+            and all(group.get("fused") for group in optimizer.param_groups)
+            and all(i in self._clipped and holders[i] == 1 for i in own)
+            for optimizer, own in zip(optimizers, ids, strict=True)
+        )
+        inside = frozenset(i for own, fold in zip(ids, folds, strict=True) if fold for i in own)
+        return Folds(folds, frozenset(holders), inside)
 
 
 def may_skip_on_device(optimizer: Optimizer) -> bool:
@@ -62,7 +88,7 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
     Either may be None: no factor, never skipped. Both are 0-d, and copied to the parameters' device where they are
     elsewhere. The gradients are left scaled.
     """
-    device = next(parameters_of(optimizer)).device
+    device = next(p for group in optimizer.param_groups for p in group["params"]).device
     words: dict[str, Tensor] = {}
     if coef is not None:
         words["grad_scale"] = coef.float().reciprocal().to(device)
@@ -75,6 +101,6 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
     finally:
         for name, value in before.items():
             if value is ABSENT:
-                del optimizer.__dict__[name]
+                optimizer.__dict__.pop(name, None)  # a GradScaler that stepped has taken it away
             else:
                 optimizer.__dict__[name] = value

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 PACKAGE = Path(__file__).parent.parent / "distclip"
 FLOORS = [
-    {"errors", "flags", "piece", "report", "roll_call"},
+    {"amp", "errors", "flags", "piece", "report", "roll_call"},
     {"group"},
     {"compare", "folding", "fsdp1", "fsdp2", "kernels", "layout", "policies", "realign", "words"},
     {"gradient", "model"},

@@ -1,0 +1,58 @@
+"""GradScaler beside a Clipper: gradients are unscaled first, and what one rank found not finite all ranks know.
+
+``scaler.unscale_`` looks at the gradients of its own rank. A rank that finds an inf would skip and lower its loss scale
+while the others step and raise theirs; the global norm tells all of them. Private torch API, read in 2.13 and 2.11:
+``_per_optimizer_states``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+
+def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
+    """Unscale the gradients of every optimizer for which that was not done since ``scaler.update()``.
+
+    RuntimeError, from torch, for an optimizer that the scaler has stepped since.
+    """
+    for optimizer in optimizers:
+        if _state(scaler, optimizer)["stage"] is not OptState.UNSCALED:
+            scaler.unscale_(optimizer)
+
+
+def join_found_inf(scaler: GradScaler, optimizers: Sequence[Optimizer], nonfinite: bool | Tensor) -> None:
+    """Let ``scaler`` know of a norm that is not finite on any rank, so that all skip and lower the scale alike."""
+    if nonfinite is False:
+        return
+    for optimizer in optimizers:
+        for found_inf in _state(scaler, optimizer)["found_inf_per_device"].values():
+            flag = torch.as_tensor(nonfinite, dtype=found_inf.dtype, device=found_inf.device)
+            torch.maximum(found_inf, flag.expand_as(found_inf), out=found_inf)
+
+
+@contextmanager
+def skipping(optimizer: Optimizer, skip: Tensor | None) -> Iterator[None]:
+    """Inside, a scaler that steps a fused ``optimizer`` changes nothing where ``skip`` is true, and keeps its scale."""
+    if skip is None:
+        yield
+        return
+    flag = skip.float()
+
+    def join(stepping: Any, args: Any, kwargs: Any) -> None:
+        stepping.found_inf = torch.maximum(stepping.found_inf, flag.to(stepping.found_inf.device))
+
+    hook = optimizer.register_step_pre_hook(join)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any]:
+    state: dict[str, Any] = scaler._per_optimizer_states[id(optimizer)]
+    return state

@@ -181,6 +181,65 @@ def fsdp1_ignored(dtype, scale):
     return _fsdp1(dtype, scale, ShardingStrategy.FULL_SHARD, True, inner=model, ignored_modules=[model.head])
 
 
+class Inner(nn.Module):
+    """Dense layers around an inner one, which is to be sharded over a group of its own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.dense, self.head = nn.Linear(4, 6), nn.Linear(5, 3)
+        torch.manual_seed(seed)
+        self.inner = nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.dense(x)))
+
+
+def fsdp1_nested(dtype, scale, orig: bool, expert: bool, **options) -> Job:
+    """The root over the world, the inner layer over "edp" alone: an expert of each "ep" rank, or copies of one."""
+    mesh = mesh_of(("ep", 2), ("edp", dist.get_world_size() // 2))
+    ep, edp = mesh.get_local_rank("ep"), mesh.get_local_rank("edp")
+    torch.manual_seed(0)
+    model = Inner(1 + ep if expert else 1).to(dtype)
+    common = {"use_orig_params": orig, "device_id": torch.device("cpu")}
+    model.inner = FullyShardedDataParallel(model.inner, process_group=mesh.get_group("edp"), **common)
+    model = FullyShardedDataParallel(model, **common)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(dist.get_rank() if expert else edp)).to(dtype)
+
+    def whole() -> Whole:
+        """Names as torch has them, with the expert's number where there are several."""
+        if orig:
+            with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+                found, inner = full_gradients(model), "inner"
+        else:
+            found, inner = _flat_gradients(model), "1"
+        return {f"{ep} {name}" if expert and inner in name else name: g for name, g in found.items()}
+
+    if options.get("split_over"):
+        options["split_over"] = [mesh[name] for name in options["split_over"]]
+    return Job([model], lambda: (scale * model(x).square().mean()).backward(), whole, options)
+
+
+def one_rank_holds(name: str, parameter: Tensor) -> distclip.Layout | None:
+    return distclip.Layout(1) if name.startswith("inner.") else None
+
+
+def fsdp1_experts(dtype, scale):
+    return fsdp1_nested(dtype, scale, True, True, layout=one_rank_holds)
+
+
+def fsdp1_experts_flat(dtype, scale):
+    return fsdp1_nested(dtype, scale, False, True, split_over=["ep"])
+
+
+def fsdp1_copies(dtype, scale):
+    """What metadata says is right here: the inner layer is the same in every group, and sees the same rows."""
+    return fsdp1_nested(dtype, scale, True, False)
+
+
+def fsdp1_copies_flat(dtype, scale):
+    return fsdp1_nested(dtype, scale, False, False)
+
+
 def _averaged(gradient: Tensor) -> Tensor:
     dist.all_reduce(gradient)
     return gradient / dist.get_world_size()
@@ -393,6 +452,18 @@ def pp_fsdp2(dtype, scale):
     return _pipeline(dtype, scale, ScheduleGPipe, 2, wrap=_shard_stage)
 
 
+def pp_empty(dtype, scale):
+    """Fewer stages than pipeline ranks: the first of two has none, the other one, which FSDP2 shards if it can."""
+    world = dist.get_world_size()
+    mesh = mesh_of(("pp", 2), ("dp", world // 2)) if world > 2 else mesh_of(("pp", world))
+    options = {"split_over": [mesh["pp"]]}
+    if mesh.get_local_rank("pp") == 0:
+        return Job([nn.Module()], lambda: None, dict, options)
+    model = _shard(net(dtype), mesh["dp"]) if world > 2 else net(dtype)
+    mine = rows(mesh.get_local_rank("dp"), world // 2) if world > 2 else rows(0, 1)
+    return Job([model], mean_square(model, mine, scale), lambda: full_gradients(model), options)
+
+
 # ---- experts -----------------------------------------------------------------------------------------------
 
 
@@ -510,6 +581,31 @@ def by_hand_realigned(dtype, scale):
     return job
 
 
+def _uneven(dtype, scale, **placements) -> Job:
+    """Cuts that leave ranks less than the others, or nothing, as torch's tensor parallel cannot have them."""
+    mesh = mesh_of(("a", dist.get_world_size()))
+    made = {
+        "plain": torch.randn(5, 3),
+        "s0": distribute_tensor(torch.randn(5, 3), mesh, [Shard(0)]),
+        "s1": distribute_tensor(torch.randn(5, 4), mesh, [Shard(1)]),
+        "r": distribute_tensor(torch.randn(5, 3), mesh, [Replicate()]),
+        "one_row": distribute_tensor(torch.randn(1, 4), mesh, [Shard(0)]),
+    }
+    return _filled(
+        nn.ParameterDict({n: nn.Parameter(t.to(dtype)) for n, t in made.items()}), dtype, scale, **placements
+    )
+
+
+def uneven(dtype, scale):
+    return _uneven(dtype, scale)
+
+
+def uneven_realigned(dtype, scale):
+    job = _uneven(dtype, scale, s0=[Shard(1)], s1=[Partial()], r=[Shard(0)], one_row=[Partial()])
+    job.realigns = True
+    return job
+
+
 def three_axes(dtype, scale):
     mesh = mesh_of(("a", 2), ("b", 2), ("c", 2))
     made = {
@@ -576,7 +672,9 @@ TWO = [
     pp_gpipe,
     pp_1f1b_tied,
     pp_interleaved,
+    pp_empty,
 ]
+THREE = [fsdp1_full, fsdp1_full_flat, uneven, uneven_realigned]
 FOUR = [
     fsdp1_full,
     fsdp1_full_flat,
@@ -585,11 +683,16 @@ FOUR = [
     fsdp1_hybrid_zero2,
     fsdp1_tp,
     fsdp1_tp_flat,
+    fsdp1_experts,
+    fsdp1_experts_flat,
+    fsdp1_copies,
+    fsdp1_copies_flat,
     hsdp,
     fsdp2_tp,
     fsdp2_tp_sequence,
     ddp_tp,
     pp_fsdp2,
+    pp_empty,
     cp_fsdp2,
     ep_plain,
     ep_dtensor,

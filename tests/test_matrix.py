@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 import distclip
 from oracle import same_tensors, true_norm
-from parallel import EIGHT, FOUR, TWO, united
+from parallel import EIGHT, FOUR, THREE, TWO, united
 from ranks import count_collectives, run_ranks, same_bits
 
 P = (0.5, 1.0, 2.0, 3.0, inf)
@@ -18,6 +18,7 @@ AFTER = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.
 LAYOUTS = [
     pytest.param(layout, size, id=f"{layout.__name__}-{size}") for size, ls in ((2, TWO), (4, FOUR)) for layout in ls
 ]
+ON_THREE = [pytest.param(layout, 3, id=f"{layout.__name__}-3") for layout in THREE]
 ON_EIGHT = [pytest.param(layout, 8, id=f"{layout.__name__}-8") for layout in EIGHT]
 
 
@@ -90,6 +91,11 @@ def test_norm_and_clipping_are_those_of_one_process(layout, size, dtype, state):
     check(run_ranks(clipped, size, layout, dtype, state), dtype)
 
 
+@pytest.mark.parametrize(("layout", "size"), ON_THREE)
+def test_the_same_on_three_ranks_that_nothing_divides_by(layout, size):
+    check(run_ranks(clipped, size, layout, torch.float32, "ordinary"), torch.float32)
+
+
 @pytest.mark.parametrize(("layout", "size"), ON_EIGHT)
 def test_the_same_on_eight_ranks(layout, size):
     check(run_ranks(clipped, size, layout, torch.float32, "ordinary", timeout=120), torch.float32)
@@ -123,7 +129,7 @@ def troubled(layout) -> dict[str, object]:
         "skip": report.skip.item(),
         "culprit": str(report.culprit),
         "untouched": same_bits([before, [gradient_of(clipper, i) for i in mine]]),
-        "expected": clipper._plan.label(mine[-1]),
+        "expected": clipper._plan.label(mine[-1]) if mine else "nothing",
     }
     for holder in holders:
         holder.grad = None

@@ -1,6 +1,7 @@
 """Layouts: read from metadata where it is there, said where it is not, refused where it is neither."""
 
 from functools import partial
+from math import inf
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distclip
 from oracle import true_norm
+from parallel import fsdp1_experts, fsdp1_experts_flat, fsdp1_nested, one_rank_holds, united
 from ranks import count_collectives, run_ranks, same_bits
 
 
@@ -161,3 +163,111 @@ def listed_twice(flat: bool) -> tuple[float, float]:
 def test_an_fsdp1_module_listed_twice_counts_once(flat):
     for once, twice in run_ranks(listed_twice, 2, flat):
         assert once == twice > 0
+
+
+def inner_group_untold(layout) -> tuple[str, dict[str, int]]:
+    job = layout(torch.float32, 30.0)
+    job.backward()
+    with count_collectives() as counts:
+        try:
+            return f"norm {distclip.Clipper(job.parts, inf).measure().norm.item()}", dict(counts)
+        except distclip.LayoutError as error:
+            return str(error), dict(counts)
+
+
+@pytest.mark.parametrize("layout", [fsdp1_experts, fsdp1_experts_flat])
+def test_fsdp1_experts_that_nobody_told_about_are_refused_at_construction(layout):
+    """On metadata they look like copies in both groups; their values tell that they are not."""
+    results = run_ranks(inner_group_untold, 4, layout)
+    for said, counts in results:
+        assert said.startswith("ranks that should hold copies hold other values of inner.0.weight, inner.0.bias, ")
+        assert "say split_over=[mesh['pp']] or layout=... where ranks hold different parameters" in said
+        assert counts == {"allreduce": 2}
+
+
+def experts_that_begin_alike(orig: bool, told: bool) -> tuple[str, float, float]:
+    """Two experts of the same first values, which see other rows: only their gradients tell them apart."""
+    job = fsdp1_nested(torch.float32, 30.0, orig, True)
+    with FullyShardedDataParallel.summon_full_params(job.parts[0], writeback=True):
+        for p in job.parameters():
+            p.data.fill_(0.1)
+    job.backward()
+    clipper = distclip.Clipper(job.parts, inf, layout=one_rank_holds if told else None)
+    norm = clipper.measure().norm.item()
+    try:
+        clipper.verify()
+    except distclip.LayoutError as error:
+        return str(error), norm, true_norm(united(job))
+    return "proved", norm, true_norm(united(job))
+
+
+@pytest.mark.parametrize("orig", [True, False], ids=["orig", "flat"])
+def test_fsdp1_experts_that_begin_alike_are_found_by_their_gradients(orig):
+    for said, norm, oracle in run_ranks(experts_that_begin_alike, 4, orig, False):
+        assert said.startswith("ranks that should hold the same gradient do not: inner.")
+        assert norm != pytest.approx(oracle, rel=1e-3)  # which is why verify() is there
+    results = run_ranks(experts_that_begin_alike, 4, orig, True)
+    assert same_bits([norm for _, norm, _ in results])
+    for said, norm, oracle in results:
+        assert said == "proved"
+        assert norm == pytest.approx(oracle, rel=2e-7)
+
+
+def a_rank_without_parameters(how: str, p: float, dtype: torch.dtype, empty: int) -> tuple:
+    """One rank has nothing at all; the others one parameter each."""
+    world, me = dist.group.WORLD, dist.get_rank()
+    pair = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("pp",))["pp"]
+    model = nn.Module() if me == empty else nn.ParameterList([torch.zeros(4, dtype=dtype)])
+    gradients = [torch.randn(4, generator=torch.Generator().manual_seed(rank)).to(dtype) for rank in range(3)]
+    whole = [gradients[rank] for rank in range(dist.get_world_size()) if rank != empty]
+    oracle = true_norm(whole, p)
+    for parameter in model.parameters():
+        parameter.grad = gradients[me].clone()
+    norms, counts = [], []
+    for bound in (2 * oracle, oracle / 3, inf):
+        with count_collectives() as counted:
+            match how:
+                case "Clipper":
+                    counted.clear()
+                    clipper = distclip.Clipper(model, bound, norm_type=p, split_over=[pair])
+                    counted.clear()
+                    norms.append(clipper.clip_().norm)
+                case "Clipper without parts":
+                    parts = [] if me == empty else [model]
+                    clipper = distclip.Clipper(parts, bound, norm_type=p, split_over=[world])
+                    counted.clear()
+                    norms.append(clipper.clip_().norm)
+                case "module":
+                    norms.append(distclip.clip_grad_norm_(model, bound, p, split_over=[pair]))
+                case "list":
+                    norms.append(distclip.clip_grad_norm_(list(model.parameters()), bound, p, split_over=[pair]))
+                case "list and group":
+                    handed = list(model.parameters())
+                    norms.append(distclip.clip_grad_norm_(handed, bound, p, group=world, split_over=[world]))
+                case "layout":
+                    handed, held_by = list(model.parameters()), lambda name, parameter: distclip.Layout(1)
+                    norms.append(distclip.clip_grad_norm_(handed, bound, p, layout=held_by))
+                case "gradients":
+                    handed = [parameter.grad for parameter in model.parameters()]
+                    norms.append(distclip.get_total_norm(handed, p, split_over=[pair]))
+                    distclip.clip_grads_with_norm_(model.parameters(), bound, norms[-1])
+        counts.append(dict(counted))
+    return norms, oracle, counts
+
+
+EMPTY_WAYS = ["Clipper", "Clipper without parts", "module", "list", "list and group", "layout", "gradients"]
+
+
+@pytest.mark.parametrize("how", EMPTY_WAYS)
+@pytest.mark.parametrize(
+    ("size", "empty", "p", "dtype"),
+    [(2, 0, 2.0, torch.float32), (3, 2, inf, torch.float32), (3, 1, 2.0, torch.float64)],
+)
+def test_a_rank_without_parameters_takes_part(how, size, empty, p, dtype):
+    results = run_ranks(a_rank_without_parameters, size, how, p, dtype, empty)
+    assert same_bits([norms for norms, _, _ in results])
+    norms, oracle, _ = results[0]
+    assert [norm.item() for norm in norms] == pytest.approx([oracle, oracle, oracle / 3], rel=2e-6)
+    assert norms[0].item() == pytest.approx(oracle, rel=2e-7)
+    assert {norm.dtype for norm in norms} == {dtype}
+    assert all(counts == [{"allreduce": 1}] * 3 for _, _, counts in results)

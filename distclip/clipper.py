@@ -25,8 +25,9 @@ from .kernels import clamp_, scale_
 from .layout import LayoutFn
 from .model import held_in
 from .outcome import Outcome, decided
+from .overlap import Overlap
 from .piece import Held, holders_of, once
-from .plan import Measured, Plan
+from .plan import NOTHING, Measured, Plan
 from .policies import Policy, State
 from .policies.adopt import as_policy, fitting, spelled
 from .policies.checks import positive
@@ -55,6 +56,8 @@ class Clipper:
     * ``nonfinite``: what a norm that is not finite does. ``"skip"``: no rank steps and gradients stay as they are.
       ``"raise"``: NonFiniteError on every rank, gradients untouched. ``"propagate"``: scale and step, as torch does.
     * ``max_consecutive_skips``: so many non-finite steps in a row are skipped; the next raises NonFiniteError.
+    * ``overlap``: take the sums during the backward, from FSDP2's and DDP's hooks, of gradients on the CPU. DDP must
+      have ``gradient_as_bucket_view=True`` and no communication hook of its own.
 
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
@@ -96,12 +99,11 @@ class Clipper:
             raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
         if max_consecutive_skips is not None and max_consecutive_skips < 1:
             raise ValueError(f"max_consecutive_skips must be at least 1 or None, got {max_consecutive_skips!r}")
-        if overlap:
-            raise NotImplementedError("overlap=True is not built yet: leave it out, the norm is taken after backward")
         self._policy = as_policy(policy)
         self._nonfinite = nonfinite
         self._max_consecutive_skips = max_consecutive_skips
-        listed = once(held_in(_parts(model)))
+        parts = _parts(model)
+        listed = once(held_in(parts))
         p = positive("norm_type", norm_type)
         self._plan = Plan.of(listed, p, ClippingGroup.of(group), split_over, layout)
         self._holders = holders_of(listed)
@@ -114,6 +116,7 @@ class Clipper:
         self._unread: tuple[Flags, Measured] | None = None
         self._culprit: Culprit | None = None
         self._compare_ranks(listed)
+        self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
         _alive.add(self)
 
     @property
@@ -230,6 +233,8 @@ class Clipper:
             self._unread = Flags.send(~norm.isfinite(), disagree), kept
         self._state = state
         self._steps += 1
+        if self._overlap is not None:
+            self._overlap.forget()
         return outcome
 
     def _advance_unscaled(
@@ -255,7 +260,8 @@ class Clipper:
     @torch.no_grad()
     def _measure(self, tag: int) -> Measured:
         gradients = [holder.grad for holder in self._holders]
-        measured = self._plan.measure(gradients, self._holders, tag, eager=self._realigns)
+        taken = NOTHING if self._overlap is None else self._overlap.taken(gradients)
+        measured = self._plan.measure(gradients, self._holders, tag, eager=self._realigns, taken=taken)
         self._realigns = measured.realigned
         return measured
 

@@ -31,9 +31,14 @@ def managed_anywhere() -> tuple[set[int], set[int]]:
     return sharded, copies
 
 
-def _entries(module: FSDPModule) -> Iterator[Any]:
+def groups_of(module: FSDPModule) -> Iterator[list[Any]]:
+    """The parameters that ``module`` itself manages, group by group: what is reduced in one collective."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # one group for each module until torch 2.12
         groups = [state._fsdp_param_group]
-    return (entry for group in groups if group is not None for entry in group.fsdp_params)
+    return (group.fsdp_params for group in groups if group is not None)
+
+
+def _entries(module: FSDPModule) -> Iterator[Any]:
+    return (entry for group in groups_of(module) for entry in group)

@@ -1,7 +1,7 @@
 """The clipping group: the ranks that make one norm together, and where their words are reduced."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 from weakref import ref
@@ -21,11 +21,12 @@ Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 class ClippingGroup:
     """The ranks that take part, in group order; nothing to talk through for one process without torch.distributed.
 
-    ``rank`` is this process's index in ``ranks``; ``ranks`` holds global ranks.
+    ``rank`` is this process's index in ``ranks``; ``ranks`` holds global ranks, as a range where they can be one: a
+    plan keeps no more for 16384 ranks than for two.
     """
 
     reference: ref[dist.ProcessGroup] | None  # weak: a plan must not keep a group alive that was destroyed
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
     rank: int
 
     @classmethod
@@ -40,7 +41,7 @@ class ClippingGroup:
         rank = dist.get_rank(process_group)
         if rank < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the clipping group: only the ranks of `group` may call")
-        return cls(ref(process_group), tuple(dist.get_process_group_ranks(process_group)), rank)
+        return cls(ref(process_group), _compact(dist.get_process_group_ranks(process_group)), rank)
 
     @classmethod
     def alone(cls) -> Self:
@@ -99,6 +100,11 @@ class ClippingGroup:
             return torch.device("cpu")
         kind = next(iter(backends))
         return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _compact(ranks: list[int]) -> Sequence[int]:
+    run = range(ranks[0], ranks[0] + len(ranks))
+    return run if ranks == list(run) else tuple(ranks)
 
 
 def axis_ranks(axis: Axis) -> tuple[int, ...]:

@@ -73,6 +73,7 @@ class Gathered:
     * ``shares``: how many ranks hold the same elements, and which of ``runs`` those are.
     * ``tensors``: one for each gradient that exists, and ``spans``: which of them, and what of it, each piece is.
     * ``indices``: which pieces these are.
+    * ``owners``: the sources that each of ``runs`` is made of.
     """
 
     runs: list[Tensor]
@@ -80,6 +81,7 @@ class Gathered:
     tensors: Sequence[Tensor]
     spans: Sequence[tuple[int, slice | None]]
     indices: Sequence[int]
+    owners: Sequence[frozenset[int]]
 
     def parts(self) -> list[Tensor]:
         """The local gradients piece by piece."""
@@ -99,6 +101,7 @@ class Runs:
         "_indices",
         "_merged",
         "_numels",
+        "_owners",
         "_runs",
         "_shares",
         "_spans",
@@ -115,6 +118,8 @@ class Runs:
         indices: list[int],
     ) -> None:
         present = [g for g in gradients if g is not None]
+        sources = [source for source, g in enumerate(gradients) if g is not None]
+        self._owners = [frozenset(sources[k] for k in (run.first, *dict(run.others))) for run in runs]
         self._types = list(map(type, gradients))
         self._gaps = len(present) < len(gradients)
         self._specs: list[Any] | None = None
@@ -169,7 +174,7 @@ class Runs:
         """The runs of ``gradients``, or None where these do not lie as those did that are remembered."""
         tensors: Any = gradients if same or self.are_the_same(gradients) else self._alike(gradients)
         runs = None if tensors is None else self._found_in(tensors)
-        return None if runs is None else Gathered(runs, self._shares, tensors, self._spans, self._indices)
+        return None if runs is None else Gathered(runs, self._shares, tensors, self._spans, self._indices, self._owners)
 
     def are_the_same(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these are the very tensors of the last time, as DDP's bucket views are."""

@@ -8,7 +8,7 @@ plan learns from gradients is where they lay in this rank's memory, which no oth
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from math import inf
+from math import inf, isnan, nan
 
 import torch
 from torch import Tensor
@@ -38,6 +38,17 @@ class Norms:
     norms: Tensor
     indices: Sequence[int]
     parts: Sequence[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What :meth:`Plan.sum_on_host` gave for blocks of gradients before, and the sources in these blocks."""
+
+    amounts: Sequence[float] = ()
+    sources: frozenset[int] = frozenset()
+
+
+NOTHING = Taken()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +149,21 @@ class Plan:
         tag: int = 0,
         eager: bool = False,
         same: bool = False,
+        taken: Taken = NOTHING,
     ) -> Measured:
         """Measure ``gradients``, one for each source, None where there is none.
 
         One all-reduce if the group has one. Where its answers say that gradients wait to be realigned, that is done,
         stored in the ``.grad`` of ``holders`` if they are given, and measured again; ``eager`` realigns first, which
-        every rank must then do. ``same``: they are the very tensors of the last time. Waits for an accelerator only to
+        every rank must then do. ``same``: they are the very tensors of the last time. ``taken``: sums of some
+        of them. Waits for an accelerator only to
         read those answers, where they can be yes. ``tag`` is mixed into the agreement word. An error of this rank is
         raised after it has taken part.
         """
         error = None
         if eager:
             gradients, error = self._realigned(gradients, holders)
-        gathered, local, norms, reduced = self._reduced(gradients, error, tag, same)
+        gathered, local, norms, reduced = self._reduced(gradients, error, tag, same, taken)
         wide = self.wide
         if self.heeds:
             _, disagree, (misplaced, wide) = reduced.read()
@@ -195,12 +208,17 @@ class Plan:
         return self._norms(local.parts, local.indices)
 
     def _reduced(
-        self, gradients: Sequence[Tensor | None], error: LayoutError | None, tag: int, same: bool = False
+        self,
+        gradients: Sequence[Tensor | None],
+        error: LayoutError | None,
+        tag: int,
+        same: bool = False,
+        taken: Taken = NOTHING,
     ) -> tuple[Gathered, Local | None, Norms | None, Reduced]:
         """Sum what this rank has and make it global; Local where the gradients had to be looked at one by one."""
         gathered, local = self._gathered(gradients, error, same)
         norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices)
-        mine = self._sum_on_host(gathered) if norms is None else self._sum_of(norms)
+        mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
         misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
         questions = (misplaced, self.wide) if self.asks else ()
         return gathered, local, norms, reduce_norm(
@@ -220,16 +238,27 @@ class Plan:
             return gathered, local
         spans = [(k, None) for k in range(len(local.parts))]
         shares = shares_of(self.replicas[i] for i in local.indices)
-        return Gathered(local.parts, shares, local.parts, spans, local.indices), local
+        owners = [frozenset([self.sources[i]]) for i in local.indices]
+        return Gathered(local.parts, shares, local.parts, spans, local.indices, owners), local
 
-    def _sum_on_host(self, gathered: Gathered) -> float:
-        """The sum of powers over replicas, or the largest norm."""
-        runs, shares = gathered.runs, gathered.shares
+    def sum_on_host(self, tensors: Sequence[Tensor], replicas: int) -> float:
+        """The sum of powers over replicas, or the largest norm, of tensors on the CPU."""
+        return largest(tensors) if self.p == inf else power_sum(tensors, self.p) / replicas
+
+    def _sum_gathered(self, gathered: Gathered, taken: Taken) -> float:
+        """The same of all gradients, of which some were summed before."""
+        amounts: list[float] = []
+        rest: Sequence[int] = range(len(gathered.runs))
+        if taken.sources:
+            left = [k for k, owners in enumerate(gathered.owners) if not owners <= taken.sources]
+            if all(gathered.owners[k].isdisjoint(taken.sources) for k in left):  # no run goes across blocks
+                amounts, rest = list(taken.amounts), left
+        wanted = set(rest)
+        for replicas, these in gathered.shares:
+            amounts.append(self.sum_on_host([gathered.runs[k] for k in these if k in wanted], replicas))
         if self.p == inf:
-            return largest(runs)
-        if len(shares) == 1:
-            return power_sum(runs, self.p) / shares[0][0]
-        return sum(power_sum([runs[k] for k in these], self.p) / number for number, these in shares) + 0.0
+            return nan if any(map(isnan, amounts)) else max(amounts, default=0.0)
+        return sum(amounts, 0.0)
 
     def _sum_of(self, norms: Norms) -> Word:
         """The same from the norms of all gradients, where the words are reduced."""

@@ -15,7 +15,7 @@ FLOORS = [
     {"gradient", "model"},
     {"neighbours"},
     {"plan"},
-    {"cache", "culprit", "outcome", "verify"},
+    {"cache", "culprit", "outcome", "overlap", "verify"},
     {"arguments"},
     {"clipper", "functional"},
     {"__init__"},  # `import distclip`: the public names; the core ends here

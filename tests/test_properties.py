@@ -492,12 +492,6 @@ def test_a_bad_norm_of_bare_gradients_is_returned_unless_asked_to_raise():
         distclip.get_total_norm([torch.tensor([nan])], error_if_nonfinite=True)
 
 
-def test_what_is_not_built_yet_is_refused():
-    model = nn.Linear(2, 1)
-    with pytest.raises(NotImplementedError, match="overlap=True is not built yet"):
-        distclip.Clipper(model, 1.0, overlap=True)
-
-
 def test_a_function_that_never_waits_clips_all_the_same():
     weight = torch.zeros(2)
     weight.grad = torch.tensor([3.0, 4.0])

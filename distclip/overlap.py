@@ -1,0 +1,181 @@
+"""Overlap: sums taken during the backward, as soon as FSDP2 or DDP has reduced a block of gradients.
+
+The block is in the cache then, and the ranks may still be talking about others. After the backward only the one
+all-reduce is left. A sum counts where its gradients are still the very tensors, at the same address and version, that
+were summed; all others are summed again as if there had been no hook. No hook talks for us.
+
+Private torch API, read in 2.13: FSDP2's parameter groups, which call the post-accumulate hooks of sharded parameters,
+and ``DistributedDataParallel._comm_hooks``.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, is_
+from typing import Any
+from weakref import finalize, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from .fsdp2 import groups_of
+from .piece import local_tensor
+from .plan import Plan, Taken
+
+attributes = attrgetter("__dict__")
+version = attrgetter("_version")
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """The sum of one block, and the tensors that were summed, by what changes when they do."""
+
+    amount: float
+    attributes: list[Any]
+    versions: list[int]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, plan: Plan, tensors: Sequence[Tensor], replicas: int) -> "Early":
+        amount = plan.sum_on_host(tensors, replicas)
+        return cls(amount, *_state(tensors))
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors`` are what was summed."""
+        found, versions, addresses = _state(tensors)
+        same = all(map(is_, found, self.attributes))
+        return same and versions == self.versions and addresses == self.addresses
+
+
+class Overlap:
+    """The hooks of one Clipper, and the sums that they took since its last step."""
+
+    def __init__(self, models: Iterable[nn.Module], plan: Plan, holders: Sequence[Tensor]) -> None:
+        """Register hooks; ValueError where a model does not let them see its gradients reduced."""
+        if not plan.on_host:
+            raise NotImplementedError("overlap=True sums gradients on the CPU only so far: leave it out")
+        self._plan = plan
+        self._holders = holders
+        self._source = {id(holder): source for source, holder in enumerate(holders)}
+        self._replicas = dict(zip(plan.sources, plan.replicas, strict=True))  # FSDP1, one source of many, has no hook
+        self._blocks: dict[tuple[int, ...], Early | None] = {}
+        self._arrived: dict[tuple[int, ...], set[int]] = {}
+        handles: list[Any] = []
+        finalize(self, _remove, handles)  # with the Clipper goes its last reference
+        self._handles = handles
+        modules = list(dict.fromkeys(module for model in models for module in model.modules()))
+        for module in modules:
+            if isinstance(module, DistributedDataParallel):
+                _check_ddp(module)
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                handles += self._watch_fsdp(module)
+            elif isinstance(module, DistributedDataParallel):
+                module.register_comm_hook((module.process_group, ref(self)), _reduce_and_sum)
+
+    def remove(self) -> None:
+        """Take all hooks away. DDP keeps one that does what it does without: torch cannot take that back."""
+        _remove(self._handles)
+        self._blocks.clear()
+
+    def taken(self, gradients: Sequence[Tensor | None]) -> Taken:
+        """The sums that still hold for ``gradients``, and the sources that need not be summed again."""
+        amounts: list[float] = []
+        sources: list[int] = []
+        for block, early in self._blocks.items():
+            tensors = [local_tensor(g) for source in block if (g := gradients[source]) is not None]
+            if early is not None and len(tensors) == len(block) and early.holds(tensors):
+                amounts.append(early.amount)
+                sources += block
+        return Taken(amounts, frozenset(sources))
+
+    def forget(self) -> None:
+        """After a step: its sums are of no use for the next."""
+        self._blocks = dict.fromkeys(self._blocks)
+
+    def _watch_fsdp(self, module: FSDPModule) -> Iterator[Any]:
+        """Hooks on the parameters of each group of ``module``, which FSDP2 reduces as one block."""
+        for entries in groups_of(module):
+            if any(entry.offload_to_cpu for entry in entries):
+                raise ValueError("overlap=True cannot see gradients that CPUOffloadPolicy moves: leave out one of both")
+            parameters = [entry.sharded_param for entry in entries if entry.sharded_param.requires_grad]
+            block = tuple(self._source[id(parameter)] for parameter in parameters)
+            for parameter, source in zip(parameters, block, strict=True):
+                yield parameter.register_post_accumulate_grad_hook(_Arrival(ref(self), block, source))
+
+    def arrived(self, block: tuple[int, ...], source: int) -> None:
+        """The gradient of ``source`` is final for this backward; sum its block with the last of them."""
+        self._blocks[block] = None
+        waiting = self._arrived.setdefault(block, set())
+        waiting.add(source)
+        if len(waiting) == len(block):
+            waiting.clear()
+            self._sum(block)
+
+    def sum_bucket(self, parameters: Iterable[Tensor]) -> None:
+        """The gradients of ``parameters``, one bucket of DDP, are reduced."""
+        sources = [self._source.get(id(parameter)) for parameter in parameters]
+        block = tuple(source for source in sources if source is not None)
+        for other in [other for other in self._blocks if other != block and not set(block).isdisjoint(other)]:
+            del self._blocks[other]  # DDP lays its buckets out anew after the first backward
+        if len(block) == len(sources):
+            self._sum(block)
+
+    @torch.no_grad()
+    def _sum(self, block: tuple[int, ...]) -> None:
+        found = [self._holders[source].grad for source in block]
+        tensors = [local_tensor(gradient) for gradient in found if gradient is not None]
+        replicas = {self._replicas[source] for source in block}
+        complete = len(tensors) == len(block) and len(replicas) == 1
+        self._blocks[block] = Early.of(self._plan, tensors, replicas.pop()) if complete else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A hook that keeps no Clipper alive."""
+
+    overlap: "ref[Overlap]"
+    block: tuple[int, ...]
+    source: int
+
+    def __call__(self, parameter: Tensor) -> None:
+        overlap = self.overlap()
+        if overlap is not None:
+            overlap.arrived(self.block, self.source)
+
+
+def _reduce_and_sum(
+    state: "tuple[dist.ProcessGroup, ref[Overlap]]",
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does without a hook, the mean over its ranks; then the bucket is summed."""
+    process_group, reference = state
+    parameters = bucket.parameters()
+
+    def then(done: torch.futures.Future[torch.Tensor]) -> Tensor:
+        overlap = reference()
+        if overlap is not None:
+            overlap.sum_bucket(parameters)
+        return done.value()
+
+    return allreduce_hook(process_group, bucket).then(then)
+
+
+def _check_ddp(module: DistributedDataParallel) -> None:
+    if not module.gradient_as_bucket_view:
+        raise ValueError("overlap=True sums DDP's buckets: build DistributedDataParallel(gradient_as_bucket_view=True)")
+    if module._comm_hooks:
+        raise ValueError("overlap=True needs DDP's one communication hook, which is taken: leave out one of both")
+
+
+def _state(tensors: Sequence[Tensor]) -> tuple[list[Any], list[int], list[int]]:
+    return list(map(attributes, tensors)), list(map(version, tensors)), list(map(Tensor.data_ptr, tensors))
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -1,0 +1,256 @@
+"""`Clipper(overlap=True)`: sums of the backward are used where they still hold, never where they do not."""
+
+import gc
+from functools import partial
+from math import inf
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import distclip
+from oracle import true_norm
+from ranks import count_collectives, run_ranks, same_bits
+
+
+class Net(nn.Module):
+    """Layers of uneven sizes; the last is used only where it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(7, 7) for _ in range(4))
+        self.spare = nn.Linear(7, 7)
+
+    def forward(self, x, spare=False):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.spare(x) if spare else x
+
+
+def ddp() -> nn.Module:
+    return DistributedDataParallel(
+        Net(), gradient_as_bucket_view=True, find_unused_parameters=True, bucket_cap_mb=0.0005
+    )
+
+
+def fsdp2() -> nn.Module:
+    net = Net()
+    for layer in [*net.layers, net.spare]:
+        fully_shard(layer)
+    return fully_shard(net)
+
+
+def backward(model, seed: int, scale: float = 30.0, spare: bool = False) -> None:
+    rows = torch.randn(4, 7, generator=torch.Generator().manual_seed(10 * seed + dist.get_rank()))
+    (scale * model(rows, spare=spare).square().mean()).backward()
+
+
+def whole(model) -> list[torch.Tensor]:
+    """The true gradients: averaged by DDP, gathered from FSDP2."""
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    return [g.full_tensor() if isinstance(g, DTensor) else g for g in found]
+
+
+def summed_after(clipper) -> int:
+    """How many gradients the next measurement has to sum again."""
+    gradients = [holder.grad for holder in clipper._holders]
+    return sum(g is not None for g in gradients) - len(clipper._overlap.taken(gradients).sources)
+
+
+def ordinary_steps(make, p: float) -> list[dict]:
+    torch.manual_seed(0)
+    model = make()
+    clipper = distclip.Clipper(model, 1.0, norm_type=p, overlap=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    seen = []
+    for step in range(5):
+        with count_collectives() as during:
+            backward(model, step, scale=30.0 if step % 2 else 1e-4, spare=True)
+        oracle, again = true_norm(whole(model), p), summed_after(clipper)
+        with count_collectives() as counts:
+            report = clipper.step(optimizer)
+        seen.append({"norm": report.norm, "oracle": oracle, "again": again, "coef": report.coef.item()})
+        seen[-1] |= {"during": dict(during), "counts": dict(counts)}
+        optimizer.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, inf])
+@pytest.mark.parametrize("make", [ddp, fsdp2])
+def test_ordinary_steps_sum_nothing_after_the_backward(make, p):
+    results = run_ranks(ordinary_steps, 2, make, p)
+    assert same_bits([[s["norm"] for s in r] for r in results])
+    for step, s in enumerate(results[0]):
+        assert s["norm"].item() == pytest.approx(s["oracle"], rel=2e-7)
+        assert (s["coef"] < 1) == (step % 2 == 1)
+        assert s["again"] == 0
+        assert s["counts"] == {"allreduce": 1}
+
+
+def collectives_of_a_backward(make, overlap: bool) -> dict[str, int]:
+    torch.manual_seed(0)
+    model = make()
+    clipper = distclip.Clipper(model, 1.0, overlap=overlap)
+    backward(model, 0)
+    with count_collectives() as counts:
+        backward(model, 1)
+    assert clipper.measure().norm > 0
+    return dict(counts)
+
+
+@pytest.mark.parametrize("make", [ddp, fsdp2])
+def test_no_hook_talks(make):
+    assert run_ranks(collectives_of_a_backward, 2, make, True) == run_ranks(collectives_of_a_backward, 2, make, False)
+
+
+def unusual_steps(make) -> list[tuple[str, torch.Tensor, float]]:
+    """Each: what was done, the norm we report, and the oracle."""
+    torch.manual_seed(0)
+    model = make()
+    clipper = distclip.Clipper(model, 1.0, overlap=True)
+    seen = []
+
+    def check(name: str) -> None:
+        seen.append((name, clipper.measure().norm, true_norm(whole(model))))
+
+    def clear() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    backward(model, 0)
+    check("first")
+    backward(model, 1)
+    check("accumulated")
+    clear()
+    backward(model, 2, spare=True)
+    check("a layer that was not used before")
+    clear()
+    backward(model, 3)
+    check("a layer that is not used any more")
+    with torch.no_grad():
+        gradient = next(iter(model.parameters())).grad
+        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(1000.0)
+    check("changed in place")
+    clear()
+    backward(model, 4)
+    parameter = list(model.parameters())[1]
+    parameter.grad = parameter.grad * 50.0
+    check("replaced")
+    clear()
+    backward(model, 5)
+    clipper.clip_()
+    check("clipped")
+    backward(model, 6)
+    check("accumulated on what was clipped")
+    clear()
+    backward(model, 7)
+    list(model.parameters())[2].grad = None
+    check("one taken away")
+    if make is ddp:
+        clear()
+        with model.no_sync():
+            backward(model, 8)
+        backward(model, 9)
+        check("no_sync, then a backward that reduces")
+    return seen
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("make", [ddp, fsdp2])
+def test_what_changed_since_is_summed_again(make, size):
+    results = run_ranks(unusual_steps, size, make)
+    for name, norm, oracle in results[0]:
+        assert norm.item() == pytest.approx(oracle, rel=2e-7), name
+    assert same_bits([[norm for _, norm, _ in r] for r in results])
+
+
+def interrupted() -> list[tuple[torch.Tensor, float]]:
+    """A backward that stopped half way leaves some of a block's hooks called: the first of it, or the last."""
+    torch.manual_seed(0)
+    model = fsdp2()
+    clipper = distclip.Clipper(model, 1.0, overlap=True)
+    backward(model, 0, spare=True)
+    seen = []
+    for seed, end in ((1, 0), (2, -1)):
+        for block in list(clipper._overlap._blocks):
+            clipper._overlap.arrived(block, block[end])
+        backward(model, seed, spare=True)
+        seen.append((clipper.measure().norm, true_norm(whole(model))))
+    return seen
+
+
+def test_a_backward_that_stopped_half_way_leaves_nothing_behind():
+    for norm, oracle in [pair for seen in run_ranks(interrupted, 2) for pair in seen]:
+        assert norm.item() == pytest.approx(oracle, rel=2e-7)
+
+
+def removed(make) -> list[tuple[float, float]]:
+    torch.manual_seed(0)
+    model = make()
+    clipper = distclip.Clipper(model, 1.0, overlap=True)
+    backward(model, 0)
+    seen = [(clipper.measure().norm.item(), true_norm(whole(model)))]
+    del clipper
+    gc.collect()
+    hooks = [getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters()]
+    assert not any(hooks)
+    for parameter in model.parameters():
+        parameter.grad = None
+    backward(model, 1)
+    seen.append((distclip.Clipper(model, 1.0).measure().norm.item(), true_norm(whole(model))))
+    return seen
+
+
+@pytest.mark.parametrize("make", [ddp, fsdp2])
+def test_hooks_go_with_their_clipper(make):
+    for seen in run_ranks(removed, 2, make):
+        for norm, oracle in seen:
+            assert norm == pytest.approx(oracle, rel=2e-7)
+
+
+def offloaded() -> None:
+    distclip.Clipper(fully_shard(Net(), offload_policy=CPUOffloadPolicy(pin_memory=False)), 1.0, overlap=True)
+
+
+def without_views() -> None:
+    distclip.Clipper(DistributedDataParallel(Net()), 1.0, overlap=True)
+
+
+def with_a_hook() -> None:
+    model = ddp()
+    model.register_comm_hook(None, allreduce_hook)
+    distclip.Clipper(model, 1.0, overlap=True)
+
+
+def twice() -> None:
+    model = ddp()
+    first = distclip.Clipper(model, 1.0, overlap=True)
+    distclip.Clipper(model, 1.0, overlap=True)
+    first.measure()
+
+
+def refused(make) -> str:
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (offloaded, "CPUOffloadPolicy"),
+        (without_views, "gradient_as_bucket_view=True"),
+        (with_a_hook, "communication hook, which is taken"),
+        (twice, "communication hook, which is taken"),
+    ],
+)
+def test_what_cannot_overlap_is_refused_at_construction(make, says):
+    for message in run_ranks(partial(refused, make), 1):
+        assert says in message

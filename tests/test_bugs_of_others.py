@@ -506,6 +506,48 @@ def test_missing_terms_of_a_pending_sum_are_zeros(where, count):
 # ---- what is not a number, and what is not a bound ----------------------------------------------------------
 
 
+def unsummable(use: str, where: str) -> tuple[list[str], list[int], bool, float]:
+    """A gradient that waits for a maximum, on the first of two meshes; then a good one everywhere."""
+    mesh = mesh_of(("dp", 2), ("tp", 2))
+    first, speaks = mesh.get_local_rank("dp") == 0, mesh.get_local_rank("tp") == 0
+    weight = nn.Parameter(distribute_tensor(torch.zeros(4), mesh["tp"], [Replicate()]))
+    terms = torch.arange(4.0) + dist.get_rank()
+    kind = "max" if first and (speaks or where == "all ranks") else "sum"
+    weight.grad = DTensor.from_local(terms.clone(), mesh["tp"], [Partial(kind)], run_check=False)
+    if first and not speaks and where == "one rank, the other has none":
+        weight.grad = None
+    kept = weight.grad
+    clipper = distclip.Clipper(nn.ParameterList([weight]), 1.0) if use == "Clipper" else None
+    said, counted = [], []
+    for _ in range(2):
+        with count_collectives() as counts:
+            try:
+                distclip.clip_grad_norm_([weight], 1.0) if clipper is None else clipper.clip_()
+            except distclip.LayoutError as error:
+                said.append(str(error))
+        counted.append(counts.total())
+    if first:
+        unscaled = weight.grad is kept and (kept is None or torch.equal(local(kept), terms))
+    else:
+        unscaled = torch.equal(weight.grad.full_tensor(), 2 * torch.arange(4.0) + 5)
+    weight.grad = distribute_tensor(torch.tensor([1.0, 2.0, 2.0, 4.0]), mesh["tp"], [Replicate()])
+    return said, counted, unscaled, distclip.clip_grad_norm_([weight], inf).item()
+
+
+@pytest.mark.parametrize("use", ["function", "Clipper"])
+@pytest.mark.parametrize("where", ["all ranks", "one rank, the other has none", "one rank, the other has sums"])
+def test_a_gradient_that_waits_for_a_maximum_is_refused_on_all_ranks(use, where):
+    """torch redistributes it to the largest of what ranks hold, which is no gradient of anything."""
+    cause = "let every rank run the same backward" if where.endswith("sums") else "a placement that cannot be summed"
+    results = run_ranks(unsummable, 4, use, where, timeout=30)
+    for rank, (said, counted, unscaled, norm) in enumerate(results):
+        assert len(said) == 2
+        assert all((cause if rank < 2 else "one of them stopped with an error of its own") in text for text in said)
+        assert counted == results[rank // 2 * 2][1]
+        assert unscaled
+        assert norm == 5.0
+
+
 def a_bad_expert(nonfinite: str) -> tuple[bool, list[bool]]:
     """(norm is NaN, whether each gradient kept its bits or became NaN) with a NaN in the experts of rank 3."""
     job = ep_dtensor(torch.float32, 30.0)

@@ -1,6 +1,7 @@
 """A wrong layout is an error: at construction where values show it, in verify() where only gradients do."""
 
 import gc
+from itertools import combinations
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import distclip
+from distclip.compare import checksums
 from layouts import backward, build, ddp
 from parallel import mesh_of
 from ranks import count_collectives, run_ranks
@@ -51,6 +53,64 @@ def test_stages_with_equal_names_are_found_by_their_values():
 def test_stages_that_begin_alike_are_found_by_their_gradients():
     for said in run_ranks(stages_with_equal_names, 2, "same"):
         assert said.startswith("ranks that should hold the same gradient do not: weight, bias; ")
+
+
+def drifted_apart(count: int) -> str:
+    """``count`` parameters of other values on each rank, and one that is a copy."""
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.ones(2)) for i in range(count + 1)})
+    chance = torch.Generator().manual_seed(dist.get_rank())
+    for name, p in model.items():
+        if name != "p0":
+            nn.init.normal_(p, generator=chance)
+    return said_by(lambda: distclip.Clipper(model, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (1, "p1: "),
+        (5, "p1, p2, p3, p4, p5: "),
+        (6, "p1, p2, p3, p4, p5 and 1 more: "),
+        (9, "p1, p2, p3, p4, p5 and 4 more: "),
+    ],
+)
+def test_an_error_names_five_parameters_and_counts_the_others(count, names):
+    for said in run_ranks(drifted_apart, 2, count):
+        assert said.startswith(f"ranks that should hold copies hold other values of {names}say split_over=")
+
+
+CONSTANTS = (0.0, 0.02, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0, -0.1, -1.0, -2.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 12, 64, 1024])
+def test_constant_values_that_differ_have_other_checksums(size):
+    """As fresh biases and scales of layers have them: sums of few bits."""
+    sums = checksums([torch.full((size,), value) for value in CONSTANTS], torch.device("cpu")).tolist()
+    alike = [pair for pair, (a, b) in zip(combinations(CONSTANTS, 2), combinations(sums, 2), strict=True) if a == b]
+    assert alike == []
+
+
+def constant_on_each_rank(values: tuple[float, float]) -> str:
+    scale = nn.ParameterList([torch.full((2,), values[dist.get_rank()])])
+    return said_by(lambda: distclip.Clipper(scale, 1.0))
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0), (0.0, 4.0), (1.0, -1.0), (0.1, 0.2)])
+def test_constant_values_that_differ_are_found_at_construction(values):
+    for said in run_ranks(constant_on_each_rank, 2, values):
+        assert said.startswith("ranks that should hold copies hold other values of 0: ")
+
+
+def negated(seed: int) -> str:
+    model = nn.ParameterDict({"w": nn.Parameter(torch.randn(7, generator=torch.Generator().manual_seed(seed)))})
+    if dist.get_rank():
+        model["w"].data.neg_()
+    return said_by(lambda: distclip.Clipper(model, 1.0))
+
+
+def test_values_of_the_other_sign_are_found_at_construction():
+    for said in run_ranks(negated, 2, 3):
+        assert said.startswith("ranks that should hold copies hold other values of w: ")
 
 
 def tied(replicas: int | None) -> str:

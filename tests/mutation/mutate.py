@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-WORDS = ["test_properties.py", "test_functional.py", "test_bugs_of_others.py"]
+WORDS = ["test_properties.py", "test_functional.py", "test_bugs_of_others.py", "test_words.py"]
 TARGETS = {
     "distclip/layout.py": [*WORDS, "test_layout.py", "test_norm.py", "test_verify.py"],
     "distclip/plan.py": [*WORDS, "test_agreement.py", "test_clipper.py", "test_verify.py"],

@@ -1,9 +1,10 @@
-"""Plans that the functions reuse while they are handed the same parameters: local, bounded, keeping no model alive.
+"""Plans that the functions reuse while they are handed the same parameters: local, bounded, keeping nothing alive.
 
 A hit or a miss changes nothing but this rank's time: a plan is what :meth:`Plan.of` makes of the same parameters, and
-making one takes no collective. Modules are referred to weakly. Tensors must not be: torch refuses to swap tensors that
-have weak references, which ``module.cpu()`` does with DTensors. The ``__dict__`` of a tensor stands in for it: the same
-object as long as the tensor is, with as many entries as long as no wrapper (FSDP1, DDP over tensor parallel) marked it.
+making one takes no collective. Modules are referred to weakly, tensors not at all: torch refuses to swap tensors that
+have weak references, which ``module.cpu()`` does with DTensors. Instead all that a plan was made of is compared: the
+type of each tensor, its placements or its dtype, and how many marks wrappers (FSDP1, DDP over tensor parallel) left on
+it. Whoever agrees in these has the same plan, whether it is the same object or not.
 """
 
 from collections import OrderedDict
@@ -14,19 +15,21 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .plan import Plan
 
 MOST = 8  # plans of lists of tensors; those of modules live as long as their first module
-PLAIN = (bool, int, float, str, type(None))
 attributes = attrgetter("__dict__")
+dtype_of = attrgetter("dtype")
+shape_of = attrgetter("shape")
 
 Terms: TypeAlias = Hashable
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, its holders and their gradients; ``same``: these are the very tensors of the last time."""
+    """A plan, its holders and their gradients; ``same``: the very tensors that its memory knows, where they were."""
 
     plan: Plan
     holders: Sequence[Tensor]
@@ -34,30 +37,44 @@ class Planned:
     same: bool = False
 
 
-@dataclass(frozen=True, slots=True)
 class Known:
-    """One plan, the tensors that it was made from, and which of them are its holders."""
+    """One plan and what it was made of."""
 
-    plan: Plan
-    attributes: list[dict[str, Any]]
-    sizes: list[int]
-    positions: list[int] | None  # None: all of them, in their order
+    __slots__ = ("_again", "_distinct", "_dtypes", "_marks", "_places", "_plan", "_shapes", "_specs", "_types")
 
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors``, as many, are the same objects, with no new marks on them."""
-        same = all(map(is_, map(attributes, tensors), self.attributes))
-        return same and list(map(len, self.attributes)) == self.sizes
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], holders: Sequence[Tensor]) -> None:
+        """``holders`` are among ``tensors``."""
+        first = {id(tensor): k for k, tensor in reversed(list(enumerate(tensors)))}
+        places = [first[id(holder)] for holder in holders]
+        self._plan = plan
+        self._places = None if places == list(range(len(tensors))) else places
+        self._again = [(k, first[id(tensor)]) for k, tensor in enumerate(tensors) if first[id(tensor)] != k]
+        self._distinct = len(first)
+        self._types = list(map(type, tensors))
+        self._marks = _marks(tensors)
+        self._specs = _specs(tensors) if any(isinstance(tensor, DTensor) for tensor in tensors) else None
+        self._dtypes = list(map(dtype_of, tensors))
+        self._shapes = list(map(shape_of, tensors)) if plan.group.size > 1 else None
 
     def planned(self, tensors: list[Tensor]) -> Planned | None:
-        """The plan for ``tensors``, as many, or None where it does not fit.
-
-        A plan that reads no placement depends on gradients alone: where these are the same, so is what it says.
-        """
-        holders = tensors if self.positions is None else [tensors[k] for k in self.positions]
+        """The plan for ``tensors``, as many, or None where it does not fit."""
+        if _marks(tensors) != self._marks:
+            return None
+        holders = tensors if self._places is None else [tensors[k] for k in self._places]
         gradients = [holder.grad for holder in holders]
-        if self.plan.group.size == 1 and self.plan.memory.knows(gradients):
-            return Planned(self.plan, holders, gradients, same=True)
-        return Planned(self.plan, holders, gradients) if self.fits(tensors) else None
+        if self._places is None and self._plan.group.size == 1 and self._plan.memory.knows(gradients):
+            return Planned(self._plan, holders, gradients, same=True)  # in one process all depends on the gradients
+        return Planned(self._plan, holders, gradients) if self._fits(tensors) else None
+
+    def _fits(self, tensors: Sequence[Tensor]) -> bool:
+        return (
+            list(map(type, tensors)) == self._types
+            and (self._specs is None or all(map(is_, _specs(tensors), self._specs)))
+            and list(map(dtype_of, tensors)) == self._dtypes
+            and (self._shapes is None or list(map(shape_of, tensors)) == self._shapes)
+            and len(set(map(id, tensors))) == self._distinct
+            and all(tensors[k] is tensors[before] for k, before in self._again)
+        )
 
 
 class Plans:
@@ -70,32 +87,30 @@ class Plans:
         self._of_modules: WeakKeyDictionary[nn.Module, tuple[Hashable, Known]] = WeakKeyDictionary()
 
     def find(self, tensors: list[Tensor], modules: Sequence[nn.Module], terms: Terms) -> Planned | None:
-        """The plan made from the same ``tensors``, all those in ``modules`` if there are any.
+        """The plan made from the like of ``tensors``, all those in ``modules`` if there are any.
 
-        ``tensors`` may hold anything: what is found was looked at when it was kept.
+        ``tensors`` may hold anything: what is found has the types of what was kept.
         """
         key = _key(tensors, modules, terms)
         if modules:
             there, known = self._of_modules.get(modules[0], (None, None))
-            return known.planned(tensors) if known is not None and there == key else None
-        known = self._of_tensors.get(key)
-        planned = None if known is None else known.planned(tensors)
-        if planned is not None:
+            known = known if there == key else None
+        else:
+            known = self._of_tensors.get(key)
+        try:
+            planned = None if known is None else known.planned(tensors)
+        except AttributeError:  # something among them is no tensor
+            return None
+        if planned is not None and not modules:
             self._of_tensors.move_to_end(key)
-        elif known is not None:
-            del self._of_tensors[key]
         return planned
 
     def keep(self, tensors: Sequence[Tensor], modules: Sequence[nn.Module], terms: Terms, planned: Planned) -> None:
-        """Remember a plan, unless the tensors do not show its holders or carry objects that would be kept alive."""
-        position = {id(tensor): k for k, tensor in enumerate(tensors)}
-        marks = list(map(attributes, tensors))
-        shown = all(id(holder) in position for holder in planned.holders)
-        if not shown or not all(isinstance(value, PLAIN) for mark in marks for value in mark.values()):
+        """Remember a plan, unless its holders are not among ``tensors`` (DDP over tensor parallel hides them)."""
+        shown = set(map(id, tensors))
+        if any(id(holder) not in shown for holder in planned.holders):
             return
-        places = [position[id(holder)] for holder in planned.holders]
-        all_of_them = places == list(range(len(tensors)))
-        known = Known(planned.plan, marks, list(map(len, marks)), None if all_of_them else places)
+        known = Known(planned.plan, tensors, planned.holders)
         key = _key(tensors, modules, terms)
         if modules:
             self._of_modules[modules[0]] = key, known
@@ -105,6 +120,7 @@ class Plans:
             self._of_tensors.popitem(last=False)
 
     def clear(self) -> None:
+        """Forget all of them."""
         self._of_tensors.clear()
         self._of_modules.clear()
 
@@ -127,3 +143,12 @@ def _key(tensors: Sequence[Tensor], modules: Sequence[nn.Module], terms: Terms) 
     """Few words that tell most plans apart; whether one fits is then seen from all of its tensors."""
     ends = (id(tensors[0]), id(tensors[-1])) if tensors else ()
     return len(tensors), ends, tuple(map(ref, modules)), terms
+
+
+def _marks(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(len, map(attributes, tensors)))
+
+
+def _specs(tensors: Sequence[Tensor]) -> list[Any]:
+    """What holds mesh and placements of a DTensor: one object for its life, of which FSDP2 makes one a parameter."""
+    return [getattr(tensor, "_spec", None) for tensor in tensors]

@@ -172,11 +172,16 @@ class Runs:
 
     def gather(self, gradients: Sequence[Tensor | None], same: bool) -> Gathered | None:
         """The runs of ``gradients``, or None where these do not lie as those did that are remembered."""
-        tensors: Any = gradients if same or self.are_the_same(gradients) else self._alike(gradients)
-        runs = None if tensors is None else self._found_in(tensors)
+        tensors: Any = gradients if same or self._are_the_same(gradients) else self._alike(gradients)
+        runs = None if tensors is None else self._found_in(tensors, same)
         return None if runs is None else Gathered(runs, self._shares, tensors, self._spans, self._indices, self._owners)
 
-    def are_the_same(self, gradients: Sequence[Tensor | None]) -> bool:
+    def are_there(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether these are the very tensors, at the same addresses: what changes one of them in place moves it."""
+        tensors: Any = gradients
+        return self._are_the_same(gradients) and list(map(Tensor.data_ptr, tensors)) == self._addresses
+
+    def _are_the_same(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these are the very tensors of the last time, as DDP's bucket views are."""
         if self._attributes is None:
             return False
@@ -206,13 +211,14 @@ class Runs:
             return None
         return tensors if list(map(Tensor.is_contiguous, tensors)) == self._contiguous else None
 
-    def _found_in(self, tensors: list[Tensor]) -> list[Tensor] | None:
+    def _found_in(self, tensors: list[Tensor], there: bool) -> list[Tensor] | None:
         if not self._merged:
             return [tensors[run.first] for run in self._runs]
         try:
-            addresses = list(map(Tensor.data_ptr, tensors))
-            if addresses != self._addresses and not self._moved_together(addresses):
-                return None
+            if not there:
+                addresses = list(map(Tensor.data_ptr, tensors))
+                if addresses != self._addresses and not self._moved_together(addresses):
+                    return None
             return [
                 tensor if run.whole else tensor.as_strided((run.numel,), (1,), tensor.storage_offset() + run.start)
                 for run in self._runs
@@ -270,13 +276,13 @@ class Memory:
         self._rest = 1
 
     def knows(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether ``gradients`` are the very tensors that were noted."""
-        return self._runs is not None and self._runs.are_the_same(gradients)
+        """Whether ``gradients`` are the very tensors that were noted, and where they were."""
+        return self._runs is not None and self._runs.are_there(gradients)
 
     def gather(self, gradients: Sequence[Tensor | None], same: bool) -> Gathered | None:
         """The runs of ``gradients`` if they lie as noted; None also in calls 4, 8, 16, ... to find new ones.
 
-        ``same``: they are known to be the very tensors.
+        ``same``: it :meth:`knows` them.
         """
         self._calls += 1
         if self._runs is None or (self._calls & (self._calls - 1) == 0 and self._calls >= self._next):

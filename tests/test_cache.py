@@ -105,7 +105,7 @@ def test_another_norm_type_makes_a_plan_of_its_own():
         assert set(made) == {2.0, 1.0, inf}
 
 
-def test_other_lists_that_begin_and_end_alike_make_plans_of_their_own():
+def test_other_lists_that_begin_and_end_alike_are_told_apart():
     a, b, c, d = parameters(3, 3, 3, 3)
     with plans_made() as made:
         for step in range(3):
@@ -114,7 +114,7 @@ def test_other_lists_that_begin_and_end_alike_make_plans_of_their_own():
                 clip([a, middle, c], [a, middle, c])
         clip([b, d, c], [b, d, c])
         clip([a, c], [a, c])
-    assert len(made) >= 4
+    assert len(made) >= 3, "lists of one length, dtype and ends may share a plan"
 
 
 def test_lists_that_differ_in_the_middle_are_told_apart_while_gradients_stay():

@@ -33,9 +33,18 @@ def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         if tensor.numel() and tensor.device.type != "meta":
             values = _sample(tensor).double()
             row.copy_(torch.stack([values.sum(), values.square().sum()]))
-    bits = sums.view(torch.int64) * 0x2545F4914F6CDD1D  # odd: spreads every bit upwards, wraps
-    mixed = (bits[:, 0] >> 40) ^ (bits[:, 1] >> 41)
-    return (mixed % HASHES).double()
+    totals, squares = sums.view(torch.int64).unbind(1)
+    return (_mixed(_mixed(totals) + squares) % HASHES).double()
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """int64 in which every bit depends on every bit of ``bits``, so that 1.0 and 2.0, 2 bits apart, are far apart.
+
+    The end of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), by signed numbers that wrap.
+    """
+    bits = (bits ^ bits >> 30) * -0x40A7B892E31B1A47
+    bits = (bits ^ bits >> 27) * -0x6B2FB644ECCEEE15
+    return bits ^ bits >> 31
 
 
 def _sample(tensor: Tensor) -> Tensor:

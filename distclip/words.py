@@ -116,9 +116,9 @@ def _root(total: Word, p: float) -> Word:
 def clip_coef(norm: Word, max_norm: Word) -> Tensor:
     """``min(1, max_norm / (norm + 1e-6))`` as torch has it, from float64 to 0-d float32; 1 when max_norm is inf."""
     if isinstance(norm, Tensor) or isinstance(max_norm, Tensor):
-        norm, max_norm = torch.as_tensor(norm), torch.as_tensor(max_norm)
-        coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        return torch.where(max_norm == inf, 1.0, coef).float()
+        bound = torch.as_tensor(max_norm, dtype=torch.float64)
+        coef = (bound / (norm + 1e-6)).clamp(max=1.0)
+        return torch.where(bound == inf, 1.0, coef).float()
     factor = max_norm / (norm + 1e-6)
     return torch.tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=torch.float32)
 

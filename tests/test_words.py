@@ -129,7 +129,7 @@ def test_the_norm_of_one_process_is_the_same_from_a_number_and_from_a_tensor(tot
     assert [reduced.read()[1:] for reduced in made] == [(False, [True, False])] * 2
 
 
-@pytest.mark.parametrize(("norm", "bound"), [(1e60, 1e39), (1e300, 1e200), (1e20, 0.3), (3.0, 0.1)])
+@pytest.mark.parametrize(("norm", "bound"), [(1e60, 1e39), (1e150, 1e140), (1e20, 0.3), (3.0, 0.1)])
 def test_the_two_halves_clip_alike_by_any_bound(norm, bound):
     """A bound beyond float32 is no infinite bound, and one that float32 rounds is not another bound."""
     halves, whole = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))

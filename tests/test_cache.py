@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn import Parameter
 
 import distclip
@@ -455,6 +455,55 @@ def test_layers_that_change_places_are_noticed():
         distclip.clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
 
 
+def test_an_error_names_the_shape_that_is_there_now():
+    a, b, c, d = parameters(2, 3, 2, 5)
+    fill([a, b, c, d])
+    clip([a, b, c], [a, b, c])
+    d.grad[0] = torch.nan
+    with pytest.raises(distclip.NonFiniteError, match=r"parameter 1 of shape \(5,\)"):
+        distclip.clip_grad_norm_([a, d, c], 1.0, error_if_nonfinite=True)
+
+
+def test_an_error_names_the_layer_by_the_name_it_has_now():
+    model = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
+    fill(model.parameters())
+    clip(model, list(model.parameters()))
+    model["third"] = model.pop("second")
+    model["third"].weight.grad[0, 0] = torch.nan
+    with pytest.raises(distclip.NonFiniteError, match=r"third\.weight"):
+        distclip.clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
+
+
+def test_a_parameter_on_another_device_is_noticed():
+    """As ``module.cuda()`` moves it, in place; the meta device stands in for an accelerator."""
+    a, b, c = parameters(2, 3, 2)
+    fill([a, b, c])
+    elsewhere = Parameter(torch.zeros(3, device="meta"))
+    for middle, on_host in ((b, True), (elsewhere, False), (b, True)):
+        planned = arguments.planned([a, middle, c], 2.0, None, (), None)
+        assert planned.plan.on_host == on_host
+        assert planned.plan.pieces[1].device == middle.device
+
+
+def renamed_on_ranks(forgets: int | None) -> list[float]:
+    model = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
+    norms = []
+    for step in range(3):
+        fill(model.parameters())
+        if dist.get_rank() == forgets:
+            arguments._plans.clear()
+        oracle = true_norm(p.grad for p in model.parameters())
+        norms.append(distclip.clip_grad_norm_(model, inf, group=dist.group.WORLD).item() / oracle)
+        model[f"other {step}"] = model.pop(list(model)[-1])
+    return norms
+
+
+@pytest.mark.parametrize("forgets", [None, 0, 1])
+def test_a_layer_renamed_on_all_ranks_is_no_disagreement(forgets):
+    for norms in run_ranks(renamed_on_ranks, 2, forgets):
+        assert norms == pytest.approx([1.0] * 3, rel=2e-7)
+
+
 def said_of(handed) -> str:
     try:
         return f"a norm of {distclip.clip_grad_norm_(handed, inf).item()}"
@@ -482,6 +531,23 @@ def test_a_parameter_that_fsdp1_wrapped_after_the_first_call_is_noticed(new_grad
     for *first, last in run_ranks(wrapped_by_fsdp1, 2, new_gradients, orig):
         assert all(said.startswith("a norm of ") for said in first)
         assert "is managed by FSDP1" in last
+
+
+def tag_beside_fsdp1() -> list[str]:
+    """Between the same plain layers once a tagged one, then another that FSDP1 wrapped, whose mark is its only one."""
+    around, tagged, other = parameters(2, 2), nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    tagged.weight.no_weight_decay = True
+    fill([*around, tagged.weight])
+    wrapped = FullyShardedDataParallel(other, device_id=torch.device("cpu"), use_orig_params=True)
+    wrapped(torch.ones(2, 3)).sum().backward()
+    return [said_of([around[0], weight, around[1]]) for weight in (tagged.weight, *wrapped.parameters(), tagged.weight)]
+
+
+def test_one_mark_is_not_taken_for_another():
+    for first, second, third in run_ranks(tag_beside_fsdp1, 2):
+        assert first == third
+        assert first.startswith("a norm of ")
+        assert "is managed by FSDP1" in second
 
 
 def fsdp1_module_after_the_first_call(orig: bool) -> list[tuple[float, float]]:
@@ -560,6 +626,47 @@ def test_unsharded_copies_are_not_taken_for_the_parameters_that_are_known():
     assert left["seen"] == right["seen"]
     assert len(set(left["seen"])) == 3
     assert all("is an unsharded copy" in said for said in left["said"] + right["said"])
+
+
+def copies_in_place_of_plain_ones() -> list[str]:
+    """The blocks are sharded after a first call; FSDP2 then shows plain copies, between the same first and last."""
+    model = build()
+    backward(model)
+    said = [said_of(list(model.parameters()))]
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh_of(("dp", dist.get_world_size())), reshard_after_forward=False)
+    with torch.no_grad():
+        model(batch(0)[0])
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+    return [*said, said_of(list(model.parameters()))]
+
+
+def test_unsharded_copies_are_not_taken_for_the_plain_parameters_that_were_there():
+    for first, second in run_ranks(copies_in_place_of_plain_ones, 2):
+        assert first.startswith("a norm of ")
+        assert "is an unsharded copy" in second
+
+
+def unmanaged_in_place_of_managed(made: str) -> tuple[float, float]:
+    """A DTensor made from one that FSDP2 manages, whose placements may be the same object: its gradient is a sum."""
+    model = build()
+    mesh = mesh_of(("dp", dist.get_world_size()))
+    fully_shard(model, mesh=mesh)
+    backward(model)
+    ps = list(model.parameters())
+    clip(ps, ps)
+    ps[3] = Parameter({"a copy": ps[3].detach().clone, "zeros": lambda: torch.zeros_like(ps[3])}[made]())
+    ps[3].grad = DTensor.from_local(torch.full(ps[3].shape, 1.5), mesh, [Partial()], run_check=False)
+    oracle = true_norm(whole_gradients(ps))
+    return distclip.clip_grad_norm_(ps, inf).item(), oracle
+
+
+@pytest.mark.parametrize("made", ["a copy", "zeros"])
+def test_a_dtensor_made_from_a_managed_one_is_not_taken_for_it(made):
+    left, right = run_ranks(unmanaged_in_place_of_managed, 2, made)
+    assert left == right
+    assert left[0] == pytest.approx(left[1], rel=2e-7)
+    assert left[1] > 3 * 240**0.5  # two terms of 1.5 an element, and more
 
 
 # ---- one rank's memory is no other rank's business -------------------------------------------------------------

@@ -28,6 +28,8 @@ TARGETS = {
     "distclip/layout.py": [*WORDS, "test_layout.py", "test_norm.py", "test_verify.py"],
     "distclip/plan.py": [*WORDS, "test_agreement.py", "test_clipper.py", "test_verify.py"],
     "distclip/words.py": [*WORDS, "test_clipper.py"],
+    "distclip/cache.py": ["test_cache.py", "test_functional.py"],
+    "distclip/arguments.py": ["test_cache.py", "test_functional.py", "test_layout.py"],
     "distclip/realign.py": [*WORDS, "test_matrix.py"],
     "distclip/functional.py": [*WORDS, "test_layout.py"],
     "distclip/clipper.py": [

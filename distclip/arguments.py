@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .cache import Planned, Plans, Terms, skeleton
 from .errors import LayoutError
 from .fsdp1 import is_flattened
-from .fsdp2 import managed_anywhere
+from .fsdp2 import managed_anywhere, number_of_modules
 from .group import Axis, ClippingGroup
 from .layout import LayoutFn
 from .model import held_in
@@ -40,16 +40,16 @@ def planned(
     of_modules = bool(listed) and isinstance(listed[0], nn.Module) and all(isinstance(m, nn.Module) for m in listed)
     terms = None if layout is not None else _terms(p, group, split_over)
     if terms is not None:
-        modules, tensors = skeleton(listed) if of_modules else ([], listed)
-        found = _plans.find(tensors, modules, terms)
+        modules, tensors, names = skeleton(listed) if of_modules else ([], listed, [])
+        found = _plans.find(tensors, modules, (terms, *names))
         if found is not None:
             return found
     everything = _held(listed)
     holders = holders_of(everything)
     planned = Planned(plan_of(everything, p, group, split_over, layout), holders, [h.grad for h in holders])
     if terms is not None:
-        modules, tensors = skeleton(listed) if of_modules else ([], listed)  # FSDP2 may have shown copies before
-        _plans.keep(tensors, modules, terms, planned)
+        modules, tensors, names = skeleton(listed) if of_modules else ([], listed, [])  # before, FSDP2 showed copies
+        _plans.keep(tensors, modules, (terms, *names), planned)
     return planned
 
 
@@ -88,7 +88,7 @@ def _terms(p: float, group: dist.ProcessGroup | None, split_over: Sequence[Axis]
     if not all(isinstance(each, dist.ProcessGroup) for each in groups):
         return None
     meshes = tuple(axis for axis in split_over if isinstance(axis, DeviceMesh))
-    return p, group is None, tuple(map(ref, groups)), meshes
+    return p, group is None, tuple(map(ref, groups)), meshes, number_of_modules()
 
 
 def _held(listed: list[Any]) -> list[Held]:

@@ -3,8 +3,8 @@
 A hit or a miss changes nothing but this rank's time: a plan is what :meth:`Plan.of` makes of the same parameters, and
 making one takes no collective. Modules are referred to weakly, tensors not at all: torch refuses to swap tensors that
 have weak references, which ``module.cpu()`` does with DTensors. Instead all that a plan was made of is compared: the
-type of each tensor, its placements or its dtype, and how many marks wrappers (FSDP1, DDP over tensor parallel) left on
-it. Whoever agrees in these has the same plan, whether it is the same object or not.
+address of each tensor, and, since another may have got it since, its type, placements, dtype, device and the marks that
+wrappers (FSDP1, DDP over tensor parallel) left on it.
 """
 
 from collections import OrderedDict
@@ -21,7 +21,7 @@ from .plan import Plan
 
 MOST = 8  # plans of lists of tensors; those of modules live as long as their first module
 attributes = attrgetter("__dict__")
-dtype_of = attrgetter("dtype")
+facts = attrgetter("dtype", "device")
 shape_of = attrgetter("shape")
 
 Terms: TypeAlias = Hashable
@@ -40,25 +40,24 @@ class Planned:
 class Known:
     """One plan and what it was made of."""
 
-    __slots__ = ("_again", "_distinct", "_dtypes", "_marks", "_places", "_plan", "_shapes", "_specs", "_types")
+    __slots__ = ("_facts", "_ids", "_marked", "_marks", "_places", "_plan", "_shapes", "_specs", "_types")
 
     def __init__(self, plan: Plan, tensors: Sequence[Tensor], holders: Sequence[Tensor]) -> None:
         """``holders`` are among ``tensors``."""
-        first = {id(tensor): k for k, tensor in reversed(list(enumerate(tensors)))}
-        places = [first[id(holder)] for holder in holders]
         self._plan = plan
+        self._ids = list(map(id, tensors))
+        places = [self._ids.index(id(holder)) for holder in holders]
         self._places = None if places == list(range(len(tensors))) else places
-        self._again = [(k, first[id(tensor)]) for k, tensor in enumerate(tensors) if first[id(tensor)] != k]
-        self._distinct = len(first)
         self._types = list(map(type, tensors))
         self._marks = _marks(tensors)
+        self._marked = [(k, tuple(attributes(tensors[k]))) for k, count in enumerate(self._marks) if count]
         self._specs = _specs(tensors) if any(isinstance(tensor, DTensor) for tensor in tensors) else None
-        self._dtypes = list(map(dtype_of, tensors))
+        self._facts = list(map(facts, tensors))
         self._shapes = list(map(shape_of, tensors)) if plan.group.size > 1 else None
 
     def planned(self, tensors: list[Tensor]) -> Planned | None:
         """The plan for ``tensors``, as many, or None where it does not fit."""
-        if _marks(tensors) != self._marks:
+        if not self._has_marks(tensors):
             return None
         holders = tensors if self._places is None else [tensors[k] for k in self._places]
         gradients = [holder.grad for holder in holders]
@@ -66,14 +65,19 @@ class Known:
             return Planned(self._plan, holders, gradients, same=True)  # in one process all depends on the gradients
         return Planned(self._plan, holders, gradients) if self._fits(tensors) else None
 
+    def _has_marks(self, tensors: Sequence[Tensor]) -> bool:
+        if _marks(tensors) != self._marks:
+            return False
+        return all(tuple(attributes(tensors[k])) == names for k, names in self._marked)
+
     def _fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same objects, or new ones at their addresses that are alike in all that matters."""
         return (
-            list(map(type, tensors)) == self._types
+            list(map(id, tensors)) == self._ids
+            and list(map(type, tensors)) == self._types
             and (self._specs is None or all(map(is_, _specs(tensors), self._specs)))
-            and list(map(dtype_of, tensors)) == self._dtypes
+            and list(map(facts, tensors)) == self._facts
             and (self._shapes is None or list(map(shape_of, tensors)) == self._shapes)
-            and len(set(map(id, tensors))) == self._distinct
-            and all(tensors[k] is tensors[before] for k, before in self._again)
         )
 
 
@@ -125,18 +129,20 @@ class Plans:
         self._of_modules.clear()
 
 
-def skeleton(models: Iterable[nn.Module]) -> tuple[list[nn.Module], list[Tensor]]:
-    """All modules in ``models``, each once, those of ``models`` first, and the parameters that they show."""
+def skeleton(models: Iterable[nn.Module]) -> tuple[list[nn.Module], list[Tensor], list[str]]:
+    """All modules in ``models``, each once, those of ``models`` first; the parameters that they show; all names."""
     modules = dict.fromkeys(models)
     waiting = list(modules)
     tensors: list[Tensor] = []
+    names: list[str] = []
     for module in waiting:  # which grows meanwhile
+        names += (*module._parameters, *module._modules)
         tensors += (p for p in module._parameters.values() if p is not None)
         for child in module._modules.values():
             if child is not None and child not in modules:
                 modules[child] = None
                 waiting.append(child)
-    return waiting, tensors
+    return waiting, tensors, names
 
 
 def _key(tensors: Sequence[Tensor], modules: Sequence[nn.Module], terms: Terms) -> Hashable:

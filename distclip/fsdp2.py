@@ -31,6 +31,11 @@ def managed_anywhere() -> tuple[set[int], set[int]]:
     return sharded, copies
 
 
+def number_of_modules() -> int:
+    """How many modules FSDP2 (or another of torch's composable wrappers) has taken over in this process."""
+    return len(_module_state_mapping)
+
+
 def groups_of(module: FSDPModule) -> Iterator[list[Any]]:
     """The parameters that ``module`` itself manages, group by group: what is reduced in one collective."""
     state = module._get_fsdp_state()

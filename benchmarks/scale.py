@@ -1,12 +1,13 @@
 """Plans of real models on thousands of ranks, made in one process: what they take, keep and send.
 
-    python benchmarks/scale.py                                  # all models, 512 to 16384 ranks, a few minutes
+    python benchmarks/scale.py                                  # all models, 512 to 16384 ranks, 10 minutes
     python benchmarks/scale.py --worlds 512 16384 --models gpt2 llama3-8b --json figures.json
 
 Weights are on the meta device and have no storage. torch's own ``fully_shard`` and ``distribute_tensor`` cut them, so
 that pieces, placements and meshes are those of a real run. torch's ``fake`` process groups know their ranks and pass
 words on unchanged: which collectives run and how long they are is real, nothing is communicated, and no time of one is
-measured. Figures are those of rank 0. Private torch API, 2.13: ``torch.testing._internal.distributed.fake_pg``.
+measured. Figures are those of rank 0. Times are those of the processor, which another program on it changes little.
+Private torch API, 2.13: ``torch.testing._internal.distributed.fake_pg``.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import torch
@@ -361,9 +362,9 @@ def measure(model: Model, layout: Callable[[Model, int], Placed], world: int) ->
     """All figures of one case; the process must be one of ``world`` ranks."""
     placed = layout(model, world)
     again = [planning_ms(placed) for _ in range(1 + REPEATS)]
-    start = perf_counter()
+    start = thread_time()
     clipper, construction = constructed(placed)
-    clipper_ms = 1e3 * (perf_counter() - start)
+    clipper_ms = 1e3 * (thread_time() - start)
     pieces = [held.piece for held in held_in([placed.module])]
     return Figures(
         model=model.name,
@@ -388,9 +389,9 @@ def planned(placed: Placed) -> Callable[[], Plan]:
 def planning_ms(placed: Placed) -> float:
     plan = planned(placed)
     gc.collect()
-    start = perf_counter()
+    start = thread_time()
     plan()
-    return 1e3 * (perf_counter() - start)
+    return 1e3 * (thread_time() - start)
 
 
 def kept(placed: Placed) -> int:

@@ -18,7 +18,7 @@ from .amp import join_found_inf, skipping, unscale_
 from .compare import differing
 from .culprit import find_culprit
 from .errors import LayoutError, NonFiniteError
-from .flags import Flags
+from .flags import Flags, in_capture
 from .folding import Folding, Folds, folded, may_skip_on_device
 from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
@@ -70,7 +70,8 @@ class Clipper:
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
     float64 gradients, p > 7 and the extra words; each costs one wait a step. Without a wait, non-finite norms and
-    disagreement are looked at when the next call starts, so an error and :attr:`culprit` come one call late.
+    disagreement are looked at when the next call starts, so an error and :attr:`culprit` come one call late. Inside the
+    capture of a CUDA graph nothing is looked at, and a replay is no call: it advances the policy, but counts no step.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
@@ -227,11 +228,12 @@ class Clipper:
             or (outcome.skip is not False and not skips_on_device)
         ):
             outcome = self._looked_at(outcome)
-        else:
+        elif not in_capture(self._plan.device):
             kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
             norm, disagree = measured.reduced.tensors(self._plan.device)
             self._unread = Flags.send(~norm.isfinite(), disagree), kept
-        self._state = state
+        for name, value in state.items():
+            self._state[name].copy_(value)  # in place: a captured graph reads the next state where it wrote the last
         self._steps += 1
         if self._overlap is not None:
             self._overlap.forget()
@@ -295,7 +297,7 @@ class Clipper:
 
     def _read_late_flags(self) -> None:
         """The one fixed place where a step decided on an accelerator is looked at, by waiting and never by a query."""
-        if self._unread is None:
+        if self._unread is None or in_capture(self._plan.device):
             return
         (flags, measured), self._unread = self._unread, None
         nonfinite, disagree = flags.read()

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def in_capture(device: torch.device) -> bool:
+    """Whether the work of ``device`` is being captured in a CUDA graph, in which nothing can be looked at."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True, slots=True)
 class Flags:
     """A copy of a few numbers that was started without waiting for it."""

@@ -84,11 +84,12 @@ def _with_tensors(
     norm, disagree = measured.reduced.tensors(device)
     norm = torch.where(disagree, torch.nan, norm)
     decision, state = policy.decide(norm, state)
-    skip = torch.zeros_like(disagree) if decision.skip is None else decision.skip
+    skip = torch.zeros_like(disagree) if decision.skip is None else decision.skip.clone()
     if skips_nonfinite:
         skip = skip | ~norm.isfinite()
     coef = torch.where(skip, 1.0, clip_coef(norm, decision.max_norm))
     dtype = measured.dtype
-    report = Report(presented(norm, dtype), presented(decision.max_norm, dtype), coef, skip)
+    bound = presented(decision.max_norm.clone(), dtype)  # a policy may answer with its state, which is about to change
+    report = Report(presented(norm, dtype), bound, coef, skip)
     never = decision.skip is None and not skips_nonfinite
     return Outcome(report, measured, decision.bounds, norm, disagree, coef, False if never else skip), state

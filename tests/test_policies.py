@@ -119,3 +119,19 @@ def test_a_policy_of_ones_own_may_skip(monkeypatch, late):
                 moved.append(not torch.equal(before, weight.weight))
                 assert skip != moved[-1]
             assert moved == [True, False, True, False]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_state_stays_where_it_is(monkeypatch, late):
+    """A captured CUDA graph reads and writes the same memory at every replay."""
+    if late:
+        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    model = torch.nn.Linear(2, 1)
+    clipper = Clipper(model, AutoClip(window=3))
+    addresses = {name: value.data_ptr() for name, value in clipper._state.items()}
+    for step in range(5):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, step + 1.0)
+        clipper.clip_()
+    assert {name: value.data_ptr() for name, value in clipper._state.items()} == addresses
+    assert clipper.state_dict()["policy"]["count"].item() == 5

@@ -99,7 +99,6 @@ class Runs:
         "_facts",
         "_gaps",
         "_indices",
-        "_merged",
         "_numels",
         "_owners",
         "_runs",
@@ -107,6 +106,7 @@ class Runs:
         "_spans",
         "_specs",
         "_types",
+        "merged",
     )
 
     def __init__(
@@ -133,7 +133,7 @@ class Runs:
         self._contiguous = list(map(Tensor.is_contiguous, tensors))
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._runs = runs
-        self._merged = any(not run.whole for run in runs)
+        self.merged = any(not run.whole for run in runs)
         others = [(k, run.first, distance) for run in runs for k, distance in run.others]
         self._distances = tuple(map(list, zip(*others, strict=True))) if others else ([], [], [])
         self._shares = shares_of([run.replicas for run in runs])
@@ -212,7 +212,7 @@ class Runs:
         return tensors if list(map(Tensor.is_contiguous, tensors)) == self._contiguous else None
 
     def _found_in(self, tensors: list[Tensor], there: bool) -> list[Tensor] | None:
-        if not self._merged:
+        if not self.merged:
             return [tensors[run.first] for run in self._runs]
         try:
             if not there:
@@ -280,12 +280,14 @@ class Memory:
         return self._runs is not None and self._runs.are_there(gradients)
 
     def gather(self, gradients: Sequence[Tensor | None], same: bool) -> Gathered | None:
-        """The runs of ``gradients`` if they lie as noted; None also in calls 4, 8, 16, ... to find new ones.
+        """The runs of ``gradients`` if they lie as noted; where none are neighbours, None in calls 4, 8, 16, ... too.
 
         ``same``: it :meth:`knows` them.
         """
         self._calls += 1
-        if self._runs is None or (self._calls & (self._calls - 1) == 0 and self._calls >= self._next):
+        if self._runs is None:
+            return None
+        if not self._runs.merged and self._calls & (self._calls - 1) == 0 and self._calls >= self._next:
             return None
         gathered = self._runs.gather(gradients, same)
         if gathered is not None:

@@ -46,7 +46,8 @@ class Known:
         """``holders`` are among ``tensors``."""
         self._plan = plan
         self._ids = list(map(id, tensors))
-        places = [self._ids.index(id(holder)) for holder in holders]
+        first = {number: k for k, number in reversed(list(enumerate(self._ids)))}
+        places = [first[id(holder)] for holder in holders]
         self._places = None if places == list(range(len(tensors))) else places
         self._types = list(map(type, tensors))
         self._marks = _marks(tensors)

@@ -361,6 +361,7 @@ def ranks(world: int) -> Iterator[None]:
 def measure(model: Model, layout: Callable[[Model, int], Placed], world: int) -> Figures:
     """All figures of one case; the process must be one of ``world`` ranks."""
     placed = layout(model, world)
+    gc.collect()
     again = [planning_ms(placed) for _ in range(1 + REPEATS)]
     start = thread_time()
     clipper, construction = constructed(placed)
@@ -388,7 +389,6 @@ def planned(placed: Placed) -> Callable[[], Plan]:
 
 def planning_ms(placed: Placed) -> float:
     plan = planned(placed)
-    gc.collect()
     start = thread_time()
     plan()
     return 1e3 * (thread_time() - start)
@@ -397,12 +397,14 @@ def planning_ms(placed: Placed) -> float:
 def kept(placed: Placed) -> int:
     """Bytes that a plan keeps. Its pieces, made before, are counted with it."""
     gc.collect()
+    gc.freeze()  # what is there already need not be looked through again
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     plan = planned(placed)()
     gc.collect()
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    gc.unfreeze()
     return after - before + plan.weights.nbytes  # tensors are not Python's memory
 
 

@@ -35,17 +35,17 @@ from benchmarks.scale import (
 from distclip.group import ClippingGroup
 from distclip.model import held_in
 
-FEW, MANY = 128, 2048
+FEW, SOME, MANY = 128, 512, 2048
 NOISE = 8 << 10  # bytes: a tuple of all ranks would be 16 KiB
 
 
-def small(layers: int = 4) -> Model:
+def small(layers: int = 2) -> Model:
     return llama3("small", "", d=64, layers=layers, heads=8, kv_heads=8, ffn=128, vocab=256)
 
 
 def mixture() -> Model:
     dense = Weight("mlp.gate.weight", (256, 16))
-    return Model("mixture", "", [], [[dense, Weight("mlp.experts.up_proj", (256, 64, 16), experts=True)]] * 3, [])
+    return Model("mixture", "", [], [[dense, Weight("mlp.experts.up_proj", (256, 64, 16), experts=True)]] * 2, [])
 
 
 SMALL = {
@@ -83,7 +83,7 @@ def test_models_have_the_sizes_that_their_makers_state(model, tensors, elements)
 
 def test_a_plan_keeps_no_more_on_many_ranks(figures):
     few, many = figures
-    assert few.parameters == many.parameters > 4
+    assert few.parameters == many.parameters > 3
     assert many.elements <= few.elements
     assert many.kept <= few.kept + NOISE
 
@@ -119,16 +119,16 @@ def test_what_a_plan_keeps_is_measured():
     ("layout", "replicas"),
     [
         (fsdp, {"norm.weight": 1, "layers.0.attention.wq.weight": 1}),
-        (hsdp, {"norm.weight": MANY // 8, "layers.0.attention.wq.weight": MANY // 8}),
+        (hsdp, {"norm.weight": SOME // 8, "layers.0.attention.wq.weight": SOME // 8}),
         (fsdp_tp, {"norm.weight": 8, "layers.0.attention.wq.weight": 1}),
         (pp_fsdp_tp, {"layers.0.ffn_norm.weight": 8, "layers.0.attention.wo.weight": 1}),
         (ep_dtensor, {"layers.0.mlp.gate.weight": 1, "layers.0.mlp.experts.up_proj": 1}),
-        (ep_plain, {"layers.0.mlp.gate.weight": 1, "layers.0.mlp.experts.up_proj.3": MANY // 64}),
+        (ep_plain, {"layers.0.mlp.gate.weight": 1, "layers.0.mlp.experts.up_proj.3": SOME // 64}),
     ],
 )
-def test_replicas_on_many_ranks(layout, replicas):
-    with ranks(MANY):
-        plan = planned(layout(SMALL[layout](), MANY))()
+def test_replicas_on_hundreds_of_ranks(layout, replicas):
+    with ranks(SOME):
+        plan = planned(layout(SMALL[layout](), SOME))()
     found = {piece.name: number for piece, number in zip(plan.pieces, plan.replicas, strict=True)}
     assert {name: found[name] for name in replicas} == replicas
 

@@ -84,11 +84,11 @@ def _terms(p: float, group: dist.ProcessGroup | None, split_over: Sequence[Axis]
     Process groups are referred to weakly: one that was destroyed fits nothing.
     """
     world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    groups = [axis for axis in (world, group, *split_over) if not isinstance(axis, DeviceMesh | None)]
+    axes = [a.get_group() if isinstance(a, DeviceMesh) and a.ndim == 1 else a for a in split_over]
+    groups = [each for each in (world, group, *axes) if each is not None]
     if not all(isinstance(each, dist.ProcessGroup) for each in groups):
         return None
-    meshes = tuple(axis for axis in split_over if isinstance(axis, DeviceMesh))
-    return p, group is None, tuple(map(ref, groups)), meshes, number_of_modules()
+    return p, group is None, tuple(map(ref, groups)), number_of_modules()
 
 
 def _held(listed: list[Any]) -> list[Held]:

@@ -66,7 +66,7 @@ class Clipper:
     DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: they say whether some rank holds float64, and
     whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending sums), which are then
     redistributed into ``.grad``, from then on before the all-reduce. A call that raises leaves gradients and policy
-    state as they were.
+    state as they were, but for pending sums that were made by then.
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
     float64 gradients, p > 7 and the extra words; each costs one wait a step. Without a wait, non-finite norms and

@@ -423,7 +423,8 @@ def in_a_process(name: str, device: str, limit: int) -> Facts:
     command = [sys.executable, __file__, "--device", device, "--here", "--only", name]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as empty:
-        environment = os.environ | ({"TRITON_CACHE_DIR": empty} if name == "compiling" else {})
+        environment = os.environ | {"DISTCLIP_TRITON": "1"}  # what the library is to take here
+        environment |= {"TRITON_CACHE_DIR": empty} if name == "compiling" else {}
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
         except subprocess.TimeoutExpired:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 import distclip
@@ -21,7 +21,7 @@ from distclip import arguments, cache
 from distclip.piece import local_tensor
 from layouts import backward, batch, build
 from oracle import true_norm, whole_gradients
-from parallel import Job, by_hand, by_hand_realigned, full_gradients, hsdp, mesh_of, tp_sequence, united
+from parallel import Job, by_hand, by_hand_realigned, ddp_tp, full_gradients, hsdp, mesh_of, tp_sequence, united
 from ranks import count_collectives, run_ranks, same_bits
 
 
@@ -247,6 +247,35 @@ def test_what_hangs_on_a_parameter_is_not_kept_alive(before):
         assert alive() is None
 
 
+def test_as_many_lists_are_known_as_promised():
+    arguments._plans.clear()
+    lists = [parameters(3, 4, 2) for _ in range(cache.MOST)]
+    with plans_made() as made:
+        for _ in range(2):
+            for ps in lists:
+                fill(ps)
+                clip(ps, ps)
+    assert len(made) == cache.MOST
+
+
+def some_hidden() -> list[tuple[float, float]]:
+    """DDP over tensor parallel shows some of its parameters after a forward, and not the others."""
+    job = ddp_tp(torch.float32, 30.0)
+    seen = []
+    for _ in range(3):
+        job.backward()
+        seen.append((distclip.clip_grad_norm_(job.parts, inf).item(), true_norm(united(job))))
+        for holder in distclip.Clipper(job.parts, inf)._holders:
+            holder.grad = None
+    return seen
+
+
+def test_parameters_that_a_module_hides_are_counted_at_every_call():
+    for seen in run_ranks(some_hidden, 2):
+        for norm, oracle in seen:
+            assert norm == pytest.approx(oracle, rel=1e-6)
+
+
 def test_no_more_lists_are_known_than_promised():
     lists = [parameters(3, 4, 2) for _ in range(50)]
     for ps in lists:
@@ -386,6 +415,54 @@ def test_a_dtype_changed_in_place_is_noticed_on_all_ranks(forgets):
     for seen in run_ranks(dtype_changed_on_ranks, 2, forgets):
         assert [ratio for ratio, _ in seen] == pytest.approx([1.0] * 3, rel=2e-7)
         assert [dtype for _, dtype in seen] == ["torch.float32", "torch.float64", "torch.float32"]
+
+
+def resized_on_ranks(forgets: int) -> list[float]:
+    """A plain parameter of a group that talks, resized in place on all ranks; one of them forgets its plan."""
+    ps = parameters(5, 3, 7)
+    ratios = []
+    for size in (3, 8, 2):
+        ps[1].grad = None
+        ps[1].data = torch.zeros(size)
+        torch.manual_seed(size)
+        fill(ps)
+        if dist.get_rank() == forgets:
+            arguments._plans.clear()
+        norm = distclip.clip_grad_norm_(ps, inf, group=dist.group.WORLD)
+        ratios.append(norm.item() / true_norm(p.grad for p in ps))
+    return ratios
+
+
+@pytest.mark.parametrize("forgets", [0, 1])
+def test_a_parameter_resized_on_all_ranks_is_no_disagreement(forgets):
+    for ratios in run_ranks(resized_on_ranks, 2, forgets):
+        assert ratios == pytest.approx([1.0] * 3, rel=2e-7)
+
+
+def swapped(mixed: bool) -> list[tuple[float, float]]:
+    """Two DTensors trade their contents in place, as ``module.to`` does: another placement, the same object."""
+    mesh = mesh_of(("dp", dist.get_world_size()))
+    whole = [torch.arange(8.0), torch.arange(8.0) + 5]
+    cut, copied = (Parameter(distribute_tensor(torch.zeros(8), mesh, [place])) for place in (Shard(0), Replicate()))
+    ps = [cut, *(parameters(4) if mixed else ()), copied]
+    seen = []
+    for _ in range(2):
+        for p, values in ((ps[0], whole[0]), (ps[-1], whole[1])):
+            p.grad = distribute_tensor(values, mesh, p.placements)
+        if mixed:
+            ps[1].grad = torch.ones(4)
+        norm = distclip.clip_grad_norm_(ps, inf)
+        seen.append((norm.item(), true_norm([*whole, *([torch.ones(4)] if mixed else [])])))
+        ps[0].grad = ps[-1].grad = None
+        torch.utils.swap_tensors(ps[0], ps[-1])
+    return seen
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_placements_swapped_in_place_are_noticed(mixed):
+    for seen in run_ranks(swapped, 2, mixed):
+        for norm, oracle in seen:
+            assert norm == pytest.approx(oracle, rel=2e-7)
 
 
 def test_a_parameter_resized_in_place_is_noticed():

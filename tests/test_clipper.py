@@ -302,6 +302,31 @@ def test_an_overflow_is_skipped_and_said():
     assert same_bits([before, whole_gradients(model.parameters())])
 
 
+def test_one_optimizer_that_cannot_skip_by_itself_keeps_the_others_from_it(monkeypatch):
+    """Fused SGD with dampening keeps uninitialised momentum where it skips its first step: then nobody steps."""
+    monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    model = small()
+    optimizers = [SGD(model[0].parameters(), lr=0.1, momentum=0.9, dampening=0.5, fused=True)]
+    optimizers.append(torch.optim.AdamW(model[1].parameters(), lr=0.1, fused=True))
+    clipper = distclip.Clipper(model, 1.0)
+    fill(model, 0)
+    model[0].bias.grad[0] = nan
+    before = [p.detach().clone() for p in model.parameters()]
+    assert clipper.step(*optimizers).skip.item()
+    assert same_bits([before, [p.detach() for p in model.parameters()]])
+    assert not any(state for optimizer in optimizers for state in optimizer.state.values())
+
+
+def test_one_skip_in_a_row_can_be_all_that_is_allowed():
+    model = small()
+    clipper = distclip.Clipper(model, 1.0, max_consecutive_skips=1)
+    fill(model, 0)
+    model[0].bias.grad[0] = nan
+    assert clipper.clip_().skip.item()
+    with pytest.raises(distclip.NonFiniteError, match="2 steps in a row"):
+        clipper.clip_()
+
+
 def test_so_many_skips_in_a_row_and_no_more(decided_on):
     model = small()
     optimizer = SGD(model.parameters(), lr=0.1, fused=True)

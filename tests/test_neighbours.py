@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import distclip
-from distclip import kernels, plan as planning
+from distclip import kernels, neighbours, plan as planning
 from oracle import true_norm
 from ranks import run_ranks
 
@@ -220,3 +220,17 @@ def test_the_same_bits_in_a_process_where_they_lie_elsewhere():
         return clipper.state_dict()["policy"]["norms"].tolist()
 
     assert norms(False) == norms(True)
+
+
+def test_noting_in_vain_rests_for_longer_and_longer():
+    """Gradients whose sizes change at every step: noted in the steps 1, 3, 7, 15, 31, ... only."""
+    parameter = Parameter(torch.zeros(1))
+    clipper = distclip.Clipper(torch.nn.ParameterList([parameter]), 1.0)
+    noted, of = [], neighbours.Runs.of
+    with patch.object(neighbours.Runs, "of", lambda *arguments: noted.append(step) or of(*arguments)):
+        for step in range(1, 41):
+            parameter.grad = None
+            parameter.data = torch.zeros(step)
+            parameter.grad = torch.ones(step)
+            assert clipper.clip_().norm.item() == pytest.approx(step**0.5)
+    assert noted == [1, 3, 7, 15, 31]

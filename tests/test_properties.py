@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, isfinite, nan
 from random import Random
 from unittest.mock import patch
@@ -141,6 +142,21 @@ def coefficient(norm: Tensor, bound: float) -> float:
 
 
 # ---- the norm -----------------------------------------------------------------------------------------------
+
+
+@law
+@given(gradients(), sizes, chances, st.sampled_from(P))
+def test_the_road_of_accelerators_has_the_same_norm(wholes, size, chance, p):
+    """There every gradient's own norm is taken, and the sums are tensors until the words are reduced."""
+    ranks = cut_up(wholes, size, chance, missing=0.2).ranks()
+
+    def use(group: SimulatedGroup, on_host: bool) -> float:
+        rank = ranks[group.rank]
+        plan = replace(rank.plan(p, group), on_host=on_host)
+        return plan.measure([t.grad for t in rank.tensors]).reduced.norm
+
+    (expected, *_), (norm, *_) = (simulate(partial(use, on_host=on_host), size) for on_host in (True, False))
+    assert norm == pytest.approx(expected, rel=2e-7, abs=0)
 
 
 @law

@@ -185,6 +185,21 @@ def test_a_replica_that_drifted_by_one_bit_is_found():
     assert run_ranks(drifted, 4, "nowhere") == ["no error"] * 4
 
 
+def of_size(scale: float, drift: float) -> str:
+    """One replicated gradient of norm ``scale``, ``drift`` of it off on rank 1."""
+    weight = nn.Parameter(torch.zeros(4))
+    clipper = distclip.Clipper(nn.ParameterList([weight]), 1.0)
+    weight.grad = torch.full((4,), scale / 2) * (1 + drift * dist.get_rank())
+    return said_by(clipper.verify)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_drift_is_judged_by_the_size_of_the_gradient(scale):
+    assert run_ranks(of_size, 2, scale, 1e-7) == ["no error"] * 2
+    for said in run_ranks(of_size, 2, scale, 1e-3):
+        assert said.startswith("ranks that should hold the same gradient do not: ")
+
+
 def unsynchronised() -> str:
     model = ddp()
     clipper = distclip.Clipper(model, 1.0)

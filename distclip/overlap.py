@@ -4,13 +4,17 @@ The block is in the cache then, and the ranks may still be talking about others.
 all-reduce is left. A sum counts where its gradients are still the very tensors, at the same address and version, that
 were summed; all others are summed again as if there had been no hook. No hook talks for us.
 
+Versions alone do not tell: collectives, ``.data`` and foreach functions on DTensors (GradScaler unscales by one) leave
+them as they are. So some elements of every gradient are kept and compared too, which shows whatever changes a gradient
+as a whole. What changes few elements and no version is not seen: ``gradient.data[rows] = 0``.
+
 Private torch API, read in 2.13: FSDP2's parameter groups, which call the post-accumulate hooks of sharded parameters,
 and ``DistributedDataParallel._comm_hooks``.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 from weakref import finalize, ref
 
@@ -22,32 +26,47 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .fsdp2 import groups_of
+from .gradient import COMPLEX, REAL
 from .piece import local_tensor
 from .plan import Plan, Taken
 
+SAMPLES = 32  # elements of each gradient, spread over it: 3 us
+SUMMED = REAL + COMPLEX
 attributes = attrgetter("__dict__")
 version = attrgetter("_version")
+_first = itemgetter(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Early:
-    """The sum of one block, and the tensors that were summed, by what changes when they do."""
+    """The sum of one block, and its gradients, by what changes when they do."""
 
     amount: float
     attributes: list[Any]
     versions: list[int]
     addresses: list[int]
+    samples: list[Tensor]
 
     @classmethod
-    def of(cls, plan: Plan, tensors: Sequence[Tensor], replicas: int) -> "Early":
-        amount = plan.sum_on_host(tensors, replicas)
-        return cls(amount, *_state(tensors))
+    def of(cls, plan: Plan, gradients: Sequence[Tensor], replicas: int) -> "Early | None":
+        """None where the gradients cannot be summed as they are, or zeros would hide that one is scaled later."""
+        tensors = list(map(local_tensor, gradients))
+        if not all(t.layout == torch.strided and t.dtype in SUMMED and not t.is_conj() for t in tensors):
+            return None
+        samples = list(map(_sample, tensors))
+        if not all(len(few) == t.numel() or few.any() for few, t in zip(samples, tensors, strict=True)):
+            return None
+        state = _identity(gradients), _versions(gradients), list(map(Tensor.data_ptr, tensors))
+        return cls(plan.sum_on_host(tensors, replicas), *state, samples)
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``tensors`` are what was summed."""
-        found, versions, addresses = _state(tensors)
-        same = all(map(is_, found, self.attributes))
-        return same and versions == self.versions and addresses == self.addresses
+    def holds(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether ``gradients`` are what was summed."""
+        if not all(map(is_, _identity(gradients), self.attributes)) or _versions(gradients) != self.versions:
+            return False
+        tensors = list(map(local_tensor, gradients))
+        if list(map(Tensor.data_ptr, tensors)) != self.addresses:
+            return False
+        return all(map(torch.equal, map(_sample, tensors), self.samples))
 
 
 class Overlap:
@@ -63,6 +82,7 @@ class Overlap:
         self._replicas = dict(zip(plan.sources, plan.replicas, strict=True))  # FSDP1, one source of many, has no hook
         self._blocks: dict[tuple[int, ...], Early | None] = {}
         self._arrived: dict[tuple[int, ...], set[int]] = {}
+        self._watched: set[tuple[int, ...]] = set()
         handles: list[Any] = []
         finalize(self, _remove, handles)  # with the Clipper goes its last reference
         self._handles = handles
@@ -85,9 +105,9 @@ class Overlap:
         """The sums that still hold for ``gradients``, and the sources that need not be summed again."""
         amounts: list[float] = []
         sources: list[int] = []
-        for block, early in self._blocks.items():
-            tensors = [local_tensor(g) for source in block if (g := gradients[source]) is not None]
-            if early is not None and len(tensors) == len(block) and early.holds(tensors):
+        for block, early in sorted(self._blocks.items(), key=_first):  # added in one order in every process
+            found = [g for source in block if (g := gradients[source]) is not None]
+            if early is not None and len(found) == len(block) and early.holds(found):
                 amounts.append(early.amount)
                 sources += block
         return Taken(amounts, frozenset(sources))
@@ -102,7 +122,11 @@ class Overlap:
             if any(entry.offload_to_cpu for entry in entries):
                 raise ValueError("overlap=True cannot see gradients that CPUOffloadPolicy moves: leave out one of both")
             parameters = [entry.sharded_param for entry in entries if entry.sharded_param.requires_grad]
-            block = tuple(self._source[id(parameter)] for parameter in parameters)
+            sources = [self._source.get(id(parameter)) for parameter in parameters]
+            block = tuple(source for source in sources if source is not None)
+            if block in self._watched or len(block) < len(sources):  # several modules in one fully_shard share a group
+                continue
+            self._watched.add(block)
             for parameter, source in zip(parameters, block, strict=True):
                 yield parameter.register_post_accumulate_grad_hook(_Arrival(ref(self), block, source))
 
@@ -119,18 +143,18 @@ class Overlap:
         """The gradients of ``parameters``, one bucket of DDP, are reduced."""
         sources = [self._source.get(id(parameter)) for parameter in parameters]
         block = tuple(source for source in sources if source is not None)
-        for other in [other for other in self._blocks if other != block and not set(block).isdisjoint(other)]:
-            del self._blocks[other]  # DDP lays its buckets out anew after the first backward
+        for other in list(self._blocks):  # buckets arrive on several threads of Gloo
+            if other != block and not set(block).isdisjoint(other):
+                self._blocks.pop(other, None)  # DDP lays its buckets out anew after the first backward
         if len(block) == len(sources):
             self._sum(block)
 
     @torch.no_grad()
     def _sum(self, block: tuple[int, ...]) -> None:
-        found = [self._holders[source].grad for source in block]
-        tensors = [local_tensor(gradient) for gradient in found if gradient is not None]
+        found = [g for source in block if (g := self._holders[source].grad) is not None]
         replicas = {self._replicas[source] for source in block}
-        complete = len(tensors) == len(block) and len(replicas) == 1
-        self._blocks[block] = Early.of(self._plan, tensors, replicas.pop()) if complete else None
+        complete = len(found) == len(block) and len(replicas) == 1
+        self._blocks[block] = Early.of(self._plan, found, replicas.pop()) if complete else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +195,20 @@ def _check_ddp(module: DistributedDataParallel) -> None:
         raise ValueError("overlap=True needs DDP's one communication hook, which is taken: leave out one of both")
 
 
-def _state(tensors: Sequence[Tensor]) -> tuple[list[Any], list[int], list[int]]:
-    return list(map(attributes, tensors)), list(map(version, tensors)), list(map(Tensor.data_ptr, tensors))
+def _identity(gradients: Sequence[Tensor]) -> list[Any]:
+    """What belongs to each gradient, and to the local tensor of each DTensor, and to no other."""
+    return [attributes(t) for t in (*gradients, *map(local_tensor, gradients))]
+
+
+def _versions(gradients: Sequence[Tensor]) -> list[int]:
+    """What changes a DTensor raises its own version, or its local tensor's, seldom both."""
+    return [version(t) for t in (*gradients, *map(local_tensor, gradients))]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Elements spread over ``tensor``, copied: all of a small one."""
+    step = -(-tensor.numel() // SAMPLES) | 1  # odd, or all might be of one column
+    return tensor.take(torch.arange(0, tensor.numel(), step))
 
 
 def _remove(handles: list[Any]) -> None:

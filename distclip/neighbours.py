@@ -94,6 +94,7 @@ class Runs:
     __slots__ = (
         "_addresses",
         "_attributes",
+        "_complex",
         "_contiguous",
         "_distances",
         "_facts",
@@ -105,6 +106,7 @@ class Runs:
         "_shares",
         "_spans",
         "_specs",
+        "_told",
         "_types",
         "merged",
     )
@@ -126,8 +128,10 @@ class Runs:
         if any(isinstance(g, DTensor) for g in present):
             self._specs = [g._spec if isinstance(g, DTensor) else None for g in present]
         self._attributes: list[Any] | None = None
+        self._told = self._specs is not None and not any(spec is None for spec in self._specs)
         if not self._gaps and self._specs is None:
             self._attributes = list(map(attributes, tensors))
+        self._complex = any(t.is_complex() for t in tensors)
         self._facts = list(map(facts, tensors))
         self._numels = list(map(Tensor.numel, tensors))
         self._contiguous = list(map(Tensor.is_contiguous, tensors))
@@ -177,17 +181,24 @@ class Runs:
         return None if runs is None else Gathered(runs, self._shares, tensors, self._spans, self._indices, self._owners)
 
     def are_there(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether these are the very tensors, at the same addresses: what changes one of them in place moves it."""
+        """Whether these are the very tensors, at the same addresses: what changes one of them in place moves it.
+
+        What makes it smaller in place does not (``gradient.data = gradient.data[:5]``), but is seen by its size.
+        """
         tensors: Any = gradients
         return self._are_the_same(gradients) and list(map(Tensor.data_ptr, tensors)) == self._addresses
 
     def _are_the_same(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether these are the very tensors of the last time, as DDP's bucket views are."""
+        """Whether these are the very tensors of the last time, as DDP's bucket views are, and of the same size."""
         if self._attributes is None:
             return False
         try:
             if all(map(is_, map(attributes, gradients), self._attributes)):
-                return True
+                tensors: Any = gradients
+                return (
+                    list(map(Tensor.numel, tensors)) == self._numels
+                    and list(map(Tensor.is_contiguous, tensors)) == self._contiguous
+                )
         except AttributeError:  # None has none
             pass
         self._attributes = None  # they are made anew each step: do not ask again
@@ -203,11 +214,13 @@ class Runs:
             specs = [getattr(g, "_spec", None) for g in tensors]
             if specs != self._specs:
                 return None
-            told = all(map(is_, specs, self._specs))  # FSDP2 keeps one object, in which shape and dtype are
+            told = self._told and all(map(is_, specs, self._specs))  # FSDP2 keeps one, in which shape and dtype are
             tensors = [g if s is None else g._local_tensor for g, s in zip(tensors, specs, strict=True)]
         if not told and list(map(facts, tensors)) != self._facts:
             return None
         if not told and list(map(Tensor.numel, tensors)) != self._numels:
+            return None
+        if self._complex and any(map(Tensor.is_conj, tensors)):
             return None
         return tensors if list(map(Tensor.is_contiguous, tensors)) == self._contiguous else None
 

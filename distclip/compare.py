@@ -48,7 +48,8 @@ def _mixed(bits: Tensor) -> Tensor:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor.detach().reshape(-1)
+    tensor = tensor.detach()
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
 
 

@@ -27,7 +27,11 @@ class Found:
 
 
 def look_at(piece: Piece, gradient: Tensor) -> Found:
-    """Look at the gradient of one piece; never talks, copies only a sparse gradient that is not coalesced."""
+    """Look at the gradient of one piece; never talks.
+
+    Copies only a sparse gradient that is not coalesced, and what nothing can scale in place: an expanded gradient, or
+    one that is the conjugate or the negative of what lies in memory (``w.conj()`` gives ``w`` such a gradient).
+    """
     instead: Tensor | None = None
     if isinstance(gradient, DTensor) != piece.is_dtensor:
         kinds = ["a plain tensor", "a DTensor"]
@@ -50,6 +54,8 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
     if local.layout == torch.sparse_coo and not isinstance(gradient, DTensor):
         instead = None if local.is_coalesced() else local.coalesce()
         local = (local if instead is None else instead)._values()
+    elif local.layout == torch.strided and not isinstance(gradient, DTensor) and _is_lazy(local):
+        local = instead = local.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     elif local.layout != torch.strided:
         return Found(None, problem=f"has layout {local.layout}, which is not supported: use strided or sparse_coo")
     if local.dtype not in REAL + COMPLEX:
@@ -63,6 +69,15 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
             )
         local = local[piece.span]
     return Found(local, instead)
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether its elements do not lie in memory one by one, as in what ``torch.autograd.grad(w.sum(), w)`` returns."""
+    if tensor.is_conj() or tensor.is_neg():
+        return True
+    return not tensor.is_contiguous() and any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 torch's fused Adam, AdamW, SGD and Adagrad divide every gradient by ``optimizer.grad_scale`` and leave parameters and
 state alone where ``optimizer.found_inf`` is 1: the road that GradScaler takes (torch 2.13, ``torch/optim/*.py``).
+On the CPU they take the elements of a gradient to lie in memory as those of its parameter do, and read and write others
+where they do not.
 """
 
 from collections import Counter
@@ -11,7 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+
+from .piece import local_tensor
 
 FOLDING = (Adam, AdamW, SGD, Adagrad)
 ABSENT = object()
@@ -86,14 +91,18 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
     """Inside, ``optimizer.step()`` multiplies gradients by ``coef`` and does nothing where ``skip`` is true.
 
     Either may be None: no factor, never skipped. Both are 0-d, and copied to the parameters' device where they are
-    elsewhere. The gradients are left scaled.
+    elsewhere. The gradients are left scaled; one that lies otherwise than its parameter is replaced by a copy.
     """
-    device = next(p for group in optimizer.param_groups for p in group["params"]).device
+    device = next((p.device for group in optimizer.param_groups for p in group["params"]), None)
+    if device is None:  # a rank whose stage or experts have no parameters for it
+        yield
+        return
     words: dict[str, Tensor] = {}
     if coef is not None:
-        words["grad_scale"] = coef.float().reciprocal().to(device)
+        words["grad_scale"] = _divisor(coef.float()).to(device)
     if skip is not None:
         words["found_inf"] = skip.float().to(device)
+    _straighten(optimizer)
     before = {name: optimizer.__dict__.get(name, ABSENT) for name in words}
     optimizer.__dict__.update(words)
     try:
@@ -104,3 +113,26 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
                 optimizer.__dict__.pop(name, None)  # a GradScaler that stepped has taken it away
             else:
                 optimizer.__dict__[name] = value
+
+
+def _straighten(optimizer: Optimizer) -> None:
+    """Let every gradient lie in memory as its parameter does: those of a backward do, those that users set may not."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None or gradient.layout != torch.strided:
+                continue
+            values, like = local_tensor(gradient), local_tensor(parameter)
+            if (values.is_contiguous() and like.is_contiguous()) or values.stride() == like.stride():
+                continue
+            copy = torch.empty_like(like, dtype=values.dtype, requires_grad=False).copy_(values.detach())
+            if isinstance(gradient, DTensor):
+                mesh, placements, shape = gradient.device_mesh, gradient.placements, gradient.shape
+                copy = DTensor.from_local(copy, mesh, placements, shape=shape, stride=gradient.stride())
+            parameter.grad = copy
+
+
+def _divisor(coef: Tensor) -> Tensor:
+    """``1 / coef``, which is finite for every ``coef`` above 0: else gradients would become zeros."""
+    divisor = coef.reciprocal()
+    return torch.where(coef > 0, divisor.clamp(max=torch.finfo(torch.float32).max), divisor)

@@ -18,11 +18,17 @@ from torch.optim import Optimizer
 def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
     """Unscale the gradients of every optimizer for which that was not done since ``scaler.update()``.
 
+    An optimizer without a gradient on this rank has nothing that is not finite: torch's scaler would refuse to step it.
     RuntimeError, from torch, for an optimizer that the scaler has stepped since.
     """
     for optimizer in optimizers:
-        if _state(scaler, optimizer)["stage"] is not OptState.UNSCALED:
+        state = _state(scaler, optimizer)
+        if state["stage"] is not OptState.UNSCALED:
             scaler.unscale_(optimizer)
+        if not state["found_inf_per_device"]:
+            scale = scaler._get_scale_async()
+            assert scale is not None, "unscale_ refuses to go on without"
+            state["found_inf_per_device"][scale.device] = torch.zeros_like(scale, dtype=torch.float32)
 
 
 def join_found_inf(scaler: GradScaler, optimizers: Sequence[Optimizer], nonfinite: bool | Tensor) -> None:

@@ -68,6 +68,12 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
                 f"{piece.shape.numel()}: it is not reduced yet (leave no_sync for the last backward)",
             )
         local = local[piece.span]
+    elif piece.flat_over and local.numel() != piece.here:
+        return Found(
+            None,
+            problem=f"has {local.numel()} elements where this rank's part of its parameter has {piece.here}: it is not "
+            "reduced yet (leave no_sync for the last backward)",
+        )
     return Found(local, instead)
 
 

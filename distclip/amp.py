@@ -19,8 +19,15 @@ def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
     """Unscale the gradients of every optimizer for which that was not done since ``scaler.update()``.
 
     An optimizer without a gradient on this rank has nothing that is not finite: torch's scaler would refuse to step it.
-    RuntimeError, from torch, for an optimizer that the scaler has stepped since.
+    RuntimeError, from torch, for an optimizer that the scaler has stepped since; ValueError for a gradient that torch
+    would unscale twice.
     """
+    found = [p.grad for o in optimizers for group in o.param_groups for p in group["params"]]
+    ids = [id(gradient) for gradient in found if gradient is not None]
+    if len(set(ids)) < len(ids):
+        raise ValueError(
+            "a scaler would unscale a gradient twice: give each parameter to one optimizer and a gradient of its own"
+        )
     for optimizer in optimizers:
         state = _state(scaler, optimizer)
         if state["stage"] is not OptState.UNSCALED:

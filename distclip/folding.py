@@ -117,19 +117,21 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
 
 def _straighten(optimizer: Optimizer) -> None:
     """Let every gradient lie in memory as its parameter does: those of a backward do, those that users set may not."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None or gradient.layout != torch.strided:
-                continue
-            values, like = local_tensor(gradient), local_tensor(parameter)
-            if (values.is_contiguous() and like.is_contiguous()) or values.stride() == like.stride():
-                continue
-            copy = torch.empty_like(like, dtype=values.dtype, requires_grad=False).copy_(values.detach())
-            if isinstance(gradient, DTensor):
-                mesh, placements, shape = gradient.device_mesh, gradient.placements, gradient.shape
-                copy = DTensor.from_local(copy, mesh, placements, shape=shape, stride=gradient.stride())
-            parameter.grad = copy
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    likes, found = parameters, gradients
+    if set(map(type, gradients)) != {Tensor}:
+        likes, found = list(map(local_tensor, parameters)), list(map(local_tensor, gradients))
+    if all(map(Tensor.is_contiguous, found)) and all(map(Tensor.is_contiguous, likes)):
+        return
+    for parameter, gradient, like, values in zip(parameters, gradients, likes, found, strict=True):
+        if values.layout != torch.strided or values.stride() == like.stride():
+            continue
+        copy = torch.empty_like(like, dtype=values.dtype, requires_grad=False).copy_(values.detach())
+        if isinstance(gradient, DTensor):
+            mesh, placements, shape = gradient.device_mesh, gradient.placements, gradient.shape
+            copy = DTensor.from_local(copy, mesh, placements, shape=shape, stride=gradient.stride())
+        parameter.grad = copy
 
 
 def _divisor(coef: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What users really do to gradients between the backward and the step: the norm stays true, or there is an error."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from math import inf
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
@@ -414,6 +415,65 @@ def test_plain_gradients_beside_fsdp2_are_looked_at():
         assert norm == pytest.approx(oracle, rel=2e-7), name
 
 
+def fsdp1(original: bool) -> FullyShardedDataParallel:
+    torch.manual_seed(0)
+    wrap = partial(FullyShardedDataParallel, use_orig_params=original, device_id=torch.device("cpu"))
+    return wrap(nn.Sequential(wrap(nn.Linear(7, 7)), nn.Tanh(), nn.Linear(7, 7)))
+
+
+def fsdp1_steps(original: bool) -> list[tuple[float, float]]:
+    """Accumulated, with and without no_sync, zeroed in place: what is reduced is right, what is not is refused."""
+    model = fsdp1(original)
+    clipper, seen = distclip.Clipper(model, 0.5), []
+    for step in range(6):
+        if step in (2, 3):
+            with model.no_sync() if step == 3 else nullcontext():
+                backward_of(model, 10 + step)
+        backward_of(model, step)
+        squares = torch.stack([p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]).sum()
+        dist.all_reduce(squares)
+        seen += [
+            (n.item(), squares.item() ** 0.5) for n in (clipper.measure().norm, distclip.clip_grad_norm_(model, inf))
+        ]
+        clipper.clip_()
+        model.zero_grad(set_to_none=step % 2 == 0)
+    return seen
+
+
+def backward_of(model: nn.Module, seed: int) -> None:
+    (30 * model(numbers(4, 7, seed=10 * seed + dist.get_rank())).square().mean()).backward()
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_fsdp1_in_every_way_to_accumulate(original):
+    for norm, oracle in run_ranks(fsdp1_steps, 2, original)[0]:
+        assert norm == pytest.approx(oracle, rel=2e-7)
+
+
+def fsdp1_not_reduced(original: bool, before: bool) -> list[str]:
+    model, said = fsdp1(original), []
+    clipper = distclip.Clipper(model, 0.5)
+    if before:
+        backward_of(model, 0)
+        clipper.clip_()
+        model.zero_grad()
+    for use in (clipper.measure, clipper.clip_, lambda: distclip.clip_grad_norm_(model, 0.5)):
+        with model.no_sync():
+            backward_of(model, 1)
+        try:
+            use()
+        except distclip.LayoutError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("original", [False, True])
+def test_fsdp1_gradients_that_are_not_reduced_are_refused(original, before):
+    for said in run_ranks(fsdp1_not_reduced, 2, original, before):
+        assert [("not reduced yet" in text or "do not agree" in text) for text in said] == [True] * 3
+
+
 # ---- folding -----------------------------------------------------------------------------------------------
 
 FUSED: dict[str, Callable[..., Optimizer]] = {
@@ -491,6 +551,18 @@ def test_an_optimizer_without_gradients_steps_beside_a_scaler(fused):
         same = [torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True)]
         assert same == [bad, bad, True, True]
         model.zero_grad()
+
+
+def test_what_a_scaler_would_unscale_twice_is_refused():
+    weights = nn.ParameterList([Parameter(torch.ones(4)), Parameter(torch.ones(4))])
+    scaler, clipper = GradScaler("cpu", init_scale=SCALE), distclip.Clipper(weights, 1.0)
+    scaler.scale(weights[0].sum() + weights[1].sum()).backward()
+    with pytest.raises(ValueError, match="unscale a gradient twice"):
+        clipper.step(SGD(weights, lr=0.1), SGD([weights[0]], lr=0.1), scaler=scaler)
+    weights[1].grad = weights[0].grad
+    with pytest.raises(ValueError, match="unscale a gradient twice"):
+        clipper.step(SGD(weights, lr=0.1), scaler=scaler)
+    assert weights[0].grad.tolist() == [SCALE] * 4
 
 
 def test_a_factor_too_small_for_its_inverse_leaves_no_gradient_zero():

@@ -245,11 +245,17 @@ class Clipper:
         """The same after unscaling, with what it found not finite made known to the scalers of all ranks."""
         for source, holder in enumerate(self._holders):
             if holder.grad is not None and id(holder) not in folds.held:
-                raise ValueError(
-                    f"{self._plan.label(self._plan.sources.index(source))} has a gradient and is in none of the "
-                    "optimizers, so that the scaler cannot unscale it: pass every optimizer to one step()"
+                label = self._plan.label(self._plan.sources.index(source))
+                self._measure(
+                    tag=self._steps,
+                    fault=LayoutError(
+                        f"{label} has a gradient and is in none of the optimizers, so that the scaler cannot unscale "
+                        "it: pass every optimizer to one step()"
+                    ),
                 )
         unscale_(scaler, optimizers)
+        if self._overlap is not None:
+            self._overlap.forget()
         try:
             outcome = self._advance(skips_on_device)
         except NonFiniteError:
@@ -260,10 +266,11 @@ class Clipper:
         return outcome
 
     @torch.no_grad()
-    def _measure(self, tag: int) -> Measured:
+    def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
+        """Measure; raise ``fault`` where it is given, once all ranks have met."""
         gradients = [holder.grad for holder in self._holders]
         taken = NOTHING if self._overlap is None else self._overlap.taken(gradients)
-        measured = self._plan.measure(gradients, self._holders, tag, eager=self._realigns, taken=taken)
+        measured = self._plan.measure(gradients, self._holders, tag, self._realigns, taken=taken, fault=fault)
         self._realigns = measured.realigned
         return measured
 

@@ -11,6 +11,8 @@ from .policies import Policy, State
 from .report import Culprit, Report
 from .words import clip_coef, presented
 
+LEAST_FOLDED = 2.95e-39  # below, 1 / coef is inf in float32
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -34,8 +36,11 @@ class Outcome:
 
     @property
     def can_fold(self) -> bool:
-        """Whether an optimizer may do the scaling: elementwise bounds come after it, and no optimizer applies them."""
-        return self.scales and self.bounds is None
+        """Whether an optimizer may do the scaling, by dividing by 1 / coef, which must be finite in float32.
+
+        Elementwise bounds come after it, and no optimizer applies them.
+        """
+        return self.scales and self.bounds is None and (isinstance(self.coef, Tensor) or self.coef > LEAST_FOLDED)
 
     def read(self) -> "Outcome":
         """The same with numbers in place of tensors: one copy to the host, and a wait for it."""

@@ -150,19 +150,20 @@ class Plan:
         eager: bool = False,
         same: bool = False,
         taken: Taken = NOTHING,
+        fault: LayoutError | None = None,
     ) -> Measured:
         """Measure ``gradients``, one for each source, None where there is none.
 
         One all-reduce if the group has one. Where its answers say that gradients wait to be realigned, that is done,
         stored in the ``.grad`` of ``holders`` if they are given, and measured again; ``eager`` realigns first, which
-        every rank must then do. ``same``: they are the very tensors of the last time. ``taken``: sums of some
-        of them. Waits for an accelerator only to
-        read those answers, where they can be yes. ``tag`` is mixed into the agreement word. An error of this rank is
-        raised after it has taken part.
+        every rank must then do. ``same``: they are the very tensors of the last time. ``taken``: sums of some of them.
+        Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is mixed into the agreement
+        word. An error of this rank is raised after it has taken part, and so is a ``fault`` that it is given.
         """
-        error = None
+        error = fault
         if eager:
-            gradients, error = self._realigned(gradients, holders)
+            gradients, found = self._realigned(gradients, holders)
+            error = error or found
         gathered, local, norms, reduced = self._reduced(gradients, error, tag, same, taken)
         wide = self.wide
         if self.heeds:

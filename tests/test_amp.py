@@ -207,3 +207,25 @@ def test_an_overflow_on_one_rank_lowers_the_scale_of_all(kind, sharded, fused):
             assert r["norms"][step].item() == pytest.approx(r["oracle"][step], rel=1e-6)
     assert same_bits([r["norms"] for r in results])
     assert same_bits([r["parameters"] for r in results])
+
+
+def only_here() -> str:
+    """Rank 0 alone has a gradient that no optimizer holds."""
+    model = net()
+    optimizer, scaler = torch.optim.SGD(model[0].parameters(), lr=0.1), scaler_on_cpu()
+    clipper = distclip.Clipper(model, 1.0)
+    backward(model, 0, scaler)
+    if dist.get_rank() == 1:
+        for parameter in model[1].parameters():
+            parameter.grad = None
+    try:
+        clipper.step(optimizer, scaler=scaler)
+    except distclip.LayoutError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_gradient_that_no_optimizer_holds_on_one_rank_lets_none_wait():
+    here, there = run_ranks(only_here, 2, timeout=20)
+    assert here.startswith("1.weight has a gradient and is in none of the optimizers")
+    assert "one of them stopped with an error of its own" in there

@@ -27,14 +27,14 @@ WORDS = ["test_properties.py", "test_functional.py", "test_bugs_of_others.py", "
 TARGETS = {
     "distclip/layout.py": [*WORDS, "test_layout.py", "test_norm.py", "test_verify.py"],
     "distclip/plan.py": [*WORDS, "test_neighbours.py", "test_agreement.py", "test_clipper.py", "test_verify.py"],
-    "distclip/neighbours.py": ["test_neighbours.py", "test_cache.py", *WORDS],
+    "distclip/neighbours.py": ["test_neighbours.py", "test_adversary.py", "test_cache.py", *WORDS],
     "distclip/words.py": [*WORDS, "test_clipper.py"],
     "distclip/cache.py": ["test_cache.py", "test_functional.py"],
     "distclip/arguments.py": ["test_cache.py", "test_functional.py", "test_layout.py"],
     "distclip/realign.py": [*WORDS, "test_matrix.py"],
     "distclip/functional.py": [*WORDS, "test_layout.py"],
     "distclip/outcome.py": ["test_clipper.py", "test_policies.py", "test_amp.py", "test_properties.py"],
-    "distclip/overlap.py": ["test_overlap.py"],
+    "distclip/overlap.py": ["test_overlap.py", "test_adversary.py"],
     "distclip/clipper.py": [
         "test_clipper.py",
         "test_amp.py",

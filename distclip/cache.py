@@ -22,7 +22,7 @@ from .plan import Plan
 MOST = 8  # plans of lists of tensors; those of modules live as long as their first module
 attributes = attrgetter("__dict__")
 facts = attrgetter("dtype", "device")
-shape_of = attrgetter("shape")
+facts_and_shape = attrgetter("dtype", "device", "shape")
 
 Terms: TypeAlias = Hashable
 
@@ -40,7 +40,7 @@ class Planned:
 class Known:
     """One plan and what it was made of."""
 
-    __slots__ = ("_facts", "_ids", "_marked", "_marks", "_places", "_plan", "_shapes", "_specs", "_types")
+    __slots__ = ("_cut", "_facts", "_ids", "_marked", "_marks", "_places", "_plain", "_plan", "_specs", "_types")
 
     def __init__(self, plan: Plan, tensors: Sequence[Tensor], holders: Sequence[Tensor]) -> None:
         """``holders`` are among ``tensors``."""
@@ -52,9 +52,10 @@ class Known:
         self._types = list(map(type, tensors))
         self._marks = _marks(tensors)
         self._marked = [(k, tuple(attributes(tensors[k]))) for k, count in enumerate(self._marks) if count]
-        self._specs = _specs(tensors) if any(isinstance(tensor, DTensor) for tensor in tensors) else None
-        self._facts = list(map(facts, tensors))
-        self._shapes = list(map(shape_of, tensors)) if plan.group.size > 1 else None
+        self._cut = [k for k, kind in enumerate(self._types) if issubclass(kind, DTensor)]
+        self._specs = _specs(tensors, self._cut)
+        self._plain = [k for k, kind in enumerate(self._types) if not issubclass(kind, DTensor)]
+        self._facts = self._facts_of(tensors)
 
     def planned(self, tensors: list[Tensor]) -> Planned | None:
         """The plan for ``tensors``, as many, or None where it does not fit."""
@@ -76,10 +77,14 @@ class Known:
         return (
             list(map(id, tensors)) == self._ids
             and list(map(type, tensors)) == self._types
-            and (self._specs is None or all(map(is_, _specs(tensors), self._specs)))
-            and list(map(facts, tensors)) == self._facts
-            and (self._shapes is None or list(map(shape_of, tensors)) == self._shapes)
+            and all(map(is_, _specs(tensors, self._cut), self._specs))
+            and self._facts_of(tensors) == self._facts
         )
+
+    def _facts_of(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What specs tell of DTensors, of the plain ones; shapes matter where other ranks compare them."""
+        plain = tensors if len(self._plain) == len(tensors) else [tensors[k] for k in self._plain]
+        return list(map(facts if self._plan.group.size == 1 else facts_and_shape, plain))
 
 
 class Plans:
@@ -156,6 +161,6 @@ def _marks(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(len, map(attributes, tensors)))
 
 
-def _specs(tensors: Sequence[Tensor]) -> list[Any]:
-    """What holds mesh and placements of a DTensor: one object for its life, of which FSDP2 makes one a parameter."""
-    return [getattr(tensor, "_spec", None) for tensor in tensors]
+def _specs(tensors: Sequence[Any], cut: Sequence[int]) -> list[Any]:
+    """What holds mesh, placements, shape and dtype of a DTensor: one object for its life."""
+    return [tensors[k]._spec for k in cut]

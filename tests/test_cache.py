@@ -417,6 +417,14 @@ def test_a_dtype_changed_in_place_is_noticed_on_all_ranks(forgets):
         assert [dtype for _, dtype in seen] == ["torch.float32", "torch.float64", "torch.float32"]
 
 
+def test_one_float64_parameter_among_others_makes_the_norm_float64():
+    a, b = parameters(3, 4)
+    b.data = b.data.double()
+    fill([a, b])
+    for _ in range(2):
+        assert distclip.clip_grad_norm_([a, b], inf).dtype == torch.float64
+
+
 def resized_on_ranks(forgets: int) -> list[float]:
     """A plain parameter of a group that talks, resized in place on all ranks; one of them forgets its plan."""
     ps = parameters(5, 3, 7)

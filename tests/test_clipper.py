@@ -317,6 +317,22 @@ def test_one_optimizer_that_cannot_skip_by_itself_keeps_the_others_from_it(monke
     assert not any(state for optimizer in optimizers for state in optimizer.state.values())
 
 
+def test_a_loaded_state_leaves_what_was_before_it_behind(monkeypatch):
+    """The flags of a step that was not looked at yet are not counted in the state that was loaded since."""
+    monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    model = small()
+    clipper = distclip.Clipper(model, 1.0)
+    state = clipper.state_dict()
+    fill(model, 0)
+    model[0].bias.grad[0] = nan
+    clipper.clip_()
+    clipper.load_state_dict(state)
+    fill(model, 1)
+    clipper.clip_()
+    assert clipper.state_dict() == {"policy": {}, "steps": 1, "consecutive_skips": 0}
+    assert clipper.culprit is None
+
+
 def test_one_skip_in_a_row_can_be_all_that_is_allowed():
     model = small()
     clipper = distclip.Clipper(model, 1.0, max_consecutive_skips=1)

@@ -234,3 +234,19 @@ def test_noting_in_vain_rests_for_longer_and_longer():
             parameter.grad = torch.ones(step)
             assert clipper.clip_().norm.item() == pytest.approx(step**0.5)
     assert noted == [1, 3, 7, 15, 31]
+
+
+def test_gradients_that_become_neighbours_are_found():
+    """Whoever was apart is looked at again from time to time: DDP lays its buckets out anew after one backward."""
+    _, parameters = laid_out()
+    clipper = distclip.Clipper(torch.nn.ParameterList(parameters), 1.0)
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    with Summed() as counts:
+        clipper.clip_()
+        for p, other in zip(parameters, laid_out()[1], strict=True):
+            p.grad = other.grad
+        for _ in range(7):
+            clipper.clip_()
+    assert counts[0] == len(SIZES)
+    assert counts[-1] == 1

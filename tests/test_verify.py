@@ -200,6 +200,20 @@ def test_drift_is_judged_by_the_size_of_the_gradient(scale):
         assert said.startswith("ranks that should hold the same gradient do not: ")
 
 
+def one_element_counted(replicas: int) -> str:
+    scale = nn.Parameter(torch.ones(1))
+    clipper = distclip.Clipper(nn.ParameterList([scale]), 1.0)
+    clipper._plan.weights.fill_(1 / replicas)
+    scale.grad = torch.ones(1)
+    return said_by(clipper.verify)
+
+
+def test_a_single_element_counted_twice_is_found():
+    for said in run_ranks(one_element_counted, 2, 1):
+        assert said.startswith("elements are not counted once: 0 (2x)")
+    assert run_ranks(one_element_counted, 2, 2) == ["no error"] * 2
+
+
 def unsynchronised() -> str:
     model = ddp()
     clipper = distclip.Clipper(model, 1.0)

@@ -5,6 +5,7 @@ is remembered, never what was there: a kept view would keep the gradients of the
 what could have changed, and whoever finds a difference looks at each gradient anew; nothing here talks to other ranks.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_, sub
@@ -163,12 +164,15 @@ class Runs:
         spans = [(position[sources[i]], pieces[i].span) for i in local.indices]
         apart: list[Run] = []
         members: list[Member] = []
-        for (k, span), i, part in zip(spans, local.indices, local.parts, strict=True):
-            if not part.is_contiguous():
-                assert span is None, "a flat gradient is contiguous"
-                apart.append(Run(k, 0, part.numel(), replicas[i], True, ()))
+        storages = [part.untyped_storage().data_ptr() for part in local.parts]
+        shared = Counter(storages)
+        for (k, span), i, part, storage in zip(spans, local.indices, local.parts, storages, strict=True):
+            if span is None and (shared[storage] == 1 or not part.is_contiguous()):
+                if part.numel():
+                    apart.append(Run(k, 0, part.numel(), replicas[i], True, ()))
             elif part.numel():
-                kind = Kind(str(part.device), str(part.dtype), replicas[i], part.untyped_storage().data_ptr())
+                assert part.is_contiguous(), "a flat gradient is"
+                kind = Kind(str(part.device), str(part.dtype), replicas[i], storage)
                 start, end = part.data_ptr(), part.data_ptr() + part.numel() * part.element_size()
                 members.append(Member(kind, start, end, k, 0 if span is None else span.start, part.numel()))
         runs = sorted([*apart, *_merged(members, tensors)], key=Run.order)

@@ -138,6 +138,18 @@ def test_an_overflowing_power_sum_is_said_and_zeroes_nothing():
         distclip.clip_grad_norm_(parameters([3e38]), 1.0, 10.0, error_if_nonfinite=True)
 
 
+@pytest.mark.parametrize("p", [7.5, 8.0])
+def test_powers_that_overflow_in_float64_zero_nothing(p):
+    """Of the largest fp32 numbers, which p = 7 still holds."""
+    made = parameters([3.4e38] * 1000)
+    distclip.clip_grad_norm_(made, 1.0, 7.0)
+    assert 0 < max(gradients(made)[0]) < 1
+    made = parameters([3.4e38] * 1000, [1.0])
+    norm = distclip.clip_grad_norm_(made, 1.0, p).item()
+    assert norm == (inf if p == 8.0 else torch.finfo(torch.float32).max)
+    assert (gradients(made)[1] == [1.0]) == (p == 8.0)
+
+
 def test_a_bad_norm_goes_through_the_formula_as_in_torch():
     for bad in (nan, inf, -inf):
         ours, theirs = parameters([bad, 2.0], [1.0]), parameters([bad, 2.0], [1.0])

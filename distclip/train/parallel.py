@@ -24,7 +24,9 @@ def spread(model: nn.Module, strategy: Literal["ddp", "fsdp2", "none"], place: P
     model = model.to(place.device)
     if strategy == "ddp":
         device_ids = [place.device] if place.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        # Bucket views lie otherwise in the first step of a process than in all others, and would be summed in another
+        # order: a resumed run could differ from an uninterrupted one in a last bit.
+        return DistributedDataParallel(model, device_ids=device_ids)
     if strategy == "fsdp2":
         mesh = init_device_mesh(place.device.type, (place.world,))
         for block in getattr(model, "blocks", ()):

@@ -150,6 +150,15 @@ def test_powers_that_overflow_in_float64_zero_nothing(p):
     assert (gradients(made)[1] == [1.0]) == (p == 8.0)
 
 
+def test_a_parameter_without_a_gradient_hides_none_behind_it():
+    made = parameters([1.0], [3.0, -4.0])
+    made[0].grad = None
+    distclip.clip_grad_value_(made, 2.0)
+    assert made[1].grad.tolist() == [2.0, -2.0]
+    distclip.clip_grads_with_norm_(made, 1.0, torch.tensor(2.0))
+    assert made[1].grad.tolist() == pytest.approx([1.0, -1.0], rel=1e-5)
+
+
 def test_a_bad_norm_goes_through_the_formula_as_in_torch():
     for bad in (nan, inf, -inf):
         ours, theirs = parameters([bad, 2.0], [1.0]), parameters([bad, 2.0], [1.0])

@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .neighbours import attributes
 from .plan import Plan
 
 MOST = 8  # plans of lists of tensors; those of modules live as long as their first module
-attributes = attrgetter("__dict__")
 facts = attrgetter("dtype", "device")
 facts_and_shape = attrgetter("dtype", "device", "shape")
 

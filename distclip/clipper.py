@@ -15,7 +15,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .amp import join_found_inf, skipping, unscale_
-from .compare import differing
 from .culprit import find_culprit
 from .errors import LayoutError, NonFiniteError
 from .flags import Flags, in_capture
@@ -26,13 +25,13 @@ from .layout import LayoutFn
 from .model import held_in
 from .outcome import Outcome, decided
 from .overlap import Overlap
-from .piece import Held, holders_of, once
+from .piece import holders_of, once
 from .plan import NOTHING, Measured, Plan
 from .policies import Policy, State
 from .policies.adopt import as_policy, fitting, spelled
 from .policies.checks import positive
 from .report import Culprit, Report
-from .verify import compare_values, verify
+from .verify import compare_ranks, verify
 
 NONFINITE = ("skip", "raise", "propagate")
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
@@ -116,7 +115,7 @@ class Clipper:
         self._skips = 0
         self._unread: tuple[Flags, Measured] | None = None
         self._culprit: Culprit | None = None
-        self._compare_ranks(listed)
+        compare_ranks(self._plan, listed, self._settings())
         self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
         _alive.add(self)
 
@@ -216,10 +215,10 @@ class Clipper:
         self._steps, self._skips = int(state["steps"]), int(state["consecutive_skips"])
         self._unread = None
 
-    def _advance(self, skips_on_device: bool) -> Outcome:
+    def _advance(self, skips_on_device: bool, fault: LayoutError | None = None) -> Outcome:
         """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
         self._read_late_flags()
-        measured = self._measure(tag=self._steps)
+        measured = self._measure(tag=self._steps, fault=fault)
         outcome, state = self._decide(measured)
         if (
             reads_are_free(self._plan.device)
@@ -232,7 +231,8 @@ class Clipper:
             kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
             norm, disagree = measured.reduced.tensors(self._plan.device)
             self._unread = Flags.send(~norm.isfinite(), disagree), kept
-        for name, value in state.items():
+        copies = {name: value.clone() for name, value in state.items()}  # one may be what another was
+        for name, value in copies.items():
             self._state[name].copy_(value)  # in place: a captured graph reads the next state where it wrote the last
         self._steps += 1
         if self._overlap is not None:
@@ -243,21 +243,19 @@ class Clipper:
         self, scaler: GradScaler, optimizers: Sequence[Optimizer], folds: Folds, skips_on_device: bool
     ) -> Outcome:
         """The same after unscaling, with what it found not finite made known to the scalers of all ranks."""
+        fault = None
         for source, holder in enumerate(self._holders):
             if holder.grad is not None and id(holder) not in folds.held:
                 label = self._plan.label(self._plan.sources.index(source))
-                self._measure(
-                    tag=self._steps,
-                    fault=LayoutError(
-                        f"{label} has a gradient and is in none of the optimizers, so that the scaler cannot unscale "
-                        "it: pass every optimizer to one step()"
-                    ),
+                fault = fault or LayoutError(
+                    f"{label} has a gradient and is in none of the optimizers, so that the scaler cannot unscale it: "
+                    "pass every optimizer to one step()"
                 )
         unscale_(scaler, optimizers)
         if self._overlap is not None:
             self._overlap.forget()
         try:
-            outcome = self._advance(skips_on_device)
+            outcome = self._advance(skips_on_device, fault)
         except NonFiniteError:
             join_found_inf(scaler, optimizers, True)
             raise
@@ -335,24 +333,15 @@ class Clipper:
         pairs = zip(self._holders, measured.gradients, strict=True)
         return self._plan.look([None if id(holder) in folds.inside else g for holder, g in pairs]).parts
 
-    def _compare_ranks(self, listed: Sequence[Held]) -> None:
+    def _settings(self) -> dict[str, float]:
+        """What must be the same on every rank, in numbers."""
         limit = self._max_consecutive_skips
-        settings = {
+        return {
             "norm_type": -1.0 if self._plan.p == inf else self._plan.p,
             "policy": crc32(spelled(self._policy).encode()),
             "nonfinite": NONFINITE.index(self._nonfinite),
             "max_consecutive_skips": -1 if limit is None else limit,
         }
-        fields = settings | {"parameters": self._plan.code}
-        different = differing(self._plan.group, self._plan.device, fields)
-        if "parameters" in different:
-            raise LayoutError(
-                "the ranks of the clipping group hold parameters of other names, shapes, dtypes or placements: "
-                "say which ranks hold different ones by split_over=[mesh['pp']] or layout=..."
-            )
-        if different:
-            raise ValueError(f"{', '.join(different)} must be the same on every rank: build every Clipper alike")
-        compare_values(self._plan, listed)
 
 
 def _parts(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:

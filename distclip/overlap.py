@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .fsdp2 import groups_of
 from .gradient import COMPLEX, REAL
+from .neighbours import attributes
 from .piece import local_tensor
 from .plan import Plan, Taken
 
 SAMPLES = 32  # elements of each gradient, spread over it: 3 us
 SUMMED = REAL + COMPLEX
-attributes = attrgetter("__dict__")
 version = attrgetter("_version")
 _first = itemgetter(0)
 

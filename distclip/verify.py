@@ -6,14 +6,14 @@ or ``layout`` describe are not the same list on every rank; their checksums are 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .compare import checksums, say
+from .compare import checksums, differing, say
 from .errors import LayoutError
 from .layout import speaks
 from .piece import Held, once
@@ -25,8 +25,24 @@ TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a k
 SAY_SO = "say split_over=[mesh['pp']] or layout=... where ranks hold different parameters"
 
 
-def compare_values(plan: Plan, listed: Sequence[Held]) -> None:
-    """Raise LayoutError on every rank unless copies of a parameter hold the same values: one all-reduce, one wait."""
+def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, float]) -> None:
+    """Raise on every rank unless parameters, ``settings`` and the values of copies are the same on all of them.
+
+    LayoutError for parameters and values, ValueError for settings. Two all-reduces, each with a wait.
+    """
+    different = differing(plan.group, plan.device, {**settings, "parameters": plan.code})
+    if "parameters" in different:
+        raise LayoutError(
+            "the ranks of the clipping group hold parameters of other names, shapes, dtypes or placements: "
+            "say which ranks hold different ones by split_over=[mesh['pp']] or layout=..."
+        )
+    if different:
+        raise ValueError(f"{', '.join(different)} must be the same on every rank: build every Clipper alike")
+    _compare_values(plan, listed)
+
+
+def _compare_values(plan: Plan, listed: Sequence[Held]) -> None:
+    """Copies of a parameter must hold the same values."""
     if plan.group.process_group is None:
         return
     copied, kept = _copied(plan), once(listed)

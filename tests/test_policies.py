@@ -121,6 +121,29 @@ def test_a_policy_of_ones_own_may_skip(monkeypatch, late):
             assert moved == [True, False, True, False]
 
 
+class Delayed:
+    """Bounds the norm by that of the step before the last; the state hands one tensor on to another."""
+
+    def init(self, device):
+        return {name: torch.full((), inf, dtype=torch.float64, device=device) for name in ("last", "before")}
+
+    def decide(self, norm, state):
+        return Decision(state["before"]), {"last": norm, "before": state["last"]}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_state_may_hand_its_tensors_on(monkeypatch, late):
+    if late:
+        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    weight = torch.nn.Linear(1, 1, bias=False)
+    clipper = Clipper(weight, Delayed())
+    bounds = []
+    for norm in (1.0, 2.0, 3.0, 4.0):
+        weight.weight.grad = torch.full((1, 1), norm)
+        bounds.append(clipper.clip_().max_norm.item())
+    assert bounds == [inf, inf, 1.0, 2.0]
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_the_state_stays_where_it_is(monkeypatch, late):
     """A captured CUDA graph reads and writes the same memory at every replay."""

@@ -1,5 +1,6 @@
 """distclip: gradient clipping by the true global norm, whatever parallelism cut the gradients up."""
 
+from .attached import attach as attach
 from .clipper import Clipper as Clipper
 from .errors import LayoutError as LayoutError, NonFiniteError as NonFiniteError
 from .functional import (

@@ -1,10 +1,10 @@
 """Clipper: a plan and a policy, the object that a training loop holds."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from math import inf, isfinite
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 from weakref import WeakSet
 from zlib import crc32
 
@@ -41,6 +41,32 @@ DISAGREE = (
 )
 
 _alive: WeakSet["Clipper"] = WeakSet()
+
+
+class Options(TypedDict, total=False):
+    """The keywords of :class:`Clipper`, for those who make one on behalf of a user."""
+
+    group: dist.ProcessGroup | None
+    split_over: Sequence[Axis]
+    layout: LayoutFn | None
+    norm_type: float
+    nonfinite: Literal["skip", "raise", "propagate"]
+    max_consecutive_skips: int | None
+    overlap: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stepping:
+    """A decision whose gradients are scaled already, but for those that folding optimizers scale themselves."""
+
+    outcome: Outcome
+    folds: Folds
+    coef: Tensor | None
+    skip: Tensor | None
+
+    def around(self, index: int, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """What the step of ``optimizer``, the one of this index, must run inside of."""
+        return folded(optimizer, self.coef, self.skip) if self.folds.by_optimizer[index] else nullcontext()
 
 
 class Clipper:
@@ -115,6 +141,8 @@ class Clipper:
         self._skips = 0
         self._unread: tuple[Flags, Measured] | None = None
         self._culprit: Culprit | None = None
+        self._report: Report | None = None
+        self._driver: str | None = None  # who calls, where it is not the user
         compare_ranks(self._plan, listed, self._settings())
         self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
         _alive.add(self)
@@ -123,6 +151,11 @@ class Clipper:
     def culprit(self) -> Culprit | None:
         """Where the latest non-finite norm came from; None if there was none."""
         return self._culprit
+
+    @property
+    def report(self) -> Report | None:
+        """What the latest ``clip_`` or ``step`` did, also where a hook made the call; None before the first."""
+        return self._report
 
     def measure(self) -> Report:
         """Return norm and decision for the gradients as they are: nothing changes, neither policy state nor counters.
@@ -144,9 +177,8 @@ class Clipper:
         bits where the coefficient is 1 and where ``report.skip`` is true: then the caller must not step. One
         all-reduce (on a non-finite norm two more); waits as the class says.
         """
-        outcome = self._advance(skips_on_device=True)
-        self._apply(outcome, outcome.measured.runs)
-        return outcome.report
+        self._refuse_a_second_owner()
+        return self._clip()
 
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
         """Clip and step every optimizer, or skip on all ranks alike; advance the policy once.
@@ -158,31 +190,22 @@ class Clipper:
         ``scaler``: unscales every optimizer for which you did not, and steps it. A norm that is not finite on any rank
         lowers the scale of all ranks at your ``scaler.update()``; a skip for the policy's own reason does not.
         """
+        self._refuse_a_second_owner()
         if not optimizers:
             raise ValueError("step() needs the optimizers to step: step(optimizer), or call clip_() and step yourself")
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        folds = self._folding.of(optimizers)
-        on_device = not reads_are_free(self._plan.device) and all(folds.by_optimizer)
-        on_device = on_device and all(map(may_skip_on_device, optimizers))
-        if scaler is None:
-            outcome = self._advance(skips_on_device=on_device)
-        else:
-            outcome = self._advance_unscaled(scaler, optimizers, folds, on_device)
-        if outcome.skip is True:
-            return outcome.report
-        gradients, coef = outcome.measured.runs, None
-        if outcome.can_fold:
-            gradients, coef = self._not_folded(outcome.measured, folds), outcome.report.coef
-        self._apply(outcome, gradients)
-        skip = outcome.skip if isinstance(outcome.skip, Tensor) else None
-        for optimizer, folds_here in zip(optimizers, folds.by_optimizer, strict=True):
-            if scaler is None:
-                with folded(optimizer, coef, skip) if folds_here else nullcontext():
+        stepping = self._begin(optimizers, scaler)
+        if stepping.outcome.skip is True:
+            return stepping.outcome.report
+        unless_scaled = stepping if scaler is None else replace(stepping, skip=None)
+        for index, optimizer in enumerate(optimizers):
+            with unless_scaled.around(index, optimizer):
+                if scaler is None:
                     optimizer.step()
-            else:
-                with folded(optimizer, coef, None) if folds_here else nullcontext(), skipping(optimizer, skip):
-                    scaler.step(optimizer)
-        return outcome.report
+                else:
+                    with skipping(optimizer, stepping.skip):
+                        scaler.step(optimizer)
+        return stepping.outcome.report
 
     def verify(self) -> None:
         """Prove the layout on the gradients of a backward, before the step; LayoutError on all ranks if it is wrong.
@@ -215,6 +238,34 @@ class Clipper:
         self._steps, self._skips = int(state["steps"]), int(state["consecutive_skips"])
         self._unread = None
 
+    def _clip(self) -> Report:
+        """Advance, and scale the gradients in place."""
+        outcome = self._advance(skips_on_device=True)
+        self._apply(outcome, outcome.measured.runs)
+        return outcome.report
+
+    def _begin(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None = None) -> Stepping:
+        """Advance, and scale the gradients that ``optimizers`` will not scale themselves."""
+        folds = self._folding.of(optimizers)
+        on_device = not reads_are_free(self._plan.device) and all(folds.by_optimizer)
+        on_device = on_device and all(map(may_skip_on_device, optimizers))
+        if scaler is None:
+            outcome = self._advance(skips_on_device=on_device)
+        else:
+            outcome = self._advance_unscaled(scaler, optimizers, folds, on_device)
+        gradients, coef = outcome.measured.runs, None
+        if outcome.can_fold and outcome.skip is not True:
+            gradients, coef = self._not_folded(outcome.measured, folds), outcome.report.coef
+        self._apply(outcome, gradients)
+        return Stepping(outcome, folds, coef, outcome.skip if isinstance(outcome.skip, Tensor) else None)
+
+    def _refuse_a_second_owner(self) -> None:
+        if self._driver is not None:
+            raise RuntimeError(
+                f"{self._driver} clips with this Clipper already: do not call clip_() or step() yourself (measure() "
+                "looks without changing anything, and report says what the latest step did)"
+            )
+
     def _advance(self, skips_on_device: bool, fault: LayoutError | None = None) -> Outcome:
         """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
         self._read_late_flags()
@@ -235,6 +286,7 @@ class Clipper:
         for name, value in copies.items():
             self._state[name].copy_(value)  # in place: a captured graph reads the next state where it wrote the last
         self._steps += 1
+        self._report = outcome.report
         if self._overlap is not None:
             self._overlap.forget()
         return outcome

@@ -33,6 +33,7 @@ SIGNATURES = {
     "Report": "(norm, max_norm, coef, skip, culprit=None)",
     "Report.to_dict": "(self)",
     "ValueClip": "(clip_value)",
+    "attach": "(optimizers, model, policy, **options)",
     "clip_grad_norm_": "(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None, *, group=None,"
     " split_over=(), layout=None)",
     "clip_grad_value_": "(parameters, clip_value, foreach=None)",

@@ -1,0 +1,172 @@
+"""attach: a loop keeps its lines, and `optimizer.step()` clips by the true global norm first."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Unpack
+from weakref import WeakSet, ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .clipper import Clipper, Options, Stepping
+from .piece import local_tensor
+from .policies import Policy
+from .stepping import guard, withhold
+
+_attached: WeakSet[Optimizer] = WeakSet()
+
+
+class Attached(Clipper):
+    """The Clipper that :func:`attach` returns: ``optimizer.step()`` makes its calls, until :meth:`detach`."""
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        model: nn.Module | Sequence[nn.Module],
+        policy: Policy | float,
+        **options: Unpack[Options],
+    ) -> None:
+        for index, optimizer in enumerate(optimizers):
+            if not isinstance(optimizer, Optimizer):
+                raise ValueError(f"attach takes torch optimizers, got {type(optimizer).__name__}")
+            if optimizer in _attached or optimizer in optimizers[:index]:
+                raise ValueError(
+                    "this optimizer has a Clipper attached already and would be clipped twice: call detach() on what "
+                    "attach() returned first"
+                )
+        if not optimizers:
+            raise ValueError("attach needs at least one optimizer")
+        super().__init__(model, policy, **options)
+        self._driver = "optimizer.step()"
+        self._optimizers = [ref(optimizer) for optimizer in optimizers]
+        self._stepped: set[int] = set()  # of the optimizers since the latest decision
+        self._stepping: Stepping | None = None
+        self._waiting: dict[int, list[tuple[Tensor, int]]] = {}  # gradients of those not stepped yet, as they were left
+        self._open: dict[int, ExitStack] = {}
+        self._undo = []
+        for optimizer in optimizers:
+            self._undo += [guard(optimizer, self._after), optimizer.register_step_pre_hook(self._before).remove]
+            _attached.add(optimizer)
+
+    def detach(self) -> None:
+        """Take the hooks away: from now on the optimizers step as if they had never been attached."""
+        while self._undo:
+            self._undo.pop()()
+        for reference in self._optimizers:
+            optimizer = reference()
+            if optimizer is not None:
+                self._after(optimizer)
+                _attached.discard(optimizer)
+        self._driver = None
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) > 1 or kwargs.get("closure") is not None:
+            raise RuntimeError(
+                "optimizer.step(closure) makes its gradients after the hook that clips them: run the closure yourself "
+                "and call optimizer.step() without it"
+            )
+        if isinstance(getattr(optimizer, "grad_scale", None), Tensor):
+            raise RuntimeError(
+                "the gradients are still multiplied by the GradScaler's scale, and their norm would be as well: call "
+                "scaler.unscale_(optimizer) before scaler.step(optimizer), or use Clipper.step(..., scaler=scaler)"
+            )
+        index = next(i for i, reference in enumerate(self._optimizers) if reference() is optimizer)
+        if self._stepping is None or index in self._stepped:
+            self._decide_for_all()
+        else:
+            self._refuse_changed(index)
+        stepping = self._stepping
+        assert stepping is not None
+        self._stepped.add(index)
+        self._waiting.pop(index, None)
+        stack = self._open[index] = ExitStack()
+        if stepping.outcome.skip is True:
+            stack.callback(withhold(optimizer))
+        else:
+            stack.enter_context(_joined(stepping, optimizer).around(index, optimizer))
+        if len(self._stepped) == len(self._optimizers):
+            self._stepping = None
+
+    def _after(self, optimizer: Optimizer) -> None:
+        for index, reference in enumerate(self._optimizers):
+            if reference() is optimizer and index in self._open:
+                self._open.pop(index).close()
+
+    def _decide_for_all(self) -> None:
+        """The first step since all have stepped: measure, scale, and remember what the others will step with."""
+        optimizers = [reference() for reference in self._optimizers]
+        present = [optimizer for optimizer in optimizers if optimizer is not None]
+        if len(present) < len(optimizers):
+            raise RuntimeError("an optimizer that was attached is gone: attach those that are left anew")
+        for index, known in self._waiting.items():
+            kept = set(map(id, _gradients(present[index])))
+            if any(id(gradient) in kept for gradient, _ in known):
+                raise RuntimeError(
+                    f"optimizer {index} of those attached together has not stepped since its gradients were clipped, "
+                    "and they would be clipped again: attach optimizers that step at different times one by one"
+                )
+        self._stepping = self._begin(present)
+        self._stepped.clear()
+        if len(present) > 1:
+            self._waiting = {
+                index: [(gradient, local_tensor(gradient)._version) for gradient in _gradients(optimizer)]
+                for index, optimizer in enumerate(present)
+            }
+
+    def _refuse_changed(self, index: int) -> None:
+        optimizer = self._optimizers[index]()
+        assert optimizer is not None
+        known = {id(gradient): version for gradient, version in self._waiting[index]}
+        if any(known.get(id(gradient)) != local_tensor(gradient)._version for gradient in _gradients(optimizer)):
+            raise RuntimeError(
+                f"the gradients of optimizer {index} of those attached together have changed since the first of them "
+                "stepped, and are not in its norm: run every backward before the first step, or attach one by one"
+            )
+
+
+def attach(
+    optimizers: Optimizer | Sequence[Optimizer],
+    model: nn.Module | Sequence[nn.Module],
+    policy: Policy | float,
+    **options: Unpack[Options],
+) -> Attached:
+    """Let every ``optimizer.step()`` clip by the true global norm first, or change nothing on all ranks alike.
+
+    * ``optimizers``: one, or the list of those that step once each in an iteration: the first of them to step decides
+      for all, with the gradients of the whole ``model``, so every backward comes before it.
+    * ``model``, ``policy``, ``options``: those of :class:`Clipper`, which says what is compared at construction.
+
+    Returns the Clipper, for ``report``, ``state_dict``, ``verify`` and ``detach()``; its ``clip_`` and ``step`` raise
+    RuntimeError, as the optimizers make these calls. A step that is skipped leaves parameters, state and gradients as
+    they were: fused optimizers on accelerators by ``found_inf``, others by having no gradients until the step is over,
+    also where it raises. Collectives and waits: those of :meth:`Clipper.step`, once for all optimizers.
+
+    RuntimeError for a closure, for gradients that a GradScaler has not unscaled, and where the gradients of the second
+    optimizer are not those that the first one's step saw; ValueError for an optimizer that is attached already. Source:
+    ``torch.optim.Optimizer.register_step_pre_hook``.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> clipper = attach(optimizer, model, 1.0)
+    >>> (model.weight * 4 - model.bias * 3).sum().backward()
+    >>> optimizer.step()
+    >>> round(clipper.report.norm.item(), 4)
+    11.3578
+    """
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    return Attached(listed, model, policy, **options)
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _joined(stepping: Stepping, optimizer: Optimizer) -> Stepping:
+    """The same with the ``found_inf`` that a GradScaler gave to a fused optimizer."""
+    found = getattr(optimizer, "found_inf", None)
+    if stepping.skip is None or not isinstance(found, Tensor):
+        return stepping
+    both = torch.maximum(stepping.skip.float().to(found.device), found) > 0
+    return Stepping(stepping.outcome, stepping.folds, stepping.coef, both)

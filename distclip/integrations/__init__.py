@@ -1,0 +1,1 @@
+"""One file for each framework, each imported by its users alone: ``from distclip.integrations.lightning import ...``."""

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .folding import FOLDING, folded, may_skip_on_device
+from .group import reads_are_free
 
-_skipping: WeakKeyDictionary[Optimizer, ExitStack] = WeakKeyDictionary()
+_flags: WeakKeyDictionary[Optimizer, ExitStack] = WeakKeyDictionary()
+_withheld: WeakKeyDictionary[Optimizer, Callable[[], None]] = WeakKeyDictionary()
 _guarded: WeakSet[Optimizer] = WeakSet()
 
 
@@ -42,17 +44,15 @@ def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor) -> None:
     waited for.
     """
     for optimizer in optimizers:
-        pending = _skipping.pop(optimizer, None)
-        if pending is not None:
-            pending.pop_all()  # that step never came: its gradients are not those of this one
-        stack = ExitStack()
-        if skip.device.type != "cpu" and _folds(optimizer) and may_skip_on_device(optimizer):
-            stack.enter_context(folded(optimizer, None, skip))
+        _flags.pop(optimizer, ExitStack()).close()  # of a step that never came
+        _withheld.pop(optimizer, None)  # these are not the gradients of this one
+        if not reads_are_free(skip.device) and _folds(optimizer) and may_skip_on_device(optimizer):
+            flag = _flags[optimizer] = ExitStack()
+            flag.enter_context(folded(optimizer, None, skip))
         elif skip:
-            stack.callback(withhold(optimizer))
+            _withheld[optimizer] = withhold(optimizer)
         else:
             continue
-        _skipping[optimizer] = stack
         if optimizer not in _guarded:  # for good: torch does not let a hook remove itself
             guard(optimizer, _end_of_skipping)
             _guarded.add(optimizer)
@@ -93,6 +93,5 @@ def _folds(optimizer: Optimizer) -> bool:
 
 
 def _end_of_skipping(optimizer: Optimizer) -> None:
-    stack = _skipping.pop(optimizer, None)
-    if stack is not None:
-        stack.close()
+    _flags.pop(optimizer, ExitStack()).close()
+    _withheld.pop(optimizer, lambda: None)()

@@ -1,1 +1,1 @@
-"""One file for each framework, each imported by its users alone: ``from distclip.integrations.lightning import ...``."""
+"""One file for each framework, imported by its users alone: ``from distclip.integrations.lightning import ...``."""

@@ -31,6 +31,7 @@ from .policies import Policy, State
 from .policies.adopt import as_policy, fitting, spelled
 from .policies.checks import positive
 from .report import Culprit, Report
+from .stepping import skip_next_step
 from .verify import compare_ranks, verify
 
 NONFINITE = ("skip", "raise", "propagate")
@@ -242,6 +243,20 @@ class Clipper:
         """Advance, and scale the gradients in place."""
         outcome = self._advance(skips_on_device=True)
         self._apply(outcome, outcome.measured.runs)
+        return outcome.report
+
+    def _clip_before(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None = None) -> Report:
+        """Unscale, advance and scale in place, so that the steps a framework makes next change nothing if skipped.
+
+        A scaler skips non-finite steps by itself, and must hear of the policy's own before it: that is waited for.
+        """
+        if scaler is None or not scaler.is_enabled():
+            report = self._clip()
+            skip_next_step(optimizers, report.skip)
+            return report
+        outcome = self._advance_unscaled(scaler, optimizers, self._folding.of(optimizers), skips_on_device=False)
+        self._apply(outcome, outcome.measured.runs)
+        skip_next_step(optimizers, (outcome.report.skip & outcome.report.norm.isfinite()).cpu())
         return outcome.report
 
     def _begin(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None = None) -> Stepping:

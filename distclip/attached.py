@@ -60,18 +60,36 @@ class Attached(Clipper):
                 _attached.discard(optimizer)
         self._driver = None
 
-    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) > 1 or kwargs.get("closure") is not None:
-            raise RuntimeError(
-                "optimizer.step(closure) makes its gradients after the hook that clips them: run the closure yourself "
-                "and call optimizer.step() without it"
-            )
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._enter(optimizer)
+            return None
+
+        def clipped() -> Any:  # the gradients are made in there
+            loss = closure()
+            self._enter(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], clipped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": clipped}
+
+    def _enter(self, optimizer: Optimizer) -> None:
+        """The gradients of ``optimizer`` are there: decide or join the decision, and prepare its step."""
         if isinstance(getattr(optimizer, "grad_scale", None), Tensor):
             raise RuntimeError(
                 "the gradients are still multiplied by the GradScaler's scale, and their norm would be as well: call "
                 "scaler.unscale_(optimizer) before scaler.step(optimizer), or use Clipper.step(..., scaler=scaler)"
             )
         index = next(i for i, reference in enumerate(self._optimizers) if reference() is optimizer)
+        if index in self._open:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} runs its closure more than once a step, and each would be clipped by "
+                "itself: clip inside the closure, with distclip.clip_grad_norm_"
+            )
         if self._stepping is None or index in self._stepped:
             self._decide_for_all()
         else:
@@ -142,8 +160,9 @@ def attach(
     they were: fused optimizers on accelerators by ``found_inf``, others by having no gradients until the step is over,
     also where it raises. Collectives and waits: those of :meth:`Clipper.step`, once for all optimizers.
 
-    RuntimeError for a closure, for gradients that a GradScaler has not unscaled, and where the gradients of the second
-    optimizer are not those that the first one's step saw; ValueError for an optimizer that is attached already. Source:
+    A closure may make the gradients, once a step. RuntimeError for LBFGS, which runs it more often, for gradients that
+    a GradScaler has not unscaled, and where the gradients of the second optimizer are not those that the first one's
+    step saw; ValueError for an optimizer that is attached already. Source:
     ``torch.optim.Optimizer.register_step_pre_hook``.
 
     >>> import torch

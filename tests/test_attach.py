@@ -307,14 +307,19 @@ class TestOwners:
 
 
 class TestWrongOrder:
-    def test_closures(self):
+    def test_an_optimizer_that_runs_its_closure_again_and_again(self):
         model = torch.nn.Linear(3, 3)
         optimizer = LBFGS(model.parameters())
         distclip.attach(optimizer, model, 1.0)
-        with pytest.raises(RuntimeError, match="without it"):
-            optimizer.step(lambda: loss_of(model))
-        with pytest.raises(RuntimeError, match="without it"):
-            optimizer.step(closure=lambda: loss_of(model))
+
+        def closure():
+            model.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            return loss
+
+        with pytest.raises(RuntimeError, match="LBFGS runs its closure more than once"):
+            optimizer.step(closure)
 
     def test_a_scaler_that_has_not_unscaled(self):
         model = torch.nn.Linear(3, 3)
@@ -346,6 +351,43 @@ class TestWrongOrder:
         scaler.step(optimizer)  # unscales by itself, before our hook
         scaler.update()
         assert clipper.report.norm.item() == pytest.approx(plain, rel=1e-6)
+
+
+class TestClosures:
+    @pytest.mark.parametrize("kind", ["sgd", "fused"])
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_gradients_made_in_a_closure_are_clipped(self, kind, by_name):
+        model, twin = build(), build()
+        optimizer, plain = (OPTIMIZERS[kind](m.parameters()) for m in (model, twin))
+        attached, clipper = distclip.attach(optimizer, model, BOUND), distclip.Clipper(twin, BOUND)
+        for step in range(STEPS):
+            broken = step == BROKEN
+
+            def closure(step=step, broken=broken):
+                optimizer.zero_grad()
+                loss = backward(model, step)
+                if broken:
+                    model.head.weight.grad[0, 0] = torch.nan
+                return loss
+
+            loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+            expected = backward(twin, step)
+            if broken:
+                twin.head.weight.grad[0, 0] = torch.nan
+            clipper.step(plain)
+            assert loss == expected
+            assert same_bits([attached.report.to_dict(), clipper.report.to_dict()])
+            assert bool(attached.report.skip) == broken
+            plain.zero_grad()
+        assert same_bits([whole(model), whole(twin)])
+
+    def test_an_exception_in_a_closure_is_the_users(self):
+        model, (optimizer,), clipper = small()
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        loss_of(model).backward()
+        optimizer.step()
+        assert clipper.state_dict()["steps"] == 1
 
 
 class TestDetach:

@@ -1,0 +1,175 @@
+"""Accelerate: the Accelerator with one import line changed, whose clipping is by the true global norm.
+
+Read in accelerate 1.15.0. Overridden: ``Accelerator.clip_grad_norm_`` and ``clip_grad_value_``. Private API:
+``Accelerator._models``, ``_optimizers`` and ``_custom_objects``, ``AcceleratedOptimizer._is_overflow``.
+"""
+
+from collections.abc import Sequence, Set
+from math import inf
+from typing import Any, Unpack
+
+import accelerate
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import distclip
+
+from ..amp import unscale_
+from ..arguments import Parameters
+from ..clipper import Clipper, Options, _alive
+from ..fsdp1 import is_flattened
+from ..policies import MaxNorm, Policy
+from ..report import Report
+
+TAKE_OVER = "distclip.integrations.deepspeed.take_over(accelerator.deepspeed_engine_wrapped.engine, policy)"
+UNSUPPORTED = (DistributedType.MEGATRON_LM, DistributedType.XLA)
+
+
+class AcceleratedClipper(Clipper):
+    """The Clipper that :meth:`Accelerator.clipper` makes: ``clip_()`` also unscales, and skips accelerate's steps."""
+
+    def __init__(
+        self, accelerator: "Accelerator", model: nn.Module | Sequence[nn.Module], policy: Policy | float, **options: Any
+    ) -> None:
+        super().__init__(model, policy, **options)
+        self._accelerator = accelerator
+
+    def clip_(self) -> Report:
+        """Clip as the policy decides; where it decides to skip, let the next ``optimizer.step()`` change nothing.
+
+        RuntimeError inside gradient accumulation, and where no prepared optimizer holds the model. Unscales what is not
+        yet (fp16), so that a norm that is not finite on any rank lowers the scale of all; a skip for the policy's own
+        reason does not. ``optimizer.step_was_skipped`` tells of a skip, so that prepared schedulers wait as well: a 0-d
+        bool, which is waited for when it is looked at. Collectives and waits: those of :meth:`Clipper.clip_`, and one
+        wait a step with a scaler.
+        """
+        self._accelerator._refuse_to_clip("clip_()")
+        prepared = self._accelerator._optimizers_of(self._ids)
+        report = self._clip_before(list(map(_inner, prepared)), self._accelerator.scaler)
+        for optimizer in prepared:
+            if optimizer.scaler is None:
+                optimizer._is_overflow = report.skip
+        return report
+
+    def step(self, *optimizers: Optimizer, scaler: Any = None) -> Report:
+        raise RuntimeError("accelerate steps the optimizers it prepared: call clip_() and then optimizer.step()")
+
+
+class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
+    """``accelerate.Accelerator``, same arguments, whose clipping is right for every layout that distclip knows."""
+
+    def clip_grad_norm_(self, parameters: Parameters, max_norm: float, norm_type: float = 2) -> Tensor:
+        """Unscale, then :func:`distclip.clip_grad_norm_`, which says what is returned and when ranks talk.
+
+        * ``parameters``: as there; all those of a prepared FSDP1 model are enough to know the model.
+
+        A norm that is not finite goes through the formula as in torch: to skip such steps use :meth:`clipper`.
+        RuntimeError inside gradient accumulation (clip where ``accelerator.sync_gradients``). With DeepSpeed, which has
+        stepped by now, nothing is clipped: the norm is that of a ``take_over`` with this bound, else RuntimeError.
+        """
+        if self.distributed_type == DistributedType.DEEPSPEED:
+            return self._norm_of_deepspeed(max_norm, norm_type)
+        return distclip.clip_grad_norm_(self._to_clip("clip_grad_norm_", parameters), max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Parameters, clip_value: float | tuple[float, float]) -> None:
+        """Unscale, then :func:`distclip.clip_grad_value_`: FSDP included. Errors as for :meth:`clip_grad_norm_`."""
+        distclip.clip_grad_value_(self._to_clip("clip_grad_value_", parameters), clip_value)
+
+    def clipper(
+        self, model: nn.Module | Sequence[nn.Module], policy: Policy | float, **options: Unpack[Options]
+    ) -> AcceleratedClipper:
+        """Return the Clipper of a prepared ``model``, for any policy, as part of what ``save_state`` saves.
+
+        ``options``: those of :class:`Clipper`, which says what is compared here. RuntimeError with DeepSpeed;
+        ValueError where ``model`` is not what ``prepare`` returned.
+        """
+        self._refuse_deepspeed(f"a policy ({policy})")
+        clipper = AcceleratedClipper(self, model, policy, **options)
+        parts = [model] if isinstance(model, nn.Module) else model
+        if not all(id(p) in clipper._ids for part in parts for p in part.parameters()):
+            raise ValueError("the model is a part of what FSDP1 made of it: pass what accelerator.prepare() returned")
+        self.register_for_checkpointing(clipper)
+        return clipper
+
+    def _to_clip(self, name: str, parameters: Parameters) -> list[Any]:
+        """What to clip for ``parameters``, unscaled: the prepared models that they are, or themselves."""
+        self._refuse_to_clip(name)
+        listed: list[Any] = [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
+        if not listed:
+            raise ValueError(
+                f"{name} was given no parameters: a generator is empty after its first use, and DDP over tensor "
+                "parallel shows none, so pass the model itself"
+            )
+        modules = [item for item in listed if isinstance(item, nn.Module)]
+        given = {id(p) for module in modules for p in module.parameters()} | set(map(id, listed))
+        if any(isinstance(each, AcceleratedClipper) and each._ids & given for each in self._custom_objects):
+            raise ValueError(f"a clipper() clips these parameters already: take the line with {name} out")
+        if self.scaler is not None and self.scaler.is_enabled():
+            unscale_(self.scaler, list(map(_inner, self._optimizers_of(given))))
+        models = [model for model in self._models if _is_inside(model, given)]
+        whole = not modules and given <= {id(p) for model in models for p in model.parameters()}
+        return models if whole else listed
+
+    def _optimizers_of(self, ids: Set[int]) -> list[AcceleratedOptimizer]:
+        """The prepared optimizers that hold any of these parameters."""
+        found = [o for o in self._optimizers if any(id(p) in ids for g in o.param_groups for p in g["params"])]
+        if not found:
+            raise RuntimeError(
+                "no prepared optimizer holds these parameters: pass the optimizer to accelerator.prepare() as well"
+            )
+        return found
+
+    def _refuse_to_clip(self, name: str) -> None:
+        self._refuse_accumulation(name)
+        self._refuse_deepspeed(name)
+        if self.distributed_type in UNSUPPORTED:
+            raise RuntimeError(f"{name} is not supported with {self.distributed_type.value}")
+        if self.has_lomo_optimizer:
+            raise RuntimeError(f"{name} comes too late: LOMO steps inside the backward; use another optimizer")
+
+    def _refuse_accumulation(self, name: str) -> None:
+        if not self.sync_gradients:
+            raise RuntimeError(
+                f"{name} was called inside gradient accumulation, on gradients that are not complete: call it where "
+                "`accelerator.sync_gradients` is true"
+            )
+
+    def _refuse_deepspeed(self, name: str) -> None:
+        if self.distributed_type == DistributedType.DEEPSPEED:
+            raise RuntimeError(
+                f"{name} comes too late: DeepSpeed steps inside accelerator.backward(). Call {TAKE_OVER} after "
+                "prepare()"
+            )
+
+    def _norm_of_deepspeed(self, max_norm: float, norm_type: float) -> Tensor:
+        """The norm of the step in the latest backward; RuntimeError where another bound was in force."""
+        self._refuse_accumulation("clip_grad_norm_")
+        engine = getattr(self.deepspeed_engine_wrapped, "engine", None)
+        optimizer = getattr(engine, "optimizer", self)
+        report = None
+        for clipper in _alive:
+            if getattr(clipper, "_optimizer", None) is optimizer:
+                report = clipper.report
+                if max_norm != inf and (clipper._policy, clipper._plan.p) != (MaxNorm(max_norm), norm_type):
+                    raise RuntimeError(
+                        f"clip_grad_norm_ with {max_norm:g} of order {norm_type:g} is not what take_over() put in "
+                        f"force, {clipper._policy} of order {clipper._plan.p:g}: pass that, or inf to get the norm"
+                    )
+        if report is None:
+            self._refuse_deepspeed("clip_grad_norm_")
+        assert report is not None
+        return report.norm
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _is_inside(model: nn.Module, given: Set[int]) -> bool:
+    """Whether the parameters of ``model`` are given: of FSDP1's, which only the module can show, those that train."""
+    needed = [p for p in model.parameters() if p.requires_grad or not is_flattened(p)]
+    return bool(needed) and all(id(p) in given for p in needed)

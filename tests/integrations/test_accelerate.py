@@ -1,0 +1,384 @@
+"""distclip.integrations.accelerate, in real runs on two ranks beside one process that is clipped by hand."""
+
+import os
+import re
+import warnings
+from functools import cache
+from math import inf, nan
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import StepLR
+
+import distclip
+from distclip import AutoClip, Decision, MaxNorm, ValueClip
+from layouts import ROWS, batch, build
+from ranks import run_ranks, same_bits
+
+accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'distclip[accelerate]'")
+
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
+
+from distclip.integrations.accelerate import Accelerator  # noqa: E402
+
+STEPS = 12
+BOUND = 1.25  # between the norms of the run
+BAD = 5  # the step whose loss is NaN on rank 1
+POLICIES = {"max_norm": MaxNorm(BOUND), "autoclip": AutoClip(50), "value": ValueClip(0.05)}
+
+
+class SkipOdd:
+    """Skips every second step for a reason of its own."""
+
+    def init(self, device):
+        return {"steps": torch.zeros((), dtype=torch.int64, device=device)}
+
+    def decide(self, norm, state):
+        return Decision(torch.full_like(norm, inf), skip=state["steps"] % 2 == 1), {"steps": state["steps"] + 1}
+
+
+# ---- one process ---------------------------------------------------------------------------------------------
+
+
+def loss_of(model, step, rank=0, size=1, bad=None):
+    words, targets = batch(step)
+    mine = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
+    loss = (model(words[mine]) - targets[mine]).square().mean()
+    return loss * nan if step == bad and rank == size - 1 else loss
+
+
+@cache
+def alone(policy, accumulated=1, bad=None):
+    """Norms, skipped steps and parameters of one process; MaxNorm and ValueClip by their definitions."""
+    model = build()
+    optimizer = AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+    clipper = distclip.Clipper(model, POLICIES[policy])
+    norms, skipped = [], []
+    for step in range(STEPS):
+        for micro in range(accumulated):
+            (loss_of(model, step * accumulated + micro, bad=bad) / accumulated).backward()
+        norm = torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            if policy == "max_norm":
+                p.grad.mul_(min(1.0, BOUND / (norm.item() + 1e-6)))
+            elif policy == "value":
+                p.grad.clamp_(-0.05, 0.05)
+        if policy == "autoclip":
+            clipper.clip_()
+        if norm.isfinite():
+            optimizer.step()
+        else:
+            skipped.append(step)
+        optimizer.zero_grad()
+        norms.append(norm.item())
+    return norms, skipped, [p.detach() for p in model.parameters()]
+
+
+# ---- two ranks -----------------------------------------------------------------------------------------------
+
+
+def fresh(kind=Accelerator, **options):
+    """An accelerator that finds the group of `run_ranks` in place, and nothing left of the one before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    return kind(cpu=True, **options)
+
+
+def fsdp2(kind=Accelerator):
+    """FSDP2 with ignored parameters on the CPU, where accelerate would make DDP of it."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        ignored_modules="embed|head",
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+    )
+    accelerator = fresh(kind, fsdp_plugin=plugin)
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    return accelerator
+
+
+def prepared(accelerator):
+    model = build()
+    return accelerator.prepare(model, AdamW(model.parameters(), lr=1e-3, eps=1e-4))
+
+
+def reduce_ignored(model):
+    """What the user of ignored parameters must do."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def whole(model):
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
+
+
+def train(make, policy, how, accumulated=1, bad=None):
+    accelerator = make(gradient_accumulation_steps=accumulated) if make is fresh else make()
+    model, optimizer = prepared(accelerator)
+    clipper = accelerator.clipper(model, POLICIES[policy]) if how == "clipper" else None
+    norms, skipped = [], []
+    for micro in range(STEPS * accumulated):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, micro, dist.get_rank(), dist.get_world_size(), bad))
+            if accelerator.sync_gradients:
+                if make is fsdp2:
+                    reduce_ignored(model)
+                if clipper is not None:
+                    norms.append(clipper.clip_().norm.item())
+                elif policy == "value":
+                    norms.append(distclip.get_total_norm([p.grad for p in model.parameters()]).item())
+                    accelerator.clip_grad_value_(model.parameters(), 0.05)
+                else:
+                    norms.append(accelerator.clip_grad_norm_(model.parameters(), BOUND).item())
+            optimizer.step()
+            if accelerator.sync_gradients and optimizer.step_was_skipped:
+                skipped.append(len(norms) - 1)
+            optimizer.zero_grad()
+    return norms, skipped, whole(model)
+
+
+def resume(folder):
+    """The decisions of six steps after a checkpoint, in the run that made it and in one that loads it."""
+
+    def start():
+        accelerator = fresh()
+        model, optimizer = prepared(accelerator)
+        return accelerator, model, optimizer, accelerator.clipper(model, AutoClip(50))
+
+    def go_on(run, steps):
+        accelerator, model, optimizer, clipper = run
+        decisions = []
+        for step in steps:
+            accelerator.backward(loss_of(model, step, dist.get_rank(), 2))
+            decisions.append(clipper.clip_().to_dict())
+            optimizer.step()
+            optimizer.zero_grad()
+        return decisions
+
+    first = start()
+    go_on(first, range(6))
+    first[0].save_state(folder)
+    expected = go_on(first, range(6, 12))
+    second = start()
+    second[0].load_state(folder)
+    return expected, go_on(second, range(6, 12))
+
+
+def schedule():
+    """A prepared scheduler waits with the step that is skipped."""
+    accelerator = fresh()
+    model, optimizer = prepared(accelerator)
+    scheduler = accelerator.prepare(StepLR(optimizer, 1, gamma=0.5))
+    clipper = accelerator.clipper(model, MaxNorm(BOUND))
+    rates = []
+    for step in range(4):
+        accelerator.backward(loss_of(model, step, dist.get_rank(), 2, bad=1))
+        clipper.clip_()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        rates.append(scheduler.get_last_lr()[0] / 1e-3)
+    return rates
+
+
+def scaled(policy, unscale):
+    """Norms, parameters, scales and skipped steps with a loss scale of 1024, as fp16 has it on accelerators."""
+    accelerator = fresh()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    accelerator.native_amp, AcceleratorState._shared_state["_mixed_precision"] = True, "fp16"
+    model = torch.nn.parallel.DistributedDataParallel(build())
+    optimizer = accelerator.prepare_optimizer(SGD(model.parameters(), lr=0.05))
+    accelerator._models.append(model)
+    clipper = None if policy is None else accelerator.clipper(model, policy)
+    norms, scales, moved, skips = [], [], [], []
+    for step in range(4):
+        accelerator.backward(loss_of(model, step, dist.get_rank(), 2, bad=2))
+        if unscale:
+            accelerator.unscale_gradients()
+        norm = accelerator.clip_grad_norm_(model.parameters(), 0.5) if clipper is None else clipper.clip_().norm
+        before = whole(model)
+        optimizer.step()
+        moved.append(not same_bits([before, whole(model)]))
+        skips.append(bool(optimizer.step_was_skipped))
+        optimizer.zero_grad()
+        norms.append(norm.item())
+        scales.append(accelerator.scaler.get_scale())
+    return norms, scales, moved, skips, whole(model)
+
+
+def errors():
+    found = {}
+
+    def note(name, call):
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+
+    accelerator = fresh(gradient_accumulation_steps=2)
+    model, optimizer = prepared(accelerator)
+    other = torch.nn.Linear(2, 2)
+    lonely = accelerator.clipper(other, 1.0)
+    clipper = accelerator.clipper(model, 1.0)
+    note("two owners", lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0))
+    note("two owners by value", lambda: accelerator.clip_grad_value_(model, 1.0))
+    note("step", lambda: clipper.step(optimizer))
+    note("no optimizer", lonely.clip_)
+    used = (p for p in ())
+    note("used up", lambda: accelerator.clip_grad_norm_(used, 1.0))
+    with accelerator.accumulate(model):
+        accelerator.backward(loss_of(model, 0))
+        note("accumulating", lambda: accelerator.clip_grad_norm_([torch.nn.Parameter(torch.zeros(1))], 1.0))
+        note("accumulating by value", lambda: accelerator.clip_grad_value_(model.parameters(), 1.0))
+        note("accumulating with a clipper", clipper.clip_)
+    accelerator.sync_gradients = True
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.MEGATRON_LM
+    note("megatron", clipper.clip_)
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    note("deepspeed", lambda: accelerator.clipper(model, 1.0))
+    note("deepspeed not taken over", lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0))
+    note("deepspeed by value", lambda: accelerator.clip_grad_value_(model.parameters(), 1.0))
+    return found
+
+
+def of_theirs():
+    """What accelerate's own Accelerator makes of FSDP2 with ignored parameters."""
+    found = {}
+    for kind in (accelerate.Accelerator, Accelerator):
+        accelerator = fsdp2(kind)
+        model, _ = prepared(accelerator)
+        accelerator.backward(loss_of(model, 0, dist.get_rank(), 2))
+        reduce_ignored(model)
+        found[kind.__module__.split(".")[0], "inf"] = float(accelerator.clip_grad_norm_(model.parameters(), inf, inf))
+        try:
+            accelerator.clip_grad_value_(model.parameters(), 0.01)
+            found[kind.__module__.split(".")[0], "value"] = max(g.abs().max().item() for g in whole_gradients(model))
+        except Exception as error:
+            found[kind.__module__.split(".")[0], "value"] = str(error)
+    return found
+
+
+def whole_gradients(model):
+    return [(p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad) for p in model.parameters()]
+
+
+def everything(folder):
+    warnings.simplefilter("ignore")
+    runs = {
+        (layout.__name__, policy, how): train(layout, policy, how)
+        for layout in (fresh, fsdp2)
+        for policy, how in [("max_norm", "clipper"), ("autoclip", "clipper"), ("value", "function")]
+    }
+    for layout in (fresh, fsdp2):
+        runs[layout.__name__, "max_norm", "function"] = train(layout, "max_norm", "function")
+    runs["fresh", "value", "clipper"] = train(fresh, "value", "clipper")
+    return {
+        "runs": runs,
+        "accumulated": {how: train(fresh, "max_norm", how, accumulated=2) for how in ("function", "clipper")},
+        "bad": {make.__name__: train(make, "autoclip", "clipper", bad=BAD) for make in (fresh, fsdp2)},
+        "resumed": resume(folder),
+        "schedule": schedule(),
+        "scaled": [scaled(None, False), scaled(None, True), scaled(MaxNorm(0.5), False), scaled(SkipOdd(), False)],
+        "theirs": of_theirs(),
+        "errors": errors(),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(everything, 2, str(tmp_path_factory.mktemp("state")), timeout=100, fresh=True)
+
+
+def agrees(results, expected):
+    """Two ranks gave the same bits, and those of one process within what fp32 can."""
+    assert same_bits(results)
+    (norms, skipped, parameters), (expected_norms, expected_skipped, expected_parameters) = results[0], expected
+    assert norms == pytest.approx(expected_norms, rel=1e-6, nan_ok=True)
+    assert skipped == expected_skipped
+    for mine, theirs in zip(parameters, expected_parameters, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["fresh", "fsdp2"])
+@pytest.mark.parametrize(
+    ("policy", "how"),
+    [("max_norm", "function"), ("max_norm", "clipper"), ("autoclip", "clipper"), ("value", "function")],
+)
+def test_training_is_that_of_one_process(ranks, layout, policy, how):
+    agrees([each["runs"][layout, policy, how] for each in ranks], alone(policy))
+    norms = alone(policy)[0]
+    assert min(norms) < BOUND < max(norms)
+
+
+def test_accumulated_gradients_are_clipped_once(ranks):
+    for how in ("function", "clipper"):
+        agrees([each["accumulated"][how] for each in ranks], alone("max_norm", 2))
+
+
+@pytest.mark.parametrize("layout", ["fresh", "fsdp2"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, layout):
+    agrees([each["bad"][layout] for each in ranks], alone("autoclip", bad=BAD))
+    assert alone("autoclip", bad=BAD)[1] == [BAD]
+
+
+def test_a_prepared_scheduler_waits_with_a_skipped_step(ranks):
+    for each in ranks:
+        assert each["schedule"] == [1 / 4, 1 / 4, 1 / 16, 1 / 64]  # accelerate steps it once for each rank
+
+
+def test_a_resumed_run_decides_as_the_one_that_went_on(ranks):
+    for each in ranks:
+        expected, resumed = each["resumed"]
+        assert resumed == expected
+        assert {decision["coef"] < 1 for decision in resumed} == {True, False}
+
+
+def test_gradients_are_unscaled_first_and_skips_reach_the_scaler(ranks):
+    assert same_bits([each["scaled"] for each in ranks])
+    function, unscaled_before, clipper, skipping = ranks[0]["scaled"]
+    norms, scales, moved, skips, _ = function
+    assert norms[0] == pytest.approx(alone("max_norm")[0][0], rel=1e-6), "the scale is in the norm"
+    assert scales == [1024, 1024, 512, 512]
+    assert moved == [True, True, False, True]
+    assert skips == [False, False, True, False]
+    assert same_bits([function, unscaled_before, clipper])
+    _, scales, moved, *_ = skipping  # a policy's own skips: steps 1 and 3
+    assert scales == [1024, 1024, 512, 512]
+    assert moved == [True, False, False, False]
+
+
+def test_where_accelerate_fails_beside_ignored_parameters(ranks):
+    for each in ranks:
+        assert "mixed torch.Tensor and DTensor" in each["theirs"]["accelerate", "value"]
+        assert each["theirs"]["distclip", "value"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("two owners", r"ValueError: a clipper\(\) clips these parameters already: take the line with clip_grad_norm_"),
+        ("two owners by value", "ValueError: .* take the line with clip_grad_value_ out"),
+        ("step", r"RuntimeError: .* call clip_\(\) and then optimizer.step\(\)"),
+        ("no optimizer", r"RuntimeError: .* pass the optimizer to accelerator.prepare\(\) as well"),
+        ("used up", "ValueError: clip_grad_norm_ was given no parameters"),
+        ("accumulating", "RuntimeError: clip_grad_norm_ was called inside gradient accumulation"),
+        ("accumulating by value", "RuntimeError: clip_grad_value_ was called inside gradient accumulation"),
+        ("accumulating with a clipper", r"RuntimeError: clip_\(\) .*`accelerator.sync_gradients` is true"),
+        ("megatron", "RuntimeError: .* not supported with MEGATRON_LM"),
+        ("deepspeed", r"RuntimeError: .* comes too late: .*deepspeed.take_over\(accelerator.deepspeed_engine"),
+        ("deepspeed by value", r"RuntimeError: .* comes too late: .*deepspeed.take_over\(accelerator.deepspeed_engine"),
+        ("deepspeed not taken over", r"RuntimeError: .* comes too late: .*deepspeed.take_over\(accelerator.deepspeed_"),
+    ],
+)
+def test_what_raises(ranks, case, message):
+    for each in ranks:
+        assert re.match(message, each["errors"][case])

@@ -146,7 +146,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     def _norm_of_deepspeed(self, max_norm: float, norm_type: float) -> Tensor:
         """The norm of the step in the latest backward; RuntimeError where another bound was in force."""
         self._refuse_accumulation("clip_grad_norm_")
-        engine = getattr(self.deepspeed_engine_wrapped, "engine", None)
+        engine = getattr(getattr(self, "deepspeed_engine_wrapped", None), "engine", None)
         optimizer = getattr(engine, "optimizer", self)
         report = None
         for clipper in _alive:

@@ -48,6 +48,11 @@ def join_found_inf(scaler: GradScaler, optimizers: Sequence[Optimizer], nonfinit
             torch.maximum(found_inf, flag.expand_as(found_inf), out=found_inf)
 
 
+def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether the gradients of ``optimizer`` were unscaled since ``scaler.update()``, and it has not stepped since."""
+    return _state(scaler, optimizer)["stage"] is OptState.UNSCALED
+
+
 @contextmanager
 def skipping(optimizer: Optimizer, skip: Tensor | None) -> Iterator[None]:
     """Inside, a scaler that steps a fused ``optimizer`` changes nothing where ``skip`` is true, and keeps its scale."""

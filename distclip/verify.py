@@ -56,9 +56,10 @@ def _compare_values(plan: Plan, listed: Sequence[Held]) -> None:
         )
 
 
-def verify(plan: Plan, holders: Sequence[Tensor]) -> None:
-    """Raise LayoutError, on every rank of the group, unless the layout holds for the gradients there are."""
-    measured = plan.measure([holder.grad for holder in holders], holders, tag=VERIFYING)
+def verify(plan: Plan, holders: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None) -> None:
+    """Raise LayoutError, on every rank of the group, unless the layout holds for ``gradients``, by default the holders'."""
+    gradients = [holder.grad for holder in holders] if gradients is None else gradients
+    measured = plan.measure(gradients, holders, tag=VERIFYING)
     if measured.reduced.read()[1]:
         raise LayoutError("the ranks do not agree: let every rank make the same calls with the same parameters")
     norms = plan.norms(measured)

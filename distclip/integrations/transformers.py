@@ -1,0 +1,129 @@
+"""Transformers: a Trainer, of any subclass, that clips by any policy and logs the norm before clipping.
+
+Private API, replaced on the instance, of Trainer in transformers 5.23.0: ``_get_grad_norm``, which its loop calls once
+for every optimizer step, after the last backward; ``_save_optimizer_and_scheduler`` and
+``_load_optimizer_and_scheduler``, which know the checkpoint's folder. Read: ``AcceleratedOptimizer.optimizer`` of
+accelerate 1.15.0; written: its ``_is_overflow``, which ``step_was_skipped`` returns.
+"""
+
+import os
+import warnings
+from typing import Any, Unpack
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from ..clipper import Clipper, Options
+from ..policies import Policy
+
+FILE = "distclip.pt"  # in a checkpoint, beside scheduler.pt
+STEPPED_BEFORE = ("lomo", "layerwise")  # optimizers that step inside the backward
+
+
+class Clipping(TrainerCallback):  # type: ignore[misc]
+    """The callback that :func:`take_over` adds and returns.
+
+    ``clipper`` is the :class:`Clipper` of the training that runs or ran last, None before the first; its ``report``
+    tells of the latest step.
+    """
+
+    def __init__(self, trainer: Trainer, policy: Policy | float, options: Options) -> None:
+        self.clipper: Clipper | None = None
+        self._trainer, self._policy, self._options = trainer, policy, options
+        self._resumed: dict[str, Any] | None = None
+        self._clipped = False
+        self._save, self._load = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler
+        trainer._get_grad_norm = self._clip
+        trainer._save_optimizer_and_scheduler = self._save_with_ours
+        trainer._load_optimizer_and_scheduler = self._load_with_ours
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        _refuse(self._trainer)
+        self.clipper = Clipper(self._trainer.model_wrapped, self._policy, **self._options)
+        self.clipper._driver = type(self._trainer).__name__
+        if self._resumed is not None:
+            self.clipper.load_state_dict(self._resumed)
+        self._resumed, self._clipped = None, False
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if not self._clipped:
+            raise RuntimeError(
+                f"{type(self._trainer).__name__} has a loop of its own, which stepped without asking for the norm, so "
+                "that nothing was clipped: use distclip.attach in it"
+            )
+        self._clipped = False
+
+    def _clip(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
+        """Clip, and return the norm that Trainer logs."""
+        if self.clipper is None:
+            raise RuntimeError("the callback of distclip was removed from this Trainer: add it again before train()")
+        _refuse(self._trainer)
+        outer = inner = self._trainer.optimizer
+        while isinstance(inner, AcceleratedOptimizer):
+            inner = inner.optimizer
+        scaler = self._trainer.accelerator.scaler
+        report = self.clipper._clip_before([inner], scaler)
+        if scaler is None:
+            outer._is_overflow = report.skip
+        self._clipped = True
+        return report.norm
+
+    def _save_with_ours(self, output_dir: str) -> None:
+        self._save(output_dir)
+        if self._trainer.args.should_save and self.clipper is not None:
+            torch.save(self.clipper.state_dict(), os.path.join(output_dir, FILE))
+
+    def _load_with_ours(self, checkpoint: str | None) -> None:
+        self._load(checkpoint)
+        if checkpoint is None:
+            return
+        file = os.path.join(checkpoint, FILE)
+        if os.path.exists(file):
+            self._resumed = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            warnings.warn(f"{checkpoint} has no {FILE}: the clipping policy starts anew", stacklevel=2)
+
+
+def take_over(trainer: Trainer, policy: Policy | float, **options: Unpack[Options]) -> Clipping:
+    """Let ``trainer``, before its ``train()``, clip by ``policy`` in every optimizer step, and log that norm.
+
+    * ``trainer``: a ``transformers.Trainer`` of any subclass, with ``max_grad_norm=0.0``, whatever wraps its model.
+    * ``policy``, ``options``: those of :class:`Clipper`, which is made when training begins and says what it compares.
+
+    ``grad_norm`` in the logs is the norm before clipping, also where nothing is clipped. A step that is skipped leaves
+    parameters and optimizer as they were on all ranks, and the learning rate where it was, but counts as a step. The
+    policy's state is saved in checkpoints as ``distclip.pt`` and goes on from there. Collectives and waits: those of
+    :meth:`Clipper.clip_` once a step; on accelerators Trainer waits for the decision, to know of the learning rate.
+
+    ValueError for a second owner, DeepSpeed, XLA and optimizers that step inside the backward; RuntimeError from
+    ``train()`` where a subclass does not ask for the norm. Source: ``Trainer._run_epoch`` of transformers 5.23.0.
+    """
+    if isinstance(getattr(trainer._get_grad_norm, "__self__", None), Clipping):
+        raise ValueError("this Trainer was taken over before and would be clipped twice: call take_over() once")
+    _refuse(trainer)
+    clipping = Clipping(trainer, policy, options)
+    trainer.add_callback(clipping)
+    return clipping
+
+
+def _refuse(trainer: Trainer) -> None:
+    """ValueError for what would be clipped twice, or cannot be."""
+    arguments = trainer.args
+    if arguments.max_grad_norm and arguments.max_grad_norm > 0:
+        raise ValueError(
+            f"TrainingArguments.max_grad_norm={arguments.max_grad_norm} (1.0 by default) clips as well: pass "
+            "max_grad_norm=0.0"
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed steps inside the backward, before Trainer would clip: in a callback's on_train_begin call "
+            "distclip.integrations.deepspeed.take_over(trainer.deepspeed, policy)"
+        )
+    if trainer.accelerator.distributed_type in ("XLA", "MEGATRON_LM"):
+        raise ValueError(f"clipping is not supported with {trainer.accelerator.distributed_type.value}")
+    if any(word in arguments.optim for word in STEPPED_BEFORE):
+        raise ValueError(
+            f"optim={arguments.optim.value} steps inside the backward, before there is a norm: take another one"
+        )

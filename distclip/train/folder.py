@@ -5,7 +5,6 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from distclip.train.checkpoint import saved_steps
 from distclip.train.config import Config
 from distclip.train.parse import read_config, to_yaml
 from distclip.train.place import Place, from_rank_0
@@ -35,10 +34,6 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
-
-    def start(self) -> int:
-        """The step to go on from: that of the newest checkpoint, 0 without one."""
-        return max(saved_steps(self.checkpoints), default=0)
 
 
 def check_folder(config: Config) -> None:

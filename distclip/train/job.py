@@ -18,7 +18,7 @@ from distclip.train.folder import RunFolder, check_folder, open_folder
 from distclip.train.metrics import MetricsFile, read_until, spelled
 from distclip.train.optim import build_optimizer
 from distclip.train.parallel import check_strategy, spread
-from distclip.train.place import Place, from_rank_0, join
+from distclip.train.place import Place, join
 from distclip.train.progress import Display, Tally
 from distclip.train.stop import StopSignals, exit_code
 from distclip.train.tasks.registry import TASKS
@@ -83,7 +83,9 @@ class Job:
 
     def __init__(self, config: Config, dataset: Dataset, trainer: Trainer, folder: RunFolder) -> None:
         self.config, self.dataset, self.trainer, self.folder = config, dataset, trainer, folder
-        self.start = from_rank_0(folder.start() if config.resume else 0, trainer.place)
+        nothing = checkpoint.Found(step=0, damaged=[])
+        self.found = checkpoint.newest_whole(folder.checkpoints, trainer.place) if config.resume else nothing
+        self.start = self.found.step
         self.leads = trainer.place.rank == 0
         self.records = read_until(folder.metrics, self.start) if self.leads else []
         self.tally = Tally(self.records)
@@ -123,10 +125,16 @@ class Job:
             self.display.step(record, self.tally)
             if step == steps or stopped is not None or due(settings.save_every, step):
                 t, keep = self.trainer, self.config.run.keep
-                checkpoint.save(self.folder.checkpoints, step, t.model, t.optimizer, t.clipper, keep=keep)
+                checkpoint.save(
+                    self.folder.checkpoints, step, t.model, t.optimizer, t.clipper, keep=keep, place=t.place
+                )
             if stopped is not None and step < steps:
                 return stopped
         return None
+
+    def save(self, step: int) -> None:
+        t, keep = self.trainer, self.config.run.keep
+        checkpoint.save(self.folder.checkpoints, step, t.model, t.optimizer, t.clipper, keep=keep, place=t.place)
 
     def announce(self) -> None:
         place, strategy = self.trainer.place, self.config.parallel.strategy
@@ -137,6 +145,8 @@ class Job:
         say(f"model    {size:,} parameters, {self.trainer.steps:,} steps of {self.config.train.batch_size}")
         say(f"entropy  {self.dataset.entropy():.4f} nats (unigram), the held-out loss of a model blind to its input")
         say(f"folder   {self.folder.path}")
+        for damage in self.found.damaged:
+            say(f"warning  {damage}; put aside")
         if self.start:
             say(f"resumed  after step {self.start} of {self.trainer.steps}")
         elif self.config.resume:

@@ -57,7 +57,7 @@ def _compare_values(plan: Plan, listed: Sequence[Held]) -> None:
 
 
 def verify(plan: Plan, holders: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None) -> None:
-    """Raise LayoutError, on every rank of the group, unless the layout holds for ``gradients``, by default the holders'."""
+    """Raise LayoutError, on every rank of the group, unless the layout holds for ``gradients`` (the holders' own)."""
     gradients = [holder.grad for holder in holders] if gradients is None else gradients
     measured = plan.measure(gradients, holders, tag=VERIFYING)
     if measured.reduced.read()[1]:

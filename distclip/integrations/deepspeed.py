@@ -41,9 +41,6 @@ from distclip.policies import Policy
 from distclip.verify import verify
 
 Gradients: TypeAlias = Sequence[Tensor | None]
-Spans: TypeAlias = Sequence[tuple[int, int]]
-"""Start and length of each gradient in a flat one."""
-
 Part: TypeAlias = tuple[Sequence[nn.Parameter], Callable[[], Gradients | None]]
 """Parameters that this rank steps, or a part of each, and what returns the gradients of just that, or None so far."""
 
@@ -201,47 +198,55 @@ def _whole(parameters: Sequence[nn.Parameter]) -> Part:
 def _parts_of_bf16(optimizer: Any) -> Iterator[Part]:
     for i, group in enumerate(optimizer.bf16_groups):
         here = [p for p in group if p._hp_mapping is not None]
-        addresses = [p._hp_mapping.get_hp_fragment_address() for p in here]
-        spans = [(address.start, address.numel) for address in addresses]
-        flat = optimizer.fp32_groups_gradient_flat_partition[i]
-        yield here, partial(_cut, flat, spans)
+        flat = optimizer.fp32_groups_gradient_flat_partition[i]  # stays as long as the optimizer
+        spans = [p._hp_mapping.get_hp_fragment_address() for p in here]
+        gradients = [flat.narrow(0, span.start, span.numel) for span in spans]
+        yield here, lambda gradients=gradients: gradients
 
 
 def _parts_of_stages_1_and_2(optimizer: Any) -> Iterator[Part]:
-    def offloaded(i: int, spans: Spans) -> Gradients:
-        optimizer._wait_for_offload_copies()
-        return _cut(optimizer.single_partition_of_fp32_groups[i].grad, spans)
-
     for i, here in enumerate(optimizer.params_in_partition):
         if optimizer.cpu_offload:
-            spans = [tuple(optimizer.grad_position[optimizer.get_param_id(p)][2:]) for p in here]
-            yield here, partial(offloaded, i, spans)
+            yield here, partial(_offloaded, optimizer, "single_partition_of_fp32_groups", i, here)
         else:
             yield here, partial(_averaged, optimizer, i, len(here))
 
 
 def _parts_of_stage_3(optimizer: Any) -> Iterator[Part]:
-    def offloaded(i: int, spans: Spans) -> Gradients:
-        return _cut(optimizer.fp32_partitioned_groups_flat[i].grad, spans)
-
     for i, here in enumerate(optimizer.fp16_groups):
         if optimizer.offload_optimizer:
-            spans = [tuple(optimizer.grad_position[optimizer.get_param_id(p)][1:]) for p in here]
-            yield here, partial(offloaded, i, spans)
+            yield here, partial(_offloaded, optimizer, "fp32_partitioned_groups_flat", i, here)
         else:
-            yield here, partial(_averaged, optimizer, i, len(here))
+            yield here, partial(_averaged_of_stage_3, optimizer, i, here)
 
 
-def _cut(flat: Tensor, spans: Spans) -> Gradients:
-    return [flat.narrow(0, start, size) for start, size in spans]
-
-
-def _averaged(optimizer: Any, i: int, count: int) -> Gradients | None:
+def _averaged(optimizer: Any, i: int, count: int) -> list[Tensor] | None:
     """Whole gradients or parts of them; what pads the partition is marked, or is the last."""
     found = optimizer.averaged_gradients.get(i)
     if found is None:
         return None
     return [gradient for gradient in found if not getattr(gradient, "_zero_padding", False)][:count]
+
+
+def _averaged_of_stage_3(optimizer: Any, i: int, parameters: Sequence[Any]) -> list[Tensor] | None:
+    """The same; gradients of parameters that had none since the last step are still those of an older one."""
+    found = _averaged(optimizer, i, len(parameters))
+    for parameter, gradient in zip(parameters, found or (), strict=False):
+        if parameter.ds_id not in optimizer._offload_boundary_param_ids:
+            gradient.zero_()
+    return found
+
+
+def _offloaded(optimizer: Any, masters: str, i: int, parameters: Sequence[Any]) -> list[Tensor]:
+    """Parts of the flat gradient on the host, in which old gradients stay in the same way."""
+    getattr(optimizer, "_wait_for_offload_copies", bool)()
+    flat = getattr(optimizer, masters)[i].grad
+    gradients = []
+    for key in map(optimizer.get_param_id, parameters):
+        gradients.append(flat.narrow(0, *optimizer.grad_position[key][-2:]))
+        if key not in optimizer.norm_for_param_grads:
+            gradients[-1].zero_()
+    return gradients
 
 
 def _hook_fp16(optimizer: Any, clipper: EngineClipper) -> None:

@@ -23,7 +23,6 @@ from ..fsdp1 import is_flattened
 from ..policies import MaxNorm, Policy
 from ..report import Report
 
-TAKE_OVER = "distclip.integrations.deepspeed.take_over(accelerator.deepspeed_engine_wrapped.engine, policy)"
 UNSUPPORTED = (DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
@@ -139,28 +138,26 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     def _refuse_deepspeed(self, name: str) -> None:
         if self.distributed_type == DistributedType.DEEPSPEED:
             raise RuntimeError(
-                f"{name} comes too late: DeepSpeed steps inside accelerator.backward(). Call {TAKE_OVER} after "
-                "prepare()"
+                f"{name} comes too late: DeepSpeed steps inside accelerator.backward(). Call distclip.integrations."
+                "deepspeed.take_over(accelerator.deepspeed_engine_wrapped.engine, policy) after prepare()"
             )
 
     def _norm_of_deepspeed(self, max_norm: float, norm_type: float) -> Tensor:
         """The norm of the step in the latest backward; RuntimeError where another bound was in force."""
         self._refuse_accumulation("clip_grad_norm_")
         engine = getattr(getattr(self, "deepspeed_engine_wrapped", None), "engine", None)
-        optimizer = getattr(engine, "optimizer", self)
-        report = None
-        for clipper in _alive:
-            if getattr(clipper, "_optimizer", None) is optimizer:
-                report = clipper.report
-                if max_norm != inf and (clipper._policy, clipper._plan.p) != (MaxNorm(max_norm), norm_type):
-                    raise RuntimeError(
-                        f"clip_grad_norm_ with {max_norm:g} of order {norm_type:g} is not what take_over() put in "
-                        f"force, {clipper._policy} of order {clipper._plan.p:g}: pass that, or inf to get the norm"
-                    )
-        if report is None:
+        clippers = [each for each in _alive if engine and getattr(each, "_optimizer", None) is engine.optimizer]
+        if not clippers:
             self._refuse_deepspeed("clip_grad_norm_")
-        assert report is not None
-        return report.norm
+        clipper = clippers[0]
+        if max_norm != inf and (clipper._policy, clipper._plan.p) != (MaxNorm(max_norm), norm_type):
+            raise RuntimeError(
+                f"clip_grad_norm_ with {max_norm:g} of order {norm_type:g} is not what take_over() put in force, "
+                f"{clipper._policy} of order {clipper._plan.p:g}: pass that, or inf to get the norm"
+            )
+        if clipper.report is None:
+            raise RuntimeError("DeepSpeed has made no step yet: call clip_grad_norm_ after accelerator.backward()")
+        return clipper.report.norm
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

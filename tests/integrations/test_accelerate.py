@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from functools import cache
+from functools import cache, partial
 from math import inf, nan
 
 import pytest
@@ -88,7 +88,7 @@ def fresh(kind=Accelerator, **options):
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    return kind(cpu=True, **options)
+    return kind(**{"cpu": True} | options)
 
 
 def fsdp2(kind=Accelerator):
@@ -293,6 +293,48 @@ def everything(folder):
     }
 
 
+def with_deepspeed():
+    """What the error says to do: DeepSpeed's integration, and the loop's line kept, which returns the norm."""
+    warnings.simplefilter("ignore")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    from distclip.integrations.deepspeed import take_over
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {"train_micro_batch_size_per_gpu": ROWS // 2, "gradient_accumulation_steps": 2, "gradient_clipping": 0.0}
+    config |= {"zero_optimization": {"stage": 2}}
+    plugin = accelerate.DeepSpeedPlugin(hf_ds_config=config)
+    accelerator = fresh(partial(Accelerator, deepspeed_plugin=plugin), cpu=False, gradient_accumulation_steps=2)
+    model, optimizer = prepared(accelerator)
+    found = {}
+
+    def note(name, bound, *order):
+        try:
+            accelerator.clip_grad_norm_(model.parameters(), bound, *order)
+        except RuntimeError as error:
+            found[name] = str(error)
+
+    note("not taken over", BOUND)
+    clipper = take_over(accelerator.deepspeed_engine_wrapped.engine, BOUND)
+    note("no step yet", BOUND)
+    accelerator.register_for_checkpointing(clipper)
+    norms = []
+    for micro in range(STEPS * 2):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, micro, dist.get_rank(), 2))
+            if accelerator.sync_gradients:
+                norms.append(accelerator.clip_grad_norm_(model.parameters(), BOUND).item())
+            elif micro == 0:
+                note("accumulating", BOUND)
+            optimizer.step()
+            optimizer.zero_grad()
+    note("another bound", 2 * BOUND)
+    note("another order", BOUND, 3)
+    assert accelerator.clip_grad_norm_(model.parameters(), inf).item() == norms[-1]
+    return norms, [], whole(model), found
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     return run_ranks(everything, 2, str(tmp_path_factory.mktemp("state")), timeout=100, fresh=True)
@@ -354,6 +396,18 @@ def test_gradients_are_unscaled_first_and_skips_reach_the_scaler(ranks):
     _, scales, moved, *_ = skipping  # a policy's own skips: steps 1 and 3
     assert scales == [1024, 1024, 512, 512]
     assert moved == [True, False, False, False]
+
+
+def test_deepspeed_underneath_is_taken_over_and_the_line_returns_its_norm():
+    pytest.importorskip("deepspeed", reason="needs the extra: pip install 'distclip[deepspeed]'")
+    results = run_ranks(with_deepspeed, 2, fresh=True)
+    agrees([(*result[:3],) for result in results], alone("max_norm", 2))
+    for *_, found in results:
+        assert re.match(r"clip_grad_norm_ comes too late: .*take_over\(", found["not taken over"])
+        assert re.match("DeepSpeed has made no step yet", found["no step yet"])
+        assert re.match("clip_grad_norm_ was called inside gradient accumulation", found["accumulating"])
+        assert re.search(r"not what take_over\(\) put in force, MaxNorm\(max_norm=1.25\)", found["another bound"])
+        assert re.search(r"of order 3 is not what take_over\(\) put in force", found["another order"])
 
 
 def test_where_accelerate_fails_beside_ignored_parameters(ranks):

@@ -46,7 +46,7 @@ class Model(nn.Module):
 
 
 def adamw(model):
-    return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-4, weight_decay=0.0)
 
 
 def rows(batches, bad=None):
@@ -224,6 +224,29 @@ def everything(folder):
     }
 
 
+def with_deepspeed(folder):
+    """The callback that the error names: DeepSpeed's integration, the norm in Trainer's log."""
+    warnings.simplefilter("ignore")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    from distclip.integrations import deepspeed as ours
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {"train_micro_batch_size_per_gpu": ROWS // 2, "gradient_clipping": 0.0, "zero_optimization": {"stage": 2}}
+    same = {"learning_rate": 1e-3, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant"}  # as adamw()
+    trainer = trainer_in(folder, bad=BAD, deepspeed=config, **same)
+
+    class TakeOver(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            ours.take_over(trainer.deepspeed, POLICIES["autoclip"])
+
+    trainer.add_callback(TakeOver())
+    trainer.train()
+    parameters = [p.detach().clone() for p in trainer.model.net.parameters()]
+    return logged(trainer), trainer.lr_scheduler.last_epoch, parameters
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     return run_ranks(everything, 2, str(tmp_path_factory.mktemp("trainer")), timeout=150, fresh=True)
@@ -254,6 +277,11 @@ def test_accumulated_gradients_are_clipped_once(ranks, policy):
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_by_the_schedule(ranks):
     agrees([each["bad"] for each in ranks], alone("autoclip", bad=BAD))
     assert alone("autoclip", bad=BAD)[1] == STEPS - 1
+
+
+def test_with_deepspeed_its_own_take_over_does_the_same(tmp_path):
+    pytest.importorskip("deepspeed", reason="needs the extra: pip install 'distclip[deepspeed]'")
+    agrees(run_ranks(with_deepspeed, 2, str(tmp_path), fresh=True), alone("autoclip", bad=BAD))
 
 
 def test_a_compiled_model_and_bf16(ranks):

@@ -90,7 +90,7 @@ def rows(batches=STEPS):
 
 
 class Lit(LightningModule):
-    def __init__(self, case=Case()):  # noqa: B008
+    def __init__(self, case=Case()):
         super().__init__()
         self.net, self.case = build(), case
         self.automatic_optimization = not case.manual

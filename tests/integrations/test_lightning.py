@@ -10,12 +10,12 @@ from ranks import run_ranks, same_bits
 
 pytest.importorskip("lightning", reason="needs the extra: pip install 'distclip[lightning]'")
 
-from lightning.fabric import Fabric  # noqa: E402
-from lightning.pytorch.strategies import DeepSpeedStrategy, XLAStrategy  # noqa: E402
+from lightning.fabric import Fabric
+from lightning.pytorch.strategies import DeepSpeedStrategy, XLAStrategy
 
-from distclip.integrations.lightning import ClipGradients, FabricClipper  # noqa: E402
-from integrations import lightning_runs as runs  # noqa: E402
-from integrations.lightning_runs import STEPS, Case, Lit  # noqa: E402
+from distclip.integrations.lightning import ClipGradients, FabricClipper
+from integrations import lightning_runs as runs
+from integrations.lightning_runs import STEPS, Case, Lit
 
 FITS = [
     *(Case(layout, policy) for layout in ("ddp", "fsdp1", "fsdp2", "tp") for policy in ("max_norm", "autoclip")),
@@ -156,7 +156,7 @@ def test_loggers_get_norm_coefficient_and_clip_share(more):
 def test_a_process_that_trains_alone_among_others_names_its_group(more):
     norms = runs.alone(Case("single"))[0]
     for error, found in more[runs.alone_among_ranks]:
-        assert "trains on 1 ranks and the default process group has 2" in error
+        assert "trains on 1 ranks, and the default process group has 2" in error
         assert "pass group=" in error
         assert len(found) == len(norms)
 
@@ -197,7 +197,7 @@ def test_fabric_refuses_what_it_cannot_clip():
     with pytest.raises(ValueError, match=r"must be what fabric.setup\(\) returned, got Linear"):
         FabricClipper(fabric, net, 1.0)
     clipper = FabricClipper(fabric, fabric.setup(net), 1.0)
-    with pytest.raises(ValueError, match="Fabric has the scaler"):
+    with pytest.raises(ValueError, match="the scaler is Fabric's: call step"):
         clipper.step(SGD(net.parameters(), 0.1), scaler=torch.amp.GradScaler("cpu"))
     scaled = Fabric(
         accelerator="cpu", devices=1, plugins=runs.FabricScaled("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
@@ -263,7 +263,7 @@ def test_optimizers_that_cannot_be_clipped_are_refused():
             self.manual_backward(self.loss(rows, batch_idx))
             self.optimizers().optimizer.step()
 
-    with pytest.raises(ValueError, match="LBFGS looks at the gradients several times a step"):
+    with pytest.raises(ValueError, match="LBFGS takes the gradients several times a step"):
         single(Searches)
     with pytest.raises(ValueError, match=r"leaves the gradients of a fused optimizer scaled: make AdamW with fused=F"):
         single(optimizer="fused", scaled=True)

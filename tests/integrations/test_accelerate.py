@@ -9,6 +9,7 @@ from math import inf, nan
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
@@ -91,7 +92,16 @@ def fresh(kind=Accelerator, **options):
     return kind(**{"cpu": True} | options)
 
 
-def fsdp2(kind=Accelerator):
+def prepared(accelerator):
+    model = build()
+    return accelerator, *accelerator.prepare(model, AdamW(model.parameters(), lr=1e-3, eps=1e-4))
+
+
+def ddp(kind=Accelerator, **options):
+    return prepared(fresh(kind, **options))
+
+
+def fsdp2(kind=Accelerator, **options):
     """FSDP2 with ignored parameters on the CPU, where accelerate would make DDP of it."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -99,14 +109,17 @@ def fsdp2(kind=Accelerator):
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Block"],
     )
-    accelerator = fresh(kind, fsdp_plugin=plugin)
+    accelerator = fresh(kind, fsdp_plugin=plugin, **options)
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-    return accelerator
+    return prepared(accelerator)
 
 
-def prepared(accelerator):
-    model = build()
-    return accelerator.prepare(model, AdamW(model.parameters(), lr=1e-3, eps=1e-4))
+def fsdp1(use_orig_params=False, **options):
+    """FSDP1 as accelerate keeps it, wrapped by hand since accelerate wraps none on the CPU."""
+    accelerator = fresh(**options)
+    model = FullyShardedDataParallel(build(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    accelerator._models.append(model)
+    return accelerator, model, accelerator.prepare_optimizer(AdamW(model.parameters(), lr=1e-3, eps=1e-4))
 
 
 def reduce_ignored(model):
@@ -118,12 +131,14 @@ def reduce_ignored(model):
 
 
 def whole(model):
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return [p.detach().clone() for p in model.parameters()]
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
 
 
 def train(make, policy, how, accumulated=1, bad=None):
-    accelerator = make(gradient_accumulation_steps=accumulated) if make is fresh else make()
-    model, optimizer = prepared(accelerator)
+    accelerator, model, optimizer = make(gradient_accumulation_steps=accumulated)
     clipper = accelerator.clipper(model, POLICIES[policy]) if how == "clipper" else None
     norms, skipped = [], []
     for micro in range(STEPS * accumulated):
@@ -135,7 +150,7 @@ def train(make, policy, how, accumulated=1, bad=None):
                 if clipper is not None:
                     norms.append(clipper.clip_().norm.item())
                 elif policy == "value":
-                    norms.append(distclip.get_total_norm([p.grad for p in model.parameters()]).item())
+                    norms.append(distclip.clip_grad_norm_(accelerator._models, inf).item())
                     accelerator.clip_grad_value_(model.parameters(), 0.05)
                 else:
                     norms.append(accelerator.clip_grad_norm_(model.parameters(), BOUND).item())
@@ -150,8 +165,7 @@ def resume(folder):
     """The decisions of six steps after a checkpoint, in the run that made it and in one that loads it."""
 
     def start():
-        accelerator = fresh()
-        model, optimizer = prepared(accelerator)
+        accelerator, model, optimizer = ddp()
         return accelerator, model, optimizer, accelerator.clipper(model, AutoClip(50))
 
     def go_on(run, steps):
@@ -175,8 +189,7 @@ def resume(folder):
 
 def schedule():
     """A prepared scheduler waits with the step that is skipped."""
-    accelerator = fresh()
-    model, optimizer = prepared(accelerator)
+    accelerator, model, optimizer = ddp()
     scheduler = accelerator.prepare(StepLR(optimizer, 1, gamma=0.5))
     clipper = accelerator.clipper(model, MaxNorm(BOUND))
     rates = []
@@ -224,8 +237,7 @@ def errors():
         except (ValueError, RuntimeError) as error:
             found[name] = f"{type(error).__name__}: {error}"
 
-    accelerator = fresh(gradient_accumulation_steps=2)
-    model, optimizer = prepared(accelerator)
+    accelerator, model, optimizer = ddp(gradient_accumulation_steps=2)
     other = torch.nn.Linear(2, 2)
     lonely = accelerator.clipper(other, 1.0)
     clipper = accelerator.clipper(model, 1.0)
@@ -243,6 +255,10 @@ def errors():
     accelerator.sync_gradients = True
     AcceleratorState._shared_state["distributed_type"] = DistributedType.MEGATRON_LM
     note("megatron", clipper.clip_)
+    sharded, wrapped, _ = fsdp1(True)
+    sharded.backward(loss_of(wrapped, 0, dist.get_rank(), 2))
+    note("part of FSDP1", lambda: sharded.clip_grad_norm_(list(wrapped.parameters())[1:], 1.0))
+    note("inside FSDP1", lambda: sharded.clipper(wrapped.module, 1.0))
     AcceleratorState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
     note("deepspeed", lambda: accelerator.clipper(model, 1.0))
     note("deepspeed not taken over", lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0))
@@ -254,8 +270,7 @@ def of_theirs():
     """What accelerate's own Accelerator makes of FSDP2 with ignored parameters."""
     found = {}
     for kind in (accelerate.Accelerator, Accelerator):
-        accelerator = fsdp2(kind)
-        model, _ = prepared(accelerator)
+        accelerator, model, _ = fsdp2(kind)
         accelerator.backward(loss_of(model, 0, dist.get_rank(), 2))
         reduce_ignored(model)
         found[kind.__module__.split(".")[0], "inf"] = float(accelerator.clip_grad_norm_(model.parameters(), inf, inf))
@@ -275,16 +290,19 @@ def everything(folder):
     warnings.simplefilter("ignore")
     runs = {
         (layout.__name__, policy, how): train(layout, policy, how)
-        for layout in (fresh, fsdp2)
-        for policy, how in [("max_norm", "clipper"), ("autoclip", "clipper"), ("value", "function")]
+        for layout in (ddp, fsdp2)
+        for policy in POLICIES
+        for how in ("function", "clipper")
+        if (policy, how) != ("autoclip", "function")
     }
-    for layout in (fresh, fsdp2):
-        runs[layout.__name__, "max_norm", "function"] = train(layout, "max_norm", "function")
-    runs["fresh", "value", "clipper"] = train(fresh, "value", "clipper")
+    runs["fsdp1", "max_norm", "function"] = train(fsdp1, "max_norm", "function")
+    runs["fsdp1 originals", "max_norm", "function"] = train(partial(fsdp1, True), "max_norm", "function")
+    runs["fsdp1 originals", "value", "function"] = train(partial(fsdp1, True), "value", "function")
+    runs["fsdp1", "autoclip", "clipper"] = train(fsdp1, "autoclip", "clipper")
     return {
         "runs": runs,
-        "accumulated": {how: train(fresh, "max_norm", how, accumulated=2) for how in ("function", "clipper")},
-        "bad": {make.__name__: train(make, "autoclip", "clipper", bad=BAD) for make in (fresh, fsdp2)},
+        "accumulated": {how: train(ddp, "max_norm", how, accumulated=2) for how in ("function", "clipper")},
+        "bad": {make.__name__: train(make, "autoclip", "clipper", bad=BAD) for make in (ddp, fsdp2)},
         "resumed": resume(folder),
         "schedule": schedule(),
         "scaled": [scaled(None, False), scaled(None, True), scaled(MaxNorm(0.5), False), scaled(SkipOdd(), False)],
@@ -305,8 +323,7 @@ def with_deepspeed():
     config = {"train_micro_batch_size_per_gpu": ROWS // 2, "gradient_accumulation_steps": 2, "gradient_clipping": 0.0}
     config |= {"zero_optimization": {"stage": 2}}
     plugin = accelerate.DeepSpeedPlugin(hf_ds_config=config)
-    accelerator = fresh(partial(Accelerator, deepspeed_plugin=plugin), cpu=False, gradient_accumulation_steps=2)
-    model, optimizer = prepared(accelerator)
+    accelerator, model, optimizer = ddp(cpu=False, deepspeed_plugin=plugin, gradient_accumulation_steps=2)
     found = {}
 
     def note(name, bound, *order):
@@ -350,14 +367,10 @@ def agrees(results, expected):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["fresh", "fsdp2"])
-@pytest.mark.parametrize(
-    ("policy", "how"),
-    [("max_norm", "function"), ("max_norm", "clipper"), ("autoclip", "clipper"), ("value", "function")],
-)
-def test_training_is_that_of_one_process(ranks, layout, policy, how):
-    agrees([each["runs"][layout, policy, how] for each in ranks], alone(policy))
-    norms = alone(policy)[0]
+def test_training_is_that_of_one_process(ranks):
+    for case in ranks[0]["runs"]:
+        agrees([each["runs"][case] for each in ranks], alone(case[1]))
+    norms = alone("max_norm")[0]
     assert min(norms) < BOUND < max(norms)
 
 
@@ -366,7 +379,7 @@ def test_accumulated_gradients_are_clipped_once(ranks):
         agrees([each["accumulated"][how] for each in ranks], alone("max_norm", 2))
 
 
-@pytest.mark.parametrize("layout", ["fresh", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, layout):
     agrees([each["bad"][layout] for each in ranks], alone("autoclip", bad=BAD))
     assert alone("autoclip", bad=BAD)[1] == [BAD]
@@ -427,6 +440,8 @@ def test_where_accelerate_fails_beside_ignored_parameters(ranks):
         ("accumulating", "RuntimeError: clip_grad_norm_ was called inside gradient accumulation"),
         ("accumulating by value", "RuntimeError: clip_grad_value_ was called inside gradient accumulation"),
         ("accumulating with a clipper", r"RuntimeError: clip_\(\) .*`accelerator.sync_gradients` is true"),
+        ("part of FSDP1", "LayoutError: .* pass the FSDP1 module instead of its parameters"),
+        ("inside FSDP1", r"ValueError: .* pass what accelerator.prepare\(\) returned"),
         ("megatron", "RuntimeError: .* not supported with MEGATRON_LM"),
         ("deepspeed", r"RuntimeError: .* comes too late: .*deepspeed.take_over\(accelerator.deepspeed_engine"),
         ("deepspeed by value", r"RuntimeError: .* comes too late: .*deepspeed.take_over\(accelerator.deepspeed_engine"),

@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
-from torch.optim import Optimizer
 
-from distclip import Clipper
+from distclip.train.held import Holder
 from distclip.train.index import NAME as INDEX, Planner, Reader, write_index
 from distclip.train.manifest import Sum, data_sums, flaw_in, sum_of, sync_folder, write_manifest
 from distclip.train.place import Place, from_rank_0
@@ -82,20 +79,12 @@ def put_aside(folder: Path, steps: list[int]) -> None:
         path_of(folder, step).rename(aside)
 
 
-def state_of(model: nn.Module, optimizer: Optimizer, clipper: Clipper, step: int) -> dict[str, Any]:
+def state_of(held: Holder, step: int) -> dict[str, Any]:
     """All that the next step depends on. Batches, learning rate and dropout follow from the config and `step`."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {
-        "model": model_state,
-        "optimizer": optimizer_state,
-        "clipper": clipper.state_dict(),
-        "position": {"step": step},
-    }
+    return {**held.state(), "clipper": held.clipper.state_dict(), "position": {"step": step}}
 
 
-def save(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, clipper: Clipper, *, keep: int, place: Place
-) -> None:
+def save(folder: Path, step: int, held: Holder, *, keep: int, place: Place) -> None:
     """Write the state after `step` steps under a temporary name, rename it, and leave the newest `keep`.
 
     All ranks call. A run that is killed at any moment leaves whole checkpoints and at most one `.tmp` folder.
@@ -107,7 +96,7 @@ def save(
     failed = f"cannot write {path_of(folder, step)}"
     on_rank_0(lambda: remove_unfinished(folder), place, failed)
     try:
-        metadata = write_state(state_of(model, optimizer, clipper, step), storage_writer=FileSystemWriter(unfinished))
+        metadata = write_state(state_of(held, step), storage_writer=FileSystemWriter(unfinished))
     except CheckpointException as error:
         reason = reason_of(error)  # it has come to all ranks
         dist.barrier()  # every rank has left its file
@@ -136,15 +125,15 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(unfinished)
 
 
-def load(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, clipper: Clipper) -> None:
+def load(folder: Path, step: int, held: Holder) -> None:
     """Put back what `save` wrote after `step` steps. All ranks call."""
-    state = state_of(model, optimizer, clipper, 0)
+    state = state_of(held, 0)
     try:
         read_state(state, storage_reader=Reader(path_of(folder, step)), planner=Planner())
     except CheckpointException as error:
         raise CheckpointError(f"cannot read {path_of(folder, step)} ({reason_of(error)})") from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    clipper.load_state_dict(state["clipper"])
+    held.load({name: state[name] for name in ("model", "optimizer")})
+    held.clipper.load_state_dict(state["clipper"])
     assert state["position"]["step"] == step
 
 

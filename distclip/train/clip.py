@@ -2,9 +2,8 @@
 
 import math
 
-from torch import nn
-
-from distclip import AutoClip, Clipper, MaxNorm, ValueClip
+from distclip import AutoClip, MaxNorm, ValueClip
+from distclip.clipper import Options
 from distclip.train.config import Clip
 
 
@@ -21,10 +20,5 @@ def build_policy(clip: Clip) -> MaxNorm | ValueClip | AutoClip:
     return MaxNorm(clip.max_norm)
 
 
-def build_clipper(clip: Clip, model: nn.Module) -> Clipper:
-    return Clipper(
-        model,
-        build_policy(clip),
-        nonfinite=clip.nonfinite,
-        max_consecutive_skips=clip.max_consecutive_skips,
-    )
+def options_of(clip: Clip) -> Options:
+    return {"nonfinite": clip.nonfinite, "max_consecutive_skips": clip.max_consecutive_skips}

@@ -23,6 +23,7 @@ class Train:
     log_every: int = 10
     eval_every: int | None = None  # None: after each epoch, or only at the end when `steps` is given
     save_every: int | None = None  # None: only at the end and when stopped
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward; parameters stay in fp32
 
     def __post_init__(self) -> None:
         require((self.steps is None) != (self.epochs is None), "train.steps", "give either steps or epochs")
@@ -46,7 +47,8 @@ class Optim:
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, "optim.lr", f"must be a positive number, not {self.lr}")
-        require(self.weight_decay >= 0, "optim.weight_decay", f"must not be negative, not {self.weight_decay}")
+        decays = 0 <= self.weight_decay < math.inf
+        require(decays, "optim.weight_decay", f"must be a finite number of at least 0, not {self.weight_decay}")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", f"must lie in [0, 1), not {self.betas}")
         require(0 <= self.momentum < 1, "optim.momentum", f"must lie in [0, 1), not {self.momentum}")
         require(self.warmup_steps >= 0, "optim.warmup_steps", f"must not be negative, not {self.warmup_steps}")
@@ -71,18 +73,56 @@ class Clip:
         for name in ("max_norm", "clip_value", "window", "max_consecutive_skips"):
             value = getattr(self, name)
             require(value is None or value > 0, f"clip.{name}", f"must be positive, not {value}")
+        require(self.window <= 10**6, "clip.window", f"must be at most 1e6, not {self.window}: it is sorted every step")
         require(0 <= self.percentile <= 100, "clip.percentile", f"must lie in [0, 100], not {self.percentile}")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Parallel:
-    """How the model is spread over processes, and how many `distclip train` starts by itself."""
+    """How many processes there are and how the model is spread over them.
 
-    strategy: Literal["ddp", "fsdp2", "none"] = "ddp"
+    What `pipeline` and `tensor` leave is data-parallel, and `strategy` says how that axis holds the model.
+    """
+
+    strategy: Literal["ddp", "fsdp2", "none", "zero1", "zero2", "zero3"] = "ddp"
     processes: int = 1
+    replicate: int = 1  # fsdp2: so many replicas, each sharded (HSDP)
+    tensor: int = 1
+    pipeline: int = 1  # stages
+    expert: int = 1  # fsdp2: so many groups of experts
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of the pipeline
+    microbatches: int | None = None  # of a process and step in the pipeline; None: one a stage
+
+    @property
+    def copies_by_fsdp2(self) -> bool:
+        """DDP can neither save a DTensor nor count microbatches: FSDP2 with shards of one rank copies as well."""
+        return self.strategy == "ddp" and self.tensor * self.pipeline > 1
+
+    @property
+    def shards(self) -> bool:
+        """Whether parameters are DTensors."""
+        return self.strategy == "fsdp2" or self.copies_by_fsdp2 or self.tensor > 1
 
     def __post_init__(self) -> None:
-        require(self.processes > 0, "parallel.processes", f"must be at least 1, not {self.processes}")
+        for name in ("processes", "replicate", "tensor", "pipeline", "expert"):
+            require(getattr(self, name) > 0, f"parallel.{name}", f"must be at least 1, not {getattr(self, name)}")
+        for name in ("replicate", "expert"):
+            alone = getattr(self, name) == 1 or self.strategy == "fsdp2"
+            require(alone, f"parallel.{name}", f"needs parallel.strategy=fsdp2, not {self.strategy}")
+        require(
+            self.expert == 1 or self.tensor == 1, "parallel.expert", "does not go with parallel.tensor: set one to 1"
+        )
+        for name in ("tensor", "pipeline"):
+            alone = getattr(self, name) == 1 or not self.strategy.startswith("zero")
+            require(alone, f"parallel.{name}", f"does not go with {self.strategy}: use fsdp2, ddp or none")
+        if self.microbatches is not None:
+            least = self.pipeline if self.schedule == "1f1b" else 1
+            require(self.pipeline > 1, "parallel.microbatches", "needs a pipeline: set parallel.pipeline")
+            require(
+                self.microbatches >= least,
+                "parallel.microbatches",
+                f"must be at least {least} with {self.schedule}, not {self.microbatches}",
+            )
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -116,10 +156,32 @@ class Config:
     def __post_init__(self) -> None:
         require(0 <= self.seed < 10**8, "seed", f"must lie in [0, 1e8), not {self.seed}")
         require(self.name != "" and "/" not in self.name, "name", f"names a folder: no {self.name!r} and no slashes")
+        brief = len(self.name.encode()) <= 200 and self.name.isprintable()
+        require(brief, "name", f"names a folder: at most 200 bytes that can be printed, not {self.name!r}")
         require(not self.resume or self.run.dir is not None, "resume", "which run? add run.dir=FOLDER")
-        fused_sgd = self.optim.name == "sgd" and self.optim.fused
+        self.check_cuts()
         require(
-            not (fused_sgd and self.parallel.strategy == "fsdp2"),
+            not (self.parallel.shards and self.optim.name == "sgd" and self.optim.fused),
             "optim.fused",
             "torch has no fused SGD for sharded (DTensor) parameters: set optim.fused=false or use adamw",
         )
+
+    def check_cuts(self) -> None:
+        """The model can be cut along the axes that ask for it."""
+        p, model = self.parallel, self.model
+        for name in ("tensor", "pipeline", "expert"):
+            cuttable = getattr(p, name) == 1 or isinstance(model, GptConfig)
+            require(
+                cuttable, f"parallel.{name}", f"cuts a GPT (task=text), not the model of task={self.task}: set it to 1"
+            )
+        if isinstance(model, GptConfig):
+            heads, layers, experts = model.heads, model.layers, model.experts
+            require(heads % p.tensor == 0, "parallel.tensor", f"{p.tensor} does not divide model.heads={heads}")
+            require(
+                layers >= p.pipeline,
+                "parallel.pipeline",
+                f"{p.pipeline} stages need as many model.layers, not {layers}",
+            )
+            require(p.expert == 1 or experts > 0, "parallel.expert", "there are no experts: set model.experts")
+            require(p.tensor == 1 or experts == 0, "parallel.tensor", "does not cut experts: set model.experts=0")
+            require(experts % p.expert == 0, "parallel.expert", f"{p.expert} does not divide model.experts={experts}")

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from rich.console import Console
 
 from distclip.train import checkpoint
-from distclip.train.clip import build_clipper
+from distclip.train.axes import Axes
 from distclip.train.config import Config
 from distclip.train.dataset import Batches, Dataset
 from distclip.train.folder import RunFolder, check_folder, open_folder
 from distclip.train.metrics import MetricsFile, read_until, spelled
-from distclip.train.optim import build_optimizer
-from distclip.train.parallel import check_strategy, spread
+from distclip.train.parallel import spread
 from distclip.train.place import Place, join
+from distclip.train.problem import require
 from distclip.train.progress import Display, Tally
 from distclip.train.stop import StopSignals, exit_code
 from distclip.train.tasks.registry import TASKS
@@ -31,10 +31,10 @@ def check(config: Config, world: int) -> Dataset:
     Raises:
         ConfigError: in one line, with the key that is to be changed.
     """
-    check_strategy(config.parallel.strategy, world)
+    axes = Axes.of(config.parallel, world)
     check_folder(config)
     dataset = TASKS[config.task].load(config.data, config.seed)
-    Batches(split=dataset.train, batch_size=config.train.batch_size, seed=config.seed, world=world)
+    batches_of(config, dataset, axes)
     return dataset
 
 
@@ -55,27 +55,36 @@ def train(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> 
 
 
 def build(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> Trainer:
-    """Model, optimizer and clipper, in this order: each is made from the parameters that the one before left."""
+    """Every rank builds the whole model from the same seed, and keeps its part."""
+    axes = Axes.of(config.parallel, place.world, place.rank)
+    batches = batches_of(config, dataset, axes)
     torch.manual_seed(config.seed)
     model = TASKS[config.task].build(config.model, dataset)
-    model = spread(model, config.parallel.strategy, place)
-    batches = Batches(
-        split=dataset.train,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        rank=place.rank,
-        world=place.world,
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    passes, held = spread(model, config, axes, place)
     return Trainer(
         config=config,
         place=place,
         batches=batches,
-        model=model,
-        optimizer=build_optimizer(config.optim, model),
-        clipper=build_clipper(config.clip, model),
+        passes=passes,
+        held=held,
+        parameters=parameters,
         steps=config.train.steps or (config.train.epochs or 0) * batches.epoch_steps,
         stop=stop,
     )
+
+
+def batches_of(config: Config, dataset: Dataset, axes: Axes) -> Batches:
+    """The parts of each batch that data-parallel ranks get; ConfigError if it cannot be cut so."""
+    size, microbatches = config.train.batch_size, config.parallel.microbatches or config.parallel.pipeline
+    parts = axes.data_size * microbatches
+    require(
+        microbatches == 1 or size % parts == 0,
+        "train.batch_size",
+        f"{size} cannot be cut for {axes.data_size} data-parallel processes x {microbatches} microbatches: "
+        f"use a multiple of {parts}",
+    )
+    return Batches(split=dataset.train, batch_size=size, seed=config.seed, rank=axes.data_rank, world=axes.data_size)
 
 
 class Job:
@@ -101,8 +110,7 @@ class Job:
     def run(self) -> int:
         began = time.perf_counter()
         if self.start:
-            t = self.trainer
-            checkpoint.load(self.folder.checkpoints, self.start, t.model, t.optimizer, t.clipper)
+            checkpoint.load(self.folder.checkpoints, self.start, self.trainer.held)
         self.announce()
         with MetricsFile(self.folder.metrics, self.records) if self.leads else nullcontext() as metrics, self.display:
             stopped = self.train(metrics)
@@ -125,24 +133,20 @@ class Job:
             self.display.step(record, self.tally)
             if step == steps or stopped is not None or due(settings.save_every, step):
                 t, keep = self.trainer, self.config.run.keep
-                checkpoint.save(
-                    self.folder.checkpoints, step, t.model, t.optimizer, t.clipper, keep=keep, place=t.place
-                )
+                checkpoint.save(self.folder.checkpoints, step, t.held, keep=keep, place=t.place)
             if stopped is not None and step < steps:
                 return stopped
         return None
 
-    def save(self, step: int) -> None:
-        t, keep = self.trainer, self.config.run.keep
-        checkpoint.save(self.folder.checkpoints, step, t.model, t.optimizer, t.clipper, keep=keep, place=t.place)
-
     def announce(self) -> None:
-        place, strategy = self.trainer.place, self.config.parallel.strategy
-        size = sum(p.numel() for p in self.trainer.model.parameters())
+        place, parallel = self.trainer.place, self.config.parallel
+        axes = Axes.of(parallel, place.world)
+        how = parallel.strategy if axes.plain else f"{parallel.strategy}: {axes}"
         say = self.display.say
-        say(f"ranks    {place.world} ({strategy}) on {place.device.type}, collectives by {place.backend}")
+        say(f"ranks    {place.world} ({how}) on {place.device.type}, collectives by {place.backend}")
         say(f"data     {self.dataset.about}")
-        say(f"model    {size:,} parameters, {self.trainer.steps:,} steps of {self.config.train.batch_size}")
+        size, steps = self.trainer.parameters, self.trainer.steps
+        say(f"model    {size:,} parameters, {steps:,} steps of {self.config.train.batch_size}")
         say(f"entropy  {self.dataset.entropy():.4f} nats (unigram), the held-out loss of a model blind to its input")
         say(f"folder   {self.folder.path}")
         for damage in self.found.damaged:

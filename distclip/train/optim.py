@@ -1,15 +1,22 @@
 """The optimizer, and its learning rate as a function of the step: nothing to save, nothing to restore."""
 
 import math
+from collections import defaultdict
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from distclip.train.config import Optim
 
 
 def build_optimizer(config: Optim, model: nn.Module) -> Optimizer:
-    parameters = model.parameters()
+    """One group of parameters a mesh: torch's fused and foreach kernels take no mixture."""
+    by_mesh: defaultdict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
+    for p in model.parameters():
+        by_mesh[p.device_mesh if isinstance(p, DTensor) else None].append(p)
+    parameters = [{"params": group} for group in by_mesh.values()]
     if config.name == "sgd":
         return SGD(
             parameters,

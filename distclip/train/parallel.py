@@ -1,35 +1,71 @@
-"""The parallel wrappers a config can choose from."""
+"""Spreading a model over the ranks of a job, as the `parallel` section says."""
 
-from typing import Literal
-
+import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import DeviceMesh
 
+from distclip import Clipper
+from distclip.clipper import Options
+from distclip.train.axes import Axes, data_mesh
+from distclip.train.clip import build_policy, options_of
+from distclip.train.config import Config
+from distclip.train.held import Held, Holder
+from distclip.train.models.gpt import Gpt
+from distclip.train.optim import build_optimizer
+from distclip.train.passes import Passes, Whole
 from distclip.train.place import Place
-from distclip.train.problem import require
+from distclip.train.ways.data import autocast, copy_by_ddp, shard_by_fsdp2
+from distclip.train.ways.experts import keep_experts, layout_of_experts, shard_experts
+from distclip.train.ways.pipeline import Piped
+from distclip.train.ways.tensor import cut_layers
 
 
-def check_strategy(strategy: str, world: int) -> None:
-    require(
-        strategy != "none" or world == 1,
-        "parallel.strategy",
-        f"none would train {world} models that never meet: use ddp or fsdp2, or parallel.processes=1",
+def spread(model: nn.Module, config: Config, axes: Axes, place: Place) -> tuple[Passes, Holder]:
+    """This rank's part of `model`, which every rank has built whole and alike. All ranks call."""
+    mesh = axes.mesh(place.device.type)
+    model, options = cut(model.to(place.device), axes, mesh, config)
+    model = share(model, axes, mesh, config, place.device)
+    held = Held(
+        model=model,
+        optimizer=build_optimizer(config.optim, model),
+        clipper=Clipper(model, build_policy(config.clip), **options),
     )
+    if axes.pipeline == 1:
+        return Whole(model=model), held
+    microbatches = config.parallel.microbatches or axes.pipeline
+    return Piped.of(model, mesh.get_group("pp"), place.device, config.parallel.schedule, microbatches), held
 
 
-def spread(model: nn.Module, strategy: Literal["ddp", "fsdp2", "none"], place: Place) -> nn.Module:
-    """The model on this rank's device, wrapped. FSDP2 shards `model.blocks` one by one where there are such."""
-    model = model.to(place.device)
-    if strategy == "ddp":
-        device_ids = [place.device] if place.device.type == "cuda" else None
-        # Bucket views lie otherwise in the first step of a process than in all others, and would be summed in another
-        # order: a resumed run could differ from an uninterrupted one in a last bit.
-        return DistributedDataParallel(model, device_ids=device_ids)
-    if strategy == "fsdp2":
-        mesh = init_device_mesh(place.device.type, (place.world,))
-        for block in getattr(model, "blocks", ()):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+def cut(model: nn.Module, axes: Axes, mesh: DeviceMesh, config: Config) -> tuple[nn.Module, Options]:
+    """What this rank keeps along the axes where ranks hold different layers, and the options of its Clipper."""
+    options = options_of(config.clip)
+    if axes.pipeline == axes.tensor == axes.expert == 1:
+        return model, options
+    assert isinstance(model, Gpt)  # checked by Config
+    if axes.pipeline > 1:
+        model.keep_stage(mesh.get_local_rank("pp"), axes.pipeline)
+        options["split_over"] = [mesh["pp"]]
+    if axes.tensor > 1:
+        cut_layers(model, mesh["tp"])
+    if axes.expert > 1:
+        experts = axes.expert_mesh(mesh.device_type)
+        keep_experts(model, experts["ep"])
+        shard_experts(model, data_mesh(experts, "edp"), axes.data_size, low_precision(config))
+        options["layout"] = layout_of_experts(axes.replicate)
+    return model, options
+
+
+def share(model: nn.Module, axes: Axes, mesh: DeviceMesh, config: Config, device: torch.device) -> nn.Module:
+    """The model as the ranks of the data-parallel axis hold it."""
+    dtype = low_precision(config)
+    if config.parallel.strategy == "fsdp2" or config.parallel.copies_by_fsdp2:
+        shard_by_fsdp2(model, data_mesh(mesh), dtype)
+    elif dtype is not None:
+        autocast(model, device, dtype)
+    if config.parallel.strategy == "ddp" and not config.parallel.copies_by_fsdp2:
+        return copy_by_ddp(model, mesh["dp"], device)
     return model
+
+
+def low_precision(config: Config) -> torch.dtype | None:
+    return torch.bfloat16 if config.train.precision == "bf16" else None

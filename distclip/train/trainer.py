@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
+from torch import Tensor
 
-from distclip import Clipper
 from distclip.train.config import Config
 from distclip.train.dataset import Batches, Split
+from distclip.train.held import Holder
 from distclip.train.optim import learning_rate
+from distclip.train.passes import Passes, losses_of
 from distclip.train.place import Place
 from distclip.train.stop import StopSignals, agreed
 
@@ -26,48 +25,44 @@ class Trainer:
     config: Config
     place: Place
     batches: Batches
-    model: nn.Module
-    optimizer: Optimizer
-    clipper: Clipper
+    passes: Passes
+    held: Holder
+    parameters: int  # of the whole model
     steps: int
     stop: StopSignals
 
     def step(self, step: int) -> tuple[dict[str, Any], Signals | None]:
         """Train on one global batch: its record, and the signal to stop for if any rank got one.
 
-        Two collectives beside the wrapper's own: the clipper's and one for loss, accuracy and the wish to stop.
+        Two collectives beside those of the parallelism: the clipper's and one for loss, accuracy and the wish to stop.
         Reading their results is the step's only wait for the device.
         """
         began = time.perf_counter()
         lr = learning_rate(self.config.optim, step, self.steps)
-        for group in self.optimizer.param_groups:
+        for group in self.held.optimizer.param_groups:
             group["lr"] = lr
         self.seed(step)
         inputs, targets = (t.to(self.place.device) for t in self.batches.at(step))
-        logits = self.model(inputs).flatten(0, -2)
-        targets = targets.flatten()
-        loss = F.cross_entropy(logits, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        report = self.clipper.step(self.optimizer)
-        self.optimizer.zero_grad()
-        right = (logits.detach().argmax(-1) == targets).double().mean()
-        mean_loss, accuracy, *wishes = self.summed([loss.detach(), right, *self.stop.wishes()])
+        answer = self.passes.forward_backward(inputs, targets)
+        report = self.held.step()
+        seen = [0.0, 0.0, 0.0] if answer is None else [answer.loss, right(answer.logits, targets).double().mean(), 1.0]
+        loss, accuracy, ranks, *wishes = self.summed([*seen, *self.stop.wishes()])
         seconds = time.perf_counter() - began
         record = {
             "step": step + 1,
             "epoch": step // self.batches.epoch_steps + 1,
-            "loss": mean_loss / self.place.world,
-            "accuracy": accuracy / self.place.world,
+            "loss": loss / ranks,
+            "accuracy": accuracy / ranks,
             **report.to_dict(),
             "lr": lr,
             "seconds": seconds,
-            "per_second": targets.numel() * self.place.world / seconds,
+            "per_second": targets.numel() * self.batches.world / seconds,
         }
         return record, agreed(wishes)
 
     def seed(self, step: int) -> None:
-        """Draw dropout from (seed, step, rank): no generator has a state that a checkpoint must hold."""
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 10_007 + self.place.rank)
+        """Draw dropout from (seed, step, part of the batch): no generator has a state that a checkpoint must hold."""
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 10_007 + self.batches.rank)
 
     def summed(self, numbers: list[Tensor | float]) -> list[float]:
         """Numbers added over all ranks, in float64, by one all-reduce."""
@@ -83,21 +78,22 @@ class Trainer:
         Ranks must call the model equally often (FSDP2 gathers in every call), so the last batch is filled up from
         the beginning and what fills it does not count.
         """
-        size, world, rank = self.config.train.batch_size, self.place.world, self.place.rank
-        loss = torch.zeros((), dtype=torch.float64, device=self.place.device)
-        right, count = torch.zeros_like(loss), torch.zeros_like(loss)
-        self.model.eval()
+        size, world, rank = self.batches.batch_size, self.batches.world, self.batches.rank
+        sums = torch.zeros(3, dtype=torch.float64, device=self.place.device)  # loss, right answers, targets
+        self.held.model.eval()
         for first in range(0, len(split), size):
             mine = torch.arange(first, first + size).view(world, -1)[rank]
             counts = (mine < len(split)).to(self.place.device)
             mine = mine % len(split)
             targets = split.targets[mine].to(self.place.device)
-            logits = self.model(split.inputs[mine].to(self.place.device))
-            each = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
-            counts = counts.view(-1, *[1] * (targets.dim() - 1)).expand_as(targets)
-            loss += each[counts].double().sum()
-            right += (logits.argmax(-1) == targets)[counts].sum()
-            count += counts.sum()
-        self.model.train()
-        all_loss, all_right, all_count = self.summed([loss, right, count])
-        return {"held_out_loss": all_loss / all_count, "held_out_accuracy": all_right / all_count}
+            logits = self.passes.forward(split.inputs[mine].to(self.place.device), targets)
+            if logits is not None:
+                losses, hits = losses_of(logits, targets)[counts].double(), right(logits, targets)[counts].double()
+                sums += torch.stack([losses.sum(), hits.sum(), torch.ones_like(hits).sum()])
+        self.held.model.train()
+        all_losses, all_hits, count = self.summed(list(sums))
+        return {"held_out_loss": all_losses / count, "held_out_accuracy": all_hits / count}
+
+
+def right(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.argmax(-1) == targets

@@ -52,14 +52,16 @@ def start(*words: str | Path, launcher: list[str] | None = None) -> subprocess.P
 
 def train_here(config: str, words: list[str]) -> int:
     """On each rank of a test: what a rank of `distclip train` does once it has joined the others."""
-    settings = read_config(CONFIGS / config, words)
-    place = Place(
-        rank=dist.get_rank(), world=dist.get_world_size(), device=torch.device("cpu"), backend=dist.get_backend()
-    )
+    settings, place = read_config(CONFIGS / config, words), place_here()
     with StopSignals() as stop:
         dataset = check(settings, place.world)
         dist.barrier()  # as joining does: no rank makes the folder before all have checked it
         return train(settings, dataset, place, stop)
+
+
+def place_here() -> Place:
+    rank, world, backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
+    return Place(rank=rank, world=world, device=torch.device("cpu"), backend=backend)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ class IrnnConfig:
     width: int = 64
 
     def __post_init__(self) -> None:
-        require(self.width > 0, "model.width", f"must be at least 1, not {self.width}")
+        require(0 < self.width <= 2**16, "model.width", f"must lie between 1 and 65536, not {self.width}")
 
 
 class Irnn(nn.Module):

@@ -1,0 +1,63 @@
+"""What a rank holds of a model, how it steps, and what of it goes into a checkpoint."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from distclip import Clipper, Report
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: ranks may hold different parameters
+
+
+class Holder(Protocol):
+    """A rank's part of the model with its optimizer and clipper."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+    @property
+    def clipper(self) -> Clipper: ...
+
+    def step(self) -> Report:
+        """Clip, step and forget the gradients. All ranks call."""
+
+    def state(self) -> dict[str, Any]:
+        """Model and optimizer under the names of the whole model, for any number of ranks. All ranks call."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned, here or on other ranks. All ranks call."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Held:
+    """Plain and DTensor parameters in a torch optimizer."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    clipper: Clipper
+
+    def step(self) -> Report:
+        report = self.clipper.step(self.optimizer)
+        self.optimizer.zero_grad()
+        return report
+
+    def state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=FLAT)
+        # its settings are those of the config, and the learning rate follows from the step
+        return {"model": model, "optimizer": {k: v for k, v in optimizer.items() if k.startswith("state.")}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        _, optimizer = get_state_dict(self.model, self.optimizer, options=FLAT)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict={**optimizer, **state["optimizer"]},
+            options=FLAT,
+        )

@@ -141,7 +141,7 @@ class FabricClipper(Clipper):
     """
 
     def __init__(self, fabric: Fabric, module: nn.Module, policy: Policy | float, **options: Unpack[Options]) -> None:
-        _refuse_strategy(fabric.strategy, "FabricClipper", "model")
+        _refuse_strategy(fabric.strategy, "FabricClipper", "fabric.strategy.model")
         _refuse_other_ranks(fabric.world_size, options)
         if not isinstance(module, _FabricModule):
             raise ValueError(f"module must be what fabric.setup() returned, got {type(module).__name__}")

@@ -63,13 +63,14 @@ POLICIES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One fit. ``bad``: the batch whose loss is NaN on the last rank."""
+    """One fit. ``bad``: the batch whose loss is NaN on the last rank; ``corrupt``: its gradients, after reduction."""
 
     layout: str = "ddp"
     policy: str = "max_norm"
     optimizer: str = "adamw"
     accumulate: int = 1
     bad: int | None = None
+    corrupt: int | None = None
     manual: bool = False
     validate: bool = False
     precision: str = "32-true"
@@ -114,6 +115,10 @@ class Lit(LightningModule):
             optimizer.step()
             optimizer.zero_grad()
         return None
+
+    def on_after_backward(self):
+        if self.trainer.global_step == self.case.corrupt and self.global_rank == self.trainer.world_size - 1:
+            self.net.head.weight.grad[0, 0] = nan
 
     def validation_step(self, rows, batch_idx):
         self.log("loss", self.loss(rows, None))
@@ -301,7 +306,7 @@ def alone(case, scheduled=True):
         for micro in range(step * per_step, (step + 1) * per_step):
             words, targets = batch(micro)
             loss = (net(words) - targets).square().mean() / per_step
-            (loss * nan if micro == case.bad else loss).backward()
+            (loss * nan if micro in (case.bad, case.corrupt) else loss).backward()
         norm = torch.cat([p.grad.flatten().double() for p in net.parameters()]).norm().item()
         skip = not norm < inf
         if case.policy in ("max_norm", "value"):

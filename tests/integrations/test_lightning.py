@@ -24,9 +24,10 @@ FITS = [
     *(Case(layout, "value") for layout in ("ddp", "fsdp1", "fsdp2")),
     *(Case(layout, "skip_third", optimizer) for layout, optimizer in (("ddp", "fused"), ("fsdp1", "sgd"))),
     *(Case(layout, manual=True, optimizer="sgd") for layout in ("ddp", "fsdp2")),
-    *(Case(layout, validate=True) for layout in ("ddp", "fsdp2")),
+    *(Case(layout, validate=True) for layout in ("ddp", "fsdp1", "fsdp2")),
     *(Case(layout, options={"overlap": True}) for layout in ("ddp", "fsdp2")),
     Case(scaled=True, bad=5),
+    Case(scaled=True, corrupt=5),
     Case(policy="skip_third", scaled=True),
 ]
 LOOPS = [
@@ -57,7 +58,7 @@ def _quiet(recwarn):
 
 @pytest.fixture(scope="module")
 def fits():
-    results = run_ranks(runs.fits, 2, FITS, fresh=True, timeout=120)
+    results = run_ranks(runs.fits, 2, FITS, fresh=True, timeout=240)
     return dict(zip(map(named, FITS), zip(*results, strict=True), strict=True))
 
 
@@ -68,14 +69,14 @@ def more(tmp_path_factory):
     wanted |= {(runs.fit_again, layout): (layout,) for layout in ("ddp", "fsdp2")}
     wanted |= {runs.log: (folder,), runs.alone_among_ranks: (), runs.two_optimizers: ()}
     functions = [(key[0] if isinstance(key, tuple) else key, *arguments) for key, arguments in wanted.items()]
-    results = run_ranks(runs.calls, 2, *functions, fresh=True, timeout=120)
+    results = run_ranks(runs.calls, 2, *functions, fresh=True, timeout=240)
     return dict(zip(wanted, zip(*results, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
 def loops(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("fabric"))
-    return run_ranks(runs.fabric_fits, 2, LOOPS, folder, fresh=True, timeout=120)
+    return run_ranks(runs.fabric_fits, 2, LOOPS, folder, fresh=True, timeout=240)
 
 
 def agrees(results, case, scheduled=True):
@@ -98,14 +99,15 @@ def test_a_fit_is_that_of_one_process(fits, case):
     first, rate = agrees(fits[named(case)], case)
     assert first["global_step"] == STEPS, "skipped steps count"
     assert first["rate"] == (rate if not case.manual else 0.05)
-    assert sum(first["skips"]) == (case.bad is not None) + (STEPS // 3 if case.policy == "skip_third" else 0)
+    bad = case.bad is not None or case.corrupt is not None
+    assert sum(first["skips"]) == bad + (STEPS // 3 if case.policy == "skip_third" else 0)
     if case.scaled:
-        assert first["scale"] == (512.0 if case.bad is not None else 1024.0), "a policy's skip keeps the scale"
+        assert first["scale"] == (512.0 if bad else 1024.0), "a policy's skip keeps the scale"
 
 
 def test_fsdp2_over_tensor_parallel_is_one_process():
     cases = [Case("fsdp2_tp"), Case("fsdp2_tp", "autoclip", bad=5)]
-    for case, *results in zip(cases, *run_ranks(runs.fits, 4, cases, fresh=True), strict=True):
+    for case, *results in zip(cases, *run_ranks(runs.fits, 4, cases, fresh=True, timeout=240), strict=True):
         agrees(results, case)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distclip import __version__
+from distclip.complaint import complain
 
 # modules of the extra `train`, under the names to install them by
 EXTRA = {"jsonargparse": "jsonargparse", "rich": "rich", "sklearn": "scikit-learn", "yaml": "PyYAML"}
@@ -45,7 +46,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"distclip: {message}\n")
+        complain(message)
+        self.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +75,7 @@ def train(config: str, overrides: list[str]) -> int:
         package = EXTRA.get((error.name or "").partition(".")[0])
         if package is None:
             raise
-        print(f'distclip: training needs {package}: pip install "distclip[train]"', file=sys.stderr)
+        complain(f'training needs {package}: pip install "distclip[train]"')
         return 2
 
 

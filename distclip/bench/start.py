@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from distclip.bench.place import Place, join_launched, join_local, launched, sho
 from distclip.bench.result import Result
 from distclip.bench.rounds import measure
 from distclip.bench.table import heading, line, listing
+from distclip.complaint import complain
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -37,7 +37,7 @@ def start(options: Options) -> int:
     problem = problem_with(options)
     if problem is not None:
         if speaks():
-            print(f"distclip: {problem}", file=sys.stderr)
+            complain(problem)
         return 2
     if launched():
         run(join_launched(options.device), options)

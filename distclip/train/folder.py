@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distclip.train.config import Config
+from distclip.train.contents import check_contents
+from distclip.train.metrics import read_records
 from distclip.train.parse import read_config, to_yaml
 from distclip.train.place import Place, from_rank_0
-from distclip.train.problem import require
+from distclip.train.problem import ConfigError, require
 
 # What may differ when a run goes on: how long, how fast, where. All else would make other numbers.
 FREE = ("resume", "parallel.", "run.", "train.steps", "train.epochs", "train.log_every", "train.eval_every",
@@ -40,16 +42,34 @@ def check_folder(config: Config) -> None:
     """The run can be written where it should, does not hide another one, and goes on as it began."""
     path = Path(config.run.dir or config.run.root)
     key = "run.root" if config.run.dir is None else "run.dir"
+    try:
+        check_path(path, key, config)
+    except OSError as error:
+        raise ConfigError(key, f"cannot use {path}: {error.strerror}") from error
+
+
+def check_path(path: Path, key: str, config: Config) -> None:
     there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
     require(there.is_dir() and os.access(there, os.W_OK), key, f"cannot write to {there}")
     if config.run.dir is None:
         return
     folder = RunFolder(path=path)
+    if config.resume:
+        check_contents(path)
+        read_records(folder.metrics)
     if config.resume and folder.config.exists():
-        check_same(read_config(folder.config), config, folder.config)
+        check_same(read_before(folder.config), config, folder.config)
     elif not config.resume:
         empty = not path.exists() or not any(path.iterdir())
         require(empty, "run.dir", f"{path} is not empty: add resume=true to go on with it, or name another folder")
+
+
+def read_before(path: Path) -> Config:
+    """The config that a run was started with."""
+    try:
+        return read_config(path)
+    except ConfigError as error:
+        raise ConfigError(str(path), f"not the config of a run that can go on: {error}") from error
 
 
 def check_same(before: Config, now: Config, where: Path) -> None:

@@ -8,8 +8,12 @@ import json
 import math
 import os
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, TextIO
+
+from distclip.train.problem import require
+
+NEEDED: dict[str, Any] = {"step": int, "skip": bool, "coef": (int, float, str)}  # what a run that goes on counts again
 
 
 def to_json(record: dict[str, Any]) -> str:
@@ -23,11 +27,31 @@ def spelled(value: Any) -> Any:
 
 
 def read_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The records of the first `step` steps; a last line that a killed run has cut short is not one."""
+    """The records of the first `step` steps."""
+    return [record for record in read_records(path) if record["step"] <= step]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """One record a step; a last line that a killed run has cut short is not one.
+
+    Raises:
+        ConfigError: names the first line that no run has written.
+    """
     if not path.exists():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [record for record in map(json.loads, whole) if record["step"] <= step]
+    with path.open("rb") as file:
+        return [record_in(line, f"{path}, line {n}") for n, line in enumerate(file, 1) if line.endswith(b"\n")]
+
+
+def record_in(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    right = isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in NEEDED.items())
+    right = right and all(isinstance(value, (int, float, str, NoneType)) for value in record.values())
+    require(right, where, "is not the record of a step: cut the file before it, or go on in another folder")
+    return record  # type: ignore[no-any-return]
 
 
 class MetricsFile:

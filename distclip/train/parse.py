@@ -6,14 +6,19 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import jsonargparse
 import yaml
 
 from distclip.train.config import Config
+from distclip.train.document import LARGEST, DocumentError, parse
 from distclip.train.problem import ConfigError, require
 from distclip.train.tasks.registry import TASKS
+
+ABSENT = object()
+VERBATIM = "verbatim"  # a mode of jsonargparse in which text stays text, instead of being read as YAML again
+jsonargparse.set_loader(VERBATIM, lambda text: text)
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -44,11 +49,12 @@ def plain(value: Any) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    require(path.is_file(), str(path), "there is no such config file")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"not YAML: {' '.join(str(error).split())}") from error
+        require(path.is_file(), str(path), "there is no such config file")
+        with path.open("rb") as file:
+            document = parse(file.read(LARGEST + 1))
+    except DocumentError as error:
+        raise ConfigError(str(path), str(error)) from error
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror}") from error
     require(isinstance(document, dict), str(path), "a config is a mapping of keys to values")
@@ -65,9 +71,9 @@ def override(document: dict[str, Any], word: str) -> None:
         place = place.setdefault(name, {})
         require(isinstance(place, dict), key, f"{name} is a value, not a section")
     try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(key, f"cannot read the value {text!r}") from error
+        place[last] = parse(text)
+    except DocumentError as error:
+        raise ConfigError(key, f"cannot read the value {text!r}: {error}") from error
 
 
 def sections(task: str) -> dict[str, Any]:
@@ -80,14 +86,26 @@ def build(document: dict[str, Any], known: dict[str, Any]) -> Config:
     """Let jsonargparse convert and check the types, and the dataclasses check the values."""
     types_of = {key: kind for section, type_ in known.items() for key, kind in flat(section, type_)}
     check_keys(document, known)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    for name, type_ in known.items():
-        parser.add_argument(f"--{name}", type=type_)
+    for key, kind in types_of.items():
+        value = at(document, key)
+        require(value is ABSENT or fits(value, kind), key, f"must be {spelled(kind)}, not {value!r}")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, parser_mode=VERBATIM)
+    for field in fields(Config):
+        default = None if field.default is MISSING else field.default
+        parser.add_argument(f"--{field.name}", type=known[field.name], default=default)
     try:
         namespace = parser.instantiate(parser.parse_object(document))
     except jsonargparse.ArgumentError as error:
         raise wrong_type(error, document, types_of) from error
     return Config(**vars(namespace))
+
+
+def at(document: dict[str, Any], key: str) -> Any:
+    """The value under a dotted key, or ABSENT."""
+    *parents, last = key.split(".")
+    for name in parents:
+        document = document[name]
+    return document.get(last, ABSENT)
 
 
 def flat(prefix: str, type_: Any) -> Iterator[tuple[str, Any]]:
@@ -116,6 +134,22 @@ def check_keys(document: dict[str, Any], known: dict[str, Any]) -> None:
                 require(not missing, f"{name}.{field.name}", "is missing")
 
 
+def fits(value: Any, kind: Any) -> bool:
+    """Whether null, text and lists stand only where the type has them, and mappings nowhere.
+
+    jsonargparse checks the rest. It would let null pass, read text once more as YAML, and a mapping as a class to make.
+    """
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, part) for part in get_args(kind))
+    if isinstance(value, list):
+        return get_origin(kind) is tuple and all(any(fits(v, part) for part in get_args(kind)) for v in value)
+    if value is None:
+        return kind is types.NoneType
+    if isinstance(value, str):
+        return kind is str or get_origin(kind) is Literal
+    return not isinstance(value, dict)
+
+
 def check_names(prefix: str, given: dict[str, Any], known: list[str]) -> None:
     for key in given:
         if key not in known:
@@ -129,10 +163,7 @@ def wrong_type(error: Exception, document: dict[str, Any], types_of: dict[str, A
     named = re.search(r'key "([\w.]+)"', str(error))
     if named is None or named[1] not in types_of:
         return ConfigError("config", " ".join(str(error).split()))
-    value: Any = document
-    for name in named[1].split("."):
-        value = value[name]
-    return ConfigError(named[1], f"must be {spelled(types_of[named[1]])}, not {value!r}")
+    return ConfigError(named[1], f"must be {spelled(types_of[named[1]])}, not {at(document, named[1])!r}")
 
 
 def spelled(type_: Any) -> str:

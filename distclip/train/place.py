@@ -25,9 +25,18 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def number_in(name: str) -> int:
+    """What a launcher has put into this environment variable."""
+    text = os.environ[name]
+    number = len(text) < 10 and text.isascii() and text.isdecimal()
+    require(number, name, f"a launcher puts a number there, not {text!r}: unset it, or start by a launcher")
+    return int(text)
+
+
 def launched_world(parallel: Parallel) -> int:
     """The launcher's number of ranks, which is the one that counts but not fewer than asked for."""
-    world = int(os.environ["WORLD_SIZE"])
+    world = number_in("WORLD_SIZE")
+    require(number_in("RANK") < world, "RANK", f"{os.environ['RANK']} is not one of WORLD_SIZE={world} ranks")
     require(
         parallel.processes <= world,
         "parallel.processes",

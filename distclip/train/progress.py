@@ -76,7 +76,8 @@ class Display:
 
     def eta(self, step: int) -> str:
         a_step = (time.perf_counter() - self.began) / (step - self.start)
-        return str(timedelta(seconds=round(a_step * (self.steps - step))))
+        left = min(a_step * (self.steps - step), 1e9)  # 31 years: timedelta ends at 2.7 million
+        return str(timedelta(seconds=round(left)))
 
     def look(self, record: dict[str, Any]) -> str:
         """The held-out part beside the mean over the steps since the last look."""

@@ -1,10 +1,10 @@
 """From the command line to a run: as one rank of a launcher's job, or by starting the ranks."""
 
 import os
-import sys
 from collections.abc import Sequence
 
 from distclip import NonFiniteError
+from distclip.complaint import complain
 from distclip.train.job import check, run_rank
 from distclip.train.launch import check_processes, launch
 from distclip.train.parse import read_config
@@ -22,15 +22,15 @@ def start(path: str, overrides: Sequence[str]) -> int:
         check(config, config.parallel.processes)
     except ConfigError as error:
         if leads():
-            print(f"distclip: {error}", file=sys.stderr)
+            complain(str(error))
         return 2
     except NonFiniteError as error:
         if leads():
-            print(f"distclip: training failed: {error}", file=sys.stderr)
+            complain(f"training failed: {error}")
         return 1
     return launch(config.parallel.processes, ["train", path, *overrides])
 
 
 def leads() -> bool:
     """One process speaks for all: every rank has found the same."""
-    return os.environ.get("RANK", "0") == "0"
+    return not launched() or os.environ["RANK"] == "0" or not os.environ["RANK"].isdecimal()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from distclip.cli import main
+from distclip.train.parse import read_config
 from train.commands import CONFIGS, ROOT, TORCHRUN, start
 
 QUICKSTART, CLASSIFIER, DIGITS = "quickstart.yaml", "classifier.yaml", "digits.yaml"
@@ -18,6 +19,18 @@ PROBLEMS = [
     (QUICKSTART, ["train.steps=many"], ["train.steps", "int or null", "'many'"]),
     (QUICKSTART, ["train.steps=1.5"], ["train.steps", "int or null", "1.5"]),
     (QUICKSTART, ["train.steps=0"], ["train.steps", "at least 1"]),
+    (QUICKSTART, ["train.steps=null", "train.epochs='2'"], ["train.epochs", "int or null", "'2'"]),
+    (QUICKSTART, ["seed=null"], ["seed", "must be int, not None"]),
+    (QUICKSTART, ["optim.betas=[null, 1]"], ["optim.betas", "a list of float"]),
+    (QUICKSTART, ["optim.weight_decay=.inf"], ["optim.weight_decay", "finite"]),
+    (QUICKSTART, ["name={{class_path: os.system}}"], ["name", "must be str"]),
+    (QUICKSTART, ["data.suffixes=.py"], ["data.suffixes", "a list of str"]),
+    (QUICKSTART, ['name="a\\nb"'], ["name", "can be printed", "'a\\nb'"]),
+    (QUICKSTART, ["name=" + "x" * 201], ["name", "at most 200 bytes"]),
+    (QUICKSTART, ["clip.window=10_000_000"], ["clip.window", "at most 1e6"]),
+    (QUICKSTART, ["model.width=1_000_000"], ["model.width", "between 1 and 65536"]),
+    (QUICKSTART, ["run.dir=" + "x" * 300], ["run.dir", "File name too long"]),
+    (QUICKSTART, ["data.path=" + "x" * 300], ["data.path", "File name too long"]),
     (QUICKSTART, ["train.epochs=2"], ["train.steps", "either steps or epochs"]),
     (QUICKSTART, ["train.batch_size=null"], ["train.batch_size", "is missing"]),
     (QUICKSTART, ["train=5"], ["train", "section"]),
@@ -58,6 +71,7 @@ PROBLEMS = [
         ["data.label_column", "{tmp}/rows.csv, line 3", "'maybe' is not 0 or 1"],
     ),
     (CLASSIFIER, ["data.path={tmp}/missing.csv"], ["data.path", "{tmp}/missing.csv is not a file"]),
+    (CLASSIFIER, ["data.path=" + "x" * 300], ["data.path", "File name too long"]),
     (CLASSIFIER, ["data.path=null"], ["data.path", "is missing"]),
     (CLASSIFIER, ["model.dropout=1"], ["model.dropout", "[0, 1)"]),
     (DIGITS, ["data.pixels=5"], ["data.pixels", "must divide 64"]),
@@ -112,6 +126,15 @@ def test_a_problem_is_one_line_that_names_the_key(config, words, parts, here, ca
         ("task: digits\nname: x", "train.batch_size: is missing"),
         ("task: rows\nname: x", "data.path: is missing"),
         ("task: digits\nname: 3\ntrain: {batch_size: 1, steps: 1}\noptim: {lr: 1}", "name: must be str, not 3"),
+        ("task: &a [*a]", "line 1: aliases such as *a are not read"),
+        ("task: digits\ntask: text", "line 2: task is given twice"),
+        ("task: !!python/object/apply:os.system [exit]", "line 1: tags such as"),
+        ("task: " + "[" * 30, "line 1: more than 20 levels deep"),
+        ("task: 0x" + "f" * 20, "line 1: a number beyond 64 bits"),
+        ("task: " + "9" * 5000, "line 1: no number: '999"),
+        ("# " + "x" * 100_000, "more than the 100,000 bytes"),
+        ('task: "\\0"', "line 1: a NUL character"),
+        ('task: "\\ud800"', "line 1: half a character"),
     ],
 )
 def test_a_bad_file_is_one_line(text, part, here, capsys):
@@ -129,6 +152,62 @@ def test_a_resumed_run_must_stay_the_same(here, capsys):
     (here / "run" / "config.yaml").write_text(old)
     message = complaint(capsys, str(CONFIGS / DIGITS), f"run.dir={here}/run", "resume=true")
     assert "optim.lr: cannot change in a resumed run: 0.1 here, 0.2 in" in message
+
+
+def test_a_config_needs_no_seed(here):
+    """A key outside of the sections had no default: all comparisons with None were a traceback."""
+    text = (CONFIGS / DIGITS).read_text()
+    (here / "config.yaml").write_text(text.replace("seed: 0\n", ""))
+    assert read_config(here / "config.yaml") == read_config(CONFIGS / DIGITS)
+
+
+def test_numbers_need_no_dot(here):
+    assert read_config(CONFIGS / DIGITS, ["optim.lr=1e-3"]).optim.lr == 1e-3
+
+
+CONTENTS = {
+    "config.yaml": (
+        "task: digits\nname: x",
+        "{run}/config.yaml: not the config of a run that can go on: train.batch_size",
+    ),
+    "metrics.jsonl": ('{"step": 1}\n', "{run}/metrics.jsonl, line 1: is not the record of a step"),
+    "summary.json": (None, "{run}/summary.json: is no file"),
+    "checkpoints": ("", "{run}/checkpoints: is no folder"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_run_does_not_go_on_in_a_folder_that_is_not_its_own(name, here, capsys):
+    content, part = CONTENTS[name]
+    run = here / "run"
+    run.mkdir()
+    words = [str(CONFIGS / DIGITS), f"run.dir={run}", "resume=true"]
+    if content is None:
+        (run / name).mkdir()
+    else:
+        (run / name).write_text(content)
+    assert part.format(run=run) in complaint(capsys, *words)
+
+
+@pytest.mark.parametrize("name", [*CONTENTS, "metrics.tmp", "checkpoints/step-00000001"])
+def test_a_run_does_not_follow_links_out_of_its_folder(name, here, capsys):
+    link = here / "run" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(here / "empty")
+    message = complaint(capsys, str(CONFIGS / DIGITS), f"run.dir={here}/run", "resume=true")
+    assert f"{link}: is a link" in message
+
+
+@pytest.mark.parametrize("text", ["", "two", "-1", "9" * 30])
+def test_a_launcher_that_is_none_is_one_line(text, here, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", text)
+    assert f"WORLD_SIZE: a launcher puts a number there, not {text!r}" in complaint(capsys, str(CONFIGS / DIGITS))
+
+
+def test_a_rank_without_a_world_speaks_for_itself(here, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    complaint(capsys, str(CONFIGS / DIGITS), "seed=-1")
 
 
 def test_the_launcher_has_the_last_word_on_the_number_of_ranks(here, capsys, monkeypatch):

@@ -27,8 +27,8 @@ class RowsData:
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
-        require(self.length > 0, "data.length", f"must be at least 1, not {self.length}")
-        require(self.buckets > 0, "data.buckets", f"must be at least 1, not {self.buckets}")
+        require(0 < self.length <= 10**5, "data.length", f"must lie between 1 and 1e5, not {self.length}")
+        require(0 < self.buckets <= 10**8, "data.buckets", f"must lie between 1 and 1e8, not {self.buckets}")
         require(self.max_rows is None or self.max_rows > 0, "data.max_rows", f"must be at least 1, not {self.max_rows}")
         require(0 < self.held_out < 1, "data.held_out", f"must lie between 0 and 1, not {self.held_out}")
 
@@ -36,9 +36,9 @@ class RowsData:
 def read_rows(data: RowsData) -> Iterator[tuple[str, int]]:
     """Text and label of each row; a header without the named columns or a label that is not 0 or 1 is an error."""
     path = Path(data.path)
-    require(path.is_file(), "data.path", f"{path} is not a file")
     csv.field_size_limit(2**31 - 1)  # comments can be longer than csv's 128 kB
     try:
+        require(path.is_file(), "data.path", f"{path} is not a file")
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames or []

@@ -47,15 +47,14 @@ def text_files(data: TextData) -> list[Path]:
 
 def read_text(data: TextData, seed: int) -> str:
     """At most `max_chars` of the files, in an order drawn from `seed`: the held-out end is then a fair sample."""
-    files = text_files(data)
-    random.Random(seed).shuffle(files)
 
-    def characters() -> Iterator[str]:
+    def characters(files: list[Path]) -> Iterator[str]:
+        random.Random(seed).shuffle(files)
         for file in files:
             yield from file.read_text(encoding="utf-8", errors="replace")
 
     try:
-        return "".join(islice(characters(), data.max_chars))
+        return "".join(islice(characters(text_files(data)), data.max_chars))
     except OSError as error:
         raise ConfigError("data.path", f"cannot read {error.filename}: {error.strerror}") from error
 

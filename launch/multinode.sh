@@ -39,7 +39,7 @@ join_timeout=${JOIN_TIMEOUT:-600} save_timeout=${SAVE_TIMEOUT:-120} deadline=${D
 [[ $job =~ ^[A-Za-z0-9._-]+$ ]] || fail "JOB=$job names a folder: letters, digits, dots, - and _"
 [[ $join_timeout =~ ^[0-9]+$ ]] || fail "JOIN_TIMEOUT=$join_timeout is no whole number of seconds"
 [[ $save_timeout =~ ^[0-9]+$ ]] || fail "SAVE_TIMEOUT=$save_timeout is no whole number of seconds"
-[[ $deadline =~ ^[0-9]+[smhd]?$ ]] || fail "DEADLINE=$deadline is no time: 3600, 90m, 24h, 7d, or 0 for none"
+[[ $deadline =~ ^(0|[1-9][0-9]*[smhd]?)$ ]] || fail "DEADLINE=$deadline is no time: 3600, 90m, 24h, 7d, or 0 for none"
 
 if [[ -n ${PET_MASTER_ADDR:-} ]]; then
     for needed in PET_NNODES PET_NODE_RANK PET_MASTER_PORT; do
@@ -90,6 +90,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as torchrun does, but without a w
 
 printf 'machines %s, ranks on each %s; they meet at %s:%s, this one is %s (%s); deadline %s\n' \
     "$machines" "$nproc" "$host" "$port" "$address" "$interface" "$deadline"
-exec timeout --foreground --verbose --kill-after $((save_timeout + 30)) "$deadline" \
-    "$python" -m torch.distributed.run "${options[@]}" \
+until=()
+if [[ $deadline != 0 ]]; then
+    # A session of its own: Ctrl-C reaches `timeout` alone, which passes it on. Were torchrun to get it twice, it would
+    # leave without waiting for its ranks.
+    until=(timeout --foreground --verbose --kill-after $((save_timeout + 30)) "$deadline" setsid)
+fi
+exec "${until[@]}" "$python" -m torch.distributed.run "${options[@]}" \
     -m distclip train "$config" "${words[@]}"

@@ -1,5 +1,6 @@
 """The clipping group: the ranks that make one norm together, and where their words are reduced."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .roll_call import who_is_missing
+from .roll_call import wait, who_is_missing
 
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
@@ -74,10 +75,15 @@ class ClippingGroup:
         """
         process_group = self.process_group
         if process_group is not None:
+            start = time.monotonic()
             try:
-                dist.all_reduce(words, op, group=process_group)
+                if words.device.type == "cpu":
+                    wait(dist.all_reduce(words, op, group=process_group, async_op=True), process_group.group_name)
+                else:
+                    dist.all_reduce(words, op, group=process_group)
             except RuntimeError as error:
-                raise RuntimeError(f"{who_is_missing(self.ranks)} ({str(error).splitlines()[0]})") from error
+                missing = who_is_missing(process_group.group_name, self.ranks, time.monotonic() - start)
+                raise RuntimeError(f"{missing} ({str(error).splitlines()[0]})") from error
         return words
 
     def device_for(self, tensors: Iterable[Tensor]) -> torch.device:

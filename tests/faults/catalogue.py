@@ -296,7 +296,7 @@ def goes_on(case: Case) -> Contract:
 
 
 def late(case: Case) -> Contract:
-    return Contract(BROKEN, says=(absent(case),), guilty_says=())
+    return Contract(BROKEN, says=(f"rank {case.guilty} came late",))
 
 
 def unseen(case: Case) -> Contract:

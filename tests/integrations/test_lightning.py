@@ -334,5 +334,5 @@ def test_a_state_held_before_training_is_not_lost():
     assert clip.state_dict()["clipper"]["steps"] == 2 * STEPS
     clip = ClipGradients(inf)
     clip.load_state_dict(state)
-    with pytest.raises(ValueError, match="another policy"):
+    with pytest.raises(ValueError, match="this policy's state has the keys"):
         runs.fit(Case("single"), clip=clip)

@@ -264,6 +264,11 @@ def _hook_stages_1_and_2(optimizer: Any, clipper: EngineClipper) -> None:
     def check_overflow(partition_gradients: bool = True) -> None:
         optimizer.overflow = clipper.skips
 
+    def reset_cpu_buffers() -> None:  # where it skips, DeepSpeed keeps the fp32 sums of bf16 and adds to them
+        reset()
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
+
+    reset, optimizer.reset_cpu_buffers = optimizer.reset_cpu_buffers, reset_cpu_buffers
     optimizer.check_grad_overflow = True
     optimizer.check_overflow = check_overflow
     optimizer.scaled_global_norm = lambda: clipper.verdict

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import distclip
 
-from ..amp import unscale_
+from ..amp import is_unscaled, unscale_
 from ..arguments import Parameters
 from ..clipper import Clipper, Options, _alive
 from ..fsdp1 import is_flattened
@@ -38,14 +38,14 @@ class AcceleratedClipper(Clipper):
     def clip_(self) -> Report:
         """Clip as the policy decides; where it decides to skip, let the next ``optimizer.step()`` change nothing.
 
-        RuntimeError inside gradient accumulation, and where no prepared optimizer holds the model. Unscales what is not
-        yet (fp16), so that a norm that is not finite on any rank lowers the scale of all; a skip for the policy's own
-        reason does not. ``optimizer.step_was_skipped`` tells of a skip, so that prepared schedulers wait as well: a 0-d
-        bool, which is waited for when it is looked at. Collectives and waits: those of :meth:`Clipper.clip_`, and one
-        wait a step with a scaler.
+        ``optimizer.step_was_skipped`` tells of a skip, so that prepared schedulers wait as well: a 0-d bool, which is
+        waited for when it is looked at. With fp16, unscales first; a norm that is not finite on any rank lowers the
+        scale of all, a skip for the policy's own reason does not. RuntimeError inside gradient accumulation, and where
+        no prepared optimizer holds the model. Collectives and waits: those of :meth:`Clipper.clip_`; one more wait a
+        step with fp16.
         """
         self._accelerator._refuse_to_clip("clip_()")
-        prepared = self._accelerator._optimizers_of(self._ids)
+        prepared = self._accelerator._to_step(self._ids)
         report = self._clip_before(list(map(_inner, prepared)), self._accelerator.scaler)
         for optimizer in prepared:
             if optimizer.scaler is None:
@@ -106,18 +106,25 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         if any(isinstance(each, AcceleratedClipper) and each._ids & given for each in self._custom_objects):
             raise ValueError(f"a clipper() clips these parameters already: take the line with {name} out")
         if self.scaler is not None and self.scaler.is_enabled():
-            unscale_(self.scaler, list(map(_inner, self._optimizers_of(given))))
+            unscale_(self.scaler, list(map(_inner, self._to_step(given))))
         models = [model for model in self._models if _is_inside(model, given)]
         whole = not modules and given <= {id(p) for model in models for p in model.parameters()}
         return models if whole else listed
 
-    def _optimizers_of(self, ids: Set[int]) -> list[AcceleratedOptimizer]:
-        """The prepared optimizers that hold any of these parameters."""
+    def _to_step(self, ids: Set[int]) -> list[AcceleratedOptimizer]:
+        """The prepared optimizers that hold any of these parameters; with a scaler, the only one to step next."""
         found = [o for o in self._optimizers if any(id(p) in ids for g in o.param_groups for p in g["params"])]
         if not found:
             raise RuntimeError(
                 "no prepared optimizer holds these parameters: pass the optimizer to accelerator.prepare() as well"
             )
+        if self.scaler is not None and self.scaler.is_enabled():
+            waiting = [o for o in self._optimizers if o in found or is_unscaled(self.scaler, _inner(o))]
+            if len(waiting) > 1:
+                raise RuntimeError(
+                    "accelerate forgets at the first optimizer.step() which gradients were unscaled, and would unscale "
+                    "those of a second optimizer twice: clip and step one optimizer after the other"
+                )
         return found
 
     def _refuse_to_clip(self, name: str) -> None:
@@ -131,7 +138,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     def _refuse_accumulation(self, name: str) -> None:
         if not self.sync_gradients:
             raise RuntimeError(
-                f"{name} was called inside gradient accumulation, on gradients that are not complete: call it where "
+                f"{name} was called inside gradient accumulation, on incomplete gradients: call it where "
                 "`accelerator.sync_gradients` is true"
             )
 

@@ -158,11 +158,15 @@ def resume(folder):
 
 
 class OwnLoop(Trainer):
-    """Steps without asking for the norm."""
+    """Steps without asking for the norm, but for the first time."""
 
     def _run_epoch(self, model, train_dataloader, **_):
-        for inputs in train_dataloader:
+        for step, inputs in enumerate(train_dataloader):
             self.accelerator.backward(model(**inputs)["loss"])
+            if step == 0:
+                self._get_grad_norm(model)
+            if step == 2:
+                self.control.should_training_stop = True
             self.optimizer.step()
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
 

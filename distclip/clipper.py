@@ -28,8 +28,8 @@ from .overlap import Overlap
 from .piece import holders_of, once
 from .plan import NOTHING, Measured, Plan
 from .policies import Policy, State
-from .policies.adopt import as_policy, fitting, spelled
-from .policies.checks import positive
+from .policies.adopt import as_policy, fitting, spelled, with_keys
+from .policies.checks import count, positive
 from .report import Culprit, Report
 from .stepping import skip_next_step
 from .verify import compare_ranks, verify
@@ -232,11 +232,10 @@ class Clipper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned, here or on another number of ranks; ValueError if it is not."""
-        wanted = {"policy", "steps", "consecutive_skips"}
-        if set(state) != wanted:
-            raise ValueError(f"a Clipper's state has the keys {sorted(wanted)}, got {sorted(state)}")
+        state = with_keys(state, ("policy", "steps", "consecutive_skips"), "a Clipper's")
+        steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
         self._state = fitting(state["policy"], self._policy.init(self._plan.device))
-        self._steps, self._skips = int(state["steps"]), int(state["consecutive_skips"])
+        self._steps, self._skips = steps, skips
         self._unread = None
 
     def _clip(self) -> Report:

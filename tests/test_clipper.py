@@ -402,6 +402,17 @@ BAD_STATES = {
     "another policy": lambda s: s | {"policy": {}},
     "shape": lambda s: s | {"policy": s["policy"] | {"norms": torch.zeros(4, dtype=torch.float64)}},
     "dtype": lambda s: s | {"policy": s["policy"] | {"norms": torch.zeros(3)}},
+    "no dictionary": lambda s: 3,
+    "no dictionary inside": lambda s: s | {"policy": None},
+    "mixed keys": lambda s: s | {1: 2},
+    "no tensor": lambda s: s | {"policy": s["policy"] | {"norms": [1.0, 2.0, 3.0]}},
+    "no values": lambda s: s | {"policy": s["policy"] | {"count": torch.tensor(0, device="meta")}},
+    "sparse": lambda s: s | {"policy": s["policy"] | {"norms": s["policy"]["norms"].to_sparse()}},
+    "NaN": lambda s: s | {"policy": s["policy"] | {"norms": torch.full((3,), nan, dtype=torch.float64)}},
+    "no number": lambda s: s | {"steps": "3"},
+    "no whole number": lambda s: s | {"consecutive_skips": nan},
+    "negative": lambda s: s | {"steps": -1},
+    "beyond 64 bits": lambda s: s | {"steps": 10**400},
 }
 
 

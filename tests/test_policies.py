@@ -53,6 +53,17 @@ def test_autoclip_keeps_bad_norms_out():
     assert decisions(AutoClip(), [nan, inf, nan]) == [inf] * 3
 
 
+def test_autoclip_never_turns_gradients_round_whatever_state_was_loaded():
+    policy = AutoClip(50, window=4)
+    state = {"norms": torch.tensor([-inf, -2.0, 3.0, inf], dtype=torch.float64), "count": torch.tensor(2**63 - 1)}
+    bounds = []
+    for _ in range(6):
+        decision, state = policy.decide(torch.tensor(1.0, dtype=torch.float64), state)
+        bounds.append(decision.max_norm.item())
+    assert bounds[0] == 2.0  # between 1, just seen, and 3, the only norm of the state
+    assert bounds[-1] == 1.0
+
+
 def test_autoclip_never_clips_the_first_step_nor_a_constant_norm():
     assert decisions(AutoClip(), [3.0]) == [3.0]
     assert decisions(AutoClip(37.7, window=9), [0.1] * 50) == [0.1] * 50

@@ -1,7 +1,10 @@
 """What a Clipper asks of the policy that it is given: to be one, to be spelled, to take back a state."""
 
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+from torch import Tensor
 
 from .max_norm import MaxNorm
 from .policy import Policy, State
@@ -24,15 +27,27 @@ def spelled(policy: Policy) -> str:
     return name
 
 
-def fitting(given: dict[str, Any], made: State) -> State:
-    """``given`` on the device of ``made``; ValueError where keys, shapes or dtypes differ."""
-    if set(given) != set(made):
-        raise ValueError(f"this policy's state has the keys {sorted(made)}, got {sorted(given)}: another policy?")
+def with_keys(given: Any, wanted: Iterable[str], whose: str) -> dict[str, Any]:
+    """``given`` if it is a dictionary with just these keys; ValueError if not."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{whose} state is a dictionary, got {type(given).__name__}")
+    if set(given) != set(wanted):
+        raise ValueError(f"{whose} state has the keys {sorted(wanted)}, got {sorted(map(str, given))}")
+    return given
+
+
+def fitting(given: Any, made: State) -> State:
+    """``given`` on the device of ``made``; ValueError where it is no such state, or holds NaN. Waits for its device."""
+    given = with_keys(given, made, "this policy's")
     for name, own in made.items():
         value = given[name]
+        if not isinstance(value, Tensor) or value.is_meta or value.layout != own.layout:
+            raise ValueError(f"policy state {name} must be a dense tensor with values, got {type(value).__name__}")
         if value.shape != own.shape or value.dtype != own.dtype:
             raise ValueError(
                 f"policy state {name} must have shape {tuple(own.shape)} and dtype {own.dtype}, got "
                 f"{tuple(value.shape)} and {value.dtype}: load it into a policy with the same settings"
             )
-    return {name: given[name].to(own.device, copy=True) for name, own in made.items()}
+        if value.isnan().any():
+            raise ValueError(f"policy state {name} holds NaN: it was damaged, load another checkpoint")
+    return {name: given[name].detach().to(own.device, copy=True) for name, own in made.items()}

@@ -44,10 +44,11 @@ class AutoClip:
     def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
         finite = norm.isfinite()
         slot = torch.arange(self.window, device=norm.device) == state["count"] % self.window
-        norms = torch.where(slot & finite, norm, state["norms"])  # unused slots hold inf and sort last
-        count = state["count"] + finite
-        bound = _percentile(norms.sort().values, count.clamp(max=self.window), self.percentile)
-        return Decision(bound.clamp(max=self.max_norm)), {"norms": norms, "count": count}
+        norms = torch.where(slot & finite, norm, state["norms"])
+        # Unused slots hold inf and sort last. So does what was no norm: a damaged state must not turn gradients round.
+        ordered = torch.where(norms >= 0, norms, inf).sort().values
+        bound = _percentile(ordered, ordered.isfinite().sum(), self.percentile)
+        return Decision(bound.clamp(max=self.max_norm)), {"norms": norms, "count": state["count"] + finite}
 
 
 def _percentile(ordered: Tensor, count: Tensor, percentile: float) -> Tensor:

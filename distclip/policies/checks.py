@@ -1,6 +1,7 @@
 """Checks of numbers that users pass; each error names the argument."""
 
 from math import isnan
+from operator import index
 
 
 def positive(name: str, value: float, note: str = "") -> float:
@@ -22,6 +23,17 @@ def bounds(name: str, value: float | tuple[float, float]) -> tuple[float, float]
         return low, high
     number = positive(name, value)
     return -number, number
+
+
+def count(name: str, value: object) -> int:
+    """``value`` as a whole number from 0; ValueError for anything else."""
+    try:
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+    if not 0 <= number < 2**62:
+        raise ValueError(f"{name} must lie between 0 and 2**62, which {hex(number)} does not")
+    return number
 
 
 def _number(name: str, value: float) -> float:

@@ -285,7 +285,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_by_the_sche
 
 def test_with_deepspeed_its_own_take_over_does_the_same(tmp_path):
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'distclip[deepspeed]'")
-    agrees(run_ranks(with_deepspeed, 2, str(tmp_path), fresh=True), alone("autoclip", bad=BAD))
+    agrees(run_ranks(with_deepspeed, 2, str(tmp_path), fresh=True, timeout=120), alone("autoclip", bad=BAD))
 
 
 def test_a_compiled_model_and_bf16(ranks):

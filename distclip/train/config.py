@@ -92,6 +92,7 @@ class Parallel:
     expert: int = 1  # fsdp2: so many groups of experts
     schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of the pipeline
     microbatches: int | None = None  # of a process and step in the pipeline; None: one a stage
+    timeout: float = 600.0  # seconds that a rank waits for another
 
     @property
     def copies_by_fsdp2(self) -> bool:
@@ -106,6 +107,7 @@ class Parallel:
     def __post_init__(self) -> None:
         for name in ("processes", "replicate", "tensor", "pipeline", "expert"):
             require(getattr(self, name) > 0, f"parallel.{name}", f"must be at least 1, not {getattr(self, name)}")
+        require(1 <= self.timeout <= 86400, "parallel.timeout", f"must lie in [1, 86400], not {self.timeout}")
         for name in ("replicate", "expert"):
             alone = getattr(self, name) == 1 or self.strategy == "fsdp2"
             require(alone, f"parallel.{name}", f"needs parallel.strategy=fsdp2, not {self.strategy}")
@@ -132,9 +134,11 @@ class Run:
     dir: str | None = None  # None: a new folder `root`/<name>-<timestamp>
     root: str = "runs"
     keep: int = 2  # checkpoints
+    restarts: int = 0  # of all ranks after one has failed, by the launcher of `distclip train`
 
     def __post_init__(self) -> None:
         require(self.keep > 0, "run.keep", f"must be at least 1, not {self.keep}")
+        require(self.restarts >= 0, "run.restarts", f"must not be negative, not {self.restarts}")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -159,6 +163,8 @@ class Config:
         brief = len(self.name.encode()) <= 200 and self.name.isprintable()
         require(brief, "name", f"names a folder: at most 200 bytes that can be printed, not {self.name!r}")
         require(not self.resume or self.run.dir is not None, "resume", "which run? add run.dir=FOLDER")
+        goes_on = self.resume or self.run.restarts == 0
+        require(goes_on, "run.restarts", "ranks that start again must go on: add resume=true run.dir=FOLDER")
         self.check_cuts()
         require(
             not (self.parallel.shards and self.optim.name == "sgd" and self.optim.fused),

@@ -17,7 +17,8 @@ from distclip.train.dataset import Batches, Dataset
 from distclip.train.folder import RunFolder, check_folder, open_folder
 from distclip.train.metrics import MetricsFile, read_until, spelled
 from distclip.train.parallel import spread
-from distclip.train.place import Place, join
+from distclip.train.place import Place, join, limit_waits
+from distclip.train.presence import Presence
 from distclip.train.problem import require
 from distclip.train.progress import Display, Tally
 from distclip.train.stop import StopSignals, exit_code
@@ -38,19 +39,21 @@ def check(config: Config, world: int) -> Dataset:
     return dataset
 
 
-def run_rank(config: Config, world: int) -> int:
+def run_rank(config: Config, world: int, stop: StopSignals) -> int:
     """Train as one of the `world` ranks that a launcher has started. Returns the exit code."""
-    with StopSignals() as stop:
-        dataset = check(config, world)
-        code = train(config, dataset, join(), stop)
+    dataset = check(config, world)
+    place = join(config.parallel.timeout)
+    with Presence():
+        code = train(config, dataset, place, stop)
         dist.barrier()
-        dist.destroy_process_group()
-        return code
+    dist.destroy_process_group()
+    return code
 
 
 def train(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> int:
     """Train in the process group that is there. The folder is made last: what fails before leaves nothing behind."""
     trainer = build(config, dataset, place, stop)
+    limit_waits(config.parallel.timeout)
     return Job(config, dataset, trainer, open_folder(config, place)).run()
 
 

@@ -34,8 +34,10 @@ def check_processes(processes: int) -> None:
     )
 
 
-def launch(processes: int, words: Sequence[str]) -> int:
+def launch(processes: int, words: Sequence[str], *, restarts: int) -> int:
     """Run `distclip <words>` as so many local ranks and wait for them. Returns the exit code of the whole job.
+
+    When a rank has failed, all are started again, `restarts` times at most.
 
     A stop signal to this process is passed on to the ranks, which save and end; those that have not after 30 s
     (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) are killed.
@@ -46,10 +48,10 @@ def launch(processes: int, words: Sequence[str]) -> int:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with TemporaryDirectory(prefix="distclip-") as meeting:
         os.environ[MEETING_POINT] = f"file://{meeting}/ranks"
-        return launch_at(f"{meeting}/launcher", processes, words)
+        return launch_at(f"{meeting}/launcher", processes, words, restarts)
 
 
-def launch_at(meeting: str, processes: int, words: Sequence[str]) -> int:
+def launch_at(meeting: str, processes: int, words: Sequence[str], restarts: int) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -59,7 +61,7 @@ def launch_at(meeting: str, processes: int, words: Sequence[str]) -> int:
         rdzv_endpoint=meeting,
         rdzv_configs={"store_type": "file"},
         local_addr="127.0.0.1",
-        max_restarts=0,
+        max_restarts=restarts,
         signals_to_handle=",".join(s.name for s in heeded()),
     )
     try:

@@ -18,10 +18,14 @@ from distclip.train.ways.data import autocast, copy_by_ddp, shard_by_fsdp2
 from distclip.train.ways.experts import keep_experts, layout_of_experts, shard_experts
 from distclip.train.ways.pipeline import Piped
 from distclip.train.ways.tensor import cut_layers
+from distclip.train.ways.zero import Zero
 
 
 def spread(model: nn.Module, config: Config, axes: Axes, place: Place) -> tuple[Passes, Holder]:
     """This rank's part of `model`, which every rank has built whole and alike. All ranks call."""
+    if config.parallel.strategy.startswith("zero"):
+        zero = Zero.of(model.to(place.device), config, place)
+        return zero, zero
     mesh = axes.mesh(place.device.type)
     model, options = cut(model.to(place.device), axes, mesh, config)
     model = share(model, axes, mesh, config, place.device)

@@ -2,9 +2,11 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from distclip.train.config import Parallel
 from distclip.train.problem import require
@@ -45,21 +47,39 @@ def launched_world(parallel: Parallel) -> int:
     return world
 
 
-def join() -> Place:
-    """Enter the process group: NCCL when each local rank has a GPU, Gloo on the CPU otherwise."""
+def join(timeout: float) -> Place:
+    """Enter the process group: NCCL when each local rank has a GPU, Gloo on the CPU otherwise.
+
+    Whoever waits for another rank for more than `timeout` seconds, here or in a collective, gets an error.
+    """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    init_method = os.environ.get(MEETING_POINT, "env://")
+    init_method, limit = meeting_point(), timedelta(seconds=timeout)
     if dist.is_nccl_available() and torch.cuda.device_count() >= local_world:
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
-        dist.init_process_group(backend, init_method, world_size=world, rank=rank, device_id=device)
+        dist.init_process_group(backend, init_method, limit, world, rank, device_id=device)
     else:
         device, backend = torch.device("cpu"), "gloo"
         torch.set_flush_denormal(True)  # the tails of saturated recurrent nets make a CPU ten times slower
-        dist.init_process_group(backend, init_method, world_size=world, rank=rank)
+        dist.init_process_group(backend, init_method, limit, world, rank)
     return Place(rank=rank, world=world, device=device, backend=backend)
+
+
+def meeting_point() -> str:
+    """Where ranks meet: for those that our launcher starts again after a failure, a new place every time."""
+    ours = os.environ.get(MEETING_POINT)
+    return "env://" if ours is None else f"{ours}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def limit_waits(timeout: float) -> None:
+    """Set the timeout in seconds of all groups: those of mesh axes have torch's own, half an hour with Gloo.
+
+    Private torch API, 2.13: the list of groups and the setter.
+    """
+    for group in _world.pg_map:
+        _set_pg_timeout(timedelta(seconds=timeout), group)
 
 
 def from_rank_0(number: int, place: Place) -> int:

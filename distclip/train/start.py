@@ -1,36 +1,41 @@
 """From the command line to a run: as one rank of a launcher's job, or by starting the ranks."""
 
-import os
 from collections.abc import Sequence
 
-from distclip import NonFiniteError
-from distclip.complaint import complain
+from distclip.train.failure import exit_code_after
 from distclip.train.job import check, run_rank
 from distclip.train.launch import check_processes, launch
 from distclip.train.parse import read_config
 from distclip.train.place import launched, launched_world
 from distclip.train.problem import ConfigError
+from distclip.train.stop import StopSignals
 
 
 def start(path: str, overrides: Sequence[str]) -> int:
-    """Train and return the exit code; what the user can put right is one line on stderr and 2."""
+    """Train and return the exit code; what went wrong is one line on stderr."""
+    return start_rank(path, overrides) if launched() else start_job(path, overrides)
+
+
+def start_job(path: str, overrides: Sequence[str]) -> int:
+    """Start the ranks on this machine, once nothing in the config stands against it."""
     try:
         config = read_config(path, overrides)
-        if launched():
-            return run_rank(config, launched_world(config.parallel))
         check_processes(config.parallel.processes)
         check(config, config.parallel.processes)
     except ConfigError as error:
-        if leads():
-            complain(str(error))
-        return 2
-    except NonFiniteError as error:
-        if leads():
-            complain(f"training failed: {error}")
-        return 1
-    return launch(config.parallel.processes, ["train", path, *overrides])
+        return exit_code_after(error)
+    return launch(config.parallel.processes, ["train", path, *overrides], restarts=config.run.restarts)
 
 
-def leads() -> bool:
-    """One process speaks for all: every rank has found the same."""
-    return not launched() or os.environ["RANK"] == "0" or not os.environ["RANK"].isdecimal()
+def start_rank(path: str, overrides: Sequence[str]) -> int:
+    """Be one of the ranks that a launcher has started.
+
+    Stop signals wait for the very end: a launcher sends them to all other ranks as soon as one has failed, while they
+    are still finding out which.
+    """
+    with StopSignals() as stop:
+        try:
+            config = read_config(path, overrides)
+            return run_rank(config, launched_world(config.parallel), stop)
+        except (ConfigError, RuntimeError, OSError) as error:
+            return exit_code_after(error)

@@ -24,6 +24,7 @@ from distclip.train.progress import Display, Tally
 from distclip.train.stop import StopSignals, exit_code
 from distclip.train.tasks.registry import TASKS
 from distclip.train.trainer import Trainer
+from distclip.train.ways.zero import check_installed
 
 
 def check(config: Config, world: int) -> Dataset:
@@ -33,6 +34,7 @@ def check(config: Config, world: int) -> Dataset:
         ConfigError: in one line, with the key that is to be changed.
     """
     axes = Axes.of(config.parallel, world)
+    check_installed(config)
     check_folder(config)
     dataset = TASKS[config.task].load(config.data, config.seed)
     batches_of(config, dataset, axes)

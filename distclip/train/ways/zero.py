@@ -6,6 +6,7 @@ DeepSpeed 0.19.8: the flat partitions that its optimizer steps, and `_lazy_init_
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -49,6 +50,7 @@ class Zero:
         from distclip.integrations.deepspeed import take_over
 
         deepspeed.logger.setLevel("WARNING")
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names it uses that have newer ones
         if place.device.type == "cpu":  # it would be compiled, and is for inference
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(place.backend)
@@ -132,7 +134,7 @@ class Zero:
 def put(p: Any, value: Tensor, kept: dict[str, Tensor]) -> None:
     """Set a parameter, its float32 copy and its optimizer state from whole tensors. All ranks call."""
     from deepspeed import utils
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     if not hasattr(p, "ds_id"):  # stages 1 and 2
         p.data.copy_(value)

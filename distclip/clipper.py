@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import isfinite
 from typing import Any, Literal, TypedDict
 from weakref import WeakSet
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -38,7 +37,8 @@ NONFINITE = ("skip", "raise", "propagate")
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
 DISAGREE = (
     "the ranks of the clipping group do not agree: one of them stopped with an error of its own (see its message), "
-    "holds other parameters, or made one call of Clipper more or less; let every rank make the same calls"
+    "holds other parameters, lacks a gradient that others have, or made one call of Clipper more or less; let every "
+    "rank make the same calls"
 )
 
 _alive: WeakSet["Clipper"] = WeakSet()
@@ -168,7 +168,7 @@ class Clipper:
         measured = self._measure(tag=self._steps + MEASURING)
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
-            raise LayoutError(DISAGREE)
+            raise LayoutError(f"{DISAGREE}{measured.reduced.who}")
         return outcome.report
 
     def clip_(self) -> Report:
@@ -211,11 +211,11 @@ class Clipper:
     def verify(self) -> None:
         """Prove the layout on the gradients of a backward, before the step; LayoutError on all ranks if it is wrong.
 
-        The norm's own sum, with 1 in place of |g|**p, must count every parameter's elements once, and copies of a
-        gradient must be equal (inside ``no_sync`` they are not). Where ``split_over`` or ``layout`` say that ranks hold
-        different parameters, gradients of the same shape and bits must add up to one (a tied weight on two stages does
-        not). No other Clipper may hold the same parameters. Four all-reduces of a few words a parameter, and a wait;
-        gradients are never gathered.
+        The norm's own sum, with 1 in place of |g|**p, must count every parameter's elements once. Copies of a parameter
+        must hold the same bits, and copies of a gradient must be equal (inside ``no_sync`` they are not). Where
+        ``split_over`` or ``layout`` say that ranks hold different parameters, gradients of the same shape and bits must
+        add up to one (a tied weight on two stages does not). No other Clipper may hold the same parameters. Five
+        all-reduces of a few words a parameter, and a wait; gradients are never gathered.
         """
         rivals = sum(1 for other in _alive if other is not self and other._ids & self._ids)
         verify(self._plan, self._holders)
@@ -334,7 +334,10 @@ class Clipper:
         """Measure; raise ``fault`` where it is given, once all ranks have met."""
         gradients = [holder.grad for holder in self._holders]
         taken = NOTHING if self._overlap is None else self._overlap.taken(gradients)
-        measured = self._plan.measure(gradients, self._holders, tag, self._realigns, taken=taken, fault=fault)
+        call = f"step {self._steps}" if tag == self._steps else f"measure() in step {self._steps}"
+        measured = self._plan.measure(
+            gradients, self._holders, tag, self._realigns, taken=taken, fault=fault, call=call
+        )  # fmt: skip
         self._realigns = measured.realigned
         return measured
 
@@ -346,7 +349,7 @@ class Clipper:
         """The outcome in numbers; raise, on all ranks alike, what must be raised."""
         outcome = outcome.read()
         if outcome.disagree:
-            raise LayoutError(DISAGREE)
+            raise LayoutError(f"{DISAGREE}{outcome.measured.reduced.who}")
         if isfinite(outcome.norm):
             self._skips = 0
             return outcome
@@ -399,14 +402,13 @@ class Clipper:
         pairs = zip(self._holders, measured.gradients, strict=True)
         return self._plan.look([None if id(holder) in folds.inside else g for holder, g in pairs]).parts
 
-    def _settings(self) -> dict[str, float]:
-        """What must be the same on every rank, in numbers."""
-        limit = self._max_consecutive_skips
+    def _settings(self) -> dict[str, str]:
+        """What must be the same on every rank."""
         return {
-            "norm_type": -1.0 if self._plan.p == inf else self._plan.p,
-            "policy": crc32(spelled(self._policy).encode()),
-            "nonfinite": NONFINITE.index(self._nonfinite),
-            "max_consecutive_skips": -1 if limit is None else limit,
+            "norm_type": str(self._plan.p),
+            "policy": spelled(self._policy),
+            "nonfinite": self._nonfinite,
+            "max_consecutive_skips": str(self._max_consecutive_skips),
         }
 
 

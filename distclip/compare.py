@@ -1,6 +1,8 @@
 """Comparing ranks: a few numbers at construction, checksums of parameters, and words from one rank to all."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from .group import ClippingGroup
 SAMPLE = 4096  # elements of a parameter that its checksum looks at
 HASHES = 1 << 20  # a checksum is below: times 2**32 ranks, still exact in float64
 TEXT_BYTES = 1024
+FEW = 5  # ranks named in an error
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 def differing(group: ClippingGroup, device: torch.device, fields: Mapping[str, float]) -> list[str]:
@@ -21,6 +25,25 @@ def differing(group: ClippingGroup, device: torch.device, fields: Mapping[str, f
     values = torch.tensor(list(fields.values()), dtype=torch.float64, device=device)
     high, low = group.all_reduce(torch.cat([values, -values]), dist.ReduceOp.MAX).chunk(2)
     return [name for name, differs in zip(fields, (high != -low).tolist(), strict=True) if differs]
+
+
+def who_differs(group: ClippingGroup, device: torch.device, mine: str) -> str:
+    """Name a rank whose text ``mine`` few others have, and one of those whose text most have, with these texts.
+
+    Three all-reduces, of a float64 word a rank and twice of 1024 bytes, and three waits.
+    """
+    rows = torch.zeros(group.size, dtype=torch.float64, device=device)
+    rows[group.rank] = crc32(mine.encode())
+    hashes = group.all_reduce(rows).tolist()
+    counts = Counter(hashes)
+    usual = hashes.index(counts.most_common(1)[0][0])
+    odd = [rank for rank, value in enumerate(hashes) if value != hashes[usual]]
+    if not odd:
+        return ""
+    texts = [say(group, device, rank, mine) for rank in (odd[0], usual)]
+    named, other = ", ".join(str(group.ranks[rank]) for rank in odd[:FEW]), group.ranks[usual]
+    more = f" and {len(odd) - FEW} more" if len(odd) > FEW else ""
+    return f"; rank {named}{more}: {texts[0]}; rank {other}: {texts[1]}"
 
 
 def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -37,6 +60,16 @@ def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return (_mixed(_mixed(totals) + squares) % HASHES).double()
 
 
+def bit_sums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The same from every bit of every element: any change of one element is seen, at the price of reading all."""
+    sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)
+    for row, tensor in zip(sums, tensors, strict=True):
+        if tensor.numel() and tensor.device.type != "meta":
+            bits = _real(tensor.detach()).view(INTEGERS[_real(tensor).element_size()])
+            row.copy_(bits.sum(dtype=torch.int64))
+    return (_mixed(sums) % HASHES).double()
+
+
 def _mixed(bits: Tensor) -> Tensor:
     """int64 in which every bit depends on every bit of ``bits``, so that 1.0 and 2.0, 2 bits apart, are far apart.
 
@@ -48,9 +81,12 @@ def _mixed(bits: Tensor) -> Tensor:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    flat = _real(tensor.detach()).reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def say(group: ClippingGroup, device: torch.device, speaker: int, text: str) -> str:

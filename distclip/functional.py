@@ -9,6 +9,7 @@ show is not seen: pipeline stages and experts held as plain tensors need ``split
 
 from collections.abc import Iterable, Sequence
 from math import inf, isnan
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,8 @@ from .report import Culprit
 from .words import Word, clip_coef, presented
 
 DISAGREE = (
-    "the ranks of the clipping group passed other parameters, or one of them stopped with an error of its own "
-    "(see its message): pass the same parameters everywhere, or say split_over="
+    "the ranks of the clipping group passed other parameters or settings, lack a gradient that others have, or one of "
+    "them stopped with an error of its own: pass the same everywhere, or say split_over="
 )
 
 
@@ -53,7 +54,8 @@ def clip_grad_norm_(
     * ``parameters``: an iterable of parameters, one tensor, one module or several. Each counts once, however often it
       is listed. FSDP1 can be seen only from the module; its parameters without it are a LayoutError.
     * ``max_norm``: above 0; ``inf`` measures only. (torch accepts 0; it is a ValueError here.)
-    * ``norm_type``: p > 0, or inf. Must be the same on every rank, which cannot be checked here.
+    * ``norm_type``: p > 0, or inf. Another one on some rank is an error, like another ``max_norm``; but inf beside a
+      number is one that only the backend sees.
     * ``error_if_nonfinite``: raise NonFiniteError on every rank, gradients untouched, naming parameter and rank. Two
       more all-reduces when it raises, and one wait a call on accelerators. Otherwise a norm that is not finite goes
       through the formula as in torch, except that gradients that are all finite are left as they are.
@@ -77,7 +79,10 @@ def clip_grad_norm_(
     """
     bound = positive("max_norm", max_norm, "inf measures only")
     known = planned(parameters, norm_type, group, split_over, layout)
-    measured = known.plan.measure(known.gradients, known.holders, same=known.same)
+    call = f"clip_grad_norm_(max_norm={bound}, norm_type={known.plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
+    measured = known.plan.measure(
+        known.gradients, known.holders, crc32(call.encode()), same=known.same, call=call
+    )  # fmt: skip
     norm, culprit = _total_norm(known.plan, measured, error_if_nonfinite)
     if culprit is None or culprit.kind != "overflow":
         _scale(measured.runs, norm, bound)
@@ -106,7 +111,8 @@ def get_total_norm(
     """
     listed = [held_gradient(t) for t in ([tensors] if isinstance(tensors, Tensor) else tensors)]
     plan = plan_of(listed, positive("norm_type", norm_type), group, split_over, None)
-    measured = plan.measure(holders_of(listed))
+    call = f"get_total_norm(norm_type={plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
+    measured = plan.measure(holders_of(listed), tag=crc32(call.encode()), call=call)
     norm, _ = _total_norm(plan, measured, error_if_nonfinite)
     return presented(norm, measured.dtype)
 
@@ -168,7 +174,7 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
         return torch.where(disagree, torch.nan, norm), None
     number, disagrees, _ = reduced.read()
     if disagrees:
-        raise LayoutError(DISAGREE)
+        raise LayoutError(f"{DISAGREE}{reduced.who}")
     if not (isnan(number) or number == inf) or not (error_if_nonfinite or measured.can_overflow):
         return reduced.norm, None
     culprit = find_culprit(plan, plan.norms(measured))

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import inf, isnan, nan
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from .compare import who_differs
 from .errors import LayoutError
 from .gradient import Local, look_at
 from .group import Axis, ClippingGroup
@@ -25,6 +27,7 @@ from .words import Reduced, Word, reduce_norm
 
 WIDE = (torch.float64, torch.complex128)
 REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
+SHOWN = 5  # names in an error
 TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
 
 
@@ -151,6 +154,7 @@ class Plan:
         same: bool = False,
         taken: Taken = NOTHING,
         fault: LayoutError | None = None,
+        call: str = "",
     ) -> Measured:
         """Measure ``gradients``, one for each source, None where there is none.
 
@@ -158,19 +162,20 @@ class Plan:
         stored in the ``.grad`` of ``holders`` if they are given, and measured again; ``eager`` realigns first, which
         every rank must then do. ``same``: they are the very tensors of the last time. ``taken``: sums of some of them.
         Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is mixed into the agreement
-        word. An error of this rank is raised after it has taken part, and so is a ``fault`` that it is given.
+        word; ``call`` is what errors say of this rank where others do not agree. An error of this rank is raised after
+        it has taken part, and so is a ``fault`` that it is given.
         """
         error = fault
         if eager:
             gradients, found = self._realigned(gradients, holders)
             error = error or found
-        gathered, local, norms, reduced = self._reduced(gradients, error, tag, same, taken)
+        gathered, local, norms, reduced = self._reduced(gradients, error, tag, call, same, taken)
         wide = self.wide
         if self.heeds:
             _, disagree, (misplaced, wide) = reduced.read()
             if misplaced and not disagree:
                 gradients, error = self._realigned(gradients, holders)
-                gathered, local, norms, reduced = self._reduced(gradients, error, tag + REALIGNED)
+                gathered, local, norms, reduced = self._reduced(gradients, error, tag + REALIGNED, call)
                 eager = True
         if local is not None:
             if local.error is not None:
@@ -213,18 +218,47 @@ class Plan:
         gradients: Sequence[Tensor | None],
         error: LayoutError | None,
         tag: int,
+        call: str,
         same: bool = False,
         taken: Taken = NOTHING,
     ) -> tuple[Gathered, Local | None, Norms | None, Reduced]:
-        """Sum what this rank has and make it global; Local where the gradients had to be looked at one by one."""
+        """Sum what this rank has and make it global; Local where the gradients had to be looked at one by one.
+
+        Where the host knows at once that ranks disagree, all of them ask who it is.
+        """
         gathered, local = self._gathered(gradients, error, same)
         norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices)
         mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
         misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
         questions = (misplaced, self.wide) if self.asks else ()
-        return gathered, local, norms, reduce_norm(
-            self.group, mine, self.p, self.code + tag * TAG_STEP, faulty, questions
-        )  # fmt: skip
+        missing = self._missing(gradients) if len(gathered.indices) < len(self.pieces) else ()
+        code = self.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
+        reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions)
+        if reduced.disagree is True:
+            mine_is = self._account(call, missing, None if local is None else local.error)
+            reduced = replace(reduced, who=who_differs(self.group, self.device, mine_is))
+        return gathered, local, norms, reduced
+
+    def _missing(self, gradients: Sequence[Tensor | None]) -> tuple[int, ...]:
+        """Gradients that are not here, of parameters that every rank holds whole: they are on all ranks or on none.
+
+        By their places among the common pieces, which are the same everywhere.
+        """
+        size = self.group.size
+        if size == 1:
+            return ()
+        common = (i for i, is_common in enumerate(self.common) if is_common)
+        return tuple(k for k, i in enumerate(common) if self.replicas[i] == size and gradients[self.sources[i]] is None)
+
+    def _account(self, call: str, missing: Sequence[int], error: LayoutError | None) -> str:
+        """What this rank has to say for itself where ranks do not agree."""
+        if error is not None:
+            return f"stopped with {error}"
+        common = [i for i, is_common in enumerate(self.common) if is_common]
+        lacks = ", ".join(self.label(common[k]) for k in missing[:SHOWN])
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        said = [call, f"{len(common)} parameters (hash {self.code:x})"]
+        return ", ".join([*filter(None, said), *([f"without a gradient of {lacks}{more}"] if missing else [])])
 
     def _gathered(
         self, gradients: Sequence[Tensor | None], error: LayoutError | None, same: bool

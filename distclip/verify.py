@@ -6,14 +6,15 @@ or ``layout`` describe are not the same list on every rank; their checksums are 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .compare import checksums, differing, say
+from .compare import bit_sums, checksums, differing, say, who_differs
 from .errors import LayoutError
 from .layout import speaks
 from .piece import Held, once
@@ -25,30 +26,27 @@ TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a k
 SAY_SO = "say split_over=[mesh['pp']] or layout=... where ranks hold different parameters"
 
 
-def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, float]) -> None:
+def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str]) -> None:
     """Raise on every rank unless parameters, ``settings`` and the values of copies are the same on all of them.
 
     LayoutError for parameters and values, ValueError for settings. Two all-reduces, each with a wait.
     """
-    different = differing(plan.group, plan.device, {**settings, "parameters": plan.code})
+    numbers = {name: crc32(text.encode()) for name, text in settings.items()}
+    different = differing(plan.group, plan.device, {**numbers, "parameters": plan.code})
     if "parameters" in different:
+        common = [piece for piece, is_common in zip(plan.pieces, plan.common, strict=True) if is_common]
+        count = sum(piece.here if piece.size is None else piece.size for piece in common)
+        mine = f"{len(common)} parameters of {count} elements (hash {plan.code:x})"
         raise LayoutError(
-            "the ranks of the clipping group hold parameters of other names, shapes, dtypes or placements: "
-            "say which ranks hold different ones by split_over=[mesh['pp']] or layout=..."
+            "the ranks of the clipping group hold parameters of other names, shapes, dtypes or placements: say which "
+            f"ranks hold different ones by split_over=[mesh['pp']] or layout=...{_who(plan, mine)}"
         )
     if different:
-        raise ValueError(f"{', '.join(different)} must be the same on every rank: build every Clipper alike")
-    _compare_values(plan, listed)
-
-
-def _compare_values(plan: Plan, listed: Sequence[Held]) -> None:
-    """Copies of a parameter must hold the same values."""
-    if plan.group.process_group is None:
-        return
-    copied, kept = _copied(plan), once(listed)
-    values = checksums([kept[i].values() for i in copied], plan.device)
-    drift = plan.group.all_reduce(values * _signs(plan, copied))
-    apart = [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
+        mine = ", ".join(f"{name} {settings[name]}" for name in different)
+        raise ValueError(
+            f"{', '.join(different)} must be the same on every rank: build every Clipper alike{_who(plan, mine)}"
+        )
+    apart = _apart(plan, once(listed), checksums)
     if apart:
         raise LayoutError(
             f"ranks that should hold copies hold other values of {_few(apart)}: {SAY_SO}, and build the Clipper after "
@@ -56,12 +54,34 @@ def _compare_values(plan: Plan, listed: Sequence[Held]) -> None:
         )
 
 
-def verify(plan: Plan, holders: Sequence[Tensor], gradients: Sequence[Tensor | None] | None = None) -> None:
-    """Raise LayoutError, on every rank of the group, unless the layout holds for ``gradients`` (the holders' own)."""
-    gradients = [holder.grad for holder in holders] if gradients is None else gradients
-    measured = plan.measure(gradients, holders, tag=VERIFYING)
+def _who(plan: Plan, mine: str) -> str:
+    return who_differs(plan.group, plan.device, mine)
+
+
+def _apart(plan: Plan, kept: Sequence[Held], sums: Callable[[Sequence[Tensor], torch.device], Tensor]) -> list[str]:
+    """Parameters whose copies hold other values by their ``sums``, the same list on every rank: one all-reduce."""
+    if plan.group.process_group is None:
+        return []
+    copied = _copied(plan)
+    values = sums([kept[i].values() for i in copied], plan.device)
+    drift = plan.group.all_reduce(values * _signs(plan, copied))
+    return [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
+
+
+def verify(plan: Plan, holders: Sequence[Tensor]) -> None:
+    """Raise LayoutError, on every rank of the group, unless the layout holds for the gradients there are."""
+    measured = plan.measure([holder.grad for holder in holders], holders, tag=VERIFYING, call="verify()")
     if measured.reduced.read()[1]:
-        raise LayoutError("the ranks do not agree: let every rank make the same calls with the same parameters")
+        raise LayoutError(
+            f"the ranks do not agree: let every rank make the same calls with the same parameters{measured.reduced.who}"
+        )
+    kept = [Held(piece, holders[source]) for piece, source in zip(plan.pieces, plan.sources, strict=True)]
+    apart = _apart(plan, kept, bit_sums)
+    if apart:
+        raise LayoutError(
+            f"copies have drifted apart: ranks hold other values of {_few(apart)}; load or broadcast these parameters "
+            f"anew, or {SAY_SO}"
+        )
     norms = plan.norms(measured)
     _count_common(plan, norms)
     _count_split(plan, norms)

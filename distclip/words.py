@@ -34,11 +34,13 @@ class Reduced:
     * ``norm``: the total norm, float64.
     * ``disagree``: whether ranks sent different codes or reported a fault.
     * ``answers``: for each question, whether some rank said yes.
+    * ``who``: after what an error says of the disagreement, which ranks it is; empty where that was not asked.
     """
 
     norm: Word
     disagree: Tensor | bool
     answers: tuple[Tensor | bool, ...]
+    who: str = ""
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Norm and disagreement as 0-d tensors on ``device``, where they are."""

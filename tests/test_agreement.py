@@ -1,5 +1,6 @@
 """Ranks decide alike, or all of them raise: nobody hangs and nobody steps alone."""
 
+import re
 import time
 from datetime import timedelta
 from functools import partial
@@ -76,8 +77,10 @@ def calls(layout, norm_type: float, odd_rank: str) -> str:
 @pytest.mark.parametrize("norm_type", [2.0, inf])
 @pytest.mark.parametrize("odd_rank", ["an extra measurement", "a state of another step"])
 def test_another_call_or_another_step_on_one_rank_is_an_error_on_all(norm_type, odd_rank):
+    account = {"an extra measurement": "measure\\(\\) in step 1", "a state of another step": "step 7"}[odd_rank]
     for said in run_ranks(calls, 3, fsdp2, norm_type, odd_rank, timeout=20):
         assert "the ranks of the clipping group do not agree" in said
+        assert re.search(rf"; rank 1: {account}, .*; rank 0: step 1, ", said)
 
 
 def other_functions_parameters() -> str:
@@ -96,6 +99,59 @@ def other_functions_parameters() -> str:
 def test_a_function_called_with_other_parameters_is_an_error_on_all_ranks():
     for said in run_ranks(other_functions_parameters, 3, timeout=20):
         assert "the ranks of the clipping group passed other parameters" in said
+
+
+def lacking(layout, call: str, parameters: str) -> str:
+    """Rank 1 lacks the gradients that ``parameters`` says."""
+    model = layout()
+    clipper = distclip.Clipper(model, 1.0)
+    backward(model)
+    if dist.get_rank() == 1:
+        for name, p in model.named_parameters():
+            p.grad = None if parameters in name else p.grad
+    try:
+        clipper.clip_() if call == "clip_" else distclip.clip_grad_norm_(model, 1.0, group=dist.group.WORLD)
+    except distclip.LayoutError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("call", ["clip_", "function"])
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ("head.weight", "head.weight;"),
+        ("", "embed.weight, blocks.0.0.weight, blocks.0.0.bias, blocks.0.1.weight, blocks.0.1.bias and 10 more;"),
+    ],
+)
+def test_a_gradient_that_one_replica_lacks_is_an_error_that_names_it(call, parameters, named):
+    """It was counted as zeros: a wrong norm, and replicas that step apart."""
+    for said in run_ranks(lacking, 3, ddp, call, parameters, timeout=20):
+        assert re.search(rf"; rank 1: .*, without a gradient of {re.escape(named)} rank 0: ", said)
+
+
+def test_a_shard_that_one_rank_lacks_counts_as_zeros():
+    assert run_ranks(lacking, 2, fsdp2, "clip_", "head.weight") == ["no error"] * 2
+
+
+def function_called_otherwise(setting: str, value: float) -> str:
+    model = fsdp2()
+    backward(model)
+    settings = {"max_norm": 1.0, "norm_type": 2.0, "error_if_nonfinite": False}
+    if dist.get_rank() == 2:
+        settings[setting] = value
+    try:
+        distclip.clip_grad_norm_(model.parameters(), **settings)
+    except distclip.LayoutError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("setting", "value"), [("max_norm", 1.5), ("norm_type", 3.0), ("error_if_nonfinite", True)])
+def test_a_function_called_with_other_settings_is_an_error_on_all_ranks(setting, value):
+    """Each rank scaled its shards by a factor of its own."""
+    for said in run_ranks(function_called_otherwise, 3, setting, value, timeout=20):
+        assert re.search(rf"; rank 2: clip_grad_norm_\(.*{setting}={value}.*; rank 0: clip_grad_norm_\(", said)
 
 
 def built_differently(what: str) -> str:
@@ -134,7 +190,8 @@ def test_other_parameters_on_one_rank_are_refused_at_construction(what):
 def test_other_settings_on_one_rank_are_refused_at_construction(what):
     named = "policy" if what == "max_norm" else what
     for said in run_ranks(built_differently, 3, what, timeout=20):
-        assert said == f"ValueError: {named} must be the same on every rank: build every Clipper alike"
+        expected = f"ValueError: {named} must be the same on every rank: build every Clipper alike; rank 1: {named} "
+        assert said.startswith(expected)
 
 
 def adaptive(size: int) -> tuple[list[float], dict[str, object]]:
@@ -206,3 +263,21 @@ def test_who_did_not_come_is_named(kind):
     assert said[1] == "did not come"
     for message in (said[0], said[2]):
         assert "rank 1 did not come to it or died" in message
+
+
+def came_late() -> str:
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    model = build()
+    model.embed.weight.grad = torch.ones_like(model.embed.weight)
+    if dist.get_rank() == 1:
+        time.sleep(3.5)
+    try:
+        distclip.clip_grad_norm_(model, 1.0, group=group)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_who_came_late_is_named():
+    for message in run_ranks(came_late, 3, timeout=30, fresh=True):
+        assert re.search(r"rank 1 came late to it, when others had waited for [12]\.\d s", message)

@@ -241,6 +241,27 @@ def test_a_second_clipper_on_the_same_parameters_is_found():
     first.verify()
 
 
+def flipped(dtype: torch.dtype, element: int) -> str:
+    """One bit of one element of rank 1's copy is another, after the Clipper was built."""
+    model = nn.Linear(100, 100, dtype=dtype)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    clipper = distclip.Clipper(model, 1.0)
+    clipper.verify()
+    if dist.get_rank() == 1:
+        words = torch.view_as_real(model.weight.detach()) if dtype.is_complex else model.weight.detach()
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()]
+        words.view(-1)[element : element + 1].view(integers).bitwise_xor_(1)
+    return said_by(clipper.verify)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("element", [0, 4321, 9999])
+def test_one_flipped_bit_in_a_copy_of_a_parameter_is_found(dtype, element):
+    for said in run_ranks(flipped, 2, dtype, element):
+        assert said.startswith("copies have drifted apart: ranks hold other values of weight; ")
+
+
 def cost() -> dict[str, int]:
     model = ddp()
     backward(model)
@@ -252,4 +273,4 @@ def cost() -> dict[str, int]:
 
 
 def test_proofs_cost_what_their_docstrings_say():
-    assert run_ranks(cost, 2) == [{"built": 2, "verified": 4}] * 2
+    assert run_ranks(cost, 2) == [{"built": 2, "verified": 5}] * 2

@@ -38,7 +38,6 @@ from distclip.layout import Layout, LayoutFn
 from distclip.outcome import Outcome
 from distclip.plan import Measured
 from distclip.policies import Policy
-from distclip.verify import verify
 
 Gradients: TypeAlias = Sequence[Tensor | None]
 Part: TypeAlias = tuple[Sequence[nn.Parameter], Callable[[], Gradients | None]]
@@ -60,7 +59,7 @@ def take_over(
     * ``engine``: what ``deepspeed.initialize`` returned: ZeRO 0 to 3, fp32, bf16 or fp16, offloaded or not.
     * the others: those of :class:`Clipper`. The norm is over the parameters in the optimizer, without the loss scale.
 
-    Returns the Clipper, for ``report``, ``culprit``, ``state_dict`` and ``verify``; its ``clip_`` and ``step`` raise
+    Returns the Clipper, for ``report``, ``culprit`` and ``state_dict``; its ``clip_`` and ``step`` raise
     RuntimeError. ``engine.get_global_grad_norm()`` is the norm before clipping. A skipped step counts in
     ``engine.skipped_steps`` and leaves parameters, optimizer and LR scheduler alone; only a norm that is not finite
     lowers a loss scale. ``gradient_clipping`` of the DeepSpeed config, which is 1.0 where nobody wrote it, is off from
@@ -101,6 +100,9 @@ class EngineClipper(Clipper):
         names = [known.get(parameter, f"parameter {k} of the optimizer") for k, parameter in enumerate(held)]
         super().__init__(_Held(zip(names, held, strict=True)), policy, layout=_layout_of(optimizer, held), **options)
         self._driver = "engine.step()"
+        self._of_parts = not isinstance(optimizer, WHOLE)
+        if self._of_parts:  # whose gradients do not fit into the .grad of parameters
+            self._holders = [SimpleNamespace(grad=None) for _ in held]  # type: ignore[misc]
         if hook is not None:
             hook(optimizer, self)
         self._inner = optimizer.step
@@ -130,7 +132,13 @@ class EngineClipper(Clipper):
         self._apply(self._outcome, gradients)
 
     def verify(self) -> None:
-        verify(self._plan, self._holders, self._gradients())
+        """That of :class:`Clipper` in stage 0; NotImplementedError for partitions, of which there are no copies."""
+        if self._of_parts:
+            raise NotImplementedError(
+                f"verify() compares copies of gradients, and the partitions of {type(self._optimizer).__name__} have "
+                "none: use measure(), and compare its norm with deepspeed.utils.safe_get_full_grad"
+            )
+        super().verify()
 
     def _step(self, *args: Any, **kwargs: Any) -> None:
         self._decide_step()
@@ -154,20 +162,27 @@ class EngineClipper(Clipper):
             self.finish(outcome.measured.runs)
 
     def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
+        gradients = self._gradients()
         self._scale = float(getattr(self._optimizer, "loss_scale", 1.0))
-        measured = self._plan.measure(self._gradients(), self._holders, tag, fault=fault)
+        if self._of_parts:
+            for holder, gradient in zip(self._holders, gradients, strict=True):
+                holder.grad = gradient
+        try:
+            measured = super()._measure(tag, fault)
+        finally:
+            if self._of_parts:
+                for holder in self._holders:
+                    holder.grad = None  # DeepSpeed frees them one by one during the step
         return replace(measured, reduced=replace(measured.reduced, norm=measured.reduced.norm / self._scale))
 
     def _gradients(self) -> list[Tensor | None]:
         parts = [gradients_of() for _, gradients_of in self._parts]
         if not self._engine.is_gradient_accumulation_boundary() or any(part is None for part in parts):
             raise RuntimeError(
-                "DeepSpeed has no reduced gradients now: measure() and verify() come after the last engine.backward() "
-                "of an accumulation and before engine.step()"
+                "DeepSpeed has no reduced gradients now: measure() comes after the last engine.backward() of an "
+                "accumulation and before engine.step()"
             )
-        gradients = [gradient for part in parts if part is not None for gradient in part]
-        assert len(gradients) == len(self._holders)
-        return gradients
+        return [gradient for part in parts if part is not None for gradient in part]
 
 
 class _Held(nn.Module):
@@ -182,13 +197,11 @@ class _Held(nn.Module):
 
 
 def _parts_of_torch(optimizer: Any) -> Iterator[Part]:
-    for group in optimizer.param_groups:
-        yield _whole(group["params"])
+    return (_whole(group["params"]) for group in optimizer.param_groups)
 
 
 def _parts_of_fp16(optimizer: Any) -> Iterator[Part]:
-    for parameters in optimizer.fp16_groups:
-        yield _whole(parameters)
+    return map(_whole, optimizer.fp16_groups)
 
 
 def _whole(parameters: Sequence[nn.Parameter]) -> Part:
@@ -200,8 +213,7 @@ def _parts_of_bf16(optimizer: Any) -> Iterator[Part]:
         here = [p for p in group if p._hp_mapping is not None]
         flat = optimizer.fp32_groups_gradient_flat_partition[i]  # stays as long as the optimizer
         spans = [p._hp_mapping.get_hp_fragment_address() for p in here]
-        gradients = [flat.narrow(0, span.start, span.numel) for span in spans]
-        yield here, lambda gradients=gradients: gradients
+        yield here, partial(list, [flat.narrow(0, span.start, span.numel) for span in spans])
 
 
 def _parts_of_stages_1_and_2(optimizer: Any) -> Iterator[Part]:

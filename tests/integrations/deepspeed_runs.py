@@ -445,7 +445,7 @@ class Experts(nn.Module):
 
 
 def experts(config: dict[str, Any], split: int) -> list[tuple[float, float, float]]:
-    """Norm, true norm and coefficient of a few steps, with a layout that is verified."""
+    """Norm, true norm and coefficient of a few steps."""
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
@@ -457,7 +457,8 @@ def experts(config: dict[str, Any], split: int) -> list[tuple[float, float, floa
     for step in range(4):
         feed(engine, step)
         expected = true_norm(engine)
-        clipper.verify()
+        if engine.zero_optimization_stage() == 0:
+            clipper.verify()
         engine.step()
         found.append((clipper.report.norm.item(), expected, clipper.report.coef.item()))
     return found
@@ -521,6 +522,7 @@ def refusals() -> dict[str, str]:
         "no engine": told(lambda: take_over(build(), BOUND)),
         "two callers": told(clipper.clip_),
         "inside accumulation": told(clipper.measure),
+        "verify": told(clipper.verify),
         "nothing reduced": told(lambda: taken(engine_of(zero(2))).measure()),
         "explicit": told(lambda: take_over(engine_of(zero(1) | {"gradient_clipping": 0.7}), BOUND)),
         "propagate": told(lambda: take_over(engine_of(zero(0) | BF16), BOUND, nonfinite="propagate")),

@@ -180,6 +180,10 @@ def test_experts_count_once(launched, stage, split):
         ("no engine", "ValueError: take_over needs the engine that deepspeed.initialize returned"),
         ("two callers", "RuntimeError: engine.step() clips with this Clipper already"),
         ("inside accumulation", "RuntimeError: DeepSpeed has no reduced gradients now"),
+        (
+            "verify",
+            "NotImplementedError: verify() compares copies of gradients, and the partitions of DeepSpeedZeroOpt",
+        ),
         ("nothing reduced", "RuntimeError: DeepSpeed has no reduced gradients now"),
         ("explicit", 'UserWarning: "gradient_clipping": 0.7 in the DeepSpeed config is off from now on'),
         ("default", "1.0, nothing, 0.0"),

@@ -12,7 +12,7 @@
 #   NPROC_PER_NODE  ranks on this machine                       auto: one a GPU, or one a core where there is none
 #   JOB             a name, the same on all machines            the config's
 #   RUN_DIR         the run folder, on a disk that all share    runs/JOB; a run that is there goes on
-#   MAX_RESTARTS    of the ranks, when one of them has failed   3; with PET_*: 0, the cluster starts pods again
+#   MAX_RESTARTS    of the ranks, when one of them has failed   3
 #
 # How long it waits, in seconds unless a unit is given:
 #   JOIN_TIMEOUT    for the other machines                      600
@@ -46,7 +46,7 @@ if [[ -n ${PET_MASTER_ADDR:-} ]]; then
         [[ -n ${!needed:-} ]] || fail "PET_MASTER_ADDR is set but $needed is not: set all four, or RDZV_ENDPOINT"
     done
     host=$PET_MASTER_ADDR port=$PET_MASTER_PORT machines=$PET_NNODES wait=()
-    nproc=${NPROC_PER_NODE:-${PET_NPROC_PER_NODE:-auto}} restarts=${MAX_RESTARTS:-${PET_MAX_RESTARTS:-0}}
+    nproc=${NPROC_PER_NODE:-${PET_NPROC_PER_NODE:-auto}} restarts=${MAX_RESTARTS:-${PET_MAX_RESTARTS:-3}}
 else
     [[ -n ${RDZV_ENDPOINT:-} ]] || fail "where do the machines meet? RDZV_ENDPOINT=host:port, on one of them"
     [[ $RDZV_ENDPOINT =~ ^([A-Za-z0-9._-]+):([0-9]+)$ ]] || fail "RDZV_ENDPOINT=$RDZV_ENDPOINT is not host:port"

@@ -25,6 +25,7 @@ fail() {
 
 stop() {
     local host pid left
+    trap '' TERM INT # `timeout` sends its signal twice
     on hub scancel --user=root 2>/dev/null || true
     for ((left = 20; left > 0; left--)); do
         [[ -n $(on hub squeue --noheader --states=running,completing 2>/dev/null) ]] || break

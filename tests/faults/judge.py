@@ -66,6 +66,8 @@ class Judge:
 
     def _norms(self, case: Case, ends: Sequence[End], holds: set[str]) -> list[str]:
         """The same bits on every rank, and what all shares of the gradients add up to."""
+        if len({len(end.notes.norms) for end in ends}) > 1:
+            return [f"{WRONG}: ranks made {[len(end.notes.norms) for end in ends]} steps"]
         steps = list(zip(*(end.notes.norms for end in ends), strict=True))
         found = [f"{WRONG}: norms {norms} in step {i}" for i, norms in enumerate(steps) if len(set(norms)) > 1]
         for i, (norm, *_) in enumerate(steps):

@@ -8,9 +8,10 @@ well, because the others have given up: it is known by how short a time it waite
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -19,6 +20,8 @@ PATIENCE = 3.0  # seconds for the others to fail too
 LOOK = timedelta(seconds=1)  # how often a rank that waits looks
 LATE = 0.5  # of the longest wait: who waited less came late
 _failed: Counter[str] = Counter()  # collectives of each group that failed
+_stuck: list[Thread] = []  # in a request to a store that does not answer
+T = TypeVar("T")
 
 
 def wait(work: dist.Work, group: str) -> None:
@@ -40,14 +43,20 @@ def who_is_missing(group: str, ranks: Sequence[int], waited: float) -> str:
     call = _call(group)
     _failed[group] += 1
     try:
-        store = _get_default_store()
-        store.set(f"{call}/{dist.get_rank()}", f"{waited:.1f}")
-        if store.add(f"{call}/came", 1) == 1:
-            store.set(f"{call}/answer", _asked(store, call, ranks))
-        store.wait([f"{call}/answer"], timedelta(seconds=PATIENCE + 1))
-        return f"a collective of the clipping group failed{store.get(f'{call}/answer').decode()}"
+        return f"a collective of the clipping group failed{_within(PATIENCE + 2, lambda: _told(call, ranks, waited))}"
     except RuntimeError as error:
         return f"a collective of the clipping group failed, and the job's store is gone too: {error}"
+
+
+def _told(call: str, ranks: Sequence[int], waited: float) -> str:
+    """What the first that reports has found."""
+    store = _get_default_store()
+    store.set(f"{call}/{dist.get_rank()}", f"{waited:.1f}")
+    if store.add(f"{call}/came", 1) == 1:
+        store.set(f"{call}/answer", _asked(store, call, ranks))
+    store.wait([f"{call}/answer"], timedelta(seconds=PATIENCE + 1))
+    answer: str = store.get(f"{call}/answer").decode()
+    return answer
 
 
 def _call(group: str) -> str:
@@ -55,11 +64,38 @@ def _call(group: str) -> str:
 
 
 def _is_called(group: str) -> bool:
+    call = _call(group)
     try:
-        called: bool = _get_default_store().check([f"{_call(group)}/came"])
+        return _within(LOOK.total_seconds(), lambda: _get_default_store().check([f"{call}/came"]))
     except RuntimeError:  # the store is gone: what it could have told, the collective will
         return False
-    return called
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T:
+    """What the job's store answers; RuntimeError where it does not, as behind a link that is down.
+
+    Such a request ends with TCP's own patience, which is a quarter of an hour: it is left to a thread.
+    """
+    _stuck[:] = [thread for thread in _stuck if thread.is_alive()]
+    answers: list[T] = []
+    errors: list[RuntimeError] = []
+
+    def request() -> None:
+        try:
+            answers.append(ask())
+        except RuntimeError as error:
+            errors.append(error)
+
+    if not _stuck:
+        thread = Thread(target=request, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        _stuck[:] = [thread] if thread.is_alive() else []
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise RuntimeError("it does not answer")
+    return answers[0]
 
 
 def _asked(store: Any, call: str, ranks: Sequence[int]) -> str:

@@ -3,6 +3,5 @@
 # Unlike a plain `distclip train`, it starts ranks that have failed again, from their last checkpoint, and has a
 # deadline. The settings are those of launch/multinode.sh: NPROC_PER_NODE, JOB, RUN_DIR, MAX_RESTARTS, DEADLINE ...
 set -euo pipefail
-unset PET_MASTER_ADDR
 export NNODES=1 RDZV_ENDPOINT=127.0.0.1:0 # any free port
 exec bash "$(dirname "${BASH_SOURCE[0]}")/multinode.sh" "$@"

@@ -3,7 +3,7 @@
 #
 #   NNODES=2 RDZV_ENDPOINT=10.0.0.1:29500 launch/multinode.sh configs/quickstart.yaml [key=value ...]
 #
-# Where the machines meet (one of the two is required):
+# Where the machines meet (one of the two is required; the first wins):
 #   RDZV_ENDPOINT   host:port, a free port on one of the machines, which keeps the store of the job (c10d)
 #   PET_*           PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, as Kubeflow Trainer v2 sets them
 #
@@ -36,25 +36,28 @@ shift
 name=$(basename "$config")
 job=${JOB:-${name%.*}}
 join_timeout=${JOIN_TIMEOUT:-600} save_timeout=${SAVE_TIMEOUT:-120} deadline=${DEADLINE:-24h}
-[[ $job =~ ^[A-Za-z0-9._-]+$ ]] || fail "JOB=$job names a folder: letters, digits, dots, - and _"
-[[ $join_timeout =~ ^[0-9]+$ ]] || fail "JOIN_TIMEOUT=$join_timeout is no whole number of seconds"
-[[ $save_timeout =~ ^[0-9]+$ ]] || fail "SAVE_TIMEOUT=$save_timeout is no whole number of seconds"
+[[ $job =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || fail "JOB=$job names a folder: letters, digits, dots, - and _"
+[[ $join_timeout =~ ^(0|[1-9][0-9]*)$ ]] || fail "JOIN_TIMEOUT=$join_timeout is no whole number of seconds"
+[[ $save_timeout =~ ^(0|[1-9][0-9]*)$ ]] || fail "SAVE_TIMEOUT=$save_timeout is no whole number of seconds"
 [[ $deadline =~ ^(0|[1-9][0-9]*[smhd]?)$ ]] || fail "DEADLINE=$deadline is no time: 3600, 90m, 24h, 7d, or 0 for none"
 
-if [[ -n ${PET_MASTER_ADDR:-} ]]; then
+if [[ -z ${RDZV_ENDPOINT:-} && -n ${PET_MASTER_ADDR:-} ]]; then
     for needed in PET_NNODES PET_NODE_RANK PET_MASTER_PORT; do
         [[ -n ${!needed:-} ]] || fail "PET_MASTER_ADDR is set but $needed is not: set all four, or RDZV_ENDPOINT"
     done
-    host=$PET_MASTER_ADDR port=$PET_MASTER_PORT machines=$PET_NNODES wait=()
+    host=$PET_MASTER_ADDR port=$PET_MASTER_PORT machines=$PET_NNODES backend=static wait=()
     nproc=${NPROC_PER_NODE:-${PET_NPROC_PER_NODE:-auto}} restarts=${MAX_RESTARTS:-${PET_MAX_RESTARTS:-3}}
 else
     [[ -n ${RDZV_ENDPOINT:-} ]] || fail "where do the machines meet? RDZV_ENDPOINT=host:port, on one of them"
-    [[ $RDZV_ENDPOINT =~ ^([A-Za-z0-9._-]+):([0-9]+)$ ]] || fail "RDZV_ENDPOINT=$RDZV_ENDPOINT is not host:port"
-    host=${BASH_REMATCH[1]} port=${BASH_REMATCH[2]} wait=(wait)
+    [[ $RDZV_ENDPOINT =~ ^([A-Za-z0-9][A-Za-z0-9._-]*):([0-9]+)$ ]] || fail "RDZV_ENDPOINT=$RDZV_ENDPOINT is not host:port"
+    host=${BASH_REMATCH[1]} port=${BASH_REMATCH[2]} backend=c10d wait=(wait)
     machines=${NNODES:-}
     [[ $machines =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "how many machines? NNODES=2, or NNODES=1:4 if elastic"
     nproc=${NPROC_PER_NODE:-auto} restarts=${MAX_RESTARTS:-3}
 fi
+[[ $port =~ ^[0-9]+$ ]] || fail "PET_MASTER_PORT=$port is no port"
+[[ $nproc =~ ^([1-9][0-9]*|auto|gpu|cpu)$ ]] || fail "NPROC_PER_NODE=$nproc is neither a number nor auto, gpu or cpu"
+[[ $restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$restarts is no number"
 
 python=${PYTHON:-$venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
@@ -77,10 +80,10 @@ if [[ $interface != - ]]; then
 fi
 
 options=(--nproc-per-node "$nproc" --max-restarts "$restarts")
-if [[ -z ${PET_MASTER_ADDR:-} ]]; then
+if [[ $backend == c10d ]]; then
     conf=join_timeout=$join_timeout
     [[ $is_host == - ]] || conf+=,is_host=$is_host
-    options+=(--nnodes "$machines" --rdzv-backend c10d --rdzv-id "$job" --rdzv-endpoint "$host:$port")
+    options+=(--nnodes "$machines" --rdzv-backend "$backend" --rdzv-id "$job" --rdzv-endpoint "$host:$port")
     options+=(--rdzv-conf "$conf" --local-addr "$address")
     # Ranks that start again must not meet in the store of those before them: Gloo would read addresses of the dead.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}

@@ -71,10 +71,6 @@ class Axes:
         """Which part of every batch this rank trains on; ranks of a tensor-parallel group and stages share one."""
         return self.rank // self.tensor % self.data_size
 
-    @property
-    def stage(self) -> int:
-        return self.rank // (self.data_size * self.tensor)
-
     def mesh(self, device: str) -> DeviceMesh:
         """`pp, dp_replicate, dp, tp`, but for those of size 1; `dp` is always there. All ranks call."""
         sizes = {"pp": self.pipeline, "dp_replicate": self.replicate, "dp": self.shard, "tp": self.tensor}

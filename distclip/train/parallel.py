@@ -61,14 +61,13 @@ def cut(model: nn.Module, axes: Axes, mesh: DeviceMesh, config: Config) -> tuple
 
 def share(model: nn.Module, axes: Axes, mesh: DeviceMesh, config: Config, device: torch.device) -> nn.Module:
     """The model as the ranks of the data-parallel axis hold it."""
-    dtype = low_precision(config)
-    if config.parallel.strategy == "fsdp2" or config.parallel.copies_by_fsdp2:
+    parallel, dtype = config.parallel, low_precision(config)
+    if parallel.strategy == "fsdp2" or parallel.copies_by_fsdp2:
         shard_by_fsdp2(model, data_mesh(mesh), dtype)
-    elif dtype is not None:
+        return model
+    if dtype is not None:
         autocast(model, device, dtype)
-    if config.parallel.strategy == "ddp" and not config.parallel.copies_by_fsdp2:
-        return copy_by_ddp(model, mesh["dp"], device)
-    return model
+    return copy_by_ddp(model, mesh["dp"], device) if parallel.strategy == "ddp" else model
 
 
 def low_precision(config: Config) -> torch.dtype | None:

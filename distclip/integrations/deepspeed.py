@@ -148,17 +148,14 @@ class EngineClipper(Clipper):
         if knows_overflow or not self.skips:
             self._inner(*args, **kwargs)
         optimizer._global_grad_norm = self.norm
+        _forget_sums(optimizer, self._engine)
 
     @torch.no_grad()
     def _decide_step(self) -> None:
-        """Measure and decide. Where the step is skipped, its gradients must not be found by any later one."""
+        """Measure, decide, and scale what DeepSpeed will not hand to :meth:`finish`. Keeps no gradient."""
         outcome = self._advance(skips_on_device=False)
         self._outcome = replace(outcome, measured=outcome.measured.without_gradients())
-        if self.skips:
-            for gradient in outcome.measured.gradients:
-                if gradient is not None:
-                    gradient.zero_()
-        elif not hasattr(self._optimizer, "unscale_and_clip_grads"):
+        if not self.skips and not hasattr(self._optimizer, "unscale_and_clip_grads"):
             self.finish(outcome.measured.runs)
 
     def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
@@ -229,7 +226,7 @@ def _parts_of_stage_3(optimizer: Any) -> Iterator[Part]:
         if optimizer.offload_optimizer:
             yield here, partial(_offloaded, optimizer, "fp32_partitioned_groups_flat", i, here)
         else:
-            yield here, partial(_averaged_of_stage_3, optimizer, i, here)
+            yield here, partial(_averaged, optimizer, i, len(here))
 
 
 def _averaged(optimizer: Any, i: int, count: int) -> list[Tensor] | None:
@@ -240,17 +237,17 @@ def _averaged(optimizer: Any, i: int, count: int) -> list[Tensor] | None:
     return [gradient for gradient in found if not getattr(gradient, "_zero_padding", False)][:count]
 
 
-def _averaged_of_stage_3(optimizer: Any, i: int, parameters: Sequence[Any]) -> list[Tensor] | None:
-    """The same; gradients of parameters that had none since the last step are still those of an older one."""
-    found = _averaged(optimizer, i, len(parameters))
-    for parameter, gradient in zip(parameters, found or (), strict=False):
-        if parameter.ds_id not in optimizer._offload_boundary_param_ids:
-            gradient.zero_()
-    return found
+def _forget_sums(optimizer: Any, engine: Any) -> None:
+    """Clear sums that DeepSpeed steps again, or adds to, unless the first backward of a step overwrites them."""
+    several = engine.gradient_accumulation_steps() > 1 or not engine.managed_gradient_accumulation()
+    if hasattr(optimizer, "grad_partitions_flat_buffer") and (several or not optimizer.offload_optimizer):
+        optimizer.grad_partitions_flat_buffer.zero_()
+    for sums in getattr(optimizer, "accumulated_grads_in_cpu", {}).values():
+        sums.zero_()
 
 
 def _offloaded(optimizer: Any, masters: str, i: int, parameters: Sequence[Any]) -> list[Tensor]:
-    """Parts of the flat gradient on the host, in which old gradients stay in the same way."""
+    """Parts of the flat gradient on the host, without those that stayed from an older step."""
     getattr(optimizer, "_wait_for_offload_copies", bool)()
     flat = getattr(optimizer, masters)[i].grad
     gradients = []

@@ -156,6 +156,22 @@ def alone(policy: Any, nan_at: int | None = None, branches: Callable[[int], bool
     return {"reports": reports, "parameters": {name: p.detach() for name, p in model.named_parameters()}}
 
 
+def alone_by_halves() -> dict[str, Any]:
+    """The same with a branch that sees the second half of a batch alone."""
+    model = build()
+    optimizer = sgd(model)
+    clipper = distclip.Clipper(model, BOUND)
+    norms = []
+    for step in range(STEPS):
+        x, y = rows(step)
+        for half in (slice(0, ROWS // 2), slice(ROWS // 2, None)):
+            model.branches = half.start > 0
+            (loss_of(model, x[half], (y * torch.nan if step == NAN_AT else y)[half]) / 2).backward()
+        norms.append(clipper.step(optimizer).norm.item())
+        optimizer.zero_grad()
+    return {"norms": norms, "parameters": {name: p.detach() for name, p in model.named_parameters()}}
+
+
 def by_hand(scale: Callable[[list[Tensor], float], None]) -> dict[str, Any]:
     """The same, clipped by ``scale(gradients, norm)``, without distclip."""
     model = build()
@@ -209,13 +225,15 @@ def taken(engine: Any, policy: Any = BOUND, **options: Any) -> Any:
         return take_over(engine, policy, **options)
 
 
-def feed(engine: Any, step: int, accumulate: int = 1, spoil: bool = False) -> None:
+def feed(engine: Any, step: int, accumulate: int = 1, spoil: bool = False, halves: bool = False) -> None:
     """The backwards of one optimizer step, and every engine.step() of it but the last."""
     x, y = rows(step)
     mine = slice(dist.get_rank(), None, dist.get_world_size())
     batches = list(zip(x[mine].chunk(accumulate), y[mine].chunk(accumulate), strict=True))
     for k, (x, y) in enumerate(batches):
-        bad = spoil and k == 0 and dist.get_rank() == dist.get_world_size() - 1
+        if halves:
+            engine.module.branches = k > 0
+        bad = spoil and k == halves and dist.get_rank() == dist.get_world_size() - 1
         engine.backward(loss_of(engine, x, y * torch.nan if bad else y))
         if k < len(batches) - 1 and engine.managed_gradient_accumulation():
             engine.step()
@@ -317,6 +335,18 @@ def branching(config: dict[str, Any], nan_at: int | None = None) -> dict[str, An
     for step in range(STEPS):
         engine.module.branches = step % 2 == 0
         feed(engine, step, spoil=step == nan_at)
+        engine.step()
+        norms.append(clipper.report.norm.item())
+    return {"norms": norms, "parameters": parameters_of(engine)}
+
+
+def by_halves(config: dict[str, Any]) -> dict[str, Any]:
+    """A layer has no gradient in the first backward of every step."""
+    engine = engine_of(config, accumulate=2)
+    clipper = taken(engine)
+    norms = []
+    for step in range(STEPS):
+        feed(engine, step, 2, spoil=step == NAN_AT, halves=True)
         engine.step()
         norms.append(clipper.report.norm.item())
     return {"norms": norms, "parameters": parameters_of(engine)}
@@ -572,6 +602,7 @@ def launch(names: Sequence[str], odd: bool, folder: str) -> dict[Any, Any]:
                 attempt((key, "ValueClip"), train, Case(config), distclip.ValueClip(0.1))
                 attempt((key, "branching"), branching, config)
                 attempt((key, "branching, NaN"), branching, config, NAN_AT)
+                attempt((key, "by halves"), by_halves, config)
                 attempt((key, "resumed"), resumed, config, f"{folder}/{key}")
                 attempt((key, "skipping"), skipping, config)
                 attempt((key, "collectives"), collectives, config)

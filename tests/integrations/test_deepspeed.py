@@ -119,6 +119,14 @@ def test_a_parameter_without_gradient_is_not_stepped_by_an_older_one(launched, a
     close(found["parameters"], expected["parameters"])
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_later_backward_of_a_step_does_not_add_to_an_older_step(launched, alone, place):
+    found, expected = launched(2, (place, "by halves"))[0], alone(runs.alone_by_halves)
+    assert isnan(found["norms"][NAN_AT])
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6, nan_ok=True)
+    close(found["parameters"], expected["parameters"])
+
+
 def every_other(step):
     return step % 2 == 0
 

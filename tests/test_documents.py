@@ -78,7 +78,7 @@ def torchrun(ranks: str) -> list[str]:
 
 
 def run(program: str, launcher: list[str], folder: Path) -> None:
-    imported = {name[0] for name in imports("", list(ast.walk(ast.parse(program))))}
+    imported = {part for path in imports("", list(ast.walk(ast.parse(program)))) for part in path}
     missing = sorted(name for name in imported & OPTIONAL if find_spec(name) is None)
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import distclip
 from distclip import AutoClip, Decision, MaxNorm, ValueClip
+from integrations.launches import once
 from layouts import ROWS, batch, build
 from ranks import run_ranks, same_bits
 
@@ -373,7 +374,8 @@ def with_deepspeed():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks(everything, 2, str(tmp_path_factory.mktemp("state")), timeout=100, fresh=True)
+    folder = str(tmp_path_factory.mktemp("state"))
+    return once(tmp_path_factory, "accelerate", lambda: run_ranks(everything, 2, folder, timeout=200, fresh=True))
 
 
 def agrees(results, expected):

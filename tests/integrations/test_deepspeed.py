@@ -12,6 +12,7 @@ import torch
 
 import distclip
 from integrations import deepspeed_runs as runs
+from integrations.launches import once
 from ranks import run_ranks, same_bits
 
 if find_spec("deepspeed") is None:  # importing it patches torch: only the ranks do
@@ -26,12 +27,20 @@ ON_FOUR = [(4, name) for name in runs.ON_FOUR]
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return run_ranks(runs.launch, 2, list(runs.CASES), True, folder, timeout=280, fresh=True)
+    return once(
+        tmp_path_factory,
+        "deepspeed-2",
+        lambda: run_ranks(runs.launch, 2, list(runs.CASES), True, folder, timeout=280, fresh=True),
+    )
 
 
 @pytest.fixture(scope="module")
-def on_four():
-    return run_ranks(runs.launch, 4, list(runs.ON_FOUR), False, "", timeout=280, fresh=True)
+def on_four(tmp_path_factory):
+    return once(
+        tmp_path_factory,
+        "deepspeed-4",
+        lambda: run_ranks(runs.launch, 4, list(runs.ON_FOUR), False, "", timeout=280, fresh=True),
+    )
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.optim import LBFGS, SGD
 
+from integrations.launches import once
 from ranks import run_ranks, same_bits
 
 pytest.importorskip("lightning", reason="needs the extra: pip install 'distclip[lightning]'")
@@ -57,8 +58,10 @@ def _quiet(recwarn):
 
 
 @pytest.fixture(scope="module")
-def fits():
-    results = run_ranks(runs.fits, 2, FITS, fresh=True, timeout=240)
+def fits(tmp_path_factory):
+    results = once(
+        tmp_path_factory, "lightning-fits", lambda: run_ranks(runs.fits, 2, FITS, fresh=True, timeout=240)
+    )  # fmt: skip
     return dict(zip(map(named, FITS), zip(*results, strict=True), strict=True))
 
 
@@ -69,14 +72,20 @@ def more(tmp_path_factory):
     wanted |= {(runs.fit_again, layout): (layout,) for layout in ("ddp", "fsdp2")}
     wanted |= {runs.log: (folder,), runs.alone_among_ranks: (), runs.two_optimizers: ()}
     functions = [(key[0] if isinstance(key, tuple) else key, *arguments) for key, arguments in wanted.items()]
-    results = run_ranks(runs.calls, 2, *functions, fresh=True, timeout=240)
+    results = once(
+        tmp_path_factory, "lightning-calls", lambda: run_ranks(runs.calls, 2, *functions, fresh=True, timeout=240)
+    )
     return dict(zip(wanted, zip(*results, strict=True), strict=True))
 
 
 @pytest.fixture(scope="module")
 def loops(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("fabric"))
-    return run_ranks(runs.fabric_fits, 2, LOOPS, folder, fresh=True, timeout=240)
+    return once(
+        tmp_path_factory,
+        "lightning-fabric",
+        lambda: run_ranks(runs.fabric_fits, 2, LOOPS, folder, fresh=True, timeout=240),
+    )
 
 
 def agrees(results, case, scheduled=True):

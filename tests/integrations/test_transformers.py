@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import distclip
 from distclip import AutoClip, MaxNorm, ValueClip
+from integrations.launches import once
 from layouts import ROWS, batch, build
 from ranks import run_ranks, same_bits
 
@@ -253,7 +254,8 @@ def with_deepspeed(folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks(everything, 2, str(tmp_path_factory.mktemp("trainer")), timeout=150, fresh=True)
+    folder = str(tmp_path_factory.mktemp("trainer"))
+    return once(tmp_path_factory, "transformers", lambda: run_ranks(everything, 2, folder, timeout=240, fresh=True))
 
 
 def agrees(results, expected):

@@ -296,7 +296,8 @@ def goes_on(case: Case) -> Contract:
 
 
 def late(case: Case) -> Contract:
-    return Contract(BROKEN, says=(f"rank {case.guilty} came late",))
+    """Named as late, or as absent where it is later than the others had patience."""
+    return Contract(BROKEN, says=(f"rank {case.guilty} (came late|did not come)",))
 
 
 def unseen(case: Case) -> Contract:

@@ -236,6 +236,12 @@ def test_the_launcher_has_the_last_word_on_the_number_of_ranks(here, capsys, mon
     assert message.startswith("distclip: parallel.processes: asks for 3 but the launcher started 2")
 
 
+def test_zero_without_deepspeed_is_one_line(here, capsys, monkeypatch):
+    monkeypatch.setattr("distclip.train.ways.zero.find_spec", lambda name: None)
+    message = complaint(capsys, str(CONFIGS / "zero2.yaml"))
+    assert message == 'distclip: parallel.strategy: zero2 needs DeepSpeed: pip install "distclip[deepspeed]"\n'
+
+
 WITHOUT_EXTRA = """
 import sys
 from distclip.cli import main

@@ -5,7 +5,7 @@ from typing import TypeGuard
 
 import torch.distributed as dist
 
-from distclip import NonFiniteError
+from distclip import LayoutError, NonFiniteError
 from distclip.complaint import complain
 from distclip.train.checkpoint import CheckpointError
 from distclip.train.place import launched
@@ -16,14 +16,14 @@ from distclip.train.problem import ConfigError
 GLOO = ("gloo", "Application timeout caused pair closure")
 
 
-def exit_code_after(error: ConfigError | RuntimeError | OSError) -> int:
+def exit_code_after(error: ConfigError | LayoutError | RuntimeError | OSError) -> int:
     """Say what went wrong and return the exit code; raises again what is no one's fault but ours."""
     match error:
         case ConfigError():
             if leads():
                 complain(str(error))
             return 2
-        case NonFiniteError() | CheckpointError():
+        case NonFiniteError() | LayoutError() | CheckpointError():
             if leads():
                 complain(f"training failed: {error}")
         case OSError():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from distclip import LayoutError
 from distclip.train.failure import exit_code_after
 from distclip.train.job import check, run_rank
 from distclip.train.launch import check_processes, launch
@@ -37,5 +38,5 @@ def start_rank(path: str, overrides: Sequence[str]) -> int:
         try:
             config = read_config(path, overrides)
             return run_rank(config, launched_world(config.parallel), stop)
-        except (ConfigError, RuntimeError, OSError) as error:
+        except (ConfigError, LayoutError, RuntimeError, OSError) as error:
             return exit_code_after(error)

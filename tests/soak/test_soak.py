@@ -1,0 +1,36 @@
+"""A short soak: 2,000 steps on one process, 1,000 on two. tests/soak/run.sh makes 100,000."""
+
+import socket
+from typing import Any
+
+import pytest
+
+from ranks import run_ranks
+from soak.soak import WAYS, faults, soak
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_process_grows_by_nothing(way):
+    figures = soak(way, steps=2000, warm_up=300)
+    assert faults(figures, drift_allowed=2.0) == [], figures
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_grow_by_nothing(way):
+    for figures in run_ranks(soak, 2, way, 1000, 200, timeout=300):
+        assert figures.ranks == 2
+        assert faults(figures, drift_allowed=2.0) == [], figures
+
+
+def test_what_leaks_is_found():
+    """A soak that would not see a leak shows nothing."""
+    kept: list[Any] = []
+
+    def leak(number: int) -> None:
+        kept.append(bytearray(10_000))
+        kept.append(socket.socket())
+
+    figures = soak("clipper", steps=600, warm_up=50, beside=leak)
+    for leaked in kept[1::2]:
+        leaked.close()
+    assert [fault.split(" ", 1)[0] for fault in faults(figures, drift_allowed=99.0)] == ["grew", "600"], figures

@@ -1,8 +1,9 @@
 """Plan: made once from the parameters; says what is summed together, where, and whether ranks talk at all.
 
 Which collectives run, and their shape, follow from the plan and never from which gradients exist: a rank without
-tokens for its experts, with an empty shard or with gradients that are None contributes zeros and takes part. What a
-plan learns from gradients is where they lay in this rank's memory, which no other rank needs to know.
+tokens for its experts, with an empty shard or with gradients that are None contributes zeros and takes part; where it
+lacks the gradient of a copy that all hold, ranks disagree. What a plan learns from gradients is where they lay in this
+rank's memory, which no other rank needs to know.
 """
 
 from collections.abc import Sequence
@@ -242,13 +243,15 @@ class Plan:
     def _missing(self, gradients: Sequence[Tensor | None]) -> tuple[int, ...]:
         """Gradients that are not here, of parameters that every rank holds whole: they are on all ranks or on none.
 
-        By their places among the common pieces, which are the same everywhere.
+        By their places among the common pieces, which are the same everywhere. Not those that may be terms of a sum not
+        made yet, in which a missing term is zero.
         """
         size = self.group.size
         if size == 1:
             return ()
         common = (i for i, is_common in enumerate(self.common) if is_common)
-        return tuple(k for k, i in enumerate(common) if self.replicas[i] == size and gradients[self.sources[i]] is None)
+        copied = ((k, i) for k, i in enumerate(common) if self.replicas[i] == size and not is_candidate(self.pieces[i]))
+        return tuple(k for k, i in copied if gradients[self.sources[i]] is None)
 
     def _account(self, call: str, missing: Sequence[int], error: LayoutError | None) -> str:
         """What this rank has to say for itself where ranks do not agree."""

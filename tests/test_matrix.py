@@ -1,6 +1,7 @@
 """The matrix: every layout, dtype, p and state of the gradients against the float64 oracle, on 2, 4 and 8 ranks."""
 
-from math import inf, nan
+import re
+from math import inf, isfinite, nan
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import distclip
+from distclip.plan import Plan
+from distclip.realign import is_candidate
 from oracle import same_tensors, true_norm
 from parallel import EIGHT, FOUR, THREE, TWO, united
 from ranks import count_collectives, run_ranks, same_bits
@@ -137,9 +140,21 @@ def troubled(layout) -> dict[str, object]:
     if last:
         for holder in holders:
             holder.grad = None
-    result["norms"] = [distclip.clip_grad_norm_(job.parts, inf, p, **job.options) for p in (2.0, inf)]
-    result["finite"] = all(norm.isfinite().item() for norm in result["norms"])
+    result["norms"] = [norm_or_error(job, p) for p in (2.0, inf)]
+    result["copies"] = any(is_copied(clipper._plan, i) for i in range(len(clipper._plan.pieces)))
     return result
+
+
+def is_copied(plan: Plan, i: int) -> bool:
+    """Whether every rank holds all of piece ``i``, and no gradient of it can be a term of a sum not made yet."""
+    return plan.common[i] and plan.replicas[i] == plan.group.size and not is_candidate(plan.pieces[i])
+
+
+def norm_or_error(job, p: float) -> float | str:
+    try:
+        return distclip.clip_grad_norm_(job.parts, inf, p, **job.options).item()
+    except distclip.LayoutError as error:
+        return str(error)
 
 
 def gradient_of(clipper: distclip.Clipper, index: int) -> torch.Tensor:
@@ -152,10 +167,15 @@ def gradient_of(clipper: distclip.Clipper, index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("layout", "size"), LAYOUTS)
 def test_a_bad_number_is_named_and_a_rank_without_gradients_takes_part(layout, size):
+    """With zeros for what only it holds; copies that one rank lacks are an error on all."""
     results = run_ranks(troubled, size, layout)
     for r in results:
         assert r["skip"] is True
         assert r["culprit"] == f"{results[-1]['expected']} on rank {size - 1} has NaN in its gradient"
         assert r["untouched"]
-        assert r["finite"]
+        for norm in r["norms"]:
+            if r["copies"]:  # which one rank lacks
+                assert re.search(rf"; rank {size - 1}: .* without a gradient of ", norm)
+            else:
+                assert isfinite(norm)
     assert same_bits([r["norms"] for r in results])

@@ -249,6 +249,7 @@ def outcome(*words: str | Path) -> int:
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--json", "nowhere/figures.json"], "--json: nowhere/figures.json cannot be written"),
         (["--json", "."], "--json: . cannot be written"),
+        (["--json", "x" * 300], f"--json: {'x' * 300} cannot be written"),
         (["--frobnicate"], "bench does not know --frobnicate"),
     ],
 )

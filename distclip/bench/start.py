@@ -66,7 +66,10 @@ def problem_with(options: Options) -> str | None:
 
 
 def writable(path: Path) -> bool:
-    return not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+    try:
+        return not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+    except OSError:  # a name that is too long
+        return False
 
 
 def run_local(rank: int, folder: str, options: Options) -> None:

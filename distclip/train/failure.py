@@ -8,7 +8,7 @@ import torch.distributed as dist
 from distclip import LayoutError, NonFiniteError
 from distclip.complaint import complain
 from distclip.train.checkpoint import CheckpointError
-from distclip.train.place import launched
+from distclip.train.place import launched, number_in
 from distclip.train.presence import who_is_gone
 from distclip.train.problem import ConfigError
 
@@ -39,8 +39,11 @@ def exit_code_after(error: ConfigError | LayoutError | RuntimeError | OSError) -
 
 
 def leads() -> bool:
-    """One process speaks for all: every rank has found the same."""
-    return not launched() or rank() == "0" or not rank().isdecimal()
+    """One process speaks for all, since every rank has found the same; what is no rank speaks for itself."""
+    try:
+        return not launched() or not 0 < number_in("RANK") < number_in("WORLD_SIZE")
+    except ConfigError:
+        return True
 
 
 def rank() -> str:

@@ -88,7 +88,7 @@ def test_any_words(first, others):
     launcher=st.fixed_dictionaries(
         {},
         optional={
-            "RANK": st.sampled_from(["0", "0", "9", *VALUES[:-1]]),
+            "RANK": st.sampled_from(["0", "1", "9", *VALUES[:-1]]),
             "WORLD_SIZE": st.sampled_from(["1", "2", *VALUES[:-1]]),
         },
     )
@@ -102,5 +102,7 @@ def test_any_launcher(launcher):
             patch.setenv(name, value)
         ended = command("train", "rows.yaml", "parallel.processes=10000000")
         assert ended.code == 2
-        if launcher.get("RANK") != "9" or "WORLD_SIZE" not in launcher:  # rank 0 speaks for the others
+        if launcher == {"RANK": "1", "WORLD_SIZE": "2"}:
+            assert ended.err == ""  # rank 0 speaks for it
+        else:
             keeps_promise(ended, launcher)

@@ -31,6 +31,7 @@ import distclip
 BLOCK = 50  # steps
 NAN_EVERY = 97  # steps
 WAYS = ("clipper", "function")
+TORCH = "none"  # a step without clipping: how much torch grows by itself
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 Step = Callable[[int], None]
@@ -64,7 +65,7 @@ class Figures:
     step_ms: float  # median
     megabytes: float  # resident after warming up
     grown: float  # megabytes since then
-    most: float  # the same at its largest, looked at after every tenth
+    growth: list[float]  # the same at every tenth of the way
     descriptors: int  # more than after warming up, as all below
     threads: int
     objects: int
@@ -80,7 +81,8 @@ class Loop:
         net: nn.Module = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 1))
         self.model = DistributedDataParallel(net) if dist.is_initialized() else net
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
-        self.act = self.clip_by_function
+        self.act: Callable[[], object] = self.clip_by_function if way == "function" else self.optimizer.step
+        self.spikes = way != TORCH
         if way == "clipper":
             self.clipper = distclip.Clipper(self.model, distclip.AutoClip(percentile=50, window=100))
             self.act = self.clip_by_clipper
@@ -91,7 +93,7 @@ class Loop:
 
     def step(self, number: int) -> None:
         x = torch.randn(8, 16, generator=self.generator)
-        if number % NAN_EVERY == 0:
+        if number % NAN_EVERY == 0 and self.spikes:
             x[0, 0] = nan
         self.model(x).square().mean().backward()
         self.act()
@@ -163,7 +165,7 @@ def soak(way: str, steps: int, warm_up: int, beside: Step | None = None) -> Figu
         step_ms=round(median(each) * 1e3, 3),
         megabytes=round(before.megabytes, 1),
         grown=round(after.megabytes - before.megabytes, 2),
-        most=round(max([after.megabytes, *looks]) - before.megabytes, 2),
+        growth=[round(look - before.megabytes, 2) for look in looks],
         descriptors=after.descriptors - before.descriptors,
         threads=after.threads - before.threads,
         objects=after.objects - before.objects,
@@ -179,7 +181,7 @@ def faults(figures: Figures, drift_allowed: float) -> list[str]:
         f"{figures.descriptors} descriptors leaked": figures.descriptors > 0,
         f"{figures.threads} threads leaked": figures.threads > 0,
         f"CPU time of a step is {figures.drift_cpu} of what it was": figures.drift_cpu > drift_allowed,
-        "no step was skipped": figures.skipped == 0,
+        "no step was skipped": figures.skipped == 0 and figures.way != TORCH,
     }
     return [fault for fault, there in found.items() if there]
 
@@ -198,7 +200,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--warm-up", type=int, default=2000)
-    parser.add_argument("--way", choices=WAYS, default="clipper")
+    parser.add_argument("--way", choices=[*WAYS, TORCH], default="clipper")
     words = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

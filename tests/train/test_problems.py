@@ -224,6 +224,13 @@ def test_a_launcher_that_is_none_is_one_line(text, here, capsys, monkeypatch):
     assert f"WORLD_SIZE: a launcher puts a number there, not {text!r}" in complaint(capsys, str(CONFIGS / DIGITS))
 
 
+@pytest.mark.parametrize("rank", ["2", "7"])
+def test_a_rank_outside_of_its_world_speaks_for_itself(rank, here, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert f"RANK: {rank} is not one of WORLD_SIZE=2" in complaint(capsys, str(CONFIGS / DIGITS))
+
+
 def test_a_rank_without_a_world_speaks_for_itself(here, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     complaint(capsys, str(CONFIGS / DIGITS), "seed=-1")

@@ -14,7 +14,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, nan
 from pathlib import Path
@@ -126,7 +127,7 @@ def timed(act: Step, first: int) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def drift(ratios: list[float]) -> float:
+def drift(ratios: Sequence[float]) -> float:
     tenth = max(1, len(ratios) // 10)
     return median(ratios[-tenth:]) / median(ratios[:tenth])
 
@@ -141,8 +142,8 @@ def soak(way: str, steps: int, warm_up: int, beside: Step | None = None) -> Figu
         loop.step(number)
         loop.reference(number)
     blocks = steps // BLOCK
-    walls, cpus, each = [0.0] * blocks, [0.0] * blocks, [0.0] * blocks  # made before memory is looked at
-    looks = [0.0] * 10
+    walls, cpus, each = (array("d", bytes(8 * blocks)) for _ in range(3))  # all their memory is taken here
+    looks = array("d", bytes(8 * 10))
     before = Held.now()
     began = time.perf_counter()
     for block in range(blocks):

@@ -31,7 +31,10 @@ def wait(work: dist.Work, group: str) -> None:
             work.wait(LOOK)
             return
         except RuntimeError:
-            if work.is_completed() or _is_called(group):
+            if work.is_completed():  # it failed, or it was done just after we looked
+                work.wait()
+                return
+            if _is_called(group):
                 raise
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 import distclip
+from distclip import roll_call
 from layouts import DenseNet, backward, build, ddp, fsdp2
 from ranks import run_ranks, same_bits
 
@@ -263,6 +264,31 @@ def test_who_did_not_come_is_named(kind):
     assert said[1] == "did not come"
     for message in (said[0], said[2]):
         assert "rank 1 did not come to it or died" in message
+
+
+class Slow:
+    """A collective that is done just after somebody gave up looking, or has failed by then."""
+
+    def __init__(self, error: str) -> None:
+        self.looks, self.error = 0, error
+
+    def wait(self, limit: timedelta | None = None) -> None:
+        self.looks += 1
+        if self.looks == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_collective_that_is_done_when_the_look_ends_is_done():
+    done = Slow("")
+    roll_call.wait(done, "group")
+    assert done.looks == 2
+    with pytest.raises(RuntimeError, match="peer"):
+        roll_call.wait(Slow("Connection closed by peer"), "group")
 
 
 def came_late() -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 
@@ -33,6 +34,7 @@ from parallel import _tensor_parallel, mesh_of, rows
 STEPS = 4
 FAULTY_STEP = 1  # one before it fills momentum and the policy's window, two after it show what it left behind
 MAX_NORM = 0.2
+MEETING = timedelta(seconds=100)  # for ranks to find each other, on a machine that does other things
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,10 @@ class Loop:
         self.max_norm = MAX_NORM
         self.norm_type = 2.0
         self.loss_scale = 1.0
-        self.group = dist.new_group(timeout=timedelta(seconds=case.timeout)) if case.own_group else None
+        self.group = dist.new_group(timeout=MEETING) if case.own_group else None
+        if self.group is not None:
+            dist.barrier(self.group)
+            _set_pg_timeout(timedelta(seconds=case.timeout), self.group)
         self.model = LAYOUTS[case.layout]()
         self.parameters = list(self.model.parameters())
         self.optimizer = SGD(self.parameters, lr=0.1, momentum=0.9)
@@ -197,7 +202,9 @@ def play(case: Case, rank: int, port: int, folder: str) -> None:
     at = {fault.place: fault.act} if rank == case.guilty else dict(fault.others)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=case.size, timeout=_seconds(case.timeout))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=case.size, timeout=MEETING)
+        dist.barrier()
+        _set_pg_timeout(timedelta(seconds=case.timeout), dist.group.WORLD)
         torch.manual_seed(0)
         loop = Loop(case, notes, {place: _written(folder, rank, act) for place, act in at.items()}, fault.step)
         loop.verifies = fault.verifies
@@ -218,10 +225,6 @@ def _written(folder: str, rank: int, act: Callable[[Loop], None]) -> Callable[[L
         act(loop)
 
     return acts
-
-
-def _seconds(timeout: float) -> timedelta:
-    return timedelta(seconds=timeout)
 
 
 def _hash(parameters: list[nn.Parameter]) -> str:

@@ -11,6 +11,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from distclip.train.config import Parallel
 from distclip.train.problem import require
 
+MEETING = 600.0  # seconds to wait at least for all ranks to start
 MEETING_POINT = "DISTCLIP_MEETING_POINT"  # the init_method of ranks that `distclip train` has started itself
 
 
@@ -50,12 +51,13 @@ def launched_world(parallel: Parallel) -> int:
 def join(timeout: float) -> Place:
     """Enter the process group: NCCL when each local rank has a GPU, Gloo on the CPU otherwise.
 
-    Whoever waits for another rank for more than `timeout` seconds, here or in a collective, gets an error.
+    Whoever waits for another rank for more than `timeout` seconds gets an error, but here, where machines that start
+    late are waited for longer.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    init_method, limit = meeting_point(), timedelta(seconds=timeout)
+    init_method, limit = meeting_point(), timedelta(seconds=max(timeout, MEETING))
     if dist.is_nccl_available() and torch.cuda.device_count() >= local_world:
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
@@ -64,6 +66,7 @@ def join(timeout: float) -> Place:
         device, backend = torch.device("cpu"), "gloo"
         torch.set_flush_denormal(True)  # the tails of saturated recurrent nets make a CPU ten times slower
         dist.init_process_group(backend, init_method, limit, world, rank)
+    limit_waits(timeout)
     return Place(rank=rank, world=world, device=device, backend=backend)
 
 

@@ -126,7 +126,7 @@ def by_hand(rank: int, meeting: Path, words: list[str]) -> subprocess.Popen[str]
 
 @linux
 def test_a_stopped_rank_is_named_once_the_others_have_waited_long_enough(tmp_path: Path):
-    words = [*TINY, "train.steps=100000", "parallel.timeout=2", f"run.dir={tmp_path / 'run'}"]
+    words = [*TINY, "train.steps=100000", "parallel.timeout=4", f"run.dir={tmp_path / 'run'}"]
     patient, stopped = (by_hand(rank, tmp_path / "ranks", words) for rank in range(2))
     try:
         wait_for_step(tmp_path / "run", 5, patient)

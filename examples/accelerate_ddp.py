@@ -1,4 +1,4 @@
-"""Accelerate with an adaptive bound, accumulation and a bad row: torchrun --nproc-per-node 2 examples/accelerate_ddp.py"""
+"""Accelerate with an adaptive bound and a bad row: torchrun --nproc-per-node 2 examples/accelerate_ddp.py"""
 
 import torch
 

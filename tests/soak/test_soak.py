@@ -1,4 +1,7 @@
-"""A short soak: 2,000 steps on one process, 1,000 on two. tests/soak/run.sh makes 100,000."""
+"""A short soak: 2,000 steps on one process, 1,000 on two. tests/soak/run.sh makes 100,000, and looks at times too.
+
+Here other tests share the cores, and a step may take as long as it likes.
+"""
 
 import socket
 from typing import Any
@@ -8,18 +11,20 @@ import pytest
 from ranks import run_ranks
 from soak.soak import WAYS, faults, soak
 
+ANY = float("inf")
+
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_process_grows_by_nothing(way):
     figures = soak(way, steps=2000, warm_up=300)
-    assert faults(figures, drift_allowed=2.0) == [], figures
+    assert faults(figures, drift_allowed=ANY) == [], figures
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_grow_by_nothing(way):
     for figures in run_ranks(soak, 2, way, 1000, 200, timeout=300):
         assert figures.ranks == 2
-        assert faults(figures, drift_allowed=2.0) == [], figures
+        assert faults(figures, drift_allowed=ANY) == [], figures
 
 
 def test_what_leaks_is_found():
@@ -33,4 +38,4 @@ def test_what_leaks_is_found():
     figures = soak("clipper", steps=600, warm_up=50, beside=leak)
     for leaked in kept[1::2]:
         leaked.close()
-    assert [fault.split(" ", 1)[0] for fault in faults(figures, drift_allowed=99.0)] == ["grew", "600"], figures
+    assert [fault.split(" ", 1)[0] for fault in faults(figures, drift_allowed=ANY)] == ["grew", "600"], figures

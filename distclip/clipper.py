@@ -41,6 +41,11 @@ DISAGREE = (
     "rank make the same calls"
 )
 
+APART = (
+    "reduce gradients before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... "
+    "where ranks hold different parameters, or go on from the last checkpoint if a copy was damaged"
+)
+
 _alive: WeakSet["Clipper"] = WeakSet()
 
 
@@ -88,7 +93,8 @@ class Clipper:
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
     ranks where not. Every ``measure``, ``clip_`` and ``step`` makes one all-reduce of two float64 words (four for
-    inf), DDP included, so that ranks decide alike even when one replica is corrupt. Two words more travel with
+    inf), DDP included, so that ranks decide alike even when one replica is corrupt: where every rank holds all gradients
+    and those of one have a norm that is 1e-6 off, the next call is a LayoutError on all. Two words more travel with
     DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: they say whether some rank holds float64, and
     whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending sums), which are then
     redistributed into ``.grad``, from then on before the all-reduce. A call that raises leaves gradients and policy
@@ -141,6 +147,7 @@ class Clipper:
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._skips = 0
         self._unread: tuple[Flags, Measured] | None = None
+        self._apart: LayoutError | None = None  # of this rank's copies in the latest step: all ranks hear in the next
         self._culprit: Culprit | None = None
         self._report: Report | None = None
         self._driver: str | None = None  # who calls, where it is not the user
@@ -165,7 +172,7 @@ class Clipper:
         norm of NaN on accelerators.
         """
         self._read_late_flags()
-        measured = self._measure(tag=self._steps + MEASURING)
+        measured = self._measure(tag=self._steps + MEASURING, fault=self._taken_apart())
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
             raise LayoutError(f"{DISAGREE}{measured.reduced.who}")
@@ -236,7 +243,7 @@ class Clipper:
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
         self._state = fitting(state["policy"], self._policy.init(self._plan.device))
         self._steps, self._skips = steps, skips
-        self._unread = None
+        self._unread = self._apart = None
 
     def _clip(self) -> Report:
         """Advance, and scale the gradients in place."""
@@ -283,7 +290,7 @@ class Clipper:
     def _advance(self, skips_on_device: bool, fault: LayoutError | None = None) -> Outcome:
         """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
         self._read_late_flags()
-        measured = self._measure(tag=self._steps, fault=fault)
+        measured = self._measure(tag=self._steps, fault=fault or self._taken_apart())
         outcome, state = self._decide(measured)
         if (
             reads_are_free(self._plan.device)
@@ -295,7 +302,8 @@ class Clipper:
         elif not in_capture(self._plan.device):
             kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
             norm, disagree = measured.reduced.tensors(self._plan.device)
-            self._unread = Flags.send(~norm.isfinite(), disagree), kept
+            apart = torch.as_tensor(outcome.apart, device=norm.device)
+            self._unread = Flags.send(~norm.isfinite(), disagree, apart), kept
         copies = {name: value.clone() for name, value in state.items()}  # one may be what another was
         for name, value in copies.items():
             self._state[name].copy_(value)  # in place: a captured graph reads the next state where it wrote the last
@@ -352,6 +360,8 @@ class Clipper:
             raise LayoutError(f"{DISAGREE}{outcome.measured.reduced.who}")
         if isfinite(outcome.norm):
             self._skips = 0
+            if outcome.apart:
+                self._note_copies(outcome.measured, self._steps)
             return outcome
         return outcome.blamed_on(self._blame(outcome.measured))
 
@@ -374,13 +384,31 @@ class Clipper:
         if self._unread is None or in_capture(self._plan.device):
             return
         (flags, measured), self._unread = self._unread, None
-        nonfinite, disagree = flags.read()
+        nonfinite, disagree, apart = flags.read()
         if disagree:
             raise LayoutError(DISAGREE)
         if nonfinite:
             self._blame(measured)
-        else:
-            self._skips = 0
+            return
+        self._skips = 0
+        if apart:
+            self._note_copies(measured, self._steps - 1)
+
+    def _note_copies(self, measured: Measured, step: int) -> None:
+        """Remember that this rank's copies of gradients are not those of the others.
+
+        Some ranks see that and some do not, by how far theirs are from the mean: the next call tells all of them.
+        """
+        assert measured.reduced.own is not None
+        self._apart = LayoutError(
+            f"copies of gradients differ between ranks since step {step}, and here had a norm of "
+            f"{float(measured.reduced.own):.7g} in it: {APART}"
+        )
+
+    def _taken_apart(self) -> LayoutError | None:
+        """What was noted in an earlier step, once."""
+        fault, self._apart = self._apart, None
+        return fault
 
     @torch.no_grad()
     def _apply(self, outcome: Outcome, gradients: Sequence[Tensor]) -> None:

@@ -97,6 +97,7 @@ class Plan:
     code: int  # hash of the common pieces
     asks: bool  # whether two words more ask all ranks for misplaced gradients and float64: the same on all ranks
     heeds: bool  # whether the answers can be yes on a rank other than this one, so that they must be read
+    copied: bool  # whether every rank of the group holds a copy of all pieces, as under DDP
     memory: Memory = field(default_factory=Memory, compare=False)
 
     @classmethod
@@ -140,6 +141,7 @@ class Plan:
             code=int.from_bytes(digest.digest()),
             asks=asks or heeds,
             heeds=heeds,
+            copied=group.size > 1 and set(replicas) == {group.size},
         )
 
     def label(self, index: int) -> str:
@@ -164,7 +166,7 @@ class Plan:
         every rank must then do. ``same``: they are the very tensors of the last time. ``taken``: sums of some of them.
         Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is mixed into the agreement
         word; ``call`` is what errors say of this rank where others do not agree. An error of this rank is raised after
-        it has taken part, and so is a ``fault`` that it is given.
+        it has taken part, and so is a ``fault`` that it is given, with what the others say.
         """
         error = fault
         if eager:
@@ -180,7 +182,7 @@ class Plan:
                 eager = True
         if local is not None:
             if local.error is not None:
-                raise local.error
+                raise LayoutError(f"{fault}{reduced.who}") if local.error is fault else local.error
             gradients = _replaced(gradients, local.instead, holders)
         dtype = torch.float64 if wide else torch.float32
         return Measured(gradients, gathered.runs, norms, reduced, eager, dtype, can_overflow=wide or 7 < self.p < inf)
@@ -234,7 +236,7 @@ class Plan:
         questions = (misplaced, self.wide) if self.asks else ()
         missing = self._missing(gradients) if len(gathered.indices) < len(self.pieces) else ()
         code = self.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
-        reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions)
+        reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions, self.copied)
         if reduced.disagree is True:
             mine_is = self._account(call, missing, None if local is None else local.error)
             reduced = replace(reduced, who=who_differs(self.group, self.device, mine_is))
@@ -256,7 +258,7 @@ class Plan:
     def _account(self, call: str, missing: Sequence[int], error: LayoutError | None) -> str:
         """What this rank has to say for itself where ranks do not agree."""
         if error is not None:
-            return f"stopped with {error}"
+            return f"stopped: {str(error).partition(': ')[0]}"  # what to do about it is said on that rank
         common = [i for i, is_common in enumerate(self.common) if is_common]
         lacks = ", ".join(self.label(common[k]) for k in missing[:SHOWN])
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""

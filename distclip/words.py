@@ -10,7 +10,7 @@ so that every rank sees the same one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isinf, isnan, nan, sqrt
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ from .group import ClippingGroup
 
 MODULUS = 2.0**36
 CODES = 1 << 16
+APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
 
 Word: TypeAlias = Tensor | float
 """A number where the words are reduced on the host, a 0-d float64 tensor where that is an accelerator."""
@@ -34,13 +35,27 @@ class Reduced:
     * ``norm``: the total norm, float64.
     * ``disagree``: whether ranks sent different codes or reported a fault.
     * ``answers``: for each question, whether some rank said yes.
+    * ``own``: this rank's alone: the norm of its copies, where every rank holds a copy of every gradient; else None.
     * ``who``: after what an error says of the disagreement, which ranks it is; empty where that was not asked.
     """
 
     norm: Word
     disagree: Tensor | bool
     answers: tuple[Tensor | bool, ...]
+    own: Word | None = None
     who: str = ""
+
+    @property
+    def apart(self) -> Tensor | bool:
+        """Whether the copies on this rank are not those of the others. A norm that is not finite tells nothing."""
+        if self.own is None:
+            return False
+        limit = APART * self.norm
+        return (self.own - self.norm > limit) | (self.norm - self.own > limit)
+
+    def unscaled(self, scale: float) -> "Reduced":
+        """The same of gradients that are ``scale`` times smaller."""
+        return replace(self, norm=self.norm / scale, own=None if self.own is None else self.own / scale)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Norm and disagreement as 0-d tensors on ``device``, where they are."""
@@ -56,19 +71,26 @@ class Reduced:
 
 
 def reduce_norm(
-    group: ClippingGroup, local: Word, p: float, code: int, faulty: bool, questions: Sequence[bool]
+    group: ClippingGroup,
+    local: Word,
+    p: float,
+    code: int,
+    faulty: bool,
+    questions: Sequence[bool],
+    copied: bool = False,
 ) -> Reduced:
     """Make ``local``, this rank's sum of powers over replicas (p = inf: its largest norm), global.
 
     One all-reduce of two float64 words (p = inf: four) and one for each of ``questions``, made by every rank of the
     group whatever it holds; none in one process. A ``faulty`` rank, which is about to raise, takes part so that the
-    others do not wait for it.
+    others do not wait for it. ``copied``: every rank of the group holds a copy of all that is summed.
     """
     reduce = _reduce_max if p == inf else _reduce_sum
     norm, disagree, *answers = reduce(
         group, local, p, code % CODES, inf if faulty else 0.0, list(map(float, questions))
     )
-    return Reduced(norm, disagree, tuple(answer > 0 for answer in answers))
+    own = None if not copied else local if p == inf else _root(local * group.size, p)
+    return Reduced(norm, disagree, tuple(answer > 0 for answer in answers), own)
 
 
 def _reduce_sum(

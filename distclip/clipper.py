@@ -41,11 +41,6 @@ DISAGREE = (
     "rank make the same calls"
 )
 
-APART = (
-    "reduce gradients before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... "
-    "where ranks hold different parameters, or go on from the last checkpoint if a copy was damaged"
-)
-
 _alive: WeakSet["Clipper"] = WeakSet()
 
 
@@ -93,12 +88,12 @@ class Clipper:
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
     ranks where not. Every ``measure``, ``clip_`` and ``step`` makes one all-reduce of two float64 words (four for
-    inf), DDP included, so that ranks decide alike even when one replica is corrupt: where every rank holds all gradients
-    and those of one have a norm that is 1e-6 off, the next call is a LayoutError on all. Two words more travel with
-    DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: they say whether some rank holds float64, and
-    whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending sums), which are then
-    redistributed into ``.grad``, from then on before the all-reduce. A call that raises leaves gradients and policy
-    state as they were, but for pending sums that were made by then.
+    inf), DDP included, so that ranks decide alike even when one replica is corrupt: where every rank holds all
+    gradients and those of one have a norm that is 1e-6 off, the next call is a LayoutError on all. Two words more
+    travel with DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: they say whether some rank holds
+    float64, and whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending sums),
+    which are then redistributed into ``.grad``, from then on before the all-reduce. A call that raises leaves gradients
+    and policy state as they were, but for pending sums that were made by then.
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
     float64 gradients, p > 7 and the extra words; each costs one wait a step. Without a wait, non-finite norms and
@@ -147,7 +142,6 @@ class Clipper:
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._skips = 0
         self._unread: tuple[Flags, Measured] | None = None
-        self._apart: LayoutError | None = None  # of this rank's copies in the latest step: all ranks hear in the next
         self._culprit: Culprit | None = None
         self._report: Report | None = None
         self._driver: str | None = None  # who calls, where it is not the user
@@ -172,7 +166,7 @@ class Clipper:
         norm of NaN on accelerators.
         """
         self._read_late_flags()
-        measured = self._measure(tag=self._steps + MEASURING, fault=self._taken_apart())
+        measured = self._measure(tag=self._steps + MEASURING, fault=self._plan.memory.take_fault())
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
             raise LayoutError(f"{DISAGREE}{measured.reduced.who}")
@@ -243,7 +237,8 @@ class Clipper:
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
         self._state = fitting(state["policy"], self._policy.init(self._plan.device))
         self._steps, self._skips = steps, skips
-        self._unread = self._apart = None
+        self._unread = None
+        self._plan.memory.take_fault()
 
     def _clip(self) -> Report:
         """Advance, and scale the gradients in place."""
@@ -290,7 +285,7 @@ class Clipper:
     def _advance(self, skips_on_device: bool, fault: LayoutError | None = None) -> Outcome:
         """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
         self._read_late_flags()
-        measured = self._measure(tag=self._steps, fault=fault or self._taken_apart())
+        measured = self._measure(tag=self._steps, fault=fault or self._plan.memory.take_fault())
         outcome, state = self._decide(measured)
         if (
             reads_are_free(self._plan.device)
@@ -361,7 +356,7 @@ class Clipper:
         if isfinite(outcome.norm):
             self._skips = 0
             if outcome.apart:
-                self._note_copies(outcome.measured, self._steps)
+                self._plan.note_apart(outcome.measured.reduced, f"step {self._steps}")
             return outcome
         return outcome.blamed_on(self._blame(outcome.measured))
 
@@ -392,23 +387,7 @@ class Clipper:
             return
         self._skips = 0
         if apart:
-            self._note_copies(measured, self._steps - 1)
-
-    def _note_copies(self, measured: Measured, step: int) -> None:
-        """Remember that this rank's copies of gradients are not those of the others.
-
-        Some ranks see that and some do not, by how far theirs are from the mean: the next call tells all of them.
-        """
-        assert measured.reduced.own is not None
-        self._apart = LayoutError(
-            f"copies of gradients differ between ranks since step {step}, and here had a norm of "
-            f"{float(measured.reduced.own):.7g} in it: {APART}"
-        )
-
-    def _taken_apart(self) -> LayoutError | None:
-        """What was noted in an earlier step, once."""
-        fault, self._apart = self._apart, None
-        return fault
+            self._plan.note_apart(measured.reduced, f"step {self._steps - 1}")
 
     @torch.no_grad()
     def _apply(self, outcome: Outcome, gradients: Sequence[Tensor]) -> None:

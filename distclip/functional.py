@@ -67,7 +67,8 @@ def clip_grad_norm_(
     and whether a gradient lies otherwise than its parameter (sequence-parallel norms leave pending sums); reading them
     costs a wait on accelerators. If one does, the ranks of its mesh redistribute it into ``.grad`` and the norm is
     reduced again. A LayoutError is raised on all ranks where they disagree; on accelerators, where nothing waits for
-    that, the norm is NaN instead.
+    that, the norm is NaN instead. Where every rank holds all gradients and those of one have a norm that is 1e-6 off,
+    the next call for these parameters raises it (CPU).
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -80,10 +81,13 @@ def clip_grad_norm_(
     bound = positive("max_norm", max_norm, "inf measures only")
     known = planned(parameters, norm_type, group, split_over, layout)
     call = f"clip_grad_norm_(max_norm={bound}, norm_type={known.plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
+    fault = known.plan.memory.take_fault()
     measured = known.plan.measure(
-        known.gradients, known.holders, crc32(call.encode()), same=known.same, call=call
-    )  # fmt: skip
+        known.gradients, known.holders, crc32(call.encode()), same=known.same, fault=fault, call=call
+    )
     norm, culprit = _total_norm(known.plan, measured, error_if_nonfinite)
+    if not isinstance(norm, Tensor) and measured.reduced.apart:
+        known.plan.note_apart(measured.reduced, "the call before")
     if culprit is None or culprit.kind != "overflow":
         _scale(measured.runs, norm, bound)
     return presented(norm, measured.dtype)

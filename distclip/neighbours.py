@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .errors import LayoutError
 from .gradient import Local
 from .piece import Piece, local_tensor
 
@@ -281,12 +282,14 @@ def _run(members: Sequence[Member], tensors: Sequence[Tensor]) -> Run:
 class Memory:
     """What a plan remembers of one step for the next: nothing that another rank would have to know.
 
-    Where gradients never lie twice alike, noting where they lie rests for 2, 4, ... up to 1024 steps.
+    Where gradients never lie twice alike, noting where they lie rests for 2, 4, ... up to 1024 steps. ``fault``: what
+    this rank saw in the last step, for the next to tell the others.
     """
 
-    __slots__ = ("_calls", "_next", "_rest", "_runs")
+    __slots__ = ("_calls", "_next", "_rest", "_runs", "fault")
 
     def __init__(self) -> None:
+        self.fault: LayoutError | None = None
         self._runs: Runs | None = None
         self._calls = 0
         self._next = 1
@@ -295,6 +298,11 @@ class Memory:
     def knows(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether ``gradients`` are the very tensors that were noted, and where they were."""
         return self._runs is not None and self._runs.are_there(gradients)
+
+    def take_fault(self) -> LayoutError | None:
+        """The fault, which is then forgotten."""
+        fault, self.fault = self.fault, None
+        return fault
 
     def gather(self, gradients: Sequence[Tensor | None], same: bool) -> Gathered | None:
         """The runs of ``gradients`` if they lie as noted; where none are neighbours, None in calls 4, 8, 16, ... too.

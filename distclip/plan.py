@@ -29,6 +29,10 @@ from .words import Reduced, Word, reduce_norm
 WIDE = (torch.float64, torch.complex128)
 REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
 SHOWN = 5  # names in an error
+SAY_SO = (
+    "reduce gradients before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... "
+    "where ranks hold different parameters, or go on from the last checkpoint if a copy was damaged"
+)
 TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
 
 
@@ -208,6 +212,17 @@ class Plan:
             if seen.instead is not None:
                 instead[source] = seen.instead
         return Local(parts, indices, misplaced, instead, error)
+
+    def note_apart(self, reduced: Reduced, call: str) -> None:
+        """Remember that this rank's copies of gradients were not those of the others in ``call``.
+
+        Some ranks see that and some do not, by how far theirs are from the mean: the next call tells all of them.
+        """
+        assert reduced.own is not None
+        self.memory.fault = LayoutError(
+            f"copies of gradients differ between ranks since {call}, and here had a norm of {float(reduced.own):.7g}: "
+            f"{SAY_SO}"
+        )
 
     def norms(self, measured: Measured) -> Norms:
         """The norm of each gradient that was measured: at hand on accelerators, made now on the host."""

@@ -67,6 +67,33 @@ def test_what_the_accuracy_of_a_norm_may_hide_is_no_error():
         assert [r["called"] for r in run_ranks(changed, 2, ddp, 1 + 1e-7, road)] == [["stepped"] * 5] * 2
 
 
+def by_function(others: int) -> list[str]:
+    """The same of the function, which is called for ``others`` other models in between."""
+    model = ddp()
+    called = []
+    for step in range(3):
+        backward(model, step)
+        if step == 1 and dist.get_rank() == 1:
+            next(model.parameters()).grad.mul_(2)
+        for other in [build() for _ in range(others)]:
+            backward(other, step)
+            distclip.clip_grad_norm_(other.parameters(), 1.0)
+        try:
+            distclip.clip_grad_norm_(model.parameters(), 1.0, group=dist.group.WORLD)
+            called.append("clipped")
+        except distclip.LayoutError as error:
+            called.append(str(error))
+    return called
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_function_hears_of_it_in_its_next_call(others):
+    for first, second, third in run_ranks(by_function, 3, others):
+        assert [first, second] == ["clipped"] * 2
+        assert "copies of gradients differ between ranks since the call before" in third
+        assert "; rank 1: stopped: copies" in third
+
+
 def test_shards_differ_as_they_must():
     assert [r["called"] for r in run_ranks(changed, 2, fsdp2, 1.0, HOST)] == [["stepped"] * 5] * 2
 

@@ -300,10 +300,7 @@ def late(case: Case) -> Contract:
     return Contract(BROKEN, says=(f"rank {case.guilty} (came late|did not come)",))
 
 
-def seen_by_a_clipper(case: Case) -> Contract:
-    """In the next call, by all. A function has no next call: it keeps nothing of the last."""
-    if case.call == "step":
-        return refused("copies of gradients differ", "rank GUILTY: stopped")(case)
+def unseen(case: Case) -> Contract:
     return Contract(DONE, holds=LIMIT)
 
 
@@ -351,7 +348,15 @@ FAULTS: dict[str, Fault] = {
     "bit flip in a gradient, verify()": Fault(
         "gradients", flip("gradient", COPIED, 23), refused(COPIED), layouts=("ddp", "tp"), calls=STEP, verifies=True
     ),
-    "bit flip in a gradient": Fault("gradients", flip("gradient", COPIED, 23), seen_by_a_clipper, layouts=("ddp",)),
+    "bit flip in a gradient": Fault(
+        "gradients",
+        flip("gradient", COPIED, 23),
+        refused("copies of gradients differ", "rank GUILTY: stopped"),  # in the next call
+        layouts=("ddp",),
+    ),
+    "bit flip in a gradient, last call": Fault(
+        "gradients", flip("gradient", COPIED, 23), unseen, step=STEPS - 1, layouts=("ddp",)
+    ),
     # ranks that go
     "kill before the all-reduce": Fault("call", die, gone, layouts=EVERYWHERE),
     "kill in mid all-reduce": Fault("call", die_inside, gone, others={"call": come_late}, layouts=EVERYWHERE),

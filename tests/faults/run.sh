@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole fault suite, or what its options choose: tests/faults/run.sh [--only NAME] [--jobs N] [-v]. Takes half an
-# hour on two cores; prints one row a fault and fails if any run is against its contract. See docs/reliability.md.
+# The whole fault suite, or what its options choose: tests/faults/run.sh [--only NAME] [--jobs N] [-v]. Takes nine
+# minutes on two cores; prints one row a fault and fails if any run is against its contract. See docs/reliability.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OMP_NUM_THREADS=1 # ranks share the cores already

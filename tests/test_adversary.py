@@ -410,6 +410,7 @@ def plain_beside_fsdp2() -> list[tuple[str, float, float]]:
     return seen
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11 warns although they were asked for
 def test_plain_gradients_beside_fsdp2_are_looked_at():
     for name, norm, oracle in run_ranks(plain_beside_fsdp2, 2)[0]:
         assert norm == pytest.approx(oracle, rel=2e-7), name
@@ -499,6 +500,8 @@ def test_a_step_is_clip_then_step_however_the_gradient_lies(lies, name, fused):
     """torch's fused kernels on the CPU take strides for granted: they read, and with a factor write, other elements."""
     mine, theirs = ([Parameter(numbers(6, 8, seed=k)) for k in range(2)] for _ in range(2))
     optimizer, reference = FUSED[name](mine, fused=fused), FUSED[name](theirs)
+    if fused and not getattr(optimizer, "_step_supports_amp_scaling", False):
+        pytest.skip(f"the fused {name} of torch {torch.__version__} cannot fold, and takes strides for granted")
     clipper = distclip.Clipper(nn.ParameterList(mine), 1.0)
     for step in range(3):
         for k in range(2):

@@ -297,8 +297,8 @@ class Clipper:
         elif not in_capture(self._plan.device):
             kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
             norm, disagree = measured.reduced.tensors(self._plan.device)
-            apart = torch.as_tensor(outcome.apart, device=norm.device)
-            self._unread = Flags.send(~norm.isfinite(), disagree, apart), kept
+            own = norm if measured.reduced.own is None else torch.as_tensor(measured.reduced.own)
+            self._unread = Flags.send(norm, disagree, own), kept
         copies = {name: value.clone() for name, value in state.items()}  # one may be what another was
         for name, value in copies.items():
             self._state[name].copy_(value)  # in place: a captured graph reads the next state where it wrote the last
@@ -355,8 +355,7 @@ class Clipper:
             raise LayoutError(f"{DISAGREE}{outcome.measured.reduced.who}")
         if isfinite(outcome.norm):
             self._skips = 0
-            if outcome.apart:
-                self._plan.note_apart(outcome.measured.reduced, f"step {self._steps}")
+            self._plan.compare_copies(float(outcome.norm), outcome.measured.reduced.own, f"step {self._steps}")
             return outcome
         return outcome.blamed_on(self._blame(outcome.measured))
 
@@ -379,15 +378,14 @@ class Clipper:
         if self._unread is None or in_capture(self._plan.device):
             return
         (flags, measured), self._unread = self._unread, None
-        nonfinite, disagree, apart = flags.read()
+        norm, disagree, own = flags.read()
         if disagree:
             raise LayoutError(DISAGREE)
-        if nonfinite:
+        if not isfinite(norm):
             self._blame(measured)
             return
         self._skips = 0
-        if apart:
-            self._plan.note_apart(measured.reduced, f"step {self._steps - 1}")
+        self._plan.compare_copies(norm, own, f"step {self._steps - 1}")
 
     @torch.no_grad()
     def _apply(self, outcome: Outcome, gradients: Sequence[Tensor]) -> None:

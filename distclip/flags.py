@@ -20,9 +20,9 @@ class Flags:
     arrived: torch.Event | None  # None where the words already are on the host
 
     @classmethod
-    def send(cls, *flags: Tensor) -> Self:
-        """Start copying 0-d ``flags``; never waits."""
-        words = torch.stack(flags)
+    def send(cls, *numbers: Tensor) -> Self:
+        """Start copying 0-d ``numbers``, as float64; never waits."""
+        words = torch.stack([number.double() for number in numbers])
         if words.device.type == "cpu":
             return cls(words, None)
         host = torch.empty_like(words, device="cpu", pin_memory=True)
@@ -31,8 +31,9 @@ class Flags:
         arrived.record()
         return cls(host, arrived)
 
-    def read(self) -> list[bool]:
+    def read(self) -> list[float]:
         """Wait until they are here and return them. Waiting, and never asking whether, keeps ranks in step."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return [bool(word) for word in self.words.tolist()]
+        numbers: list[float] = self.words.tolist()
+        return numbers

@@ -86,8 +86,8 @@ def clip_grad_norm_(
         known.gradients, known.holders, crc32(call.encode()), same=known.same, fault=fault, call=call
     )
     norm, culprit = _total_norm(known.plan, measured, error_if_nonfinite)
-    if not isinstance(norm, Tensor) and measured.reduced.apart:
-        known.plan.note_apart(measured.reduced, "the call before")
+    if not isinstance(norm, Tensor):
+        known.plan.compare_copies(norm, measured.reduced.own, "the call before")
     if culprit is None or culprit.kind != "overflow":
         _scale(measured.runs, norm, bound)
     return presented(norm, measured.dtype)

@@ -18,8 +18,7 @@ LEAST_FOLDED = 2.95e-39  # below, 1 / coef is inf in float32
 class Outcome:
     """One measured and decided step.
 
-    ``norm`` and what follows are numbers where the host knows them, 0-d tensors otherwise. ``apart`` is this rank's:
-    whether its copies of gradients are not those of the others.
+    ``norm`` and what follows are numbers where the host knows them, 0-d tensors otherwise.
     """
 
     report: Report
@@ -27,7 +26,6 @@ class Outcome:
     bounds: tuple[float, float] | None
     norm: float | Tensor
     disagree: bool | Tensor
-    apart: bool | Tensor
     coef: float | Tensor
     skip: bool | Tensor
 
@@ -48,11 +46,13 @@ class Outcome:
         """The same with numbers in place of tensors: one copy to the host, and a wait for it."""
         if not isinstance(self.norm, Tensor):
             return self
-        device = self.norm.device
-        words = (self.norm, self.disagree, self.apart, self.coef, self.skip)
-        stacked = torch.stack([torch.as_tensor(word, dtype=torch.float64, device=device) for word in words])
-        norm, disagree, apart, coef, skip = stacked.tolist()
-        return replace(self, norm=norm, disagree=bool(disagree), apart=bool(apart), coef=coef, skip=bool(skip))
+        reduced = self.measured.reduced
+        words = (self.norm, self.disagree, self.coef, self.skip, self.norm if reduced.own is None else reduced.own)
+        norm, disagree, coef, skip, own = torch.stack([torch.as_tensor(word).double() for word in words]).tolist()
+        if reduced.own is not None:
+            reduced = replace(reduced, own=own)
+        measured = replace(self.measured, reduced=reduced)
+        return replace(self, measured=measured, norm=norm, disagree=bool(disagree), coef=coef, skip=bool(skip))
 
     def blamed_on(self, culprit: Culprit) -> "Outcome":
         """The same with the culprit in its report. Finite gradients whose powers overflow are left as they are."""
@@ -84,8 +84,7 @@ def _with_numbers(
     coef = torch.ones(()) if skip else clip_coef(norm, bound)
     dtype = measured.dtype
     report = Report(presented(norm, dtype), presented(bound, dtype), coef, torch.tensor(skip))
-    apart = bool(measured.reduced.apart)
-    return Outcome(report, measured, decision.bounds, norm, disagree, apart, coef.item(), skip), state
+    return Outcome(report, measured, decision.bounds, norm, disagree, coef.item(), skip), state
 
 
 def _with_tensors(
@@ -102,5 +101,4 @@ def _with_tensors(
     bound = presented(decision.max_norm.clone(), dtype)  # a policy may answer with its state, which is about to change
     report = Report(presented(norm, dtype), bound, coef, skip)
     never = decision.skip is None and not skips_nonfinite
-    apart = measured.reduced.apart
-    return Outcome(report, measured, decision.bounds, norm, disagree, apart, coef, False if never else skip), state
+    return Outcome(report, measured, decision.bounds, norm, disagree, coef, False if never else skip), state

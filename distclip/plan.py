@@ -24,11 +24,12 @@ from .layout import LayoutFn, LayoutReader
 from .neighbours import Gathered, Memory, shares_of
 from .piece import Held, Piece, holders_of, once
 from .realign import is_candidate, realign
-from .words import Reduced, Word, reduce_norm
+from .words import Reduced, Word, reduce_norm, root
 
 WIDE = (torch.float64, torch.complex128)
 REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
 SHOWN = 5  # names in an error
+APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
 SAY_SO = (
     "reduce gradients before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... "
     "where ranks hold different parameters, or go on from the last checkpoint if a copy was damaged"
@@ -213,16 +214,19 @@ class Plan:
                 instead[source] = seen.instead
         return Local(parts, indices, misplaced, instead, error)
 
-    def note_apart(self, reduced: Reduced, call: str) -> None:
-        """Remember that this rank's copies of gradients were not those of the others in ``call``.
+    def compare_copies(self, norm: float, own: Word | None, call: str) -> None:
+        """Where every rank holds all gradients: remember it if those of this one were not those of all in ``call``.
 
-        Some ranks see that and some do not, by how far theirs are from the mean: the next call tells all of them.
+        ``norm`` is that of all ranks, finite, and ``own`` what this one has put in, a number. Some ranks see a
+        difference and some do not, by how far theirs are from the mean: the next call tells all of them.
         """
-        assert reduced.own is not None
-        self.memory.fault = LayoutError(
-            f"copies of gradients differ between ranks since {call}, and here had a norm of {float(reduced.own):.7g}: "
-            f"{SAY_SO}"
-        )
+        if not self.copied or own is None:
+            return
+        mine = float(own) if self.p == inf else float(root(float(own) * self.group.size, self.p))
+        if abs(mine - norm) > APART * norm:
+            self.memory.fault = LayoutError(
+                f"copies of gradients differ between ranks since {call}, and here had a norm of {mine:.7g}: {SAY_SO}"
+            )
 
     def norms(self, measured: Measured) -> Norms:
         """The norm of each gradient that was measured: at hand on accelerators, made now on the host."""

@@ -22,7 +22,6 @@ from .group import ClippingGroup
 
 MODULUS = 2.0**36
 CODES = 1 << 16
-APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
 
 Word: TypeAlias = Tensor | float
 """A number where the words are reduced on the host, a 0-d float64 tensor where that is an accelerator."""
@@ -35,7 +34,7 @@ class Reduced:
     * ``norm``: the total norm, float64.
     * ``disagree``: whether ranks sent different codes or reported a fault.
     * ``answers``: for each question, whether some rank said yes.
-    * ``own``: this rank's alone: the norm of its copies, where every rank holds a copy of every gradient; else None.
+    * ``own``: what this rank alone has put in, where every rank holds a copy of every gradient; else None.
     * ``who``: after what an error says of the disagreement, which ranks it is; empty where that was not asked.
     """
 
@@ -45,17 +44,10 @@ class Reduced:
     own: Word | None = None
     who: str = ""
 
-    @property
-    def apart(self) -> Tensor | bool:
-        """Whether the copies on this rank are not those of the others. A norm that is not finite tells nothing."""
-        if self.own is None:
-            return False
-        limit = APART * self.norm
-        return (self.own - self.norm > limit) | (self.norm - self.own > limit)
-
-    def unscaled(self, scale: float) -> "Reduced":
+    def unscaled(self, scale: float, p: float) -> "Reduced":
         """The same of gradients that are ``scale`` times smaller."""
-        return replace(self, norm=self.norm / scale, own=None if self.own is None else self.own / scale)
+        power = scale if p == inf else scale**p
+        return replace(self, norm=self.norm / scale, own=None if self.own is None else self.own / power)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Norm and disagreement as 0-d tensors on ``device``, where they are."""
@@ -89,8 +81,7 @@ def reduce_norm(
     norm, disagree, *answers = reduce(
         group, local, p, code % CODES, inf if faulty else 0.0, list(map(float, questions))
     )
-    own = None if not copied else local if p == inf else _root(local * group.size, p)
-    return Reduced(norm, disagree, tuple(answer > 0 for answer in answers), own)
+    return Reduced(norm, disagree, tuple(answer > 0 for answer in answers), local if copied else None)
 
 
 def _reduce_sum(
@@ -98,7 +89,7 @@ def _reduce_sum(
 ) -> tuple[Any, ...]:
     word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
     total, agreement, *answers = _all_reduce(group, [local], [word + fault, *said], dist.ReduceOp.SUM)
-    return _root(total, p), agreement % MODULUS != 0, *answers
+    return root(total, p), agreement % MODULUS != 0, *answers
 
 
 def _reduce_max(
@@ -129,7 +120,8 @@ def _all_reduce(
     return reduced
 
 
-def _root(total: Word, p: float) -> Word:
+def root(total: Word, p: float) -> Word:
+    """The norm of which ``total`` is the sum of powers, p < inf."""
     if p == 2:
         return total.sqrt() if isinstance(total, Tensor) else sqrt(total)
     if isinstance(total, Tensor):

@@ -170,7 +170,7 @@ class EngineClipper(Clipper):
             if self._of_parts:
                 for holder in self._holders:
                     holder.grad = None  # DeepSpeed frees them one by one during the step
-        return replace(measured, reduced=measured.reduced.unscaled(self._scale))
+        return replace(measured, reduced=measured.reduced.unscaled(self._scale, self._plan.p))
 
     def _gradients(self) -> list[Tensor | None]:
         parts = [gradients_of() for _, gradients_of in self._parts]

@@ -421,7 +421,7 @@ def stepped(clipper: Clipper) -> Sent:
     number makes the agreement word 0.
     """
     step = -clipper._plan.code * pow(TAG_STEP, -1, CODES) % CODES
-    clipper.load_state_dict(clipper.state_dict() | {"steps": step})
+    clipper._steps = step
     with Collectives() as collectives:
         clipper.clip_()
     return collectives.sent

@@ -14,6 +14,23 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+OWNERS = "distclip"  # whose calls an optimizer's state has seen
+
+
+def claim(scaler: GradScaler, optimizers: Sequence[Optimizer], owner: object) -> None:
+    """Note that ``owner`` clips for ``optimizers`` now; RuntimeError where it did so since ``scaler.update()``.
+
+    The scaler would take the new gradients for unscaled, as the old ones were.
+    """
+    for optimizer in optimizers:
+        owners = _state(scaler, optimizer).setdefault(OWNERS, [])  # until update()
+        if any(one is owner for one in owners):
+            raise RuntimeError(
+                "scaler.update() was not called since the last step, and new gradients would pass for unscaled: call "
+                "it after every step, also after one that was skipped or raised"
+            )
+        owners.append(owner)
+
 
 def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
     """Unscale the gradients of every optimizer for which that was not done since ``scaler.update()``.

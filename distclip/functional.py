@@ -60,7 +60,7 @@ def clip_grad_norm_(
       more all-reduces when it raises, and one wait a call on accelerators. Otherwise a norm that is not finite goes
       through the formula as in torch, except that gradients that are all finite are left as they are.
     * ``foreach``: accepted for torch's sake; the kernels are chosen by device.
-    * ``group``, ``split_over``, ``layout``: as for :class:`Clipper`.
+    * ``group``, ``split_over``, ``layout``: as for :class:`Clipper`, on every rank or on none.
 
     Collectives: none, or one all-reduce of two float64 words (four for inf), as the module says. With DTensors that
     FSDP2 does not manage, ``group``, ``split_over`` or ``layout``, two words more say whether some rank holds float64,
@@ -89,7 +89,7 @@ def clip_grad_norm_(
     if not isinstance(norm, Tensor):
         known.plan.compare_copies(norm, measured.reduced.own, "the call before")
     if culprit is None or culprit.kind != "overflow":
-        _scale(measured.runs, norm, bound)
+        _scale(measured.runs, norm, bound, measured.dtype)
     return presented(norm, measured.dtype)
 
 
@@ -105,9 +105,9 @@ def get_total_norm(
 ) -> Tensor:
     """Return the norm of gradient ``tensors`` as one vector over all ranks, touching nothing.
 
-    Gradients, not parameters, as in torch; a DTensor's placements say how it is cut. Arguments, result, collectives
-    and errors as for :func:`clip_grad_norm_`. Unlike it, this function is given what exists: a rank that leaves out a
-    gradient disagrees with the others.
+    Gradients, not parameters, as in torch; a DTensor's placements say how it is cut. One that is listed twice counts
+    once, not as in torch. Arguments, result, collectives and errors as for :func:`clip_grad_norm_`. Unlike it, this
+    function is given what exists: a rank that leaves out a gradient disagrees with the others.
 
     >>> import torch
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
@@ -128,7 +128,8 @@ def clip_grads_with_norm_(
     """Scale the gradients of ``parameters`` in place by ``min(1, max_norm / (total_norm + 1e-6))``.
 
     ``total_norm``: 0-d, the same on every rank, for example from :func:`get_total_norm`. No collective; never waits
-    for an accelerator. Each parameter is scaled once; nothing is touched where the float32 factor is 1 on the CPU.
+    for an accelerator. Each parameter is scaled once; nothing is touched where the factor, float64 if ``total_norm`` is
+    and float32 otherwise, is 1 on the CPU.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -140,7 +141,9 @@ def clip_grads_with_norm_(
     bound = positive("max_norm", max_norm, "inf measures only")
     if isinstance(total_norm, DTensor):
         raise ValueError("total_norm must be a plain tensor, got a DTensor: use distclip.get_total_norm")
-    _scale(_gradients(holders_of(held(parameters))), torch.as_tensor(total_norm).double(), bound)
+    norm = torch.as_tensor(total_norm)
+    dtype = torch.float64 if norm.dtype == torch.float64 else torch.float32
+    _scale(_gradients(holders_of(held(parameters))), norm.double(), bound, dtype)
 
 
 @torch.no_grad()
@@ -190,8 +193,8 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
     return reduced.norm, culprit
 
 
-def _scale(gradients: Sequence[Tensor], norm: Word, max_norm: float) -> None:
-    coef = clip_coef(norm, max_norm)
+def _scale(gradients: Sequence[Tensor], norm: Word, max_norm: float, dtype: torch.dtype) -> None:
+    coef = clip_coef(norm, max_norm, dtype)
     if not reads_are_free(coef.device) or coef.item() != 1.0:
         scale_(gradients, coef)
 

@@ -90,10 +90,12 @@ class ClippingGroup:
         """Where the reduced words live: the device of most elements if the group's backend reduces there.
 
         NCCL reduces on CUDA only. Gloo would copy CUDA words to the host and back, so its words live on the CPU.
+        What is on the meta device has no gradient.
         """
         elements: Counter[torch.device] = Counter()
         for tensor in tensors:
-            elements[tensor.device] += tensor.numel()
+            if not tensor.is_meta:
+                elements[tensor.device] += tensor.numel()
         home = elements.most_common(1)[0][0] if elements else torch.device("cpu")
         if self.process_group is None:
             return home

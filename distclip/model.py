@@ -1,14 +1,16 @@
-"""What a rank holds of a model: its pieces, whatever wrapped it. No collective."""
+"""What a rank holds of a model: its pieces, whatever wrapped it, and whether it holds them still. No collective."""
 
 from collections.abc import Iterable, Iterator
+from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from .errors import LayoutError
 from .fsdp1 import held_by_fsdp1, is_flattened
 from .fsdp2 import managed_parameters
-from .piece import Held, held_parameter
+from .piece import Held, held_parameter, holders_of, once
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -24,6 +26,34 @@ def held_in(models: Iterable[nn.Module]) -> list[Held]:
     for number, part in enumerate(parts):
         found.extend(_held_in_part(part, f"{number}." if len(parts) > 1 else "", seen))
     return found
+
+
+class Reading:
+    """The parameters that some modules held when they were read, to see in a first step whether they still do."""
+
+    __slots__ = ("_ids", "_models", "_seen")
+
+    def __init__(self, models: Iterable[nn.Module], holders: Iterable[Tensor]) -> None:
+        """``holders`` are kept alive by the caller, modules by nobody."""
+        self._models = [ref(model) for model in models]
+        self._ids = frozenset(map(id, holders))
+        self._seen = False
+
+    def lost(self) -> LayoutError | None:
+        """What is wrong where the modules hold others by now; None from the second time on, or if a module is gone."""
+        models = [model for model in (reference() for reference in self._models) if model is not None]
+        if self._seen or len(models) < len(self._models):
+            return None
+        self._seen = True
+        found = once(held_in(models))
+        new = next((item for item in found if id(item.holder) not in self._ids), None)
+        if new is None and len(holders_of(found)) == len(self._ids):
+            return None
+        what = "lost parameters" if new is None else f"has another {new.piece.name}"
+        return LayoutError(
+            f"the model {what} since the Clipper was built: build it after fully_shard, load_state_dict(assign=True) "
+            "and whatever else replaces or adds parameters"
+        )
 
 
 def _held_in_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[Held]:

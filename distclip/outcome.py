@@ -81,8 +81,8 @@ def _with_numbers(
     skip = decision.skip is not None and bool(decision.skip)
     skip = skip or (skips_nonfinite and not isfinite(norm))
     bound = decision.max_norm.item()
-    coef = torch.ones(()) if skip else clip_coef(norm, bound)
     dtype = measured.dtype
+    coef = torch.ones((), dtype=dtype) if skip else clip_coef(norm, bound, dtype)
     report = Report(presented(norm, dtype), presented(bound, dtype), coef, torch.tensor(skip))
     return Outcome(report, measured, decision.bounds, norm, disagree, coef.item(), skip), state
 
@@ -96,8 +96,8 @@ def _with_tensors(
     skip = torch.zeros_like(disagree) if decision.skip is None else decision.skip.clone()
     if skips_nonfinite:
         skip = skip | ~norm.isfinite()
-    coef = torch.where(skip, 1.0, clip_coef(norm, decision.max_norm))
     dtype = measured.dtype
+    coef = torch.where(skip, 1.0, clip_coef(norm, decision.max_norm, dtype))
     bound = presented(decision.max_norm.clone(), dtype)  # a policy may answer with its state, which is about to change
     report = Report(presented(norm, dtype), bound, coef, skip)
     never = decision.skip is None and not skips_nonfinite

@@ -29,6 +29,7 @@ from .words import Reduced, Word, reduce_norm, root
 WIDE = (torch.float64, torch.complex128)
 REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
 SHOWN = 5  # names in an error
+LEAST_P = 1 / 16  # below, the root of what 1e15 gradients of 3e38 add up to leaves float64
 APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
 SAY_SO = (
     "reduce gradients before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... "
@@ -68,7 +69,8 @@ class Measured:
     * ``norms``: of each gradient, where they were needed anyway (see :meth:`Plan.norms`).
     * ``realigned``: whether gradients of some rank had to be brought to their parameters' placements by talking.
     * ``dtype``: of the norm that users see, the same on every rank: float64 where some rank has such a parameter.
-    * ``can_overflow``: whether finite gradients may have a power sum beyond float64; those of fp32 cannot up to p = 7.
+    * ``can_overflow``: whether finite gradients may have a norm or a power sum beyond float64; those of fp32 cannot for
+      p from 1/16 to 7.
     """
 
     gradients: Sequence[Tensor | None]
@@ -190,7 +192,8 @@ class Plan:
                 raise LayoutError(f"{fault}{reduced.who}") if local.error is fault else local.error
             gradients = _replaced(gradients, local.instead, holders)
         dtype = torch.float64 if wide else torch.float32
-        return Measured(gradients, gathered.runs, norms, reduced, eager, dtype, can_overflow=wide or 7 < self.p < inf)
+        can_overflow = wide or 7 < self.p < inf or self.p < LEAST_P
+        return Measured(gradients, gathered.runs, norms, reduced, eager, dtype, can_overflow)
 
     def look(self, gradients: Sequence[Tensor | None], error: LayoutError | None = None) -> Local:
         """Look at ``gradients``, one for each source, None where there is none."""

@@ -44,7 +44,7 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
 
     Every rank of the group calls. The ranks of each mesh with candidates make one all-reduce along each of its axes,
     then redistribute what one of them found out of place. Waits. LayoutError on all ranks of the mesh where they hold
-    one gradient in different placements.
+    one gradient in different placements, once those of the other meshes are done.
     """
     result = list(gradients)
     by_mesh: dict[DeviceMesh, list[int]] = {}
@@ -52,9 +52,15 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
         if is_candidate(piece):
             assert piece.spec is not None
             by_mesh.setdefault(piece.spec.mesh, []).append(i)
+    error: LayoutError | None = None
     for mesh, indices in by_mesh.items():
-        codes = [_code(gradients[i]) for i in indices]
-        for i, placements in zip(indices, _agreed(mesh, codes), strict=True):
+        codes = [_code(gradients[i], mesh.ndim) for i in indices]
+        try:
+            agreed = _agreed(mesh, codes)
+        except LayoutError as found:  # of this mesh: its ranks may be awaited in the next
+            error = error or found
+            continue
+        for i, placements in zip(indices, agreed, strict=True):
             spec = pieces[i].spec
             assert spec is not None
             if placements is not None and placements != spec.placements:
@@ -62,17 +68,19 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
                 source = _zeros(pieces[i], mesh, placements) if gradient is None else gradient
                 assert isinstance(source, DTensor)
                 result[i] = source.redistribute(placements=spec.placements)
+    if error is not None:
+        raise error
     return result
 
 
-def _code(gradient: Tensor | None) -> int:
-    """The placements as one number above 0, or 0 where there is no gradient."""
+def _code(gradient: Tensor | None, axes: int) -> int:
+    """The placements along ``axes`` axes as one number above 0, or 0 where there is no gradient."""
     if gradient is None:
         return 0
-    assert isinstance(gradient, DTensor)
+    digits = map(_digit, gradient.placements) if isinstance(gradient, DTensor) else [UNKNOWN] * axes
     code = 1
-    for placement in gradient.placements:
-        code = code * BASE + _digit(placement)
+    for digit in digits:
+        code = code * BASE + digit
     return code
 
 
@@ -91,7 +99,9 @@ def _decode(code: int) -> tuple[Placement, ...]:
     while code > 1:
         code, digit = divmod(code, BASE)
         if digit == UNKNOWN:
-            raise LayoutError("a gradient lies in a placement that cannot be summed: redistribute it first")
+            raise LayoutError(
+                "the gradient of a DTensor is a plain tensor, or in a placement that cannot be summed: redistribute it"
+            )
         placements.append(Replicate() if digit == 0 else Partial(SUMS[digit - 1]) if digit < 3 else Shard(digit - 3))
     return tuple(reversed(placements))
 

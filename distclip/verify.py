@@ -16,11 +16,13 @@ from torch import Tensor
 
 from .compare import bit_sums, checksums, differing, say, who_differs
 from .errors import LayoutError
+from .group import ClippingGroup
 from .layout import speaks
 from .piece import Held, once
 from .plan import Norms, Plan
 
 SHOWN = 5  # names in an error
+ERROR = "an error of its own"
 VERIFYING = 1 << 13  # tag of its measurement
 TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a kernel adds in any order
 SAY_SO = "say split_over=[mesh['pp']] or layout=... where ranks hold different parameters"
@@ -29,10 +31,12 @@ SAY_SO = "say split_over=[mesh['pp']] or layout=... where ranks hold different p
 def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str]) -> None:
     """Raise on every rank unless parameters, ``settings`` and the values of copies are the same on all of them.
 
-    LayoutError for parameters and values, ValueError for settings. Two all-reduces, each with a wait.
+    LayoutError for parameters and values, or where a rank called :func:`tell_ranks` instead; ValueError for settings.
+    Two all-reduces, each with a wait.
     """
-    numbers = {name: crc32(text.encode()) for name, text in settings.items()}
-    different = differing(plan.group, plan.device, {**numbers, "parameters": plan.code})
+    different = differing(plan.group, plan.device, _fields(settings, plan.code))
+    if ERROR in different:
+        raise LayoutError(f"a rank of the clipping group could not make its Clipper{_who(plan, 'made its Clipper')}")
     if "parameters" in different:
         common = [piece for piece, is_common in zip(plan.pieces, plan.common, strict=True) if is_common]
         count = sum(piece.here if piece.size is None else piece.size for piece in common)
@@ -54,6 +58,17 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
         )
 
 
+def tell_ranks(group: ClippingGroup, device: torch.device, settings: Mapping[str, str], error: ValueError) -> None:
+    """In place of :func:`compare_ranks`, on a rank that is about to raise ``error``: the others raise as well."""
+    if differing(group, device, _fields(settings, failed=True)):
+        who_differs(group, device, f"stopped: {error}")
+
+
+def _fields(settings: Mapping[str, str], code: int = 0, failed: bool = False) -> dict[str, float]:
+    numbers: dict[str, float] = {name: crc32(text.encode()) for name, text in settings.items()}
+    return {**numbers, "parameters": code, ERROR: failed}
+
+
 def _who(plan: Plan, mine: str) -> str:
     return who_differs(plan.group, plan.device, mine)
 
@@ -68,9 +83,13 @@ def _apart(plan: Plan, kept: Sequence[Held], sums: Callable[[Sequence[Tensor], t
     return [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
 
 
-def verify(plan: Plan, holders: Sequence[Tensor]) -> None:
-    """Raise LayoutError, on every rank of the group, unless the layout holds for the gradients there are."""
-    measured = plan.measure([holder.grad for holder in holders], holders, tag=VERIFYING, call="verify()")
+def verify(plan: Plan, holders: Sequence[Tensor], fault: LayoutError | None = None) -> None:
+    """Raise LayoutError, on every rank of the group, unless the layout holds for the gradients there are.
+
+    ``fault``: what this rank knows to be wrong already.
+    """
+    gradients = [holder.grad for holder in holders]
+    measured = plan.measure(gradients, holders, tag=VERIFYING, fault=fault, call="verify()")
     if measured.reduced.read()[1]:
         raise LayoutError(
             f"the ranks do not agree: let every rank make the same calls with the same parameters{measured.reduced.who}"

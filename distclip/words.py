@@ -129,14 +129,17 @@ def root(total: Word, p: float) -> Word:
     return torch.tensor(total, dtype=torch.float64).pow(1 / p).item()  # Python's own raises where it overflows
 
 
-def clip_coef(norm: Word, max_norm: Word) -> Tensor:
-    """``min(1, max_norm / (norm + 1e-6))`` as torch has it, from float64 to 0-d float32; 1 when max_norm is inf."""
+def clip_coef(norm: Word, max_norm: Word, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``min(1, max_norm / (norm + 1e-6))`` as torch has it, 0-d; 1 when max_norm is inf.
+
+    From float64 to float32, or to float64 where gradients are, whose norms leave the range of float32.
+    """
     if isinstance(norm, Tensor) or isinstance(max_norm, Tensor):
         bound = torch.as_tensor(max_norm, dtype=torch.float64)
         coef = (bound / (norm + 1e-6)).clamp(max=1.0)
-        return torch.where(bound == inf, 1.0, coef).float()
+        return torch.where(bound == inf, 1.0, coef).to(dtype)
     factor = max_norm / (norm + 1e-6)
-    return torch.tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=torch.float32)
+    return torch.tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=dtype)
 
 
 def presented(norm: Word, dtype: torch.dtype) -> Tensor:

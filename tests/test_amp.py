@@ -161,8 +161,34 @@ def test_two_steps_without_an_update_are_refused_as_torch_does():
     )
     backward(model, 0, scaler)
     clipper.step(optimizer, scaler=scaler)
-    with pytest.raises(RuntimeError, match="after step"):
+    with pytest.raises(RuntimeError, match="call it after every step"):
         clipper.step(optimizer, scaler=scaler)
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_no_update_after_a_step_that_was_skipped_is_refused_before_a_wrong_norm(nonfinite):
+    """The scaler held the new gradients for unscaled: the norm was 1024 times too large."""
+    model = net()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), scaler_on_cpu()
+    clipper = distclip.Clipper(model, 1.0, nonfinite=nonfinite)
+    backward(model, 0, scaler)
+    model[0].weight.grad[0, 0] = torch.nan
+    if nonfinite == "raise":
+        with pytest.raises(distclip.NonFiniteError):
+            clipper.step(optimizer, scaler=scaler)
+    else:
+        assert clipper.step(optimizer, scaler=scaler).skip
+    optimizer.zero_grad()
+    backward(model, 1, scaler)
+    with pytest.raises(RuntimeError, match=r"scaler.update\(\) was not called since the last step"):
+        clipper.step(optimizer, scaler=scaler)
+    scaler.update()
+    optimizer.zero_grad()
+    backward(model, 1, scaler)
+    norm = clipper.step(optimizer, scaler=scaler).norm.item()
+    reference = net()
+    backward(reference, 1)
+    assert norm == pytest.approx(true_norm([p.grad for p in reference.parameters()]), rel=1e-6)
 
 
 def one_rank_overflows(kind: type[GradScaler], sharded: bool, fused: bool) -> dict[str, object]:

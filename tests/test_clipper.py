@@ -3,6 +3,7 @@
 import copy
 from math import inf, nan
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -433,7 +434,16 @@ BAD_ARGUMENTS = {
     "policy": lambda m: distclip.Clipper(m, distclip.MaxNorm),
     "model must be a module": lambda m: distclip.Clipper(m.parameters(), 1.0),
     r"step\(\) needs the optimizers": lambda m: distclip.Clipper(m, 1.0).step(),
+    r"optimizers one by one, got list: step\(\*": lambda m: distclip.Clipper(m, 1.0).step([sgd(m)]),
+    "one by one, got GradScaler": lambda m: distclip.Clipper(m, 1.0).step(sgd(m), torch.amp.GradScaler("cpu")),
+    "one by one, got StepLR": lambda m: distclip.Clipper(m, 1.0).step(torch.optim.lr_scheduler.StepLR(sgd(m), 1)),
+    "the same SGD twice": lambda m: distclip.Clipper(m, 1.0).step(*[sgd(m)] * 2),
+    "call clip_.. in its closure": lambda m: distclip.Clipper(m, 1.0).step(torch.optim.LBFGS(m.parameters())),
 }
+
+
+def sgd(model: nn.Module) -> SGD:
+    return SGD(model.parameters(), lr=0.1)
 
 
 @pytest.mark.parametrize("says", BAD_ARGUMENTS)
@@ -453,6 +463,23 @@ def test_parts_of_a_model_are_clipped_together_and_named_apart():
     fill(parts[1], 1)
     assert clipper.clip_().norm.item() == pytest.approx(oracle, rel=1e-7)
     assert true_norm([g for part in parts for g in whole_gradients(part.parameters())]) == pytest.approx(oracle / 2)
+
+
+def test_a_number_of_numpy_is_a_bound():
+    assert distclip.Clipper(small(), np.float32(0.5))._policy == distclip.MaxNorm(0.5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_float64_norm_whose_coefficient_leaves_float32_is_clipped(fused):
+    """The coefficient was 0 in float32, and so were the gradients."""
+    model = nn.Linear(2, 1, bias=False).double()
+    optimizer = SGD(model.parameters(), lr=1.0, fused=fused)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[3e50, 4e50]], dtype=torch.float64)
+    report = distclip.Clipper(model, 1.0).step(optimizer)
+    assert report.coef.dtype == torch.float64
+    assert report.coef.item() == pytest.approx(2e-51)
+    assert (before - model.weight).tolist()[0] == pytest.approx([0.6, 0.8])
 
 
 def test_missing_and_returning_gradients():

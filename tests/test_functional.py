@@ -150,6 +150,32 @@ def test_powers_that_overflow_in_float64_zero_nothing(p):
     assert (gradients(made)[1] == [1.0]) == (p == 8.0)
 
 
+def test_a_small_p_whose_root_overflows_zeroes_nothing():
+    made = parameters([1e-3] * 2000)
+    assert distclip.clip_grad_norm_(made, 1.0, 0.01).item() == inf  # 2000 ** 100
+    assert gradients(made)[0][:2] == pytest.approx([1e-3] * 2)
+    with pytest.raises(distclip.NonFiniteError, match="every gradient is finite"):
+        distclip.clip_grad_norm_(made, 1.0, 0.01, error_if_nonfinite=True)
+    assert distclip.clip_grad_norm_(made, inf, 1 / 4).item() == pytest.approx(1e-3 * 2000.0**4, rel=1e-6)
+
+
+def test_a_float64_norm_whose_coefficient_leaves_float32_is_clipped():
+    made = parameters([3e50, 4e50], [1.0], dtype=torch.float64)
+    distclip.clip_grad_norm_(made, 1.0)
+    assert gradients(made)[0] == pytest.approx([0.6, 0.8])
+    made = parameters([3e50, 4e50], dtype=torch.float64)
+    distclip.clip_grads_with_norm_(made, 1.0, torch.tensor(5e50, dtype=torch.float64))
+    assert gradients(made)[0] == pytest.approx([0.6, 0.8])
+
+
+def test_a_model_mostly_on_meta_is_clipped_where_its_gradients_are():
+    model = torch.nn.ModuleList([torch.nn.Linear(50, 50, device="meta"), torch.nn.Linear(3, 1)])
+    for p in model[1].parameters():
+        p.grad = torch.full_like(p, 2.0)
+    assert distclip.clip_grad_norm_(model, 1.0).item() == 4.0
+    assert distclip.Clipper(model, 1.0).measure().norm.item() == pytest.approx(1.0)
+
+
 def test_a_parameter_without_a_gradient_hides_none_behind_it():
     made = parameters([1.0], [3.0, -4.0])
     made[0].grad = None

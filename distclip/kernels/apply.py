@@ -8,21 +8,28 @@ from torch import Tensor
 
 from . import triton
 
+WIDE = (torch.float64, torch.complex128)
 device_of = attrgetter("device")
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
-    """Multiply every tensor in place by ``coef``: a Python number, or a 0-d float32 tensor, which is not waited for.
+    """Multiply every tensor in place by ``coef``: a Python number, or a 0-d float32 or float64 tensor, not waited for.
 
-    The product is made in fp32 and rounded once, also where the tensor is bf16 or fp16. (A Python number handed to the
-    foreach kernel would be off by one bit in 7 % of bf16 elements on the CPU of torch 2.13; a 0-d tensor is not.)
+    The product is made in fp32 and rounded once, also where the tensor is bf16 or fp16; in float64 for float64. (A
+    Python number handed to the foreach kernel would be off by one bit in 7 % of bf16 elements on the CPU of torch 2.13;
+    a 0-d fp32 tensor is not.)
     """
     for device, group in _by_device(tensors).items():
-        factor = (coef if isinstance(coef, Tensor) else torch.tensor(coef, dtype=torch.float32)).to(device)
-        if triton.chosen(device):
-            triton.scale_(group, factor)
-        else:
-            torch._foreach_mul_(group, factor)
+        factor = torch.as_tensor(coef, dtype=None if isinstance(coef, Tensor) else torch.float32).to(device)
+        narrow = group
+        if factor.dtype == torch.float64:
+            wide, narrow = [t for t in group if t.dtype in WIDE], [t for t in group if t.dtype not in WIDE]
+            if wide:
+                torch._foreach_mul_(wide, factor)
+        if narrow and triton.chosen(device):
+            triton.scale_(narrow, factor.float())
+        elif narrow:
+            torch._foreach_mul_(narrow, factor.float())
 
 
 def clamp_(tensors: Sequence[Tensor], low: float, high: float, unless: Tensor | None = None) -> None:

@@ -1,30 +1,43 @@
 """What a Clipper asks of the policy that it is given: to be one, to be spelled, to take back a state."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from numbers import Real
 from typing import Any
+from zlib import crc32
 
 from torch import Tensor
 
 from .max_norm import MaxNorm
 from .policy import Policy, State
 
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
 
 def as_policy(policy: Policy | float) -> Policy:
     """``policy`` itself, or MaxNorm of a number."""
     if isinstance(policy, Policy) and not isinstance(policy, type):
         return policy
-    if isinstance(policy, (int, float)) and not isinstance(policy, bool):
-        return MaxNorm(policy)
+    if isinstance(policy, Real) and not isinstance(policy, bool):
+        return MaxNorm(float(policy))
     raise ValueError(f"policy must be a number or have the methods of distclip.Policy, got {policy!r}")
 
 
-def spelled(policy: Policy) -> str:
-    """A text that is equal on ranks whose policies are."""
-    name = type(policy).__qualname__
-    if is_dataclass(policy):
-        return f"{name}({', '.join(f'{f.name}={getattr(policy, f.name)!r}' for f in fields(policy))})"
-    return name
+def spelled(value: Any) -> str:
+    """A text that is equal on ranks where this policy is, or what it holds: without addresses in memory."""
+    if not isinstance(value, Policy):
+        return ADDRESS.sub("", repr(value))
+    names = [f.name for f in fields(value)] if is_dataclass(value) else sorted(getattr(value, "__dict__", ()))
+    return f"{type(value).__qualname__}({', '.join(f'{name}={spelled(getattr(value, name))}' for name in names)})"
+
+
+def hash_of(state: State, number: int) -> int:
+    """A number above 0 that is equal where ``state`` and ``number`` are. Waits for their device."""
+    code = crc32(repr(number).encode())
+    for name, value in sorted(state.items()):
+        code = crc32(repr((name, value.double().flatten().tolist())).encode(), code)
+    return code or 1
 
 
 def with_keys(given: Any, wanted: Iterable[str], whose: str) -> dict[str, Any]:

@@ -37,9 +37,11 @@ find_python() {
 # What an installation was made for: where a line of it changes, pip runs again.
 fingerprint() {
     {
-        printf '%s\n' "$root" "$1" "${PYTHON:-}"
+        printf '%s\n' "$root" "$1" "${PYTHON:-}" "${CC:-}" "${DISTCLIP_NATIVE:-}"
         "$venv/bin/python" --version 2>&1 || true
-        cat "$root/pyproject.toml" "$root/constraints.txt"
+        cat "$root/pyproject.toml" "$root/constraints.txt" "$root/hatch_build.py"
+        cat "$root/distclip/kernels/native"/*.[ch]
+        printf '%s\n' "$root/distclip/kernels/native"/*.so # gone: built again
         grep '^__version__' "$root/distclip/__init__.py"
     } | cksum
 }

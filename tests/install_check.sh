@@ -31,8 +31,10 @@ assert installed == reached, f"nobody asked for {sorted(installed - reached)}"
 assert "numpy" not in installed
 
 import distclip, torch
+from distclip.kernels import native
 print(f"distclip {distclip.__version__} brings torch {torch.__version__} and {len(installed) - 2} packages that torch needs:")
 print("  " + ", ".join(sorted(installed - {"distclip", "torch"})))
+print(f"  sums of squares on the CPU: {native.name()}")
 END
 )
 
@@ -47,9 +49,13 @@ packed = zipfile.ZipFile(wheel).namelist()
 tops = {name.partition("/")[0] for name in packed}
 assert all(top == "distclip" or top.endswith(".dist-info") for top in tops), tops
 assert "distclip/py.typed" in packed
+libraries = [name for name in packed if name.endswith(".so")]
+assert len(libraries) <= 1 and (not libraries) == wheel.name.endswith("-none-any.whl"), (wheel, libraries)
 source = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-for needed in ("distclip/__init__.py", "tests/ranks.py", "configs/quickstart.yaml", "launch/test.sh", "LICENSE", "README.md"):
+for needed in ("distclip/__init__.py", "tests/ranks.py", "configs/quickstart.yaml", "launch/test.sh", "LICENSE", "README.md",
+               "hatch_build.py", "distclip/kernels/native/sums.c", "distclip/kernels/native/block.h"):
     assert needed in source, f"{needed} is not in the source archive"
+assert not [name for name in source if name.endswith(".so")], "the source archive holds what it can build"
 print(f"{wheel.name}: {len(packed)} files, {wheel.stat().st_size / 1024:.0f} KiB; {archive.name}: {len(source)} files, "
       f"{archive.stat().st_size / 1024:.0f} KiB")
 END

@@ -1,6 +1,7 @@
 """Norms and scaling of local gradients: the only code that touches gradient-sized memory.
 
-On the CPU sums go block by block; on accelerators through torch's foreach kernels, or Triton's where it is asked for.
+On the CPU squares are summed by a compiled kernel where the install built one, all else block by block; on accelerators
+torch's foreach kernels do it, or Triton's where it is asked for.
 """
 
 from .apply import clamp_ as clamp_, scale_ as scale_

@@ -1,8 +1,9 @@
 """Sums of |x| ** p, accumulated so that nothing overflows, underflows or is rounded away.
 
-torch's own fp32 norm on the CPU adds a whole tensor in fp32: 1.1e-2 off at 1e8 elements (pytorch#169237). Here the
-CPU adds rows of 64 powers in fp32 and the rows in float64, where x ** 2 of any finite fp32, bf16 or fp16 number is
-exact, from 1e-45 to 3e38. Rows that left the range of fp32 are added again in float64. Accelerators convert to float64.
+torch's own fp32 norm on the CPU adds a whole tensor in fp32: 1.1e-2 off at 1e8 elements (pytorch#169237). In float64
+x ** 2 of any finite fp32, bf16 or fp16 number is exact, from 1e-45 to 3e38. The compiled kernel adds every one of them
+so. Where it was not built, and for what it cannot read, torch's kernels add rows of 64 powers in fp32 and the rows in
+float64; rows that left the range of fp32 are added again in float64. Accelerators convert to float64.
 
 Private torch API, read in 2.13: ``_foreach_norm``, ``_C._nn.flatten_dense_tensors``.
 """
@@ -14,7 +15,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from . import triton
+from . import native, triton
 from .flat import flat_views
 
 ROW = 64  # constant data, worst of 20000 values: 1.5e-7 off with rows of 64, 5.8e-7 with 512, in 0.9 of the time
@@ -52,10 +53,11 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
 def power_sum(tensors: Sequence[Tensor], p: float) -> float:
     """The sum of |x| ** p over all elements of ``tensors`` on the CPU, p < inf."""
     if p == 2:
+        found, others = native.sum_of_squares(tensors)
         rows = _Rows()
-        for flat in _joined(tensors, p):
+        for flat in _joined(others, p):
             rows.add(flat)
-        return rows.total()
+        return found + rows.total()
     return sum(_exact_sum(chunk, p) for flat in _joined(tensors, p) for chunk in torch.split(flat, CHUNK))
 
 
@@ -86,6 +88,10 @@ class _Rows:
 
     def add(self, flat: Tensor) -> None:
         """Add a contiguous 1-D tensor of real numbers."""
+        found, others = native.sum_of_squares([flat])
+        self._total += found
+        if not others:
+            return
         if flat.dtype == torch.float32:
             self._add_rows(flat, flat)
         elif flat.dtype == torch.float64:

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-python}
 
-"$python" -m bandit --quiet --configfile pyproject.toml --recursive distclip launch docker examples
+"$python" -m bandit --quiet --configfile pyproject.toml --recursive distclip launch docker examples hatch_build.py
 printf 'audit.sh: bandit found nothing\n'
 
 folder=$(mktemp -d)

@@ -24,6 +24,7 @@ from distclip.bench.rounds import kibibytes, measure, peak, play
 from distclip.bench.subject import FreshDTensors, ddp
 from distclip.bench.table import figure, line
 from distclip.cli import main
+from distclip.kernels import native
 from ranks import run_ranks
 from test_floors import files, imports
 
@@ -297,6 +298,7 @@ def test_a_case_is_measured_on_local_ranks_and_on_those_of_a_launcher(tmp_path: 
         document = json.loads((tmp_path / f"{world}.json").read_text())
         machine, (case,) = document["machine"], document["cases"]
         assert (machine["world"], machine["threads"]) == (world, 1)
+        assert machine["sums"] == native.name()
         assert (machine["torch"], machine["distclip"]) == (torch.__version__, distclip.__version__)
         assert machine["command"] == " ".join(["distclip", "bench", *words, str(tmp_path / f"{world}.json")])
         assert (case["case"], case["rounds"], case["note"]) == ("ddp-small-function", 2, "")

@@ -13,6 +13,7 @@ import torch
 
 import distclip
 from distclip.bench.place import Place
+from distclip.kernels import native
 
 
 def machine(place: Place, words: Sequence[str]) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def machine(place: Place, words: Sequence[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "distclip": distclip.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "sums": native.name(),
         "world": place.world,
         "threads": torch.get_num_threads(),
         "command": shlex.join(["distclip", *words]),

@@ -151,7 +151,7 @@ def test_an_unpicklable_result_is_an_error_and_no_hang():
 
 
 def test_a_function_that_ranks_cannot_import_is_refused_at_once():
-    with pytest.raises((AttributeError, TypeError, ValueError), match="pickle|local object"):
+    with pytest.raises((AttributeError, TypeError, ValueError), match=r"pickle|local object"):
         run_ranks(lambda: None, 2)
 
 

@@ -27,7 +27,7 @@ SOURCES = ROOT / "distclip" / "kernels" / "native"
 COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
 WANTED = sys.platform == "linux" and os.environ.get("DISTCLIP_NATIVE") != "0"
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread"]
-BLOCK, WAVE, STEP, SHARE = 1 << 18, 1 << 10, 32, 1 << 20  # as in sums.c
+BLOCK, WAVE, STEP, SHARE = 1 << 18, 1 << 10, 32, 1 << 21  # as in sums.c
 REFUSE = """
 int asked = 0;
 int __wrap_pthread_create(void *thread, void *attributes, void *start, void *argument)
@@ -81,6 +81,7 @@ SETS = {
         noise(n, torch.float32) for n in (0, 1, 7, STEP - 1, STEP, STEP + 1, 0, 3 * STEP + 5)
     ],
     "the edges of blocks": lambda: [noise(BLOCK + n, torch.float32) for n in (-1, 0, 1, STEP, BLOCK + 3)],
+    "work for three threads": lambda: [noise(n, torch.float32) for n in (3 * SHARE + 5, 1000, BLOCK + 1)],
     "more blocks than a wave": lambda: [noise(1 + k % 4000, torch.float32, k) for k in range(2 * WAVE + 7)],
 }
 

@@ -21,7 +21,7 @@ enum {
     STREAMS = 4,         /* parts of a block that are read in turn: memory gives more than to one */
     LANES = 8,           /* of a stream: additions that need not wait for each other */
     STEP = STREAMS * LANES,
-    SHARE = 1 << 20,     /* elements for each thread: making one takes 20 to 40 us, adding these 120 */
+    SHARE = 1 << 21,     /* elements for each thread: 0.25 ms; making one takes 20 to 40 us where a core is free */
     HELPERS = 63         /* threads beside the caller's */
 };
 

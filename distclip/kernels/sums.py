@@ -166,7 +166,7 @@ def _joined(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
 
 def _flattened(tensors: list[Tensor], p: float) -> Iterator[Tensor]:
     """One copy for each dtype."""
-    dtypes = set(map(dtype_of, tensors))
+    dtypes = dict.fromkeys(map(dtype_of, tensors))  # in their order, which sets have not in common between processes
     for dtype in dtypes:
         same = tensors if len(dtypes) == 1 else [t for t in tensors if t.dtype == dtype]
         yield torch._C._nn.flatten_dense_tensors([_real(t, p) for t in same] if dtype.is_complex else same)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .clipper import Clipper, Options, Stepping
 from .piece import local_tensor
 from .policies import Policy
-from .stepping import guard, withhold
+from .stepping import guard, held_by, withhold
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -46,7 +46,7 @@ class Attached(Clipper):
         self._open: dict[int, ExitStack] = {}
         self._undo = []
         for optimizer in optimizers:
-            self._undo += [guard(optimizer, self._after), optimizer.register_step_pre_hook(self._before).remove]
+            self._undo.append(guard(optimizer, self._after, self._before))
             _attached.add(optimizer)
 
     def detach(self) -> None:
@@ -63,6 +63,12 @@ class Attached(Clipper):
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if any(self._optimizers[index]() is optimizer for index in self._open):
+            self._after(optimizer)
+            raise RuntimeError(
+                f"{type(optimizer).__name__} was stepped past optimizer.step, which attach() wraps, and raised or "
+                "called its base class there: call optimizer.step(), and replace it before attach(), not after"
+            )
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._enter(optimizer)
@@ -100,7 +106,7 @@ class Attached(Clipper):
         self._waiting.pop(index, None)
         stack = self._open[index] = ExitStack()
         if stepping.outcome.skip is True:
-            stack.callback(withhold(optimizer))
+            stack.callback(withhold(held_by(optimizer)))
         else:
             stack.enter_context(_joined(stepping, optimizer).around(index, optimizer))
         if len(self._stepped) == len(self._optimizers):

@@ -1,6 +1,7 @@
 """attach: loops that keep their lines clip in `optimizer.step()`, or change nothing there, on all ranks alike."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -309,6 +310,42 @@ class TestOwners:
 
 
 class TestWrongOrder:
+    def test_a_step_that_calls_the_step_of_its_base_is_one_step(self):
+        class Nested(SGD):
+            def step(self, closure=None):
+                return super().step(closure)
+
+        SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)  # makes the hooks of the base class run as well
+        model, twin = build(), build()
+        optimizer, plain = Nested(model.parameters(), lr=0.1), SGD(twin.parameters(), lr=0.1)
+        clippers = distclip.attach(optimizer, model, BOUND), distclip.attach(plain, twin, BOUND)
+        for step in range(STEPS):
+            closures = [lambda m=m: backward(m, step) for m in (model, twin)] if step % 2 else [None, None]  # noqa: B023
+            for m, o, closure in zip((model, twin), (optimizer, plain), closures, strict=True):
+                if closure is None:
+                    backward(m, step)
+                o.step(closure)
+                o.zero_grad()
+        assert same_bits([clipper.report.to_dict() for clipper in clippers])
+        assert same_bits([whole(model), whole(twin)])
+        assert [clipper.state_dict()["steps"] for clipper in clippers] == [STEPS, STEPS]
+
+    def test_a_step_past_the_instance_that_raised_is_named_and_forgotten(self):
+        class Failing(SGD):
+            def step(self, closure=None):
+                raise OSError("disk")
+
+        model = torch.nn.Linear(3, 3)
+        optimizer = Failing(model.parameters(), lr=0.1)
+        distclip.attach(optimizer, model, 1.0)
+        loss_of(model).backward()
+        with pytest.raises(OSError, match="disk"):
+            Failing.step(optimizer)
+        with pytest.raises(RuntimeError, match=r"Failing was stepped past optimizer\.step"):
+            optimizer.step()
+        with pytest.raises(OSError, match="disk"):
+            optimizer.step()
+
     def test_an_optimizer_that_runs_its_closure_again_and_again(self):
         model = torch.nn.Linear(3, 3)
         optimizer = LBFGS(model.parameters())
@@ -412,6 +449,18 @@ class TestDetach:
         assert scheduled == "after" or vars(optimizer).get("step") is before
         clipper.detach()  # a second time does nothing
         assert clipper.clip_().coef < 1
+
+    def test_a_detached_clipper_is_no_rival_where_a_scheduler_has_wrapped_the_step(self):
+        model = torch.nn.Linear(3, 3)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        clipper = distclip.attach(optimizer, model, 1.0)
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        clipper.detach()
+        del clipper
+        gc.collect()
+        anew = distclip.attach(optimizer, model, 1.0)
+        loss_of(model).backward()
+        anew.verify()
 
     def test_in_the_middle_of_an_iteration(self):
         model, (first, second), clipper = small(2)

@@ -8,10 +8,21 @@ import pytest
 import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
-from distclip.stepping import guard, skip_next_step, withhold
+from distclip.stepping import guard, held_by, skip_next_step, watch, withhold
 from ranks import same_bits
 
 YES, NO = torch.tensor(True), torch.tensor(False)
+
+
+class Nested(SGD):
+    """torch runs the hooks of a step once for each class whose step() calls that of its base."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for parameter in held_by(self):  # what a decay of its own does
+            if parameter.grad is not None:
+                parameter.data.add_(parameter.grad)
+        return loss
 
 
 def net_and(kind=SGD, **options):
@@ -89,7 +100,7 @@ def test_a_flag_of_a_step_that_never_came_is_taken_back(monkeypatch):
 def test_a_gradient_made_meanwhile_is_kept():
     model, optimizer = net_and()
     backward(model)
-    give_back = withhold(optimizer)
+    give_back = withhold(held_by(optimizer))
     assert model.weight.grad is model.bias.grad is None
     model.weight.grad = other = torch.ones(2, 3)
     give_back()
@@ -132,10 +143,10 @@ def test_a_guard_hears_of_every_end_and_can_be_removed():
     optimizer.step()
     type(optimizer).step(optimizer)  # past the instance: torch's hook is left
     assert set(map(id, ends)) == {id(optimizer)}
-    assert len(ends) == 3
+    assert len(ends) == 2
     remove()
     optimizer.step()
-    assert len(ends) == 3
+    assert len(ends) == 2
     assert "step" not in vars(optimizer)
 
 
@@ -147,3 +158,74 @@ def test_optimizers_are_not_kept_alive():
     del optimizer
     gc.collect()
     assert alive() is None
+
+
+def test_a_guard_forgets_whom_it_told_where_a_scheduler_has_wrapped_the_step_since():
+    class Told:
+        def over(self, optimizer):
+            raise AssertionError
+
+    _, optimizer = net_and()
+    told = Told()
+    alive, remove = ref(told), guard(optimizer, told.over)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    remove()
+    del told
+    gc.collect()
+    assert alive() is None
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("watched", "where"), [(False, "before"), (True, "before"), (True, "closure")])
+def test_a_step_that_calls_the_step_of_its_base_is_skipped_to_its_end(watched, where):
+    SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)  # makes the hooks of the base class run as well
+    model, optimizer = net_and(Nested)
+    if watched:
+        watch(optimizer)
+    backward(model)
+    gradient = model.weight.grad
+    if where == "before":
+        skip_next_step([optimizer], YES)
+        assert not changed(model, optimizer)
+    else:
+        assert not changed(model, optimizer, lambda: skip_next_step([optimizer], YES))
+    assert model.weight.grad is gradient
+    assert changed(model, optimizer)
+
+
+def test_a_guard_hears_of_a_step_that_calls_the_step_of_its_base_once():
+    SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    model, optimizer = net_and(Nested)
+    heard = []
+    guard(optimizer, lambda _: heard.append("over"), lambda *_: heard.append("begin"))
+    backward(model)
+    optimizer.step()
+    optimizer.step()
+    assert heard == ["begin", "over"] * 2
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_parameter_in_two_optimizers_is_skipped_by_both(watched):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizers = [SGD([weight], lr=1.0) for _ in range(2)]
+    if watched:
+        list(map(watch, optimizers))
+    weight.grad = gradient = torch.ones(1)
+    skip_next_step(optimizers, YES)
+    for optimizer in optimizers:
+        optimizer.step()
+        assert weight.grad is gradient
+    assert weight.item() == 0.0
+    optimizers[0].step()
+    assert weight.item() == -1.0
+
+
+def test_gradients_stay_until_the_step_that_is_watched_begins():
+    model, optimizer = net_and()
+    watch(optimizer)
+    backward(model)
+    skip_next_step([optimizer], YES)
+    assert model.weight.grad is not None
+    assert not changed(model, optimizer)
+    assert model.weight.grad is not None
+    assert changed(model, optimizer)

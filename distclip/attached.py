@@ -1,7 +1,7 @@
 """attach: a loop keeps its lines, and `optimizer.step()` clips by the true global norm first."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Unpack
 from weakref import WeakSet, ref
 
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from .clipper import Clipper, Options, Stepping
 from .piece import local_tensor
 from .policies import Policy
-from .stepping import guard, held_by, withhold
+from .report import Report
+from .stepping import guard, held_by, withhold, without_others
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -29,7 +30,10 @@ class Attached(Clipper):
     ) -> None:
         for index, optimizer in enumerate(optimizers):
             if not isinstance(optimizer, Optimizer):
-                raise ValueError(f"attach takes torch optimizers, got {type(optimizer).__name__}")
+                raise ValueError(
+                    f"attach takes torch optimizers, and then the model; got {type(optimizer).__name__} as optimizer "
+                    f"{index}: call attach(optimizer, model, policy), with one optimizer or a list of them"
+                )
             if optimizer in _attached or optimizer in optimizers[:index]:
                 raise ValueError(
                     "this optimizer has a Clipper attached already and would be clipped twice: call detach() on what "
@@ -59,6 +63,19 @@ class Attached(Clipper):
                 self._after(optimizer)
                 _attached.discard(optimizer)
         self._driver = None
+
+    def measure(self) -> Report:
+        """See :meth:`Clipper.measure`: as the steps do, of the gradients that the attached optimizers hold."""
+        with self._without_others():
+            return super().measure()
+
+    def _without_others(self) -> AbstractContextManager[None]:
+        """Inside, only parameters that the attached optimizers hold have gradients."""
+        present = [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+        held = self._folding.of(present).held
+        if self._driver is None or held >= self._ids:
+            return nullcontext()
+        return without_others(self._holders, held)
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -128,9 +145,11 @@ class Attached(Clipper):
             if any(id(gradient) in kept for gradient, _ in known):
                 raise RuntimeError(
                     f"optimizer {index} of those attached together has not stepped since its gradients were clipped, "
-                    "and they would be clipped again: attach optimizers that step at different times one by one"
+                    "and they would be clipped again: where it steps less often, clear them by zero_grad() meanwhile, "
+                    "which must set them to None, or attach optimizers that step at different times one by one"
                 )
-        self._stepping = self._begin(present)
+        with self._without_others():
+            self._stepping = self._begin(present)
         self._stepped.clear()
         if len(present) > 1:
             self._waiting = {
@@ -158,17 +177,19 @@ def attach(
     """Let every ``optimizer.step()`` clip by the true global norm first, or change nothing on all ranks alike.
 
     * ``optimizers``: one, or the list of those that step once each in an iteration: the first of them to step decides
-      for all, with the gradients of the whole ``model``, so every backward comes before it.
+      for all, so every backward comes before it. Gradients in ``model`` that none of them holds are in no norm, and
+      stay as they are: nobody zeroes them.
     * ``model``, ``policy``, ``options``: those of :class:`Clipper`, which says what is compared at construction.
 
     Returns the Clipper, for ``report``, ``state_dict``, ``verify`` and ``detach()``; its ``clip_`` and ``step`` raise
     RuntimeError, as the optimizers make these calls. A step that is skipped leaves parameters, state and gradients as
     they were: fused optimizers on accelerators by ``found_inf``, others by having no gradients until the step is over,
-    also where it raises. Collectives and waits: those of :meth:`Clipper.step`, once for all optimizers.
+    also where it raises, so that a number that an optimizer keeps in its ``param_groups`` may count the step.
+    Collectives and waits: those of :meth:`Clipper.step`, once for all optimizers.
 
     A closure may make the gradients, once a step. RuntimeError for LBFGS, which runs it more often, for gradients that
     a GradScaler has not unscaled, and where the gradients of the second optimizer are not those that the first one's
-    step saw; ValueError for an optimizer that is attached already. Source:
+    step saw; ValueError for an optimizer that is attached already, and for what is none. Source:
     ``torch.optim.Optimizer.register_step_pre_hook``.
 
     >>> import torch
@@ -180,7 +201,7 @@ def attach(
     >>> round(clipper.report.norm.item(), 4)
     11.3578
     """
-    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    listed = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
     return Attached(listed, model, policy, **options)
 
 

@@ -187,6 +187,22 @@ class TestSkipping:
         with pytest.raises(distclip.NonFiniteError, match="weight"):
             optimizer.step()
 
+    def test_what_an_optimizer_counts_in_its_groups_is_counted(self):
+        class Counting(SGD):
+            def step(self, closure=None):
+                self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+                return super().step(closure)
+
+        model = torch.nn.Linear(3, 3)
+        optimizer = Counting(model.parameters(), lr=0.1)
+        distclip.attach(optimizer, model, 1.0)
+        loss_of(model).backward()
+        model.bias.grad.fill_(torch.nan)
+        before = copy.deepcopy(model.state_dict())
+        optimizer.step()
+        assert same_bits([before, model.state_dict()])
+        assert optimizer.param_groups[0]["k"] == 1  # the docstring says so
+
 
 def _all(optimizer: Optimizer) -> list[torch.Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -265,6 +281,18 @@ class TestSeveralOptimizers:
                 second.step()
         assert clipper.state_dict()["steps"] == 4
 
+    def test_gradients_zeroed_in_place_look_like_clipped_ones_and_the_error_says_how_to_clear_them(self):
+        model, (first, second), clipper = small(2)
+        for step in range(2):
+            model.zero_grad(set_to_none=False)
+            loss_of(model).backward()
+            if step == 1:
+                with pytest.raises(RuntimeError, match=r"zero_grad\(\) meanwhile, which must set them to None"):
+                    first.step()
+                second.zero_grad(set_to_none=True)
+            first.step()
+        assert clipper.state_dict()["steps"] == 2
+
     def test_or_attached_by_itself(self):
         model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
         optimizers = [SGD(layer.parameters(), lr=0.1) for layer in model]
@@ -307,6 +335,28 @@ class TestOwners:
         with pytest.raises(ValueError, match="max_norm"):
             distclip.attach(optimizer, model, -1.0)
         distclip.attach(optimizer, model, 1.0)
+
+    def test_gradients_that_no_optimizer_holds_do_not_add_up_in_the_norm(self):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        optimizer = SGD(model[1].parameters(), lr=0.0)
+        clipper = distclip.attach(optimizer, model, 1e-3)
+        alone = norm_of(torch.autograd.grad(loss_of(model), list(model[0].parameters())))
+        for step in range(1, 4):
+            loss_of(model).backward()
+            found = norm_of(p.grad for p in model[1].parameters())
+            assert clipper.measure().norm.item() == pytest.approx(found, rel=1e-6)
+            optimizer.step()
+            assert clipper.report.norm.item() == pytest.approx(found, rel=1e-6)
+            optimizer.zero_grad()
+            others = norm_of(p.grad for p in model[0].parameters())
+            assert others == pytest.approx(step * alone, rel=1e-6), "they are neither scaled nor zeroed"
+        clipper.detach()
+        assert clipper.measure().norm.item() == pytest.approx(others, rel=1e-6)
+
+    @pytest.mark.parametrize("first", [torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2))])
+    def test_model_and_optimizer_swapped(self, first):
+        with pytest.raises(ValueError, match=r"got \w+ as optimizer 0: call attach\(optimizer, model, policy\)"):
+            distclip.attach(first, SGD(first.parameters(), lr=0.1), 1.0)
 
 
 class TestWrongOrder:

@@ -5,7 +5,8 @@ then, once a step, ``GradScaler.unscale_`` and ``Callback.on_before_optimizer_st
 manual optimization too. Private API: ``_FabricModule._forward_module``, the module as the strategy wrapped it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Unpack
 
 import torch
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
-from ..amp import is_unscaled
+from ..amp import _state, is_unscaled
 from ..clipper import Clipper, Options
 from ..policies import Policy
 from ..policies.adopt import as_policy
 from ..report import Report
+from ..stepping import guard, watch, without_others
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
+SCALED = "the gradients are still multiplied by the GradScaler's scale: call "
 PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
@@ -43,12 +46,13 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
     accelerator when it logs. Other waits and collectives are those of :meth:`Clipper.clip_`, and a wait a step for an
     optimizer that is not fused, or with a GradScaler, as the host must know whether to step.
 
+    The norm is over what the optimizer holds, as with ``gradient_clip_val``: other gradients are zeroed by nobody.
     ValueError where somebody else clips too, for other strategies (DeepSpeed has an integration of its own), several
     optimizers, LBFGS, and fused optimizers under a GradScaler. RuntimeError after a step that went past Lightning.
     """
 
     def __init__(self, policy: Policy | float, **options: Unpack[Options]) -> None:
-        self.clipper: Clipper | None = None
+        self.clipper: TrainerClipper | None = None
         self._policy = as_policy(policy)
         self._options = options
         self._loaded: dict[str, Any] = {}
@@ -67,17 +71,19 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the Clipper: by now parameters are wrapped and restored."""
         optimizer = _only_optimizer(trainer)
-        state = self.state_dict()  # of a checkpoint, or of the fit before this one
+        state = self._loaded = self.state_dict()  # of a checkpoint, or of the fit before this one, also if this fails
         self.clipper = None  # its hooks go with it
-        self.clipper = Clipper(trainer.strategy.model, self._policy, **self._options)
-        self.clipper._driver = "ClipGradients"
+        clipper = TrainerClipper(trainer, optimizer, self._policy, self._options)
         if state:
-            self.clipper.load_state_dict(state["clipper"])
+            clipper.load_state_dict(state["clipper"])
             self._steps, self._clipped = state["steps"], state["clipped"]
+        self.clipper = clipper
         plugin = trainer.precision_plugin
         plugin.clip_gradients = _refuse_clip_gradients
+        watch(optimizer)
         handle = optimizer.register_step_post_hook(self._refuse_unexpected_step)
-        self._undo = [handle.remove, lambda: vars(plugin).pop("clip_gradients", None)]
+        remove_guard = guard(optimizer, self._end_step)
+        self._undo = [handle.remove, remove_guard, lambda: vars(plugin).pop("clip_gradients", None)]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clip, and log when it is time."""
@@ -85,7 +91,8 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         self._expected = True
         if _nothing_to_step(trainer, optimizer):
             return
-        report = self.clipper._clip_before([optimizer], trainer.scaler)
+        with self.clipper.without_others():
+            report = self.clipper._clip_before([optimizer], trainer.scaler)
         self._steps += 1
         self._clipped = self._clipped + (report.coef < 1)
         every = trainer.log_every_n_steps
@@ -126,7 +133,30 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
                 f"{type(optimizer).__name__} was stepped past Lightning, where ClipGradients cannot clip: call step() "
                 "of what self.optimizers() returns, not of the optimizer inside of it"
             )
-        self._expected = False
+
+    def _end_step(self, optimizer: Optimizer) -> None:
+        self._expected = False  # not in the hook, which torch runs once for each class that calls its base
+
+
+class TrainerClipper(Clipper):
+    """The Clipper of :class:`ClipGradients`, which makes its calls."""
+
+    def __init__(self, trainer: Trainer, optimizer: Optimizer, policy: Policy, options: Options) -> None:
+        super().__init__(trainer.strategy.model, policy, **options)
+        self._driver = "ClipGradients"
+        self._optimizer = optimizer
+        self._scaler: GradScaler | None = trainer.scaler
+
+    def measure(self) -> Report:
+        """That of :class:`Clipper`, of what the optimizer holds. RuntimeError before a GradScaler has unscaled it."""
+        if self._scaler is not None and self._scaler.is_enabled() and not is_unscaled(self._scaler, self._optimizer):
+            raise RuntimeError(SCALED + "measure() in on_before_optimizer_step")
+        with self.without_others():
+            return super().measure()
+
+    def without_others(self) -> AbstractContextManager[None]:
+        """Inside, only parameters that the optimizer holds have gradients."""
+        return without_others(self._holders, self._folding.of([self._optimizer]).held)
 
 
 class FabricClipper(Clipper):
@@ -134,10 +164,11 @@ class FabricClipper(Clipper):
 
     * ``module``: what ``fabric.setup`` or ``fabric.setup_module`` returned.
 
-    ``step`` takes the optimizers that Fabric returned, uses and updates the GradScaler of ``precision="16-mixed"``, and
-    calls Fabric's ``on_after_optimizer_step``, also after a skipped step. Do not call ``fabric.clip_gradients`` or
-    ``optimizer.step()`` beside it. Save ``clipper.state_dict()``, not the Clipper: of sharded checkpoints Fabric
-    restores only models and optimizers in place. ValueError for strategies that Fabric steps otherwise.
+    ``step`` takes the optimizers that Fabric returned, uses the GradScaler of ``precision="16-mixed"`` and updates it,
+    also where it raises, and calls Fabric's ``on_after_optimizer_step``, also after a skipped step. Do not call
+    ``fabric.clip_gradients`` or ``optimizer.step()`` beside it. Save ``clipper.state_dict()``, not the Clipper: of
+    sharded checkpoints Fabric restores only models and optimizers in place. ValueError for strategies that Fabric steps
+    otherwise.
     """
 
     def __init__(self, fabric: Fabric, module: nn.Module, policy: Policy | float, **options: Unpack[Options]) -> None:
@@ -151,21 +182,36 @@ class FabricClipper(Clipper):
 
     def clip_(self) -> Report:
         """See :meth:`Clipper.clip_`; RuntimeError with a GradScaler, which has not unscaled the gradients."""
-        if self._scaler is not None and self._scaler.is_enabled():
-            raise RuntimeError("the gradients are still multiplied by the GradScaler's scale: call step(optimizer)")
+        self._refuse_scaled()
         return super().clip_()
+
+    def measure(self) -> Report:
+        """See :meth:`Clipper.measure`; RuntimeError with a GradScaler, which has not unscaled the gradients."""
+        self._refuse_scaled()
+        return super().measure()
 
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
         """See :meth:`Clipper.step`; the scaler is Fabric's."""
         if scaler is not None:
             raise ValueError("the scaler is Fabric's: call step(optimizer), and Fabric(plugins=MixedPrecision(...))")
         inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
-        report = super().step(*inner, scaler=self._scaler)
-        if self._scaler is not None:
-            self._scaler.update()
+        try:
+            report = super().step(*inner, scaler=self._scaler)
+        finally:
+            self._update(inner)
         for optimizer in inner:
             self._fabric.call("on_after_optimizer_step", strategy=self._fabric.strategy, optimizer=optimizer)
         return report
+
+    def _refuse_scaled(self) -> None:
+        if self._scaler is not None and self._scaler.is_enabled():
+            raise RuntimeError(SCALED + "step(optimizer), whose report tells the norm")
+
+    def _update(self, optimizers: Sequence[Optimizer]) -> None:
+        """End the scaler's step, if it began: else it would take the next gradients for unscaled."""
+        scaler = self._scaler
+        if scaler is not None and any(_state(scaler, optimizer)["found_inf_per_device"] for optimizer in optimizers):
+            scaler.update()
 
 
 def _refuse_strategy(strategy: Any, who: str, engine: str) -> None:

@@ -1,10 +1,11 @@
 """distclip.integrations.lightning: fits of the Trainer and loops of Fabric, beside one process clipped by hand."""
 
-from math import inf, isnan
+from math import inf, isnan, nan
 
 import pytest
 import torch
 from torch.optim import LBFGS, SGD
+from torch.optim.lr_scheduler import StepLR
 
 from integrations.launches import once
 from ranks import run_ranks, same_bits
@@ -14,6 +15,7 @@ pytest.importorskip("lightning", reason="needs the extra: pip install 'distclip[
 from lightning.fabric import Fabric
 from lightning.pytorch.strategies import DeepSpeedStrategy, XLAStrategy
 
+from distclip import NonFiniteError
 from distclip.integrations.lightning import ClipGradients, FabricClipper
 from integrations import lightning_runs as runs
 from integrations.lightning_runs import STEPS, Case, Lit
@@ -214,11 +216,29 @@ def test_fabric_refuses_what_it_cannot_clip():
         accelerator="cpu", devices=1, plugins=runs.FabricScaled("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     )
     clipper = FabricClipper(scaled, scaled.setup(torch.nn.Linear(2, 1)), 1.0)
-    with pytest.raises(RuntimeError, match=r"still multiplied by the GradScaler's scale: call step\(optimizer\)"):
-        clipper.clip_()
+    for call in (clipper.clip_, clipper.measure):
+        with pytest.raises(RuntimeError, match=r"still multiplied by the GradScaler's scale: call step\(optimizer\)"):
+            call()
     fabric._strategy = XLAStrategy.__new__(XLAStrategy)
     with pytest.raises(ValueError, match="FabricClipper does not know XLAStrategy"):
         FabricClipper(fabric, net, 1.0)
+
+
+def test_a_step_of_fabric_that_raises_does_not_leave_the_scale_in_the_next_norm():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=runs.FabricScaled("16-mixed", "cpu", scaler))
+    net = torch.nn.Linear(4, 1)
+    model, optimizer = fabric.setup(net, SGD(net.parameters(), 0.1))
+    clipper = FabricClipper(fabric, model, 1.0, nonfinite="raise")
+    with pytest.raises(ValueError, match="needs the optimizers"):
+        clipper.step()  # before anything was unscaled: nothing to update
+    fabric.backward(model(torch.ones(2, 4)).sum() * nan)
+    with pytest.raises(NonFiniteError):
+        clipper.step(optimizer)
+    optimizer.zero_grad()
+    assert scaler.get_scale() == 512.0
+    fabric.backward(model(torch.ones(2, 4)).sum())
+    assert clipper.step(optimizer).norm.item() == pytest.approx(20**0.5)
 
 
 # ---- what is refused, and odd orders -------------------------------------------------------------------------
@@ -227,6 +247,10 @@ def test_fabric_refuses_what_it_cannot_clip():
 def single(module=Lit, /, **settings):
     case = Case("single", **settings)
     return runs.fit(case, module(case))
+
+
+def scheduled(optimizer):
+    return [optimizer], [{"scheduler": StepLR(optimizer, 4, 0.5), "interval": "step"}]
 
 
 def test_a_second_owner_is_refused():
@@ -282,6 +306,63 @@ def test_optimizers_that_cannot_be_clipped_are_refused():
         single(Past, manual=True)
 
 
+def test_an_optimizer_whose_step_calls_that_of_its_base_is_stepped_by_lightning():
+    class Nested(SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class CallsItself(SGD):
+        def step(self, closure=None):
+            loss = None if closure is None else closure()
+            super().step()
+            return loss
+
+    SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)  # makes the hooks of the base class run as well
+    plain = single(optimizer="sgd", bad=3)
+    for kind in (Nested, CallsItself):
+
+        class Own(Lit):
+            def configure_optimizers(self):
+                return scheduled(kind(self.parameters(), lr=0.05, momentum=0.9))  # noqa: B023
+
+        for scaled in (False, True):
+            assert same_bits([single(Own, bad=3, scaled=scaled)["norms"], plain["norms"]])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_that_the_optimizer_does_not_hold_do_not_add_up_in_the_norm(scaled):
+    class Part(Lit):
+        def configure_optimizers(self):
+            return scheduled(SGD(self.net.head.parameters(), lr=0.05))
+
+        def on_before_optimizer_step(self, optimizer):
+            others = [p.grad for p in self.net.blocks.parameters()]
+            seen.append(torch.cat([gradient.flatten() for gradient in others]).norm().item())
+
+    seen, net, norms = [], runs.build(), []
+    optimizer = SGD(net.head.parameters(), lr=0.05)
+    ([_], [scheduler]) = scheduled(optimizer)
+    for step in range(STEPS):
+        words, targets = runs.batch(step)
+        optimizer.zero_grad()
+        (net(words) - targets).square().mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(net.head.parameters(), runs.BOUND).item())
+        optimizer.step()
+        scheduler["scheduler"].step()
+    assert single(Part, scaled=scaled)["norms"] == pytest.approx(norms, rel=1e-5)
+    assert seen[-1] > 2 * seen[0], "nobody zeroes the others"
+
+
+def test_measure_is_refused_where_gradients_are_scaled():
+    class Looks(Lit):
+        def on_after_backward(self):
+            self.measured = next(c for c in self.trainer.callbacks if isinstance(c, ClipGradients)).clipper.measure()
+
+    with pytest.raises(RuntimeError, match=r"GradScaler's scale: call measure\(\) in on_before_optimizer_step"):
+        single(Looks, scaled=True)
+    assert single(Looks)["global_step"] == STEPS
+
+
 def test_strategies_that_step_otherwise_are_refused():
     trainer = runs.trainer_of(Case("single"))
     for strategy, match in [
@@ -325,8 +406,6 @@ def test_other_precisions_and_short_runs():
 
 
 def test_nonfinite_steps_raise_or_go_through_where_that_was_asked_for():
-    from distclip import NonFiniteError
-
     with pytest.raises(NonFiniteError, match=r"net\.embed\.weight on rank 0 has NaN"):
         single(bad=3, options={"nonfinite": "raise"})
     assert any(map(isnan, single(bad=3, options={"nonfinite": "propagate"})["norms"][4:]))
@@ -345,3 +424,15 @@ def test_a_state_held_before_training_is_not_lost():
     clip.load_state_dict(state)
     with pytest.raises(ValueError, match="this policy's state has the keys"):
         runs.fit(Case("single"), clip=clip)
+
+
+def test_a_second_fit_that_cannot_start_leaves_the_state_of_the_first():
+    clip = single(policy="autoclip")["clip"]
+    state = clip.state_dict()
+    clip._options["norm_type"] = -1.0
+    with pytest.raises(ValueError, match="norm_type"):
+        runs.fit(Case("single", "autoclip"), clip=clip)
+    assert clip.state_dict()["clipper"]["steps"] == state["clipper"]["steps"] == STEPS
+    del clip._options["norm_type"]
+    runs.fit(Case("single", "autoclip"), clip=clip)
+    assert clip.state_dict()["clipper"]["steps"] == 2 * STEPS

@@ -1,15 +1,17 @@
 """Accelerate: the Accelerator with one import line changed, whose clipping is by the true global norm.
 
 Read in accelerate 1.15.0. Overridden: ``Accelerator.clip_grad_norm_`` and ``clip_grad_value_``. Private API:
-``Accelerator._models``, ``_optimizers`` and ``_custom_objects``, ``AcceleratedOptimizer._is_overflow``.
+``Accelerator._models``, ``_optimizers`` and ``_custom_objects``; of AcceleratedOptimizer ``_is_overflow`` and, with a
+scaler, ``_optimizer_original_step_method`` and ``_optimizer_patched_step_method``, between which every step switches.
 """
 
 from collections.abc import Sequence, Set
 from math import inf
 from typing import Any, Unpack
+from weakref import WeakSet
 
 import accelerate
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.optimizer import AcceleratedOptimizer, patch_optimizer_step
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,8 +24,12 @@ from ..clipper import Clipper, Options, _alive
 from ..fsdp1 import is_flattened
 from ..policies import MaxNorm, Policy
 from ..report import Report
+from ..stepping import guard, watch, without_others
 
 UNSUPPORTED = (DistributedType.MEGATRON_LM, DistributedType.XLA)
+
+_heard: WeakSet[AcceleratedOptimizer] = WeakSet()
+_decided: WeakSet[AcceleratedOptimizer] = WeakSet()  # of these: whose clip_() came after their latest step
 
 
 class AcceleratedClipper(Clipper):
@@ -40,17 +46,34 @@ class AcceleratedClipper(Clipper):
 
         ``optimizer.step_was_skipped`` tells of a skip, so that prepared schedulers wait as well: a 0-d bool, which is
         waited for when it is looked at. With fp16, unscales first; a norm that is not finite on any rank lowers the
-        scale of all, a skip for the policy's own reason does not. RuntimeError inside gradient accumulation, and where
-        no prepared optimizer holds the model. Collectives and waits: those of :meth:`Clipper.clip_`; one more wait a
-        step with fp16.
+        scale of all, a skip for the policy's own reason does not. Gradients that no prepared optimizer holds are in no
+        norm and stay as they are: nobody zeroes them. RuntimeError inside gradient accumulation, and where no prepared
+        optimizer holds the model. Collectives and waits: those of :meth:`Clipper.clip_`; one more wait a step with
+        fp16.
         """
         self._accelerator._refuse_to_clip("clip_()")
         prepared = self._accelerator._to_step(self._ids)
-        report = self._clip_before(list(map(_inner, prepared)), self._accelerator.scaler)
+        inner = list(map(_inner, prepared))
+        list(map(_hear, prepared))
+        with without_others(self._holders, self._folding.of(inner).held):
+            report = self._clip_before(inner, self._accelerator.scaler)
         for optimizer in prepared:
             if optimizer.scaler is None:
                 optimizer._is_overflow = report.skip
+                _decided.add(optimizer)
         return report
+
+    def measure(self) -> Report:
+        """That of :class:`Clipper`, of what prepared optimizers hold; RuntimeError where fp16 has not unscaled it."""
+        inner = list(map(_inner, self._accelerator._holding(self._ids)))
+        scaler = self._accelerator.scaler
+        if scaler is not None and scaler.is_enabled() and not all(is_unscaled(scaler, each) for each in inner):
+            raise RuntimeError(
+                "the gradients are still multiplied by the loss scale: call accelerator.unscale_gradients() before "
+                "measure(), or clip_(), whose report tells the norm"
+            )
+        with without_others(self._holders, self._folding.of(inner).held):
+            return super().measure()
 
     def step(self, *optimizers: Optimizer, scaler: Any = None) -> Report:
         raise RuntimeError("accelerate steps the optimizers it prepared: call clip_() and then optimizer.step()")
@@ -82,13 +105,15 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         """Return the Clipper of a prepared ``model``, for any policy, as part of what ``save_state`` saves.
 
         ``options``: those of :class:`Clipper`, which says what is compared here. RuntimeError with DeepSpeed;
-        ValueError where ``model`` is not what ``prepare`` returned.
+        ValueError where ``model`` is not what ``prepare`` returned, or has a clipper already.
         """
         self._refuse_deepspeed(f"a policy ({policy})")
         clipper = AcceleratedClipper(self, model, policy, **options)
         parts = [model] if isinstance(model, nn.Module) else model
         if not all(id(p) in clipper._ids for part in parts for p in part.parameters()):
             raise ValueError("the model is a part of what FSDP1 made of it: pass what accelerator.prepare() returned")
+        if any(isinstance(each, AcceleratedClipper) and each._ids & clipper._ids for each in self._custom_objects):
+            raise ValueError("a clipper() clips this model already and both would: keep that one, call clipper() once")
         self.register_for_checkpointing(clipper)
         return clipper
 
@@ -111,13 +136,18 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         whole = not modules and given <= {id(p) for model in models for p in model.parameters()}
         return models if whole else listed
 
-    def _to_step(self, ids: Set[int]) -> list[AcceleratedOptimizer]:
-        """The prepared optimizers that hold any of these parameters; with a scaler, the only one to step next."""
+    def _holding(self, ids: Set[int]) -> list[AcceleratedOptimizer]:
+        """The prepared optimizers that hold any of these parameters."""
         found = [o for o in self._optimizers if any(id(p) in ids for g in o.param_groups for p in g["params"])]
         if not found:
             raise RuntimeError(
                 "no prepared optimizer holds these parameters: pass the optimizer to accelerator.prepare() as well"
             )
+        return found
+
+    def _to_step(self, ids: Set[int]) -> list[AcceleratedOptimizer]:
+        """The same; with a scaler, the only one to step next."""
+        found = self._holding(ids)
         if self.scaler is not None and self.scaler.is_enabled():
             waiting = [o for o in self._optimizers if o in found or is_unscaled(self.scaler, _inner(o))]
             if len(waiting) > 1:
@@ -171,6 +201,24 @@ def _inner(optimizer: Optimizer) -> Optimizer:
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _hear(optimizer: AcceleratedOptimizer) -> None:
+    """Hear of its steps from now on: ``step_was_skipped`` is of the latest one, also where nobody clipped before it."""
+    if optimizer in _heard:
+        return
+    _heard.add(optimizer)
+
+    def begin(*_: Any) -> None:
+        if optimizer not in _decided:
+            optimizer._is_overflow = False
+
+    inner = _inner(optimizer)
+    watch(inner)
+    guard(inner, lambda _: _decided.discard(optimizer), begin)
+    if optimizer.scaler is not None:  # after every step accelerate puts back the method that it knows
+        optimizer._optimizer_original_step_method = inner.step
+        optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, inner.step)
 
 
 def _is_inside(model: nn.Module, given: Set[int]) -> bool:

@@ -43,6 +43,11 @@ class SkipOdd:
         return Decision(torch.full_like(norm, inf), skip=state["steps"] % 2 == 1), {"steps": state["steps"] + 1}
 
 
+class SkipFirst(SkipOdd):
+    def decide(self, norm, state):
+        return Decision(torch.full_like(norm, inf), skip=state["steps"] == 0), {"steps": state["steps"] + 1}
+
+
 # ---- one process ---------------------------------------------------------------------------------------------
 
 
@@ -267,6 +272,7 @@ def errors():
     other = torch.nn.Linear(2, 2)
     lonely = accelerator.clipper(other, 1.0)
     clipper = accelerator.clipper(model, 1.0)
+    note("two clippers", lambda: accelerator.clipper(model, 0.5))
     note("two owners", lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0))
     note("two owners by value", lambda: accelerator.clip_grad_value_(model, 1.0))
     note("step", lambda: clipper.step(optimizer))
@@ -290,6 +296,86 @@ def errors():
     note("deepspeed not taken over", lambda: accelerator.clip_grad_norm_(model.parameters(), 1.0))
     note("deepspeed by value", lambda: accelerator.clip_grad_value_(model.parameters(), 1.0))
     return found
+
+
+def skip_and_go_on():
+    """What each step did and said: one that is skipped, two without clip_(), and one that is clipped."""
+    accelerator, model, optimizer = ddp()
+    clipper = accelerator.clipper(model, SkipFirst())
+    found = []
+    for step, clips in enumerate([True, False, False, True]):
+        accelerator.backward(loss_of(model, step, dist.get_rank(), 2))
+        if clips:
+            clipper.clip_()
+        before = whole(model)
+        optimizer.step()
+        found.append((not same_bits([before, whole(model)]), bool(optimizer.step_was_skipped)))
+        optimizer.zero_grad()
+    return found
+
+
+def clip_again():
+    """The norms of two clip_() before a step that is skipped, and whether the gradients are there after it."""
+    accelerator, model, optimizer = ddp()
+    clipper = accelerator.clipper(model, SkipFirst())
+    accelerator.backward(loss_of(model, 0, dist.get_rank(), 2, bad=0))
+    norms = [clipper.clip_().norm.item() for _ in range(2)]
+    gradients = [p.grad for p in model.parameters()]
+    optimizer.step()
+    return norms, all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+def others(scale):
+    """Norms of a model of which the optimizer holds one layer: by clip_(), by measure(), and of that layer."""
+    accelerator = fresh()
+    if scale:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        accelerator.native_amp, AcceleratorState._shared_state["_mixed_precision"] = True, "fp16"
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model, optimizer = torch.nn.parallel.DistributedDataParallel(model), SGD(model[1].parameters(), lr=0.1)
+    accelerator._models.append(model)  # prepare() of fp16 is for accelerators
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    clipper = accelerator.clipper(model, 1e9)
+    found = []
+    for _ in range(3):
+        accelerator.backward(model(torch.ones(2, 3)).sum())
+        if scale:
+            with pytest.raises(RuntimeError, match=r"loss scale: call accelerator.unscale_gradients\(\) before"):
+                clipper.measure()
+            accelerator.unscale_gradients()
+        held = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        found.append((clipper.measure().norm.item(), clipper.clip_().norm.item(), torch.cat(held).norm().item()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def raise_in_a_scaled_step():
+    """Whether the gradients are back after a step that the policy skips, and that raises."""
+
+    class Failing(SGD):
+        def step(self, closure=None):
+            missing.append(all(p.grad is None for p in model.parameters()))
+            if len(missing) == 2:
+                raise OSError("disk")
+            return super().step(closure)
+
+    missing = []
+    accelerator = fresh()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = accelerator.prepare_optimizer(Failing(model.parameters(), lr=0.05))
+    clipper = accelerator.clipper(model, SkipOdd())
+    for step in range(2):
+        accelerator.backward(model(torch.ones(1, 2)).sum())
+        clipper.clip_()
+        if step == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    with pytest.raises(OSError, match="disk"):
+        optimizer.step()
+    return missing, [p.grad is not None for p in model.parameters()]
 
 
 def values(kind):
@@ -326,6 +412,10 @@ def everything(folder):
         "schedule": schedule(),
         "scaled": [scaled(None, False), scaled(None, True), scaled(MaxNorm(0.5), False), scaled(SkipOdd(), False)],
         "two scaled": two_scaled(),
+        "skip and go on": skip_and_go_on(),
+        "clip again": clip_again(),
+        "others": [others(scale) for scale in (False, True)],
+        "raise in a scaled step": raise_in_a_scaled_step(),
         "values": [values(kind) for kind in (accelerate.Accelerator, Accelerator)],
         "errors": errors(),
     }
@@ -439,6 +529,32 @@ def test_two_optimizers_with_a_loss_scale_are_clipped_one_after_the_other(ranks)
         assert len(refused) == 2
 
 
+def test_step_was_skipped_is_of_the_latest_step_also_without_clip_(ranks):
+    for each in ranks:
+        assert each["skip and go on"] == [(False, True), (True, False), (True, False), (True, False)]
+
+
+def test_a_second_clip_before_a_skipped_step_sees_the_gradients_and_loses_none(ranks):
+    for each in ranks:
+        norms, back = each["clip again"]
+        assert norms == pytest.approx([nan, nan], nan_ok=True)
+        assert back
+
+
+def test_gradients_that_no_prepared_optimizer_holds_do_not_add_up_in_the_norm(ranks):
+    for each in ranks:
+        for found in each["others"]:
+            for measured, clipped, held in found:
+                assert measured == clipped == pytest.approx(held, rel=1e-6)
+        plain, scaled = each["others"]
+        assert [norm for _, norm, _ in scaled] == pytest.approx([norm for _, norm, _ in plain], rel=1e-6)
+
+
+def test_gradients_come_back_where_a_scaled_step_that_is_skipped_raises(ranks):
+    for each in ranks:
+        assert each["raise in a scaled step"] == ([False, True], [True])
+
+
 def test_deepspeed_underneath_is_taken_over_and_the_line_returns_its_norm():
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'distclip[deepspeed]'")
     results = run_ranks(with_deepspeed, 2, fresh=True, timeout=120)
@@ -463,6 +579,7 @@ def test_values_are_clipped_under_fsdp2_where_accelerate_refuses(ranks):
     [
         ("two owners", r"ValueError: a clipper\(\) clips these parameters already: take the line with clip_grad_norm_"),
         ("two owners by value", "ValueError: .* take the line with clip_grad_value_ out"),
+        ("two clippers", r"ValueError: a clipper\(\) clips this model already .* call clipper\(\) once"),
         ("step", r"RuntimeError: .* call clip_\(\) and then optimizer.step\(\)"),
         ("no optimizer", r"RuntimeError: .* pass the optimizer to accelerator.prepare\(\) as well"),
         ("used up", "ValueError: clip_grad_norm_ was given no parameters"),

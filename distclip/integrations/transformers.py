@@ -8,6 +8,7 @@ accelerate 1.15.0; written: its ``_is_overflow``, which ``step_was_skipped`` ret
 
 import os
 import warnings
+from pickle import UnpicklingError
 from typing import Any, Unpack
 
 import torch
@@ -19,6 +20,13 @@ from ..clipper import Clipper, Options
 from ..policies import Policy
 
 FILE = "distclip.pt"  # in a checkpoint, beside scheduler.pt
+DAMAGED = (
+    EOFError,
+    UnpicklingError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+)  # what torch.load raises for bytes of others
 STEPPED_BEFORE = ("lomo", "layerwise")  # optimizers that step inside the backward
 
 
@@ -32,7 +40,7 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Trainer, policy: Policy | float, options: Options) -> None:
         self.clipper: Clipper | None = None
         self._trainer, self._policy, self._options = trainer, policy, options
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: str | None = None  # the file, from the load to the beginning of this training
         self._clipped = False
         self._save, self._load = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler
         trainer._get_grad_norm = self._clip
@@ -43,9 +51,9 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
         _refuse(self._trainer)
         self.clipper = Clipper(self._trainer.model_wrapped, self._policy, **self._options)
         self.clipper._driver = type(self._trainer).__name__
-        if self._resumed is not None:
-            self.clipper.load_state_dict(self._resumed)
-        self._resumed, self._clipped = None, False
+        resumed, self._resumed, self._clipped = self._resumed, None, False
+        if resumed is not None:
+            _load(self.clipper, resumed)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if not self._clipped:
@@ -57,7 +65,7 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
 
     def _clip(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
         """Clip, and return the norm that Trainer logs."""
-        if self.clipper is None:
+        if self.clipper is None or self not in self._trainer.callback_handler.callbacks:
             raise RuntimeError("the callback of distclip was removed from this Trainer: add it again before train()")
         _refuse(self._trainer)
         outer = inner = self._trainer.optimizer
@@ -76,12 +84,13 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
             torch.save(self.clipper.state_dict(), os.path.join(output_dir, FILE))
 
     def _load_with_ours(self, checkpoint: str | None) -> None:
+        self._resumed = None  # of a resume that has failed before its training began
         self._load(checkpoint)
         if checkpoint is None:
             return
         file = os.path.join(checkpoint, FILE)
         if os.path.exists(file):
-            self._resumed = torch.load(file, map_location="cpu", weights_only=True)
+            self._resumed = file
         else:
             warnings.warn(f"{checkpoint} has no {FILE}: the clipping policy starts anew", stacklevel=2)
 
@@ -97,8 +106,9 @@ def take_over(trainer: Trainer, policy: Policy | float, **options: Unpack[Option
     policy's state is saved in checkpoints as ``distclip.pt`` and goes on from there. Collectives and waits: those of
     :meth:`Clipper.clip_` once a step; on accelerators Trainer waits for the decision, to know of the learning rate.
 
-    ValueError for a second owner, DeepSpeed, XLA and optimizers that step inside the backward; RuntimeError from
-    ``train()`` where a subclass does not ask for the norm. Source: ``Trainer._run_epoch`` of transformers 5.23.0.
+    ValueError for a second owner, DeepSpeed, XLA, optimizers that step inside the backward and a ``distclip.pt`` that
+    does not fit; RuntimeError from ``train()`` where a subclass does not ask for the norm. Source:
+    ``Trainer._run_epoch`` of transformers 5.23.0.
     """
     if isinstance(getattr(trainer._get_grad_norm, "__self__", None), Clipping):
         raise ValueError("this Trainer was taken over before and would be clipped twice: call take_over() once")
@@ -106,6 +116,21 @@ def take_over(trainer: Trainer, policy: Policy | float, **options: Unpack[Option
     clipping = Clipping(trainer, policy, options)
     trainer.add_callback(clipping)
     return clipping
+
+
+def _load(clipper: Clipper, file: str) -> None:
+    """Give ``clipper`` the state in ``file``; ValueError where there is none, or that of another policy."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except DAMAGED as error:  # whose texts advise against weights_only
+        raise ValueError(
+            f"{file} is cut or garbled ({type(error).__name__}): resume from another checkpoint, or delete the file, "
+            "and the policy starts anew"
+        ) from error
+    try:
+        clipper.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit: {error}; or delete the file, and the policy starts anew") from error
 
 
 def _refuse(trainer: Trainer) -> None:

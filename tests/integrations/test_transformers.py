@@ -158,6 +158,41 @@ def resume(folder):
     return whole, again, names, anew, [str(w.message) for w in caught if FILE in str(w.message)]
 
 
+def damaged(folder):
+    """The errors of resuming from files that are no state of this policy, each with the same Trainer's next train()."""
+    trainer_of = lambda: trainer_in(folder, max_steps=2, save_strategy="steps", save_steps=1)  # noqa: E731
+    first = trainer_of()
+    take_over(first, AutoClip(50, window=8))
+    first.train()
+    checkpoint = os.path.join(folder, "checkpoint-1")
+    with open(os.path.join(checkpoint, FILE), "rb") as stream:
+        state = stream.read()
+    found = {}
+    for name, content in {
+        "empty": b"",
+        "cut": state[: len(state) // 2],
+        "cut at its end": state[:-30],
+        "garbled": b"garbage" * 100,
+        "garbled inside": state[:200] + bytes(200) + state[400:],
+        "another window": state,
+    }.items():
+        dist.barrier()
+        if dist.get_rank() == 0:
+            with open(os.path.join(checkpoint, FILE), "wb") as stream:
+                stream.write(content)
+        dist.barrier()
+        trainer = trainer_of()
+        clipping = take_over(trainer, AutoClip(50, window=4))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except ValueError as error:
+            found[name] = str(error)
+        trainer.args.save_strategy = "no"
+        trainer.train()
+        found[f"{name}, then"] = clipping.clipper.state_dict()["steps"]
+    return found
+
+
 class OwnLoop(Trainer):
     """Steps without asking for the norm, but for the first time."""
 
@@ -206,6 +241,12 @@ def errors(folder):
     removed = trainer_in(folder)
     removed.remove_callback(take_over(removed, 1.0))
     note("removed", removed.train)
+    removed = trainer_in(folder, max_steps=2)
+    clipping = take_over(removed, 1.0)
+    removed.train()
+    removed.remove_callback(clipping)
+    removed.model = removed.model_wrapped = Model()
+    note("removed later", removed.train)
     own = trainer_in(folder, kind=OwnLoop)
     take_over(own, 1.0)
     note("own loop", own.train)
@@ -225,6 +266,7 @@ def everything(folder):
         "bf16": train(folder, "max_norm", bf16=True)[0],
         "compiled": train(folder, "max_norm", torch_compile=True, torch_compile_backend="eager"),
         "resumed": resume(folder),
+        "damaged": damaged(os.path.join(folder, "damaged")),
         "errors": errors(folder),
     }
 
@@ -307,6 +349,16 @@ def test_a_resumed_run_decides_as_the_one_that_went_on(ranks):
         assert "the clipping policy starts anew" in warned[0]
 
 
+def test_a_resume_that_fails_names_the_file_and_is_forgotten(ranks):
+    for each in ranks:
+        found = each["damaged"]
+        assert [found.pop(name) for name in list(found) if name.endswith(", then")] == [2] * 6
+        assert len(found) == 6
+        assert re.match(r".*checkpoint-1.distclip\.pt does not fit: policy state norms .*", found.pop("another window"))
+        for error in found.values():
+            assert re.match(r".*checkpoint-1.distclip\.pt is cut or garbled \(\w+\): .* or delete the file", error)
+
+
 def test_a_second_training_starts_anew(ranks):
     assert all(each["errors"]["trained again"] for each in ranks)
 
@@ -321,6 +373,7 @@ def test_a_second_training_starts_anew(ranks):
         ("layerwise", "ValueError: optim=galore_adamw_layerwise steps inside the backward"),
         ("clip_", "RuntimeError: Trainer clips with this Clipper already"),
         ("removed", "RuntimeError: the callback of distclip was removed"),
+        ("removed later", "RuntimeError: the callback of distclip was removed"),
         ("own loop", "RuntimeError: OwnLoop has a loop of its own, .* use distclip.attach in it"),
         (
             "deepspeed",

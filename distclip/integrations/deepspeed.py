@@ -1,18 +1,19 @@
 """DeepSpeed: ``engine.step()`` clips by a policy, by the true global norm, at every ZeRO stage.
 
 Private API of DeepSpeed, read in 0.19.8. ``engine.optimizer.step`` is replaced on the instance: the engine calls it
-once for every optimizer step, after all reduction. Gradients are measured where each optimizer keeps them:
-``averaged_gradients``, the flat partitions of offloaded and bf16 optimizers, or ``.grad``. What DeepSpeed would compute
-by itself is replaced by the decision: the look for overflow (``check_overflow``, ``overflow_checker``), the norm
-(``scaled_global_norm``, ``_get_norm_groups``, ``get_grads_for_norm``) and ``unscale_and_clip_grads``, where gradients
-are fp32 already. So a step is skipped as DeepSpeed skips an overflow, and the next one starts as clean.
+once for every optimizer step, after all reduction; and ``engine.step``, to raise when it has counted the micro-batch.
+Gradients are measured where each optimizer keeps them: ``averaged_gradients``, the flat partitions of offloaded and
+bf16 optimizers, or ``.grad``. What DeepSpeed would compute by itself is replaced by the decision: the look for overflow
+(``check_overflow``, ``overflow_checker``), the norm (``scaled_global_norm``, ``_get_norm_groups``,
+``get_grads_for_norm``) and ``unscale_and_clip_grads``, where gradients are fp32 already. So a step is skipped as
+DeepSpeed skips an overflow, and the next one starts as clean.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from math import inf
+from math import inf, nan
 from types import MethodType, SimpleNamespace
 from typing import Any, Literal, TypeAlias
 from weakref import WeakSet
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distclip.clipper import Clipper
-from distclip.errors import LayoutError
+from distclip.errors import LayoutError, NonFiniteError
 from distclip.kernels import scale_
 from distclip.layout import Layout, LayoutFn
 from distclip.outcome import Outcome
@@ -62,9 +63,11 @@ def take_over(
     Returns the Clipper, for ``report``, ``culprit`` and ``state_dict``; its ``clip_`` and ``step`` raise
     RuntimeError. ``engine.get_global_grad_norm()`` is the norm before clipping. A skipped step counts in
     ``engine.skipped_steps`` and leaves parameters, optimizer and LR scheduler alone; only a norm that is not finite
-    lowers a loss scale. ``gradient_clipping`` of the DeepSpeed config, which is 1.0 where nobody wrote it, is off from
-    now on, with a warning where somebody did. One all-reduce a step, of two float64 words, under ZeRO of four; the host
-    waits for the decision. Gradients are scaled in fp32 wherever DeepSpeed steps fp32 copies.
+    lowers a loss scale. NonFiniteError comes from ``engine.step()`` when the engine has skipped and counted the step:
+    a loop that catches it goes on, without the gradients of that step. ``gradient_clipping`` of the DeepSpeed config,
+    which is 1.0 where nobody wrote it, is off from now on, with a warning where somebody did. One all-reduce a step, of
+    two float64 words, under ZeRO of four; the host waits for the decision. Gradients are scaled in fp32 wherever
+    DeepSpeed steps fp32 copies.
 
     ValueError for what is no engine with an optimizer, or was taken over before; NotImplementedError for what is not
     supported, by name. Source: DeepSpeed 0.19.8, ``DeepSpeedEngine._take_model_step``.
@@ -95,6 +98,7 @@ class EngineClipper(Clipper):
         self._parts = list(parts_of(optimizer))
         self._scale = 1.0  # what DeepSpeed multiplied the loss by
         self._outcome: Outcome | None = None
+        self._failed: NonFiniteError | None = None  # to be raised when the engine has ended the step that is being made
         known = {parameter: name for name, parameter in engine.module.named_parameters()}
         held = [parameter for parameters, _ in self._parts for parameter in parameters]
         names = [known.get(parameter, f"parameter {k} of the optimizer") for k, parameter in enumerate(held)]
@@ -105,17 +109,20 @@ class EngineClipper(Clipper):
             self._holders = [SimpleNamespace(grad=None) for _ in held]  # type: ignore[misc]
         if hook is not None:
             hook(optimizer, self)
-        self._inner = optimizer.step
+        self._inner, self._inner_of_engine = optimizer.step, engine.step
         optimizer.step = MethodType(lambda _, *args, **kwargs: self._step(*args, **kwargs), optimizer)
+        engine.step = MethodType(lambda _, *args, **kwargs: self._step_engine(*args, **kwargs), engine)
 
     @property
     def skips(self) -> bool:
         """Whether the step that is being made changes nothing."""
-        return self._outcome is not None and self._outcome.skip is True
+        return self._failed is not None or (self._outcome is not None and self._outcome.skip is True)
 
     @property
     def norm(self) -> Tensor:
         """Before clipping, 0-d, of the step that is being made."""
+        if self._failed is not None:
+            return torch.tensor(nan)
         assert self.report is not None
         return self.report.norm
 
@@ -140,8 +147,19 @@ class EngineClipper(Clipper):
             )
         super().verify()
 
+    def _step_engine(self, *args: Any, **kwargs: Any) -> None:
+        """The engine counts micro-batches at the very end, and would be off by one after an exception before it."""
+        self._inner_of_engine(*args, **kwargs)
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
     def _step(self, *args: Any, **kwargs: Any) -> None:
-        self._decide_step()
+        self._failed = None
+        try:
+            self._decide_step()
+        except NonFiniteError as error:
+            self._failed = error
         optimizer, knows_overflow = self._optimizer, not isinstance(self._optimizer, Optimizer)
         if not knows_overflow:
             optimizer.overflow = self.skips

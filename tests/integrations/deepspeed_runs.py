@@ -523,6 +523,22 @@ class AllModelParallel:
         self.get_data_parallel_group = lambda: self.alone
 
 
+def caught(config: dict[str, Any]) -> dict[str, Any]:
+    """Accumulation where a step raises and the loop goes on: norms, parameters, and what was counted."""
+    engine = engine_of(config, accumulate=2)
+    clipper = taken(engine, nonfinite="raise")
+    norms = []
+    for step in range(STEPS):
+        feed(engine, step, 2, spoil=step == NAN_AT)
+        try:
+            engine.step()
+            norms.append(clipper.report.norm.item())
+        except distclip.NonFiniteError:
+            norms.append(float(engine.get_global_grad_norm()))
+    counts = (engine.global_steps, engine.micro_steps, engine.skipped_steps)
+    return {"norms": norms, "parameters": parameters_of(engine), "counts": counts}
+
+
 def refusals() -> dict[str, str]:
     """The last case of a process: some of these leave DeepSpeed in a state that no other case could use."""
     import deepspeed
@@ -605,6 +621,7 @@ def launch(names: Sequence[str], odd: bool, folder: str) -> dict[Any, Any]:
                 attempt((key, "by halves"), by_halves, config)
                 attempt((key, "resumed"), resumed, config, f"{folder}/{key}")
                 attempt((key, "skipping"), skipping, config)
+                attempt((key, "caught"), caught, config)
                 attempt((key, "collectives"), collectives, config)
             attempt((str(stage), "scaled in fp32"), scaled_in_fp32, zero(stage) | BF16)
             if stage == 1:

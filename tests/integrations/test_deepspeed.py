@@ -159,6 +159,17 @@ def test_a_policy_may_skip_a_finite_step(launched, alone, place):
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_a_loop_that_catches_a_step_that_raises_goes_on_at_the_right_micro_batch(launched, alone, place):
+    ranks, expected = launched(2, (place, "caught")), alone(runs.alone, distclip.MaxNorm(BOUND), NAN_AT)
+    norms = [report["norm"] for report in expected["reports"]]
+    for found in ranks:
+        assert found["norms"] == pytest.approx(norms, rel=1e-6, nan_ok=True)
+        assert isnan(found["norms"][NAN_AT])
+        assert found["counts"] == (runs.STEPS, 2 * runs.STEPS, 1)
+        close(found["parameters"], expected["parameters"])
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_step_costs_one_small_all_reduce(launched, place):
     theirs, ours = launched(2, (place, "collectives"))[0]
     assert ours["allreduce"] == 1

@@ -8,8 +8,8 @@ accelerate 1.15.0; written: its ``_is_overflow``, which ``step_was_skipped`` ret
 
 import os
 import warnings
-from pickle import UnpicklingError
 from typing import Any, Unpack
+from zipfile import is_zipfile
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -20,13 +20,6 @@ from ..clipper import Clipper, Options
 from ..policies import Policy
 
 FILE = "distclip.pt"  # in a checkpoint, beside scheduler.pt
-DAMAGED = (
-    EOFError,
-    UnpicklingError,
-    RuntimeError,
-    LookupError,
-    ValueError,
-)  # what torch.load raises for bytes of others
 STEPPED_BEFORE = ("lomo", "layerwise")  # optimizers that step inside the backward
 
 
@@ -120,13 +113,15 @@ def take_over(trainer: Trainer, policy: Policy | float, **options: Unpack[Option
 
 def _load(clipper: Clipper, file: str) -> None:
     """Give ``clipper`` the state in ``file``; ValueError where there is none, or that of another policy."""
+    damaged = (
+        f"{file} is cut or garbled: resume from another checkpoint, or delete the file, and the policy starts anew"
+    )
+    if not is_zipfile(file):  # of which torch.load would say that weights_only is in the way
+        raise ValueError(damaged)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except DAMAGED as error:  # whose texts advise against weights_only
-        raise ValueError(
-            f"{file} is cut or garbled ({type(error).__name__}): resume from another checkpoint, or delete the file, "
-            "and the policy starts anew"
-        ) from error
+    except RuntimeError as error:
+        raise ValueError(damaged) from error
     try:
         clipper.load_state_dict(state)
     except ValueError as error:

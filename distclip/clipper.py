@@ -83,7 +83,8 @@ class Clipper:
       ``"raise"``: NonFiniteError on every rank, gradients untouched. ``"propagate"``: scale and step, as torch does.
     * ``max_consecutive_skips``: so many non-finite steps in a row are skipped; the next raises NonFiniteError.
     * ``overlap``: take the sums during the backward, from FSDP2's and DDP's hooks, of gradients on the CPU. DDP must
-      have ``gradient_as_bucket_view=True`` and no communication hook of its own.
+      have ``gradient_as_bucket_view=True`` and no communication hook of its own. Until the call nothing but a factor
+      may change gradients: value clipping of DTensors by torch, or rows written through ``.data``, are not seen.
 
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
@@ -180,7 +181,7 @@ class Clipper:
         norm of NaN on accelerators.
         """
         self._read_late_flags()
-        measured = self._measure(tag=self._steps + MEASURING, fault=self._plan.memory.take_fault())
+        measured = self._measure(tag=self._steps + MEASURING, fault=self._plan.memory.fault)
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
             raise LayoutError(f"{DISAGREE}{measured.reduced.who}")

@@ -54,8 +54,13 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
     if local.layout == torch.sparse_coo and not isinstance(gradient, DTensor):
         instead = None if local.is_coalesced() else local.coalesce()
         local = (local if instead is None else instead)._values()
-    elif local.layout == torch.strided and not isinstance(gradient, DTensor) and _is_lazy(local):
+    elif local.layout == torch.strided and _is_lazy(local):
         local = instead = local.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        if isinstance(gradient, DTensor):
+            where, shape, stride = gradient._spec, gradient.shape, gradient.stride()
+            instead = DTensor.from_local(
+                local, where.mesh, where.placements, run_check=False, shape=shape, stride=stride
+            )
     elif local.layout != torch.strided:
         return Found(None, problem=f"has layout {local.layout}, which is not supported: use strided or sparse_coo")
     if local.dtype not in REAL + COMPLEX:

@@ -14,6 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .roll_call import wait, who_is_missing
 
+_latest: dict[str, dist.Work] = {}
+"""Each group's latest all-reduce on the host. Gloo's thread lets go of it a moment after the wait for it, and must not
+be the last to do so: freeing its tensor takes the GIL, and asking for that aborts a process that is ending."""
+
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
 
@@ -78,7 +82,9 @@ class ClippingGroup:
             start = time.monotonic()
             try:
                 if words.device.type == "cpu":
-                    wait(dist.all_reduce(words, op, group=process_group, async_op=True), process_group.group_name)
+                    work = dist.all_reduce(words, op, group=process_group, async_op=True)
+                    _latest[process_group.group_name] = work
+                    wait(work, process_group.group_name)
                 else:
                     dist.all_reduce(words, op, group=process_group)
             except RuntimeError as error:

@@ -124,6 +124,11 @@ class LayoutReader:
             raise LayoutError(
                 f"{name} lives on ranks {outside} outside the clipping group: pass a `group` that holds all of it"
             )
+        if ranks and self._group.global_rank not in ranks:
+            raise LayoutError(
+                f"{name} lives on {len(ranks)} ranks, and rank {self._group.global_rank} is none of them: let only "
+                "ranks that hold a parameter list it, or pass the `group` of these ranks"
+            )
         axes = [axis for axis in self._axes if not ranks.issuperset(axis)]  # the others are in its metadata
         pieces *= prod(map(len, axes))
         if self._group.size % pieces:

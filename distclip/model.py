@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import LayoutError
 from .fsdp1 import held_by_fsdp1, is_flattened
-from .fsdp2 import managed_parameters
+from .fsdp2 import managed_anywhere, managed_parameters
 from .piece import Held, held_parameter, holders_of, once
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -40,14 +40,19 @@ class Reading:
         self._seen = False
 
     def lost(self) -> LayoutError | None:
-        """What is wrong where the modules hold others by now; None from the second time on, or if a module is gone."""
+        """What is wrong where the modules hold others by now; None once they did not, or if a module is gone.
+
+        FSDP2 may show unsharded copies, of which nothing is known here.
+        """
         models = [model for model in (reference() for reference in self._models) if model is not None]
         if self._seen or len(models) < len(self._models):
             return None
-        self._seen = True
         found = once(held_in(models))
-        new = next((item for item in found if id(item.holder) not in self._ids), None)
-        if new is None and len(holders_of(found)) == len(self._ids):
+        copies = managed_anywhere()[1]
+        shown = [item for item in found if id(item.holder) not in copies]
+        new = next((item for item in shown if id(item.holder) not in self._ids), None)
+        if new is None and (len(shown) < len(found) or len(holders_of(found)) == len(self._ids)):
+            self._seen = True
             return None
         what = "lost parameters" if new is None else f"has another {new.piece.name}"
         return LayoutError(

@@ -21,6 +21,7 @@ from .piece import Piece, local_tensor
 
 attributes = attrgetter("__dict__")  # of a tensor: the same object as long as the tensor is, and it keeps none alive
 facts = attrgetter("dtype", "layout")
+WIDE = (torch.float64, torch.complex128)
 LONGEST_REST = 1 << 10
 
 
@@ -76,6 +77,7 @@ class Gathered:
     * ``tensors``: one for each gradient that exists, and ``spans``: which of them, and what of it, each piece is.
     * ``indices``: which pieces these are.
     * ``owners``: the sources that each of ``runs`` is made of.
+    * ``wide``: whether some of them are float64, which their parameters need not be.
     """
 
     runs: list[Tensor]
@@ -84,6 +86,7 @@ class Gathered:
     spans: Sequence[tuple[int, slice | None]]
     indices: Sequence[int]
     owners: Sequence[frozenset[int]]
+    wide: bool
 
     def parts(self) -> list[Tensor]:
         """The local gradients piece by piece."""
@@ -108,8 +111,10 @@ class Runs:
         "_shares",
         "_spans",
         "_specs",
+        "_strides",
         "_told",
         "_types",
+        "_wide",
         "merged",
     )
 
@@ -135,8 +140,10 @@ class Runs:
             self._attributes = list(map(attributes, tensors))
         self._complex = any(t.is_complex() for t in tensors)
         self._facts = list(map(facts, tensors))
+        self._wide = any(t.dtype in WIDE for t in tensors)
         self._numels = list(map(Tensor.numel, tensors))
         self._contiguous = list(map(Tensor.is_contiguous, tensors))
+        self._strides = [(k, tensors[k].stride()) for k, each in enumerate(self._contiguous) if not each]
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._runs = runs
         self.merged = any(not run.whole for run in runs)
@@ -183,7 +190,9 @@ class Runs:
         """The runs of ``gradients``, or None where these do not lie as those did that are remembered."""
         tensors: Any = gradients if same or self._are_the_same(gradients) else self._alike(gradients)
         runs = None if tensors is None else self._found_in(tensors, same)
-        return None if runs is None else Gathered(runs, self._shares, tensors, self._spans, self._indices, self._owners)
+        if runs is None:
+            return None
+        return Gathered(runs, self._shares, tensors, self._spans, self._indices, self._owners, self._wide)
 
     def are_there(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these are the very tensors, at the same addresses: what changes one of them in place moves it.
@@ -200,10 +209,7 @@ class Runs:
         try:
             if all(map(is_, map(attributes, gradients), self._attributes)):
                 tensors: Any = gradients
-                return (
-                    list(map(Tensor.numel, tensors)) == self._numels
-                    and list(map(Tensor.is_contiguous, tensors)) == self._contiguous
-                )
+                return list(map(Tensor.numel, tensors)) == self._numels and self._lie_alike(tensors)
         except AttributeError:  # None has none
             pass
         self._attributes = None  # they are made anew each step: do not ask again
@@ -227,7 +233,12 @@ class Runs:
             return None
         if self._complex and any(map(Tensor.is_conj, tensors)):
             return None
-        return tensors if list(map(Tensor.is_contiguous, tensors)) == self._contiguous else None
+        return tensors if self._lie_alike(tensors) else None
+
+    def _lie_alike(self, tensors: Sequence[Tensor]) -> bool:
+        return list(map(Tensor.is_contiguous, tensors)) == self._contiguous and all(
+            tensors[k].stride() == stride for k, stride in self._strides
+        )
 
     def _found_in(self, tensors: list[Tensor], there: bool) -> list[Tensor] | None:
         if not self.merged:

@@ -6,7 +6,8 @@ were summed; all others are summed again as if there had been no hook. No hook t
 
 Versions alone do not tell: collectives, ``.data`` and foreach functions on DTensors (GradScaler unscales by one) leave
 them as they are. So some elements of every gradient are kept and compared too, which shows whatever changes a gradient
-as a whole. What changes few elements and no version is not seen: ``gradient.data[rows] = 0``.
+as a whole. What changes few elements and no version is not seen: ``gradient.data[rows] = 0``, or torch's foreach clamp
+on DTensors.
 
 Private torch API, read in 2.13: FSDP2's parameter groups, which call the post-accumulate hooks of sharded parameters,
 and ``DistributedDataParallel._comm_hooks``.
@@ -78,7 +79,9 @@ class Overlap:
             raise NotImplementedError("overlap=True sums gradients on the CPU only so far: leave it out")
         self._plan = plan
         self._holders = holders
-        self._source = {id(holder): source for source, holder in enumerate(holders)}
+        common = {source for source, each in zip(plan.sources, plan.common, strict=True) if each}
+        # of others (tied across stages) the user adds up gradients after the backward, a few rows perhaps
+        self._source = {id(holder): source for source, holder in enumerate(holders) if source in common}
         self._replicas = dict(zip(plan.sources, plan.replicas, strict=True))  # FSDP1, one source of many, has no hook
         self._blocks: dict[tuple[int, ...], Early | None] = {}
         self._arrived: dict[tuple[int, ...], set[int]] = {}

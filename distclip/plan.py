@@ -21,19 +21,19 @@ from .gradient import Local, look_at
 from .group import Axis, ClippingGroup
 from .kernels import largest, local_norms, power_sum
 from .layout import LayoutFn, LayoutReader
-from .neighbours import Gathered, Memory, shares_of
+from .neighbours import WIDE, Gathered, Memory, shares_of
 from .piece import Held, Piece, holders_of, once
 from .realign import is_candidate, realign
 from .words import Reduced, Word, reduce_norm, root
 
-WIDE = (torch.float64, torch.complex128)
 REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
 SHOWN = 5  # names in an error
 LEAST_P = 1 / 16  # below, the root of what 1e15 gradients of 3e38 add up to leaves float64
 APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
 SAY_SO = (
     "reduce gradients before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... "
-    "where ranks hold different parameters, or go on from the last checkpoint if a copy was damaged"
+    "where ranks hold different parameters, group=... where they train apart, or go on from the last checkpoint if a "
+    "copy was damaged"
 )
 TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
 
@@ -180,7 +180,7 @@ class Plan:
             gradients, found = self._realigned(gradients, holders)
             error = error or found
         gathered, local, norms, reduced = self._reduced(gradients, error, tag, call, same, taken)
-        wide = self.wide
+        wide = self.wide or gathered.wide
         if self.heeds:
             _, disagree, (misplaced, wide) = reduced.read()
             if misplaced and not disagree:
@@ -249,13 +249,18 @@ class Plan:
     ) -> tuple[Gathered, Local | None, Norms | None, Reduced]:
         """Sum what this rank has and make it global; Local where the gradients had to be looked at one by one.
 
-        Where the host knows at once that ranks disagree, all of them ask who it is.
+        Where the host knows at once that ranks disagree, all of them ask who it is. What torch raises here, of a
+        gradient whose memory was freed for example, is raised after the others were told.
         """
-        gathered, local = self._gathered(gradients, error, same)
-        norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices)
-        mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
+        try:
+            gathered, local = self._gathered(gradients, error, same)
+            norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices)
+            mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
+        except RuntimeError as failed:
+            self._tell_others(failed)
+            raise
         misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
-        questions = (misplaced, self.wide) if self.asks else ()
+        questions = (misplaced, self.wide or gathered.wide) if self.asks else ()
         missing = self._missing(gradients) if len(gathered.indices) < len(self.pieces) else ()
         code = self.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
         reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions, self.copied)
@@ -263,6 +268,14 @@ class Plan:
             mine_is = self._account(call, missing, None if local is None else local.error)
             reduced = replace(reduced, who=who_differs(self.group, self.device, mine_is))
         return gathered, local, norms, reduced
+
+    def _tell_others(self, error: RuntimeError) -> None:
+        """Take part in the all-reduce of the others without an own sum, so that they raise as well."""
+        on_host = self.device.type == "cpu"
+        nothing: Word = 0.0 if on_host else torch.zeros((), dtype=torch.float64, device=self.device)
+        reduced = reduce_norm(self.group, nothing, self.p, 0, True, (False, self.wide) if self.asks else ())
+        if reduced.disagree is True:
+            who_differs(self.group, self.device, f"stopped: {str(error).splitlines()[0]}")
 
     def _missing(self, gradients: Sequence[Tensor | None]) -> tuple[int, ...]:
         """Gradients that are not here, of parameters that every rank holds whole: they are on all ranks or on none.
@@ -301,7 +314,8 @@ class Plan:
         spans = [(k, None) for k in range(len(local.parts))]
         shares = shares_of(self.replicas[i] for i in local.indices)
         owners = [frozenset([self.sources[i]]) for i in local.indices]
-        return Gathered(local.parts, shares, local.parts, spans, local.indices, owners), local
+        wide = any(part.dtype in WIDE for part in local.parts)
+        return Gathered(local.parts, shares, local.parts, spans, local.indices, owners, wide), local
 
     def sum_on_host(self, tensors: Sequence[Tensor], replicas: int) -> float:
         """The sum of powers over replicas, or the largest norm, of tensors on the CPU."""

@@ -176,6 +176,25 @@ def test_a_model_mostly_on_meta_is_clipped_where_its_gradients_are():
     assert distclip.Clipper(model, 1.0).measure().norm.item() == pytest.approx(1.0)
 
 
+def test_a_gradient_that_is_not_contiguous_and_then_expanded():
+    weight = torch.nn.Parameter(torch.zeros(4, 6))
+    for step in range(4):
+        rows = torch.arange(24.0).view(6, 4).t() if step < 2 else torch.full((1, 6), 3.0).expand(4, 6)
+        weight.grad = rows.clone(memory_format=torch.preserve_format) if step < 2 else rows
+        true = true_norm([rows])
+        assert distclip.clip_grad_norm_([weight], 1.0).item() == pytest.approx(true, rel=1e-6)
+        assert true_norm([weight.grad]) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_float64_gradients_of_float32_parameters_are_not_zeroed():
+    model = torch.nn.Linear(2, 1, bias=False)
+    clipper = distclip.Clipper(model, 1.0)
+    model.double()
+    model.weight.grad = torch.tensor([[3e50, 4e50]], dtype=torch.float64)
+    assert clipper.clip_().norm.item() == pytest.approx(5e50)
+    assert model.weight.grad.tolist()[0] == pytest.approx([0.6, 0.8])
+
+
 def test_a_parameter_without_a_gradient_hides_none_behind_it():
     made = parameters([1.0], [3.0, -4.0])
     made[0].grad = None

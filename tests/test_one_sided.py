@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -144,6 +144,82 @@ def test_a_plain_gradient_of_a_dtensor_on_one_rank_is_an_error_on_all(realigned)
         assert said.startswith("LayoutError: ")
 
 
+def of_another_seed(kind: str) -> str:
+    return outcome(lambda: distclip.Clipper(build(), Odd(dist.get_rank())) and "built")
+
+
+class Odd(Above):
+    """Its attributes are as a user's may be: another text on every rank, or a circle."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(1.0)
+        self.names, self.file, self.me = {f"name {rank}"}, object(), self
+
+
+def test_what_may_differ_between_ranks_that_agree_is_not_compared():
+    """Sets are in another order in every process, devices and files have the number of the rank."""
+    assert run_ranks(of_another_seed, 2, "") == ["built"] * 2
+
+
+# ---- gradients that torch itself refuses -------------------------------------------------------------------
+
+
+def freed_on_rank_1() -> Any:
+    model = ddp()
+    clipper = distclip.Clipper(model, 1.0)
+    backward(model)
+    if dist.get_rank() == 1:
+        next(model.parameters()).grad.untyped_storage().resize_(0)
+    try:
+        return clipper.clip_().norm.item()
+    except (distclip.LayoutError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_gradient_whose_memory_was_freed_on_one_rank_leaves_none_waiting():
+    first, second = run_ranks(freed_on_rank_1, 2, timeout=20)
+    assert first.startswith("LayoutError: the ranks of the clipping group do not agree")
+    assert "rank 1: stopped: " in first
+    assert second.startswith("RuntimeError: ")
+
+
+def lazy_dtensor(kind: str) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    dtype = torch.complex64 if kind == "conjugated" else torch.float32
+    whole = torch.randn(6, 4, dtype=dtype)
+    model = nn.Module()
+    model.w = nn.Parameter(distribute_tensor(torch.ones(6, 4, dtype=dtype), mesh, [Shard(0)]))
+    local = distribute_tensor(whole, mesh, [Shard(0)]).to_local()
+    if kind == "conjugated":
+        local = local.conj() if dist.get_rank() == 0 else local.conj().resolve_conj()
+    else:
+        whole, local = torch.ones(6, 4), torch.ones(1, 1).expand(3, 4)
+    model.w.grad = DTensor.from_local(local, mesh, [Shard(0)])
+    norm = distclip.Clipper(model, 0.1).clip_().norm.item()
+    return norm, torch.linalg.vector_norm(whole).item(), torch.linalg.vector_norm(model.w.grad.full_tensor()).item()
+
+
+@pytest.mark.parametrize("kind", ["conjugated", "expanded"])
+def test_a_dtensor_gradient_that_is_no_plain_memory_is_summed_and_scaled(kind):
+    for norm, true, after in run_ranks(lazy_dtensor, 2, kind, timeout=20):
+        assert norm == pytest.approx(true, rel=1e-6)
+        assert after == pytest.approx(0.1, rel=1e-5)
+
+
+def on_a_mesh_of_two() -> str:
+    model = nn.Module()
+    mesh = DeviceMesh("cpu", [0, 1])
+    model.w = nn.Parameter(distribute_tensor(torch.ones(6, 3), mesh, [Shard(0)]))
+    return outcome(lambda: distclip.Clipper(model, 1.0) and "built")
+
+
+def test_a_parameter_that_some_ranks_hold_nothing_of_is_refused():
+    """They counted as ranks that hold copies: the norm was too small by the root of 2."""
+    said = run_ranks(on_a_mesh_of_two, 4, timeout=20)
+    assert all(text.startswith("LayoutError: ") for text in said)
+    assert "w lives on 2 ranks, and rank 2 is none of them" in said[2]
+
+
 # ---- later -------------------------------------------------------------------------------------------------
 
 _kept: list[distclip.Clipper] = []
@@ -232,6 +308,29 @@ def test_a_clipper_built_before_its_parameters_were_replaced_is_refused(how, cal
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in model.parameters()]
     model(torch.ones(2, 4)).sum().backward()
-    with pytest.raises(distclip.LayoutError, match="since the Clipper was built: build it after fully_shard"):
-        clipper.step(optimizer) if call == "step" else clipper.clip_()
+    for _ in range(2):
+        with pytest.raises(distclip.LayoutError, match="since the Clipper was built: build it after fully_shard"):
+            clipper.step(optimizer) if call == "step" else clipper.clip_()
     assert same_bits([before, [p.detach() for p in model.parameters()]])
+
+
+def part_of_a_sharded_model(keeps: bool) -> list[Any]:
+    """A Clipper of one layer of what FSDP2 manages as a whole, whose unsharded copies show in the first step."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), reshard_after_forward=False)
+    if keeps:
+        net.set_reshard_after_backward(False)
+    clipper, holders = distclip.Clipper(net[0], 0.1), list(net[0].parameters())
+    net(torch.randn(4, 8)).square().mean().backward()
+    if not keeps:
+        with torch.no_grad():
+            net(torch.randn(4, 8))
+    true = torch.cat([p.grad.full_tensor().double().flatten() for p in holders]).norm().item()
+    return [outcome(lambda: clipper.clip_().norm.item()), true]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_unsharded_copies_are_no_other_parameters(keeps):
+    for norm, true in run_ranks(part_of_a_sharded_model, 2, keeps):
+        assert norm == pytest.approx(true, rel=1e-6)

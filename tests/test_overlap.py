@@ -254,3 +254,34 @@ def refused(make) -> str:
 def test_what_cannot_overlap_is_refused_at_construction(make, says):
     for message in run_ranks(partial(refused, make), 1):
         assert says in message
+
+
+def tied_across_stages(overlap: bool) -> list[tuple[float, float]]:
+    """Two ranks as two stages that share a large weight; the loop adds up its gradient after the backward."""
+    rank = dist.get_rank()
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    net = nn.Module()
+    net.tied, net.own = nn.Parameter(torch.ones(2000, 16)), nn.Parameter(torch.full((9,), float(rank + 1)))
+    net.forward = lambda rows: (net.tied[rows] * 3).sum() + (net.own**2).sum() * 50
+    model = DistributedDataParallel(net, process_group=alone, gradient_as_bucket_view=True)
+    tied = {"layout": lambda name, p: distclip.Layout(2) if "tied" in name else None}
+    clipper = distclip.Clipper(model, inf, split_over=[dist.group.WORLD], overlap=overlap, **tied)
+    seen = []
+    for step in range(3):
+        model.zero_grad()
+        rows = torch.randint(2000, (12,), generator=torch.Generator().manual_seed(7 * step + rank))
+        model(rows).backward()
+        dist.all_reduce(net.tied.grad)
+        squares = net.own.grad.double().square().sum()
+        dist.all_reduce(squares)
+        oracle = (squares + net.tied.grad.double().square().sum()).sqrt().item()
+        seen.append((clipper.clip_().norm.item(), oracle))
+    return seen
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_weight_tied_across_stages_whose_few_rows_the_loop_adds_up(overlap):
+    """The rows of the other stage missed the sampled elements: the sum of before was taken."""
+    for seen in run_ranks(tied_across_stages, 2, overlap):
+        for norm, oracle in seen:
+            assert norm == pytest.approx(oracle, rel=1e-6)

@@ -69,6 +69,14 @@ def test_autoclip_never_clips_the_first_step_nor_a_constant_norm():
     assert decisions(AutoClip(37.7, window=9), [0.1] * 50) == [0.1] * 50
 
 
+def test_autoclip_is_not_bound_to_zero_by_steps_without_gradients():
+    """Its bound was 0, and with it all gradients, until the window had seen nine times as many others."""
+    bounds = decisions(AutoClip(), [0.0, 0.0, 0.0, *[5.0] * 30])
+    assert min(bounds) > 0
+    assert bounds[3] == inf
+    assert bounds[-1] == 5.0
+
+
 def test_autoclip_keeps_under_its_limit():
     assert decisions(AutoClip(50, max_norm=2.5), [1.0, 9.0, 9.0]) == [1.0, 2.5, 2.5]
 

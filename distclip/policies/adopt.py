@@ -1,6 +1,5 @@
 """What a Clipper asks of the policy that it is given: to be one, to be spelled, to take back a state."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from numbers import Real
@@ -12,8 +11,6 @@ from torch import Tensor
 from .max_norm import MaxNorm
 from .policy import Policy, State
 
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-
 
 def as_policy(policy: Policy | float) -> Policy:
     """``policy`` itself, or MaxNorm of a number."""
@@ -24,12 +21,21 @@ def as_policy(policy: Policy | float) -> Policy:
     raise ValueError(f"policy must be a number or have the methods of distclip.Policy, got {policy!r}")
 
 
-def spelled(value: Any) -> str:
-    """A text that is equal on ranks where this policy is, or what it holds: without addresses in memory."""
-    if not isinstance(value, Policy):
-        return ADDRESS.sub("", repr(value))
-    names = [f.name for f in fields(value)] if is_dataclass(value) else sorted(getattr(value, "__dict__", ()))
-    return f"{type(value).__qualname__}({', '.join(f'{name}={spelled(getattr(value, name))}' for name in names)})"
+def spelled(value: Any, inside: tuple[int, ...] = ()) -> str:
+    """A text that is equal on ranks where this policy is, or what it holds: numbers, texts, and policies inside of it.
+
+    Of anything else the type: a device, a file or the address of an object may differ between ranks that agree.
+    """
+    match value:
+        case None | bool() | str() | Real():
+            return repr(value)
+        case tuple() | list():
+            return f"[{', '.join(spelled(item, inside) for item in value)}]"
+        case Policy() if id(value) not in inside:
+            names = [f.name for f in fields(value)] if is_dataclass(value) else sorted(getattr(value, "__dict__", ()))
+            held = (f"{name}={spelled(getattr(value, name), (*inside, id(value)))}" for name in names)
+            return f"{type(value).__qualname__}({', '.join(held)})"
+    return type(value).__qualname__
 
 
 def hash_of(state: State, number: int) -> int:

@@ -48,6 +48,7 @@ class AutoClip:
         # Unused slots hold inf and sort last. So does what was no norm: a damaged state must not turn gradients round.
         ordered = torch.where(norms >= 0, norms, inf).sort().values
         bound = _percentile(ordered, ordered.isfinite().sum(), self.percentile)
+        bound = torch.where(bound > 0, bound, inf)  # of steps without gradients: it would make all others zero
         return Decision(bound.clamp(max=self.max_norm)), {"norms": norms, "count": state["count"] + finite}
 
 

@@ -48,7 +48,13 @@ class Held:
         return report
 
     def state(self) -> dict[str, Any]:
+        stepped = bool(self.optimizer.state)
         model, optimizer = get_state_dict(self.model, self.optimizer, options=FLAT)
+        if not stepped:  # torch has made a step of zeros, to know what the state will be, and counted it
+            for counted in (optimizer, *self.optimizer.state.values()):
+                for name, value in counted.items():
+                    if name.rpartition(".")[2] == "step":
+                        value.zero_()
         # its settings are those of the config, and the learning rate follows from the step
         return {"model": model, "optimizer": {k: v for k, v in optimizer.items() if k.startswith("state.")}}
 

@@ -11,7 +11,8 @@
 Ranks are processes of this machine that talk through Gloo. They are forked from a server that has already
 imported torch (0.1 s; a spawned process takes 3 s and more) and stay for the next case of the same size,
 which then costs about 30 ms. Every case has its own process group, which meets in a fresh file and not on a
-port, so that any number of test runs go side by side. After a failure of any kind the ranks are thrown away.
+port, so that any number of test runs go side by side. After a failure of any kind the ranks are thrown away,
+and where too many groups of older cases are still in them.
 
 Return values and compare them in the test: there pytest shows both sides, an `assert` on a rank neither.
 """
@@ -44,6 +45,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GRACE = 1.0  # seconds the other ranks have to finish once one has failed
+CROWD = 60  # threads of a rank: torch keeps Gloo groups alive, and each wakes a hundred times a second
 
 _processes = get_context("forkserver")
 _processes.set_forkserver_preload(
@@ -67,7 +69,7 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 60
     kept = False
     try:
         results = team.run(call, timeout)
-        kept = not fresh and size not in _teams
+        kept = not fresh and size not in _teams and not team.is_crowded()
     except RankError as error:
         name = fn.func if isinstance(fn, functools.partial) else fn
         raise RankError(f"{name.__qualname__} on {size} ranks: {error}") from None
@@ -122,6 +124,12 @@ class _Team:
         if not all(isinstance(answer, bytes) for answer in answers):
             raise RankError(self._story(answers, timeout))
         return [pickle.loads(answer) for answer in answers]
+
+    def is_crowded(self) -> bool:
+        """Whether the groups that its cases have left behind are a load for those to come."""
+        status = Path(f"/proc/{self.processes[0].pid}/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        return any(line.startswith("Threads:") and int(line.split()[1]) > CROWD for line in lines)
 
     def _collect(self, timeout: float) -> list[bytes | str | None]:
         """The answer of each rank, None where there was none in time."""

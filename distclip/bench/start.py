@@ -56,8 +56,10 @@ def problem_with(options: Options) -> str | None:
     gpus = torch.cuda.device_count()
     if strangers:
         return f"no case is called {strangers[0]!r}: distclip bench --list names them"
-    if not 1 <= options.processes <= MOST:
-        return f"--processes must be from 1 to {MOST}, not {options.processes}"
+    if options.processes < 1:
+        return f"--processes must be at least 1, not {options.processes}"
+    if options.processes > MOST:
+        return f"--processes must be at most {MOST}, not {options.processes}"
     if options.rounds is not None and options.rounds < 1:
         return f"--rounds must be at least 1, not {options.rounds}"
     if options.json is not None and shows() and not writable(options.json.absolute()):

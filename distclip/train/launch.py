@@ -4,8 +4,11 @@ import os
 import signal
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -16,6 +19,7 @@ from distclip.train.place import MEETING_POINT
 from distclip.train.problem import require
 from distclip.train.stop import exit_code, heeded
 
+SHUTDOWN = 30.0  # seconds that ranks have to save and end, as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says
 MOST = max(8, os.cpu_count() or 1)  # processes on one machine: one a core, and 8 on the smallest for trying out
 
 # `python -m distclip`, but stop signals wait from the beginning until StopSignals heeds them: to import torch takes
@@ -67,13 +71,40 @@ def launch_at(meeting: str, processes: int, words: Sequence[str], restarts: int)
     try:
         elastic_launch(config, sys.executable)("-c", RANK, *words)
     except SignalException as error:
-        return exit_code(signal.Signals(error.sigval))
+        received = signal.Signals(error.sigval)
+        end_forgotten(received)
+        return exit_code(received)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = 2 if failure.exitcode == 2 else 1
         print(f"distclip: rank {rank} failed, {ending(failure.exitcode)}", file=sys.stderr)
         return code
     return 0
+
+
+def end_forgotten(received: signal.Signals) -> None:
+    """Pass the signal on to ranks that torch's launcher was just starting when it came, and does not know of."""
+    deadline = time.monotonic() + SHUTDOWN
+    for number in (received, signal.SIGKILL):
+        for pid in ranks_started():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        while ranks_started() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def ranks_started() -> list[int]:
+    """The children of this process that are ranks and live, where the system tells."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    return [pid for pid in pids if RANK.encode() in command_of(pid)]
+
+
+def command_of(pid: int) -> bytes:
+    """Empty where the process has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def ending(code: int) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from distclip import __version__
 from distclip.cli import main
+from distclip.train import launch
 from train.commands import CONFIGS, TINY, TORCHRUN, metrics, numbers, start
 
 LONG = [*TINY, "train.steps=100000", "train.log_every=1000"]
@@ -117,6 +119,33 @@ def test_a_signal_waits_for_ranks_that_are_still_starting(run, tmp_path: Path):
     assert code == 130
     assert "Traceback" not in errors
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+STUBBORN = (
+    "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(60) # rank"
+)
+WILLING = "import time; print('ready', flush=True); time.sleep(60) # rank"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+@pytest.mark.parametrize(("rank", "least", "most"), [(WILLING, 0.0, 1.5), (STUBBORN, 2.0, 5.0)])
+def test_ranks_that_the_launcher_does_not_know_of_yet_get_the_signal_too(rank, least, most, monkeypatch):
+    """It forgot those that it was starting when the signal came: they trained on, and the command never ended."""
+    monkeypatch.setattr(launch, "RANK", rank)
+    monkeypatch.setattr(launch, "SHUTDOWN", 2.0)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    ranks = [subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE) for _ in range(2)]
+    for process in ranks:
+        process.stdout.readline()
+    start = time.monotonic()
+    launch.end_forgotten(signal.SIGTERM)
+    took = time.monotonic() - start
+    for process in ranks:
+        process.communicate(timeout=5)
+    assert least <= took < most
+    assert other.poll() is None, "it is no rank"
+    other.kill()
+    other.wait()
 
 
 def test_a_failure_in_training_is_exit_code_1_and_one_line(run, tmp_path: Path):

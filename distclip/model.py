@@ -44,8 +44,10 @@ class Reading:
 
         FSDP2 may show unsharded copies, of which nothing is known here.
         """
+        if self._seen:
+            return None
         models = [model for model in (reference() for reference in self._models) if model is not None]
-        if self._seen or len(models) < len(self._models):
+        if len(models) < len(self._models):
             return None
         found = once(held_in(models))
         copies = managed_anywhere()[1]

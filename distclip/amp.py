@@ -24,12 +24,12 @@ def claim(scaler: GradScaler, optimizers: Sequence[Optimizer], owner: object) ->
     """
     for optimizer in optimizers:
         owners = _state(scaler, optimizer).setdefault(OWNERS, [])  # until update()
-        if any(one is owner for one in owners):
+        if any(one is owner for one, _ in owners):
             raise RuntimeError(
                 "scaler.update() was not called since the last step, and new gradients would pass for unscaled: call "
                 "it after every step, also after one that was skipped or raised"
             )
-        owners.append(owner)
+        owners.append((owner, optimizer))  # kept, so that no other optimizer gets its id, the scaler's key
 
 
 def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:

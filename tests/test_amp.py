@@ -1,8 +1,10 @@
 """`step(optimizer, scaler=...)`: the norm of unscaled gradients, and all ranks lower their loss scale or none."""
 
+import gc
 from dataclasses import dataclass
 from functools import partial
 from math import inf
+from weakref import ref
 
 import pytest
 import torch
@@ -255,3 +257,18 @@ def test_a_gradient_that_no_optimizer_holds_on_one_rank_lets_none_wait():
     here, there = run_ranks(only_here, 2, timeout=20)
     assert here.startswith("1.weight has a gradient and is in none of the optimizers")
     assert "one of them stopped with an error of its own" in there
+
+
+def test_the_id_of_a_dropped_optimizer_is_not_given_to_another_before_update():
+    """The scaler keys what it knows by the id: a new optimizer at the same address would pass for the old one."""
+    model, scaler = net(), scaler_on_cpu()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dropped = ref(optimizer)
+    backward(model, 0, scaler)
+    distclip.Clipper(model, 1.0).step(optimizer, scaler=scaler)
+    del optimizer
+    gc.collect()
+    assert dropped() is not None
+    scaler.update()
+    gc.collect()
+    assert dropped() is None

@@ -47,8 +47,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 GRACE = 1.0  # seconds the other ranks have to finish once one has failed
 CROWD = 60  # threads of a rank: torch keeps Gloo groups alive, and each wakes a hundred times a second
 
-_processes = get_context("forkserver")
-_processes.set_forkserver_preload(
+processes = get_context("forkserver")
+processes.set_forkserver_preload(
     ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.pipelining", "distclip"]
 )
 
@@ -105,9 +105,9 @@ class _Team:
         self.processes = []
         self.cases = 0
         for rank in range(size):
-            ours, theirs = _processes.Pipe()
+            ours, theirs = processes.Pipe()
             arguments = theirs, rank, size, self.stacks[rank]
-            process = _processes.Process(target=_serve, args=arguments, daemon=True)
+            process = processes.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # the end of the process is now the end of the pipe
             self.pipes.append(ours)

@@ -2,7 +2,7 @@
 
 A ```python block runs in a process of its own. A comment right before the block says how, if not simply so:
 
-    <!-- run: 2 ranks -->           as a job of two processes, started by torchrun
+    <!-- run: 2 ranks -->           as a job of two processes, as torchrun starts them
     <!-- run: test -->              by pytest
     <!-- run: continued -->         after the block before it, in one program
     <!-- run: 2 ranks, continued    two of these, and after some lines that the reader is spared
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+from programs import play
 from test_floors import CORE, files, imports
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,7 @@ DOCUMENTS = [file for file in (README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.gl
 EXAMPLES = sorted(ROOT.glob("examples/**/*.py"))
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 OPTIONAL = {"accelerate", "deepspeed", "lightning", "matplotlib", "transformers"}  # extras that tests do without
+IMPORTED = [str(ROOT), str(ROOT / "tests")]  # from where programs import
 LIMIT = 120  # seconds for one program
 
 BLOCK = re.compile(
@@ -40,6 +42,7 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 TORCHRUN = re.compile(r"torchrun .*?--nproc-per-node[ =](\d+)")
+BY_TORCHRUN = {"ddp.py"}  # the examples that torchrun itself starts: it takes seconds
 PATH = re.compile(r"(?<![\w/.-])((?:launch|configs|examples|docs|docker|tests|benchmarks|distclip)/[\w./-]*\.[a-z]+)\b")
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]+)")
 
@@ -48,7 +51,8 @@ LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]+)")
 class Block:
     place: str
     program: str
-    launcher: list[str]
+    ranks: int | None
+    is_test: bool
 
 
 def blocks(document: Path) -> Iterator[Block]:
@@ -58,37 +62,39 @@ def blocks(document: Path) -> Iterator[Block]:
         line = text.count("\n", 0, match.start("code")) + 1
         place = f"{document.relative_to(ROOT)}:{line}"
         how = [word.strip() for word in (match["how"] or "").split(",") if word.strip()]
-        launcher: list[str] = []
-        before = ""
+        ranks, before = None, ""
         for word in how:
             if word == "continued":
                 before = program
-            elif word == "test":
-                launcher = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
             elif found := re.fullmatch(r"(\d+) ranks", word):
-                launcher = torchrun(found[1])
-            else:
+                ranks = int(found[1])
+            elif word != "test":
                 raise ValueError(f"{place}: run: {word!r} is none of 'N ranks', 'test', 'continued'")
         program = before + (match["unseen"] or "") + match["code"]
-        yield Block(place, program, launcher)
+        yield Block(place, program, ranks, "test" in how)
 
 
-def torchrun(ranks: str) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-
-
-def run(program: str, launcher: list[str], folder: Path) -> None:
+def written(program: str, folder: Path) -> Path:
+    """The program as a file, unless it needs a package that is not here."""
     imported = {part for path in imports("", list(ast.walk(ast.parse(program)))) for part in path}
     missing = sorted(name for name in imported & OPTIONAL if find_spec(name) is None)
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
     file = folder / "program.py"
     file.write_text(program, encoding="utf-8")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return file
+
+
+def run(file: Path, ranks: int | None) -> None:
+    codes, output = play(file, ranks, IMPORTED, LIMIT)
+    assert set(codes) == {0}, f"exit codes {codes}\n{textwrap.indent(output, '  ')}"
+
+
+def run_by(launcher: list[str], file: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, *launcher, str(file)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", *launcher, str(file)],
+        cwd=file.parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(IMPORTED), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -104,7 +110,11 @@ def run(program: str, launcher: list[str], folder: Path) -> None:
 
 @pytest.mark.parametrize("block", [b for document in DOCUMENTS for b in blocks(document)], ids=lambda b: b.place)
 def test_a_block_of_a_document_runs(block, tmp_path):
-    run(block.program, block.launcher, tmp_path)
+    file = written(block.program, tmp_path)
+    if block.is_test:
+        run_by(["pytest", "-q", "-p", "no:cacheprovider"], file)
+    else:
+        run(file, block.ranks)
 
 
 def test_the_readme_shows_code_and_all_of_it_is_seen():
@@ -119,7 +129,11 @@ def test_an_example_is_short_and_runs_as_it_says(example, tmp_path):
     program = example.read_text(encoding="utf-8")
     assert program.count("\n") <= 40
     shown = TORCHRUN.search(ast.get_docstring(ast.parse(program)) or "")
-    run(program, torchrun(shown[1]) if shown else [], tmp_path)
+    file, ranks = written(program, tmp_path), int(shown[1]) if shown else None
+    if example.name in BY_TORCHRUN:
+        run_by(["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"], file)
+    else:
+        run(file, ranks)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import inf, isnan, nan
+from warnings import warn
 from zlib import crc32
 
 import torch
@@ -217,11 +218,12 @@ class Plan:
                 instead[source] = seen.instead
         return Local(parts, indices, misplaced, instead, error)
 
-    def compare_copies(self, norm: float, own: Word | None, call: str) -> None:
+    def compare_copies(self, norm: float, own: Word | None, call: str, warns: bool = True) -> None:
         """Where every rank holds all gradients: remember it if those of this one were not those of all in ``call``.
 
         ``norm`` is that of all ranks, finite, and ``own`` what this one has put in, a number. Some ranks see a
-        difference and some do not, by how far theirs are from the mean: the next call tells all of them.
+        difference and some do not, by how far theirs are from the mean: the next call tells all of them. There may be
+        no next one, so that a rank that sees it ``warns``.
         """
         if not self.copied or own is None:
             return
@@ -230,6 +232,8 @@ class Plan:
             self.memory.fault = LayoutError(
                 f"copies of gradients differ between ranks since {call}, and here had a norm of {mine:.7g}: {SAY_SO}"
             )
+            if warns:
+                warn(f"{self.memory.fault}. The next call raises on every rank", RuntimeWarning, stacklevel=3)
 
     def norms(self, measured: Measured) -> Norms:
         """The norm of each gradient that was measured: at hand on accelerators, made now on the host."""

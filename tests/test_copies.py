@@ -2,6 +2,7 @@
 
 import gc
 import re
+import warnings
 from functools import partial
 from math import inf
 from typing import Any
@@ -16,6 +17,7 @@ from distclip.piece import local_tensor
 from layouts import backward, build, ddp, fsdp2
 from ranks import count_collectives, run_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:copies of gradients differ:RuntimeWarning")
 HOST, DEVICE = "host", "device"  # where decisions are read: at once, or, as on accelerators, one call later
 
 
@@ -145,3 +147,24 @@ def test_measure_hears_of_it_and_a_loaded_state_knows_nothing_of_it():
     assert run_ranks(looked_at_and_loaded, 2, "loaded") == ["no error"] * 2
     for said in run_ranks(looked_at_and_loaded, 2, "clipped"):
         assert "copies of gradients differ between ranks since step 0" in said
+
+
+def last_call(road: str, by: float) -> list[str]:
+    """The warnings of one call whose gradients, on rank 1, are ``by`` times those of the others."""
+    model = ddp()
+    with patch("distclip.clipper.reads_are_free", lambda device: road == HOST):
+        clipper = distclip.Clipper(model, 0.1)
+        backward(model)
+        if dist.get_rank() == 1:
+            for parameter in model.parameters():
+                parameter.grad.mul_(by)
+        with warnings.catch_warnings(record=True, action="always") as warned:
+            clipper.step(SGD(model.parameters(), lr=0.1))
+    return [str(warning.message) for warning in warned]
+
+
+def test_a_last_call_whose_gradients_differ_is_not_silent():
+    for (said,) in run_ranks(last_call, 3, HOST, 1e3):
+        assert "copies of gradients differ between ranks since step 0, and here had a norm of" in said
+        assert said.endswith("The next call raises on every rank")
+    assert run_ranks(last_call, 2, HOST, 1.0) == [[], []]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from math import inf, isclose, nan
 
-from faults.catalogue import ANY, CLEAN, CONTROLS, COUNTED, FAULTS, LIMIT, POISONED, SKIPPED, Contract
+from faults.catalogue import ANY, APART, CLEAN, CONTROLS, COUNTED, FAULTS, POISONED, SKIPPED, Contract
 from faults.loop import STEPS, Case
 from faults.stage import End, played
 
@@ -60,7 +60,7 @@ class Judge:
                 found.append(f"{WRONG}: parameters are not {holds} [rank {rank}]")
         if case.layout.startswith("ddp"):
             alike = len({ends[rank].notes.parameters for rank in judged}) <= 1
-            if alike == (LIMIT in judged.values()):
+            if alike == (APART in judged.values()):
                 found.append(f"{WRONG}: replicas are {'alike' if alike else 'apart'}")
         return found
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -72,7 +73,7 @@ class Notes:
     norms: list[str] = field(default_factory=list)  # of each step, every bit; as text, since JSON has no NaN
     squares: list[float] = field(default_factory=list)  # this rank's share of each step's norm, by torch in float64
     clipped: int = 0  # steps whose gradients were scaled down
-    said: list[str] = field(default_factory=list)  # the culprits that reports named
+    said: list[str] = field(default_factory=list)  # the culprits that reports named, and warnings
     parameters: str = ""  # a hash of what this rank holds at the end
 
 
@@ -117,6 +118,11 @@ class Loop:
         self.clipper: distclip.Clipper | None = None
 
     def run(self) -> None:
+        with warnings.catch_warnings(record=True) as warned:
+            self._run()
+        self.notes.said += [str(warning.message) for warning in warned]
+
+    def _run(self) -> None:
         self.reach("build")
         if self.case.call == "step":
             self.clipper = distclip.Clipper(self.model, self.policy, group=self.group, **self.options)

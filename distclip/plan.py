@@ -105,7 +105,7 @@ class Plan:
     code: int  # hash of the common pieces
     asks: bool  # whether two words more ask all ranks for misplaced gradients and float64: the same on all ranks
     heeds: bool  # whether the answers can be yes on a rank other than this one, so that they must be read
-    copied: bool  # whether every rank of the group holds a copy of all pieces, as under DDP
+    copied: bool  # whether every rank of the group holds a copy of all pieces, as under DDP, and no other pieces
     memory: Memory = field(default_factory=Memory, compare=False)
 
     @classmethod
@@ -149,7 +149,7 @@ class Plan:
             code=int.from_bytes(digest.digest()),
             asks=asks or heeds,
             heeds=heeds,
-            copied=group.size > 1 and set(replicas) == {group.size},
+            copied=group.size > 1 and set(replicas) == {group.size} and not (split_over or layout),
         )
 
     def label(self, index: int) -> str:

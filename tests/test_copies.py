@@ -9,7 +9,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 from torch.optim import SGD, AdamW
 
 import distclip
@@ -120,6 +122,30 @@ def test_ranks_that_hold_different_parameters_undeclared_do_not_go_on():
     for said in run_ranks(experts_that_nobody_declared, 2):
         assert "copies of gradients differ" in said
         assert "layout=..." in said
+
+
+def experts_on_one_rank_alone() -> list[float]:
+    """All hold the net; rank 1 holds an expert beside it, and rank 0, which does not, must not miss its part."""
+    model = build()
+    if dist.get_rank() == 1:
+        model.expert = nn.Linear(3, 3)
+    clipper = distclip.Clipper(model, 1.0, layout=lambda name, _: distclip.Layout(1) if "expert" in name else None)
+    norms = []
+    for step in range(2):
+        model.zero_grad()
+        backward(model, step)
+        if dist.get_rank() == 1:
+            model.expert(torch.ones(3)).sum().backward()
+        norms.append(clipper.clip_().norm.item())
+    return norms
+
+
+def test_a_rank_that_holds_copies_alone_beside_one_that_holds_more_is_right():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (first, second), other = run_ranks(experts_on_one_rank_alone, 2)
+    assert (first, second) == tuple(other)
+    assert min(first, second) > 3  # the expert's part is in it
 
 
 def looked_at_and_loaded(how: str) -> str:

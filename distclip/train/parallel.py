@@ -16,7 +16,6 @@ from distclip.train.passes import Passes, Whole
 from distclip.train.place import Place
 from distclip.train.ways.data import autocast, copy_by_ddp, shard_by_fsdp2
 from distclip.train.ways.experts import keep_experts, layout_of_experts, shard_experts
-from distclip.train.ways.pipeline import Piped
 from distclip.train.ways.tensor import cut_layers
 from distclip.train.ways.zero import Zero
 
@@ -36,6 +35,8 @@ def spread(model: nn.Module, config: Config, axes: Axes, place: Place) -> tuple[
     )
     if axes.pipeline == 1:
         return Whole(model=model), held
+    from distclip.train.ways.pipeline import Piped  # torch.distributed.pipelining imports torch._dynamo: 0.6 s
+
     microbatches = config.parallel.microbatches or axes.pipeline
     return Piped.of(model, mesh.get_group("pp"), place.device, config.parallel.schedule, microbatches), held
 

@@ -1,4 +1,4 @@
-"""A short soak: 2,000 steps on one process, 1,000 on two. tests/soak/run.sh makes 100,000, and looks at times too.
+"""A short soak: 1,000 steps on one process, 600 on two. tests/soak/run.sh makes 100,000, and looks at times too.
 
 Here other tests share the cores, and a step may take as long as it likes.
 """
@@ -16,13 +16,13 @@ ANY = float("inf")
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_process_grows_by_nothing(way):
-    figures = soak(way, steps=2000, warm_up=300)
+    figures = soak(way, steps=1000, warm_up=200)
     assert faults(figures, drift_allowed=ANY) == [], figures
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_grow_by_nothing(way):
-    for figures in run_ranks(soak, 2, way, 1000, 200, timeout=300):
+    for figures in run_ranks(soak, 2, way, 600, 100, timeout=300):
         assert figures.ranks == 2
         assert faults(figures, drift_allowed=ANY) == [], figures
 

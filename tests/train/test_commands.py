@@ -14,7 +14,8 @@ import pytest
 from distclip import __version__
 from distclip.cli import main
 from distclip.train import launch
-from train.commands import CONFIGS, TINY, TORCHRUN, metrics, numbers, start
+from ranks import run_ranks
+from train.commands import CONFIGS, TINY, TORCHRUN, metrics, numbers, start, train_here
 
 LONG = [*TINY, "train.steps=100000", "train.log_every=1000"]
 
@@ -94,8 +95,8 @@ def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(number, 
     assert json.loads((folder / "summary.json").read_text())["status"] == f"stopped by {number.name}"
     assert f"resume=true run.dir={folder}" in "".join(output.split("\n"))
 
-    code, _, errors = finish(run(*words, "resume=true", f"train.steps={steps[-1] + 3}"))
-    assert (code, errors) == (0, "")
+    words = [*TINY, f"run.dir={folder}", "resume=true", f"train.steps={steps[-1] + 3}"]
+    assert run_ranks(train_here, 2, "quickstart.yaml", words, timeout=PATIENCE) == [0, 0]
     assert [record["step"] for record in metrics(folder)] == list(range(1, steps[-1] + 4))
 
 
@@ -149,8 +150,8 @@ def test_ranks_that_the_launcher_does_not_know_of_yet_get_the_signal_too(rank, l
 
 
 def test_a_failure_in_training_is_exit_code_1_and_one_line(run, tmp_path: Path):
-    words = ["optim.lr=1e30", "clip.nonfinite=raise", "train.epochs=1", f"run.dir={tmp_path / 'run'}"]
-    code, _, errors = finish(run("train", CONFIGS / "digits.yaml", *words))
+    words = [*TINY, "optim.lr=1e30", "clip.nonfinite=raise", "train.steps=9", f"run.dir={tmp_path / 'run'}"]
+    code, _, errors = finish(run("train", CONFIGS / "quickstart.yaml", *words))
     assert code == 1
     assert errors.count("distclip: training failed: ") == 1
     assert "Traceback" not in errors

@@ -307,12 +307,14 @@ def test_a_case_is_measured_on_local_ranks_and_on_those_of_a_launcher(tmp_path: 
         assert case["distclip_ms"] > 0
 
 
-def test_ctrl_c_ends_it_quietly():
-    process = start("train-step-clipper", "--rounds", "10000")
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["in the terminal", "to the command alone"])
+def test_ctrl_c_ends_it_quietly(send):
+    process = start("ddp-small-function", "--rounds", "10000")
     try:
         assert process.stdout.readline().split()[0] == "case"  # its ranks have met
-        os.killpg(process.pid, signal.SIGINT)
+        send(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.communicate()
     assert (process.returncode, errors) == (130, "")

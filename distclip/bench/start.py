@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ def start(options: Options) -> int:
         run(join_launched(options.device), options)
     else:
         with TemporaryDirectory(prefix="distclip-bench-") as folder:
-            spawn(run_local, (folder, options), nprocs=options.processes)  # type: ignore[no-untyped-call]
+            arguments = run_local, (folder, options), options.processes
+            spawn(*arguments, daemon=True)  # type: ignore[no-untyped-call]  # daemons end with this process
     return 0
 
 
@@ -77,6 +79,7 @@ def writable(path: Path) -> bool:
 
 
 def run_local(rank: int, folder: str, options: Options) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception could be lost in a callback, or hang in a collective
     run(join_local(folder, rank, options.processes, options.device), options)
 
 

@@ -1,9 +1,17 @@
 """What every test starts from: one thread, seed 0."""
 
+import gc
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: collections in tests need not walk through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

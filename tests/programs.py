@@ -5,6 +5,7 @@ environment of torchrun there, with a store that the caller keeps as its agent d
 where torchrun takes four, all of it to import the same modules three times.
 """
 
+import gc
 import os
 import runpy
 import sys
@@ -77,6 +78,7 @@ def _be(program: Path, environment: dict[str, str], path: list[str], log: Path) 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    gc.freeze()  # as in ranks.py
     torch.set_num_threads(1)
     os.chdir(program.parent)
     sys.path[:0] = [str(program.parent), *path]

@@ -90,7 +90,7 @@ class Clipper:
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
     ranks where not. Every ``measure``, ``clip_`` and ``step`` makes one all-reduce of two float64 words (four for
     inf), DDP included, so that ranks decide alike even when one replica is corrupt: where every rank holds all
-    gradients and those of one have a norm that is 1e-6 off, the next call is a LayoutError on all. Two words more
+    gradients and those of one have a norm that is 1e-6 off, that one warns and the next call raises on all. Two words more
     travel with DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: they say whether some rank holds
     float64, and whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending sums),
     which are then redistributed into ``.grad``, from then on before the all-reduce. A call that raises leaves gradients

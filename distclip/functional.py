@@ -68,7 +68,7 @@ def clip_grad_norm_(
     costs a wait on accelerators. If one does, the ranks of its mesh redistribute it into ``.grad`` and the norm is
     reduced again. A LayoutError is raised on all ranks where they disagree; on accelerators, where nothing waits for
     that, the norm is NaN instead. Where every rank holds all gradients and those of one have a norm that is 1e-6 off,
-    the next call for these parameters raises it (CPU).
+    that one warns, and the next call for these parameters raises it (CPU).
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))

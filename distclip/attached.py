@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .clipper import Clipper, Options, Stepping
+from .clipper import Clipper, Options
+from .outcome import Stepping
 from .piece import local_tensor
 from .policies import Policy
 from .report import Report

@@ -1,8 +1,7 @@
 """Clipper: a plan and a policy, the object that a training loop holds."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Any, Literal, TypedDict
 from weakref import WeakSet
@@ -11,18 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from .amp import claim, join_found_inf, skipping, unscale_
 from .culprit import find_culprit
 from .errors import LayoutError, NonFiniteError
 from .flags import Flags, in_capture
-from .folding import Folding, Folds, folded, may_skip_on_device
+from .folding import Folding, Folds, may_skip_on_device
 from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
-from .model import Reading, held_in
-from .outcome import Outcome, decided
+from .model import Reading, held_in, parts_of
+from .outcome import Outcome, Stepping, decided
 from .overlap import Overlap
 from .piece import holders_of, once
 from .plan import NOTHING, Measured, Plan
@@ -30,7 +29,7 @@ from .policies import Policy, State
 from .policies.adopt import as_policy, fitting, hash_of, spelled, with_keys
 from .policies.checks import count, positive
 from .report import Culprit, Report
-from .stepping import skip_next_step
+from .stepping import check_optimizers, skip_next_step
 from .verify import compare_ranks, tell_ranks, verify
 
 NONFINITE = ("skip", "raise", "propagate")
@@ -56,20 +55,6 @@ class Options(TypedDict, total=False):
     overlap: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Stepping:
-    """A decision whose gradients are scaled already, but for those that folding optimizers scale themselves."""
-
-    outcome: Outcome
-    folds: Folds
-    coef: Tensor | None
-    skip: Tensor | None
-
-    def around(self, index: int, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """What the step of ``optimizer``, the one of this index, must run inside of."""
-        return folded(optimizer, self.coef, self.skip) if self.folds.by_optimizer[index] else nullcontext()
-
-
 class Clipper:
     """Clips by the true global norm, skips alike on all ranks, and keeps the policy's state.
 
@@ -90,11 +75,11 @@ class Clipper:
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
     ranks where not. Every ``measure``, ``clip_`` and ``step`` makes one all-reduce of two float64 words (four for
     inf), DDP included, so that ranks decide alike even when one replica is corrupt: where every rank holds all
-    gradients and those of one have a norm that is 1e-6 off, that one warns and the next call raises on all. Two words more
-    travel with DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: they say whether some rank holds
-    float64, and whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending sums),
-    which are then redistributed into ``.grad``, from then on before the all-reduce. A call that raises leaves gradients
-    and policy state as they were, but for pending sums that were made by then.
+    gradients and those of one have a norm that is 1e-6 off, that one warns and the next call raises on all. Two
+    words more travel with DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: they say whether some rank
+    holds float64, and whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending
+    sums), which are then redistributed into ``.grad``, from then on before the all-reduce. A call that raises leaves
+    gradients and policy state as they were, but for pending sums that were made by then.
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
     float64 gradients, p > 7 and the extra words; each costs one wait a step. Without a wait, non-finite norms and
@@ -131,7 +116,7 @@ class Clipper:
         self._policy = as_policy(policy)
         self._nonfinite = nonfinite
         self._max_consecutive_skips = max_consecutive_skips
-        parts = _parts(model)
+        parts = parts_of(model)
         p, where = positive("norm_type", norm_type), ClippingGroup.of(group)
         settings = {
             "norm_type": str(p),
@@ -208,7 +193,7 @@ class Clipper:
         lowers the scale of all ranks at your ``scaler.update()``; a skip for the policy's own reason does not.
         """
         self._refuse_a_second_owner()
-        _check(optimizers)
+        check_optimizers(optimizers)
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         stepping = self._begin(optimizers, scaler)
         if stepping.outcome.skip is True:
@@ -430,26 +415,3 @@ class Clipper:
             return ()
         pairs = zip(self._holders, measured.gradients, strict=True)
         return self._plan.look([None if id(holder) in folds.inside else g for holder, g in pairs]).parts
-
-
-def _check(optimizers: Sequence[Optimizer]) -> None:
-    if not optimizers:
-        raise ValueError("step() needs the optimizers to step: step(optimizer), or call clip_() and step yourself")
-    for index, optimizer in enumerate(optimizers):
-        if not hasattr(optimizer, "param_groups"):
-            raise ValueError(
-                f"step() takes optimizers one by one, got {type(optimizer).__name__}: step(*optimizers, scaler=scaler)"
-            )
-        if any(optimizer is other for other in optimizers[:index]):
-            raise ValueError(f"step() was given the same {type(optimizer).__name__} twice: give it once")
-        if isinstance(optimizer, LBFGS):
-            raise ValueError("LBFGS makes its gradients several times a step: call clip_() in its closure instead")
-
-
-def _parts(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    parts: Iterable[nn.Module] = [model] if isinstance(model, nn.Module) else model
-    parts = list(parts)
-    for part in parts:
-        if not isinstance(part, nn.Module):
-            raise ValueError(f"model must be a module or a list of modules, got {type(part).__name__} in it")
-    return parts

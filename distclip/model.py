@@ -1,6 +1,6 @@
 """What a rank holds of a model: its pieces, whatever wrapped it, and whether it holds them still. No collective."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from weakref import ref
 
 from torch import Tensor, nn
@@ -13,6 +13,16 @@ from .fsdp2 import managed_anywhere, managed_parameters
 from .piece import Held, held_parameter, holders_of, once
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def parts_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules that ``model`` is; ValueError for anything else."""
+    parts: Iterable[nn.Module] = [model] if isinstance(model, nn.Module) else model
+    parts = list(parts)
+    for part in parts:
+        if not isinstance(part, nn.Module):
+            raise ValueError(f"model must be a module or a list of modules, got {type(part).__name__} in it")
+    return parts
 
 
 def held_in(models: Iterable[nn.Module]) -> list[Held]:

@@ -1,11 +1,14 @@
 """Outcome: what a Clipper makes of one measured step, on the host or on an accelerator without waiting for it."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import isfinite, nan
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from .folding import Folds, folded
 from .plan import Measured
 from .policies import Policy, State
 from .report import Culprit, Report
@@ -59,6 +62,20 @@ class Outcome:
         coef = 1.0 if culprit.kind == "overflow" else self.coef
         report = replace(self.report, coef=torch.full_like(self.report.coef, float(coef)), culprit=culprit)
         return replace(self, report=report, coef=coef)
+
+
+@dataclass(frozen=True, slots=True)
+class Stepping:
+    """A decision whose gradients are scaled already, but for those that folding optimizers scale themselves."""
+
+    outcome: Outcome
+    folds: Folds
+    coef: Tensor | None
+    skip: Tensor | None
+
+    def around(self, index: int, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """What the step of ``optimizer``, the one of this index, must run inside of."""
+        return folded(optimizer, self.coef, self.skip) if self.folds.by_optimizer[index] else nullcontext()
 
 
 def decided(

@@ -1,6 +1,6 @@
 """Steps that somebody else calls: how one of them changes nothing, and how we hear that it begins and is over."""
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from .folding import FOLDING, folded, may_skip_on_device
 from .group import reads_are_free
@@ -38,6 +38,21 @@ def withhold(parameters: Iterable[Tensor]) -> Callable[[], None]:
                 parameter.grad = gradient
 
     return give_back
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """ValueError for what ``step()`` cannot step."""
+    if not optimizers:
+        raise ValueError("step() needs the optimizers to step: step(optimizer), or call clip_() and step yourself")
+    for index, optimizer in enumerate(optimizers):
+        if not hasattr(optimizer, "param_groups"):
+            raise ValueError(
+                f"step() takes optimizers one by one, got {type(optimizer).__name__}: step(*optimizers, scaler=scaler)"
+            )
+        if any(optimizer is other for other in optimizers[:index]):
+            raise ValueError(f"step() was given the same {type(optimizer).__name__} twice: give it once")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError("LBFGS makes its gradients several times a step: call clip_() in its closure instead")
 
 
 @contextmanager

@@ -107,12 +107,12 @@ def test_a_nonfinite_step_is_skipped_by_every_rank_and_written_as_json(tmp_path:
 
 
 def test_digits_need_clipping(tmp_path: Path):
-    run(tmp_path / "clipped", 2, "digits.yaml")
-    run(tmp_path / "unclipped", 2, "digits.yaml", "clip.policy=none")
+    run(tmp_path / "clipped", 2, "digits.yaml", "train.epochs=16")
+    run(tmp_path / "unclipped", 2, "digits.yaml", "train.epochs=16", "clip.policy=none")
     clipped, unclipped = (metrics(tmp_path / name)[-1] for name in ("clipped", "unclipped"))
     assert clipped["held_out_accuracy"] > 0.85
     assert not unclipped["held_out_accuracy"] > 0.7  # or NaN
-    assert sum(record["coef"] < 1 for record in metrics(tmp_path / "clipped")) > 600
+    assert sum(record["coef"] < 1 for record in metrics(tmp_path / "clipped")) > 400
     assert all(record["coef"] == 1 for record in metrics(tmp_path / "unclipped"))
 
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"clipper", "functional"},
     {"attached"},
     {"__init__"},  # `import distclip`: the public names; the core ends here
-    {"complaint", "integrations"},
+    {"complaint", "integrations", "presence"},
     {"bench", "train"},
     {"cli"},
     {"__main__"},

@@ -1,19 +1,15 @@
 """What ended a run, in one line that one rank says, and the exit code that goes with it."""
 
 import os
-from typing import TypeGuard
 
 import torch.distributed as dist
 
 from distclip import LayoutError, NonFiniteError
 from distclip.complaint import complain
+from distclip.presence import Roll, first_sentence, of_backend, who_is_gone
 from distclip.train.checkpoint import CheckpointError
 from distclip.train.place import launched, number_in
-from distclip.train.presence import who_is_gone
 from distclip.train.problem import ConfigError
-
-# Gloo raises plain RuntimeErrors. These are in all those of torch 2.13 that a peer's end or silence causes.
-GLOO = ("gloo", "Application timeout caused pair closure")
 
 
 def exit_code_after(error: ConfigError | LayoutError | RuntimeError | OSError) -> int:
@@ -29,8 +25,9 @@ def exit_code_after(error: ConfigError | LayoutError | RuntimeError | OSError) -
         case OSError():
             complain(f"training failed on rank {rank()}: {error}")
         case _ if of_backend(error):
-            if (story := who_is_gone() if dist.is_initialized() else "the ranks could not meet") is not None:
-                complain(f"training failed: {story} ({first_sentence(error)})")
+            roll = who_is_gone() if dist.is_initialized() else Roll("the ranks could not meet", called_here=True)
+            if roll.called_here:
+                complain(f"training failed: {roll.story} ({first_sentence(error)})")
         case _ if of_backend(error.__cause__):  # found by the Clipper, whose own roll call is of its collective alone
             return exit_code_after(error.__cause__)
         case _:
@@ -48,13 +45,3 @@ def leads() -> bool:
 
 def rank() -> str:
     return os.environ["RANK"]
-
-
-def of_backend(error: BaseException | None) -> TypeGuard[RuntimeError]:
-    """Whether it is torch.distributed that failed, and not a model or the trainer."""
-    plain = type(error) is RuntimeError and any(words in str(error) for words in GLOO)
-    return plain or isinstance(error, dist.DistError)
-
-
-def first_sentence(error: RuntimeError) -> str:
-    return str(error).partition("\n")[0].partition(". ")[0]

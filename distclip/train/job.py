@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from distclip.presence import Presence
 from distclip.train import checkpoint
 from distclip.train.axes import Axes
 from distclip.train.config import Config
@@ -18,7 +19,6 @@ from distclip.train.folder import RunFolder, check_folder, open_folder
 from distclip.train.metrics import MetricsFile, read_until, spelled
 from distclip.train.parallel import spread
 from distclip.train.place import Place, join, limit_waits
-from distclip.train.presence import Presence
 from distclip.train.problem import require
 from distclip.train.progress import Display, Tally
 from distclip.train.stop import StopSignals, exit_code

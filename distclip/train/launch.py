@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distclip.train.place import MEETING_POINT
+from distclip.presence import MEETING_POINT
 from distclip.train.problem import require
 from distclip.train.stop import exit_code, heeded
 

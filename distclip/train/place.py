@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
+from distclip.presence import MEETING_POINT
 from distclip.train.config import Parallel
 from distclip.train.problem import require
 
 MEETING = 600.0  # seconds to wait at least for all ranks to start
-MEETING_POINT = "DISTCLIP_MEETING_POINT"  # the init_method of ranks that `distclip train` has started itself
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

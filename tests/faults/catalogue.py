@@ -32,6 +32,7 @@ COUNTED = "what its gradients say"  # norms that are those of the gradients ther
 APART = "apart, and told so"
 ANY = "not judged"  # the guilty rank, where the others have ended
 
+SAID = "a hook of this rank failed"
 DONE = ("finished",)
 REFUSED = ("LayoutError",)
 BROKEN = ("RuntimeError",)
@@ -72,6 +73,7 @@ class Fault:
     layouts: Sequence[str] = ("ddp", "fsdp2")
     calls: Sequence[str] = CALLS
     groups: Sequence[bool] = (False,)  # whether the Clipper talks in a group of its own
+    named: Sequence[bool] = (False,)  # whether the loop runs inside `name_lost_ranks()`
     verifies: bool = False  # whether the loop calls clipper.verify() before each step
 
 
@@ -170,7 +172,7 @@ def at_the_backward(hook: Callable[..., Any]) -> Callable[[Loop], None]:
 
 
 def fail(*_: Any, **__: Any) -> NoReturn:
-    raise Injected("a hook of this rank failed")
+    raise Injected(SAID)
 
 
 def fail_in_overlap(loop: Loop) -> None:
@@ -252,16 +254,21 @@ def gone(case: Case) -> Contract:
 
 def gone_in_backward(case: Case) -> Contract:
     """The collective that fails is DDP's, FSDP2's or DTensor's: an error of torch, which names an address."""
-    return Contract(BROKEN, KILLED, guilty_says=())
+    return Contract(BROKEN, KILLED, (f"no answer from rank {case.guilty}: dead",) if case.named else (), ())
 
 
 def failed_in_backward(case: Case) -> Contract:
-    return Contract(BROKEN, ("Injected",), guilty_says=("a hook of this rank failed",))
+    return Contract(BROKEN, ("Injected",), failed(case), (SAID,))
 
 
 def failed_before_the_call(case: Case) -> Contract:
     """DDP's hook runs in a future, which makes a RuntimeError of what it raises."""
-    return Contract(BROKEN, ("Injected", "RuntimeError"), (), ("a hook of this rank failed",))
+    return Contract(BROKEN, ("Injected", "RuntimeError"), failed(case), (SAID,))
+
+
+def failed(case: Case) -> tuple[str, ...]:
+    """The others' collective is one of torch, or of ours: that one names who did not come."""
+    return (f"rank {case.guilty} failed: .*{SAID}|{absent(case)}",) if case.named else ()
 
 
 def skipped(case: Case) -> Contract:
@@ -308,7 +315,7 @@ def warned(case: Case) -> Contract:
 EVERYWHERE = ("ddp", "fsdp2", "tp")
 STEP = ("step",)
 FUNCTION = ("function",)
-BOTH_GROUPS = (False, True)
+BOTH = (False, True)
 
 FAULTS: dict[str, Fault] = {
     # numbers
@@ -318,10 +325,10 @@ FAULTS: dict[str, Fault] = {
     "missing gradient": Fault("gradients", lose_one, missing("one"), layouts=EVERYWHERE),
     "rank without gradients": Fault("gradients", lose_all, missing("all"), layouts=EVERYWHERE),
     # calls
-    "skipped call": Fault("call", nothing, skipped, groups=BOTH_GROUPS),
-    "skipped last call": Fault("call", nothing, skipped_last, step=STEPS - 1, groups=BOTH_GROUPS),
-    "extra call": Fault("call", twice, added, groups=BOTH_GROUPS),
-    "extra last call": Fault("call", twice, added_last, step=STEPS - 1, groups=BOTH_GROUPS),
+    "skipped call": Fault("call", nothing, skipped, groups=BOTH),
+    "skipped last call": Fault("call", nothing, skipped_last, step=STEPS - 1, groups=BOTH),
+    "extra call": Fault("call", twice, added, groups=BOTH),
+    "extra last call": Fault("call", twice, added_last, step=STEPS - 1, groups=BOTH),
     "extra measure()": Fault("call", measure_too, refused("rank GUILTY"), calls=STEP),
     "wrong step": Fault("call", other_step, refused("rank GUILTY"), calls=STEP),
     # settings
@@ -361,13 +368,18 @@ FAULTS: dict[str, Fault] = {
     # ranks that go
     "kill before the all-reduce": Fault("call", die, gone, layouts=EVERYWHERE),
     "kill in mid all-reduce": Fault("call", die_inside, gone, others={"call": come_late}, layouts=EVERYWHERE),
-    "kill in the backward": Fault("loss", at_the_backward(die), gone_in_backward),
-    "exception in a backward hook": Fault("loss", at_the_backward(fail), failed_in_backward),
+    "kill in the backward": Fault("loss", at_the_backward(die), gone_in_backward, named=BOTH),
+    "exception in a backward hook": Fault("loss", at_the_backward(fail), failed_in_backward, named=BOTH),
     "exception in an overlap hook": Fault(
-        "loss", fail_in_overlap, failed_before_the_call, layouts=("ddp overlap", "fsdp2 overlap"), calls=STEP
+        "loss",
+        fail_in_overlap,
+        failed_before_the_call,
+        layouts=("ddp overlap", "fsdp2 overlap"),
+        calls=STEP,
+        named=BOTH,
     ),
-    "exception in policy.decide": Fault("call", fail_in_policy, failed_in_backward, calls=STEP),
-    "exception in optimizer.step": Fault("call", fail_in_optimizer, failed_in_backward),
+    "exception in policy.decide": Fault("call", fail_in_policy, failed_in_backward, calls=STEP, named=BOTH),
+    "exception in optimizer.step": Fault("call", fail_in_optimizer, failed_in_backward, named=BOTH),
     "slow rank, below the timeout": Fault("call", sleep(-2.5), goes_on),
     "slow rank, above the timeout": Fault("call", sleep(2.0), late),
 }
@@ -383,11 +395,12 @@ def cases(
 ) -> list[Case]:
     """Every run there is: each fault in each of its layouts, loops and groups, times sizes and policies."""
     return [
-        Case(name, layout, size, call, policy, own_group=own)
+        Case(name, layout, size, call, policy, own_group=own, named=named)
         for name in names or FAULTS
         for layout in FAULTS[name].layouts
         for size in sizes
         for call in FAULTS[name].calls
         for own in FAULTS[name].groups
+        for named in FAULTS[name].named
         for policy in nonfinite
     ]

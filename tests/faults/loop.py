@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from hashlib import blake2b
@@ -29,6 +29,7 @@ from torch.optim import SGD
 
 import distclip
 from distclip.piece import local_tensor
+from distclip.presence import name_lost_ranks
 from layouts import batch, build, ddp, ddp_bucket_view, fsdp2
 from parallel import _tensor_parallel, mesh_of, rows
 
@@ -49,6 +50,7 @@ class Case:
     nonfinite: str  # "skip", "raise" or "propagate"
     timeout: float = 5.0  # of the process groups, in seconds
     own_group: bool = False  # the Clipper talks in a group of its own, not in the one that reduces gradients
+    named: bool = False  # the loop runs inside `name_lost_ranks()`
 
     @property
     def guilty(self) -> int:
@@ -56,7 +58,7 @@ class Case:
         return 0 if self.call == "function" else self.size // 2
 
     def __str__(self) -> str:
-        own = ", own group" if self.own_group else ""
+        own = (", own group" if self.own_group else "") + (", named" if self.named else "")
         return f"{self.fault} ({self.layout}, {self.size} ranks, {self.call}, {self.nonfinite}{own})"
 
 
@@ -214,7 +216,8 @@ def play(case: Case, rank: int, port: int, folder: str) -> None:
         torch.manual_seed(0)
         loop = Loop(case, notes, {place: _written(folder, rank, act) for place, act in at.items()}, fault.step)
         loop.verifies = fault.verifies
-        loop.run()
+        with name_lost_ranks() if case.named else nullcontext():
+            loop.run()
         notes.fate, notes.parameters = "finished", _hash(loop.parameters)
     except BaseException as error:  # whatever it is, it is this rank's fate
         notes.fate, notes.message = type(error).__name__, str(error)

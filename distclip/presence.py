@@ -27,7 +27,7 @@ MEETING_POINT = "DISTCLIP_MEETING_POINT"  # in the environment: where ranks meet
 LOOK = 1.0  # seconds between looks at the store
 PATIENCE = 5.0  # seconds for an answer: a look, and a machine with more to do
 LIMIT = 12.0  # seconds for the whole roll call: a store behind a link that is down never answers
-CALL = "distclip/roll"
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun may keep one store for all starts of a job
 LONGEST = 500  # characters of an exception that others are told of
 
 # Gloo raises plain RuntimeErrors. These are in all those of torch 2.13 that a peer's end or silence causes.
@@ -72,8 +72,8 @@ class Presence:
     def answer(self) -> None:
         try:
             while not self.left.wait(LOOK):
-                if self.store.check([f"{CALL}/called"]):
-                    self.store.set(f"{CALL}/{dist.get_rank()}", "here")
+                if self.store.check([f"{call()}/called"]):
+                    self.store.set(f"{call()}/{dist.get_rank()}", "here")
                     return
         except RuntimeError:  # the store is gone, and nobody can call
             pass
@@ -91,7 +91,7 @@ class Presence:
             return  # all is well, or another rank is to blame, or the store does not answer
         said = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
         with suppress(RuntimeError):  # the store is gone
-            self.store.set(f"{CALL}/failed", f"rank {dist.get_rank()} failed: {said}")
+            self.store.set(f"{call()}/failed", f"rank {dist.get_rank()} failed: {said}")
 
 
 def who_is_gone() -> Roll:
@@ -109,13 +109,13 @@ def who_is_gone() -> Roll:
 def roll_called() -> Roll:
     store, world = _get_default_store(), dist.get_world_size()
     try:
-        store.set(f"{CALL}/{dist.get_rank()}", "here")
-        store.set(f"{CALL}/called", "")
-        if store.add(f"{CALL}/callers", 1) > 1:
-            store.wait([f"{CALL}/over"], timedelta(seconds=LIMIT))  # rank 0 may hold the store: it must not go yet
-            return Roll(store.get(f"{CALL}/over").decode(), False)
+        store.set(f"{call()}/{dist.get_rank()}", "here")
+        store.set(f"{call()}/called", "")
+        if store.add(f"{call()}/callers", 1) > 1:
+            store.wait([f"{call()}/over"], timedelta(seconds=LIMIT))  # rank 0 may hold the store: it must not go yet
+            return Roll(store.get(f"{call()}/over").decode(), False)
         story = told(store, world)
-        store.set(f"{CALL}/over", story)
+        store.set(f"{call()}/over", story)
     except RuntimeError:
         return Roll(f"the job's store is gone: {holder()} has ended or cannot be reached", True)
     return Roll(story, True)
@@ -126,14 +126,19 @@ def told(store: Any, world: int) -> str:
     deadline = time.monotonic() + PATIENCE
     gone = list(range(world))
     while gone and time.monotonic() < deadline:
-        if store.check([f"{CALL}/failed"]):
-            return str(store.get(f"{CALL}/failed").decode())
-        gone = [rank for rank in gone if not store.check([f"{CALL}/{rank}"])]
+        if store.check([f"{call()}/failed"]):
+            return str(store.get(f"{call()}/failed").decode())
+        gone = [rank for rank in gone if not store.check([f"{call()}/{rank}"])]
         time.sleep(0.1)
     if not gone:
         return "a connection broke, or a rank was slower than the timeout allows; all ranks are alive"
     ranks = f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
     return f"no answer from {ranks}: dead, stopped or out of reach"
+
+
+def call() -> str:
+    """The name of this start's roll call."""
+    return f"distclip/roll/{os.environ.get(RESTARTS, '0')}"
 
 
 def holder() -> str:

@@ -20,11 +20,12 @@ from .folding import Folding, Folds, may_skip_on_device
 from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
+from .measured import NOTHING, Measured
 from .model import Reading, held_in, parts_of
 from .outcome import Outcome, Stepping, decided
 from .overlap import Overlap
 from .piece import holders_of, once
-from .plan import NOTHING, Measured, Plan
+from .plan import Plan
 from .policies import Policy, State
 from .policies.adopt import as_policy, fitting, hash_of, spelled, with_keys
 from .policies.checks import count, positive

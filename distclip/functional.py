@@ -22,8 +22,9 @@ from .errors import LayoutError, NonFiniteError
 from .group import Axis, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
+from .measured import Measured
 from .piece import held_gradient, holders_of
-from .plan import Measured, Plan
+from .plan import Plan
 from .policies.checks import bounds, positive
 from .report import Culprit
 from .words import Word, clip_coef, presented

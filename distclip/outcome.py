@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .folding import Folds, folded
-from .plan import Measured
+from .measured import Measured
 from .policies import Policy, State
 from .report import Culprit, Report
 from .words import clip_coef, presented

@@ -28,9 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .fsdp2 import groups_of
 from .gradient import COMPLEX, REAL
+from .measured import Taken
 from .neighbours import attributes
 from .piece import local_tensor
-from .plan import Plan, Taken
+from .plan import Plan
 
 SAMPLES = 32  # elements of each gradient, spread over it: 3 us
 SUMMED = REAL + COMPLEX

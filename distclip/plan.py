@@ -22,6 +22,7 @@ from .gradient import Local, look_at
 from .group import Axis, ClippingGroup
 from .kernels import largest, local_norms, power_sum
 from .layout import LayoutFn, LayoutReader
+from .measured import NOTHING, Measured, Norms, Taken
 from .neighbours import WIDE, Gathered, Memory, shares_of
 from .piece import Held, Piece, holders_of, once
 from .realign import is_candidate, realign
@@ -37,55 +38,6 @@ SAY_SO = (
     "copy was damaged"
 )
 TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
-
-
-@dataclass(frozen=True, slots=True)
-class Norms:
-    """The p-norm of every local gradient: float64, shape (len(indices),), on the plan's device.
-
-    ``indices``: which pieces they belong to. ``parts``: the gradients, or nothing where they have changed since.
-    """
-
-    norms: Tensor
-    indices: Sequence[int]
-    parts: Sequence[Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What :meth:`Plan.sum_on_host` gave for blocks of gradients before, and the sources in these blocks."""
-
-    amounts: Sequence[float] = ()
-    sources: frozenset[int] = frozenset()
-
-
-NOTHING = Taken()
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One measurement.
-
-    * ``gradients``: of the plan's sources, as they were summed; ``runs``: the same as plain tensors, to be scaled.
-    * ``norms``: of each gradient, where they were needed anyway (see :meth:`Plan.norms`).
-    * ``realigned``: whether gradients of some rank had to be brought to their parameters' placements by talking.
-    * ``dtype``: of the norm that users see, the same on every rank: float64 where some rank has such a parameter.
-    * ``can_overflow``: whether finite gradients may have a norm or a power sum beyond float64; those of fp32 cannot for
-      p from 1/16 to 7.
-    """
-
-    gradients: Sequence[Tensor | None]
-    runs: Sequence[Tensor]
-    norms: Norms | None
-    reduced: Reduced
-    realigned: bool
-    dtype: torch.dtype
-    can_overflow: bool
-
-    def without_gradients(self) -> "Measured":
-        """What may be kept until the next call without keeping gradients alive."""
-        norms = None if self.norms is None else replace(self.norms, parts=())
-        return replace(self, gradients=(), runs=(), norms=norms)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from .compare import bit_sums, checksums, differing, say, who_differs
 from .errors import LayoutError
 from .group import ClippingGroup
 from .layout import speaks
+from .measured import Norms
 from .piece import Held, once
-from .plan import Norms, Plan
+from .plan import Plan
 
 SHOWN = 5  # names in an error
 ERROR = "an error of its own"

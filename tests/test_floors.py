@@ -12,7 +12,7 @@ FLOORS = [
     {"amp", "errors", "flags", "piece", "report", "roll_call"},
     {"group"},
     {"compare", "folding", "fsdp1", "fsdp2", "kernels", "layout", "policies", "realign", "words"},
-    {"gradient", "model", "stepping"},
+    {"gradient", "measured", "model", "stepping"},
     {"neighbours"},
     {"plan"},
     {"cache", "culprit", "outcome", "overlap", "verify"},

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
+from distclip.measured import Measured
 from distclip.piece import held_parameter
-from distclip.plan import Measured, Plan
+from distclip.plan import Plan
 from distclip.verify import verify
 from distclip.words import CODES, clip_coef, reduce_norm
 from oracle import same_tensors, true_norm

@@ -36,8 +36,8 @@ from distclip.clipper import Clipper
 from distclip.errors import LayoutError, NonFiniteError
 from distclip.kernels import scale_
 from distclip.layout import Layout, LayoutFn
+from distclip.measured import Measured
 from distclip.outcome import Outcome
-from distclip.plan import Measured
 from distclip.policies import Policy
 
 Gradients: TypeAlias = Sequence[Tensor | None]

@@ -30,6 +30,9 @@ quietly "ruff check" ruff check .
 quietly "ruff format" ruff format --check .
 quietly "mypy" mypy
 
+# Hundreds of processes import it, and each would compile it anew where PYTHONDONTWRITEBYTECODE is set.
+"$venv/bin/python" -m compileall -q distclip
+
 start=$SECONDS code=0
 "$venv/bin/pytest" -q -n auto --maxprocesses 8 --dist worksteal "$@" || code=$?
 report pytest "$code" "$start"

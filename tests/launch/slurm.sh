@@ -57,7 +57,7 @@ daemon() { # host, name of the log, command...
 }
 
 install_packages() {
-    command -v sbatch munged ip >/dev/null && return
+    if command -v sbatch >/dev/null && command -v munged >/dev/null && command -v ip >/dev/null; then return; fi
     say "installing slurm-wlm and munge"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2 >/dev/null

@@ -44,7 +44,11 @@ stop() {
 }
 
 install_packages() {
-    command -v mmdebstrap buildah docker-compose iptables ip >/dev/null && return
+    local tool missing=
+    for tool in mmdebstrap buildah docker-compose iptables ip; do
+        command -v "$tool" >/dev/null || missing=yes
+    done
+    [[ -n $missing ]] || return 0
     say "installing"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

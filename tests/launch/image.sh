@@ -58,7 +58,8 @@ install_packages() {
 bah() { # buildah, with a storage of its own
     local command=$1
     shift
-    buildah --root "$scratch/storage" --runroot "$scratch/run" "$command" "$@" >>"$scratch/buildah.log" 2>&1
+    buildah --root "$scratch/storage" --runroot "$scratch/run" "$command" "$@" >>"$scratch/buildah.log" 2>&1 ||
+        fail "buildah $command"
 }
 
 build() {

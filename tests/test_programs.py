@@ -43,6 +43,8 @@ def test_the_others_are_stopped_where_one_fails(tmp_path):
     assert time.monotonic() - start < 30
 
 
-@pytest.mark.parametrize(("text", "code"), [("import sys; sys.exit(3)", 3), ("import time; time.sleep(60)", -15)])
-def test_one_process_ends_by_itself_or_by_the_limit(text, code, tmp_path):
-    assert play(program(tmp_path, text), None, [], limit=2)[0] == [code]
+@pytest.mark.parametrize(
+    ("text", "limit", "code"), [("import sys; sys.exit(3)", 60, 3), ("import time; time.sleep(60)", 2, -15)]
+)
+def test_one_process_ends_by_itself_or_by_the_limit(text, limit, code, tmp_path):
+    assert play(program(tmp_path, text), None, [], limit)[0] == [code]

@@ -20,16 +20,16 @@ from ranks import processes
 
 
 def play(program: Path, ranks: int | None, path: list[str], limit: float) -> tuple[list[int], str]:
-    """The exit code of each rank, or of the one process where ``ranks`` is None, and what all of them have printed.
+    """The exit code of each rank, or of the one process where ``ranks`` is None, and what they have printed, in order.
 
     They run in the folder of ``program`` and import from ``path`` too. Once one has failed, or after ``limit`` seconds,
     the others are stopped: their code is negative.
     """
-    log = program.with_suffix(".log")
-    log.touch()
+    logs = [program.with_suffix(f".{rank}") for rank in range(ranks or 1)]
     store = None if ranks is None else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []
-    for rank in range(ranks or 1):
+    for rank, log in enumerate(logs):
+        log.touch()
         environment = {} if store is None else torchrun_environment(rank, ranks or 1, store.port)
         process = processes.Process(target=_be, args=(program, environment, path, log))
         process.start()
@@ -45,7 +45,7 @@ def play(program: Path, ranks: int | None, path: list[str], limit: float) -> tup
         process.join(5)
         process.kill()
         process.join()
-    return [process.exitcode for process in started], log.read_text(errors="replace")
+    return [process.exitcode for process in started], "".join(log.read_text(errors="replace") for log in logs)
 
 
 def torchrun_environment(rank: int, size: int, port: int) -> dict[str, str]:

@@ -32,7 +32,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Bound:
-    """A policy whose bound a test moves: making a Clipper for each would take half of the time here."""
+    """A policy whose bound a test moves: making a Clipper for each took a quarter of the time here."""
 
     max_norm: float = inf
 

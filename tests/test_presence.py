@@ -21,7 +21,7 @@ try:
         dist.all_reduce(words)
         dist.all_reduce(words)
     print(f"{rank}: finished", flush=True)
-except Exception as error:
+except (RuntimeError, ValueError) as error:
     said = str(error).replace(chr(10), "|")
     print(f"{rank}: {type(error).__name__}: {said} <- {type(error.__cause__).__name__}", flush=True)
 os._exit(0)  # as a process that ends: with its connections closed

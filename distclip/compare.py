@@ -23,7 +23,8 @@ def differing(group: ClippingGroup, device: torch.device, fields: Mapping[str, f
     One all-reduce of twice as many float64 words as there are fields, and one wait. Numbers must be finite.
     """
     values = torch.tensor(list(fields.values()), dtype=torch.float64, device=device)
-    high, low = group.all_reduce(torch.cat([values, -values]), dist.ReduceOp.MAX).chunk(2)
+    words = torch.cat([values, -values])
+    high, low = group.all_reduce(words, dist.ReduceOp.MAX, call="Clipper()").chunk(2)
     return [name for name, differs in zip(fields, (high != -low).tolist(), strict=True) if differs]
 
 

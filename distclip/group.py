@@ -12,11 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .roll_call import wait, who_is_missing
-
-_latest: dict[str, dist.Work] = {}
-"""Each group's latest all-reduce on the host. Gloo's thread lets go of it a moment after the wait for it, and must not
-be the last to do so: freeing its tensor takes the GIL, and asking for that aborts a process that is ending."""
+from .channel import TALK, channel, open_channel
+from .roll_call import Meeting
 
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
@@ -72,23 +69,34 @@ class ClippingGroup:
     def global_rank(self) -> int:
         return self.ranks[self.rank]
 
-    def all_reduce(self, words: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    def all_reduce(
+        self,
+        words: Tensor,
+        op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+        number: int = TALK,
+        call: str = "",
+    ) -> Tensor:
         """Reduce ``words`` in place over the group and return them: one collective, or none in one process.
 
+        ``number``: how many words there are, where ranks that disagree might send others at the same time; words on
+        the host then meet none of another number. ``call``: what this rank makes it for, as errors say.
         RuntimeError that names the ranks that did not come, where the backend gave up waiting for them.
         """
         process_group = self.process_group
         if process_group is not None:
+            meeting = Meeting(process_group.group_name, number, self.ranks, call)
             start = time.monotonic()
             try:
                 if words.device.type == "cpu":
-                    work = dist.all_reduce(words, op, group=process_group, async_op=True)
-                    _latest[process_group.group_name] = work
-                    wait(work, process_group.group_name)
+                    through = channel(process_group, number)
+                    if through is None:
+                        meeting.open()
+                        through = open_channel(process_group, number)
+                    meeting.wait(through.begin(process_group, words, op))
                 else:
                     dist.all_reduce(words, op, group=process_group)
             except RuntimeError as error:
-                missing = who_is_missing(process_group.group_name, self.ranks, time.monotonic() - start)
+                missing = meeting.who_is_missing(time.monotonic() - start)
                 raise RuntimeError(f"{missing} ({str(error).splitlines()[0]})") from error
         return words
 

@@ -213,23 +213,23 @@ class Plan:
             norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices)
             mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
         except RuntimeError as failed:
-            self._tell_others(failed)
+            self._tell_others(failed, call)
             raise
         misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
         questions = (misplaced, self.wide or gathered.wide) if self.asks else ()
         missing = self._missing(gradients) if len(gathered.indices) < len(self.pieces) else ()
         code = self.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
-        reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions, self.copied)
+        reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions, self.copied, call)
         if reduced.disagree is True:
             mine_is = self._account(call, missing, None if local is None else local.error)
             reduced = replace(reduced, who=who_differs(self.group, self.device, mine_is))
         return gathered, local, norms, reduced
 
-    def _tell_others(self, error: RuntimeError) -> None:
+    def _tell_others(self, error: RuntimeError, call: str) -> None:
         """Take part in the all-reduce of the others without an own sum, so that they raise as well."""
         on_host = self.device.type == "cpu"
         nothing: Word = 0.0 if on_host else torch.zeros((), dtype=torch.float64, device=self.device)
-        reduced = reduce_norm(self.group, nothing, self.p, 0, True, (False, self.wide) if self.asks else ())
+        reduced = reduce_norm(self.group, nothing, self.p, 0, True, (False, self.wide) if self.asks else (), call=call)
         if reduced.disagree is True:
             who_differs(self.group, self.device, f"stopped: {str(error).splitlines()[0]}")
 

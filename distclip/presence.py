@@ -13,7 +13,7 @@ Private torch API, 2.13: the default store.
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,11 +23,14 @@ from typing import Any, TypeGuard
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from .roll_call import waits_in
+
 MEETING_POINT = "DISTCLIP_MEETING_POINT"  # in the environment: where ranks meet that `distclip train` has started
 LOOK = 1.0  # seconds between looks at the store
 PATIENCE = 5.0  # seconds for an answer: a look, and a machine with more to do
 LIMIT = 12.0  # seconds for the whole roll call: a store behind a link that is down never answers
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun may keep one store for all starts of a job
+HERE = "here"  # the answer of a rank that waits for nothing of ours
 LONGEST = 500  # characters of an exception that others are told of
 
 # Gloo raises plain RuntimeErrors. These are in all those of torch 2.13 that a peer's end or silence causes.
@@ -73,7 +76,7 @@ class Presence:
         try:
             while not self.left.wait(LOOK):
                 if self.store.check([f"{call()}/called"]):
-                    self.store.set(f"{call()}/{dist.get_rank()}", "here")
+                    self.store.set(f"{call()}/{dist.get_rank()}", whereabouts())
                     return
         except RuntimeError:  # the store is gone, and nobody can call
             pass
@@ -109,7 +112,7 @@ def who_is_gone() -> Roll:
 def roll_called() -> Roll:
     store, world = _get_default_store(), dist.get_world_size()
     try:
-        store.set(f"{call()}/{dist.get_rank()}", "here")
+        store.set(f"{call()}/{dist.get_rank()}", whereabouts())
         store.set(f"{call()}/called", "")
         if store.add(f"{call()}/callers", 1) > 1:
             store.wait([f"{call()}/over"], timedelta(seconds=LIMIT))  # rank 0 may hold the store: it must not go yet
@@ -130,10 +133,24 @@ def told(store: Any, world: int) -> str:
             return str(store.get(f"{call()}/failed").decode())
         gone = [rank for rank in gone if not store.check([f"{call()}/{rank}"])]
         time.sleep(0.1)
-    if not gone:
-        return "a connection broke, or a rank was slower than the timeout allows; all ranks are alive"
-    ranks = f"rank{'s' if len(gone) > 1 else ''} {', '.join(map(str, gone))}"
-    return f"no answer from {ranks}: dead, stopped or out of reach"
+    if gone:
+        return f"no answer from {ranks_(gone)}: dead, stopped or out of reach"
+    places = [str(where.decode()) for where in store.multi_get([f"{call()}/{rank}" for rank in range(world)])]
+    clipping = [rank for rank, where in enumerate(places) if where != HERE]
+    if 0 < len(clipping) < world:
+        others = [rank for rank, where in enumerate(places) if where == HERE]
+        return f"{ranks_(clipping)} waited in {places[clipping[0]]} of distclip, and {ranks_(others)} did not"
+    return "a connection broke, or a rank was slower than the timeout allows; all ranks are alive"
+
+
+def whereabouts() -> str:
+    """What this rank waits for in a collective of ours, or ``HERE``."""
+    where = waits_in()
+    return HERE if where is None else where or "a collective"
+
+
+def ranks_(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def call() -> str:

@@ -70,53 +70,56 @@ def reduce_norm(
     faulty: bool,
     questions: Sequence[bool],
     copied: bool = False,
+    call: str = "",
 ) -> Reduced:
     """Make ``local``, this rank's sum of powers over replicas (p = inf: its largest norm), global.
 
     One all-reduce of two float64 words (p = inf: four) and one for each of ``questions``, made by every rank of the
     group whatever it holds; none in one process. A ``faulty`` rank, which is about to raise, takes part so that the
     others do not wait for it. ``copied``: every rank of the group holds a copy of all that is summed.
+    ``call``: what it is for, as errors say.
     """
     reduce = _reduce_max if p == inf else _reduce_sum
-    norm, disagree, *answers = reduce(
-        group, local, p, code % CODES, inf if faulty else 0.0, list(map(float, questions))
-    )
+    fault, said = inf if faulty else 0.0, list(map(float, questions))
+    norm, disagree, *answers = reduce(group, local, p, code % CODES, fault, said, call)
     return Reduced(norm, disagree, tuple(answer > 0 for answer in answers), local if copied else None)
 
 
 def _reduce_sum(
-    group: ClippingGroup, local: Word, p: float, code: int, fault: float, said: list[float]
+    group: ClippingGroup, local: Word, p: float, code: int, fault: float, said: list[float], call: str
 ) -> tuple[Any, ...]:
     word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
-    total, agreement, *answers = _all_reduce(group, [local], [word + fault, *said], dist.ReduceOp.SUM)
+    total, agreement, *answers = _all_reduce(group, [local], [word + fault, *said], dist.ReduceOp.SUM, call)
     return root(total, p), agreement % MODULUS != 0, *answers
 
 
 def _reduce_max(
-    group: ClippingGroup, local: Word, p: float, code: int, fault: float, said: list[float]
+    group: ClippingGroup, local: Word, p: float, code: int, fault: float, said: list[float], call: str
 ) -> tuple[Any, ...]:
     known = [code + fault, -float(code), *said]
     if not isinstance(local, Tensor):
         flag = 2.0 if isnan(local) else 1.0 if isinf(local) else 0.0
-        norm, flag, high, low, *answers = _all_reduce(group, [0.0 if flag else local, flag], known, dist.ReduceOp.MAX)
+        own = [0.0 if flag else local, flag]
+        norm, flag, high, low, *answers = _all_reduce(group, own, known, dist.ReduceOp.MAX, call)
         return nan if flag == 2 else inf if flag == 1 else norm, high != -low, *answers
     flags = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
     finite = torch.where(flags == 0, local, 0.0)
-    norm, flags, high, low, *answers = _all_reduce(group, [finite, flags], known, dist.ReduceOp.MAX)
+    norm, flags, high, low, *answers = _all_reduce(group, [finite, flags], known, dist.ReduceOp.MAX, call)
     return torch.where(flags == 2, nan, torch.where(flags == 1, inf, norm)), high != -low, *answers
 
 
 def _all_reduce(
-    group: ClippingGroup, own: Sequence[Word], known: Sequence[float], op: dist.ReduceOp.RedOpType
+    group: ClippingGroup, own: Sequence[Word], known: Sequence[float], op: dist.ReduceOp.RedOpType, call: str
 ) -> list[Any]:
     """The reduced words, ``own`` ones first: numbers if these are, 0-d tensors on their device otherwise."""
     first = own[0]
     if isinstance(first, Tensor):
         words = torch.stack([*own, *(torch.full_like(first, word) for word in known)])  # type: ignore[list-item]
-        return list(group.all_reduce(words, op).unbind())
+        return list(group.all_reduce(words, op, len(words), call).unbind())
     if group.process_group is None:
         return [*own, *known]
-    reduced: list[Any] = group.all_reduce(torch.tensor([*own, *known], dtype=torch.float64), op).tolist()
+    words = torch.tensor([*own, *known], dtype=torch.float64)
+    reduced: list[Any] = group.all_reduce(words, op, len(words), call).tolist()
     return reduced
 
 

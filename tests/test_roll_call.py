@@ -8,6 +8,8 @@ import pytest
 
 from distclip import roll_call
 
+MEETING = roll_call.Meeting("group", 2, range(2))
+
 
 class Unreachable:
     """A store behind a link that is down: a request waits for an answer that does not come."""
@@ -39,17 +41,17 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_store_that_does_not_answer_hangs_nobody(store: Unreachable):
     began = time.monotonic()
-    assert [roll_call._is_called("group") for _ in range(50)] == [False] * 50
-    said = roll_call.who_is_missing("group", range(2), 1.0)
+    assert [MEETING._is_called() for _ in range(50)] == [False] * 50
+    said = MEETING.who_is_missing(1.0)
     assert said == "a collective of the clipping group failed, and the job's store is gone too: it does not answer"
     assert time.monotonic() - began < 10
     assert store.requests == 1  # later ones would wait behind it
 
 
 def test_a_store_that_answers_again_is_asked_again(store: Unreachable):
-    assert not roll_call._is_called("group")
+    assert not MEETING._is_called()
     store.link.set()
     for thread in roll_call._stuck:
         thread.join()
-    said = roll_call.who_is_missing("group", range(2), 1.0)
+    said = MEETING.who_is_missing(1.0)
     assert said.endswith("gone too: connection reset")

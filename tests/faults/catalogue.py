@@ -37,7 +37,6 @@ DONE = ("finished",)
 REFUSED = ("LayoutError",)
 BROKEN = ("RuntimeError",)
 KILLED = ("died of SIGKILL",)
-GLOO_ABORTS = ("RuntimeError", "died of SIGABRT")  # messages of two sizes in one group: Gloo calls std::terminate
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,6 @@ class Fault:
     others: dict[str, Callable[[Loop], None]] = field(default_factory=dict)
     layouts: Sequence[str] = ("ddp", "fsdp2")
     calls: Sequence[str] = CALLS
-    groups: Sequence[bool] = (False,)  # whether the Clipper talks in a group of its own
     named: Sequence[bool] = (False,)  # whether the loop runs inside `name_lost_ranks()`
     verifies: bool = False  # whether the loop calls clipper.verify() before each step
 
@@ -272,9 +270,9 @@ def failed(case: Case) -> tuple[str, ...]:
 
 
 def skipped(case: Case) -> Contract:
-    if case.own_group:
-        return Contract(BROKEN, says=(absent(case),), guilty_says=())
-    return Contract(GLOO_ABORTS)
+    """The guilty rank waits in a collective of torch, whose error names nobody by itself."""
+    told = (f"{the_others(case)} waited in .* of distclip, and rank {case.guilty} did not|{absent(case)}",)
+    return Contract(BROKEN, says=(absent(case),), guilty_says=told if case.named else ())
 
 
 def skipped_last(case: Case) -> Contract:
@@ -282,20 +280,32 @@ def skipped_last(case: Case) -> Contract:
 
 
 def added(case: Case) -> Contract:
-    if case.own_group:
-        others = ", ".join(str(rank) for rank in range(case.size) if rank != case.guilty)
-        return Contract(BROKEN, guilty_says=(f"rank {others} did not come",))
-    return Contract(GLOO_ABORTS)
+    """The others wait in a collective of torch."""
+    told = (f"rank {case.guilty} waited in .* of distclip, and {the_others(case)} did not",)
+    return Contract(BROKEN, says=told if case.named else (), guilty_says=alone(case))
 
 
 def added_last(case: Case) -> Contract:
-    others = ", ".join(str(rank) for rank in range(case.size) if rank != case.guilty)
-    return Contract(DONE, BROKEN, (), (f"rank {others} did not come",), holds=CLEAN)
+    return Contract(DONE, BROKEN, (), alone(case), holds=CLEAN)
+
+
+def alone(case: Case) -> tuple[str, ...]:
+    """What the guilty rank is told that came without the others."""
+    return (f"{the_others(case).replace('ranks', 'rank')} did not come to it or died, only rank {case.guilty} did",)
+
+
+def the_others(case: Case) -> str:
+    others = [str(rank) for rank in range(case.size) if rank != case.guilty]
+    return f"rank{'s' if len(others) > 1 else ''} {', '.join(others)}"
 
 
 def other_words(case: Case) -> Contract:
-    """p = inf sends four words where the others send two: Gloo stops on one side or hands over what it has."""
-    return Contract((*GLOO_ABORTS, *REFUSED))
+    """p = inf sends four words where the others send two: they wait for each other until the timeout."""
+    return Contract(
+        BROKEN,
+        says=(f"{absent(case)} .*rank {case.guilty} was in .*norm_type=inf",),
+        guilty_says=(*alone(case), "was in .*norm_type=2.0"),
+    )
 
 
 def goes_on(case: Case) -> Contract:
@@ -325,10 +335,10 @@ FAULTS: dict[str, Fault] = {
     "missing gradient": Fault("gradients", lose_one, missing("one"), layouts=EVERYWHERE),
     "rank without gradients": Fault("gradients", lose_all, missing("all"), layouts=EVERYWHERE),
     # calls
-    "skipped call": Fault("call", nothing, skipped, groups=BOTH),
-    "skipped last call": Fault("call", nothing, skipped_last, step=STEPS - 1, groups=BOTH),
-    "extra call": Fault("call", twice, added, groups=BOTH),
-    "extra last call": Fault("call", twice, added_last, step=STEPS - 1, groups=BOTH),
+    "skipped call": Fault("call", nothing, skipped, named=BOTH),
+    "skipped last call": Fault("call", nothing, skipped_last, step=STEPS - 1),
+    "extra call": Fault("call", twice, added, named=BOTH),
+    "extra last call": Fault("call", twice, added_last, step=STEPS - 1),
     "extra measure()": Fault("call", measure_too, refused("rank GUILTY"), calls=STEP),
     "wrong step": Fault("call", other_step, refused("rank GUILTY"), calls=STEP),
     # settings
@@ -393,14 +403,13 @@ CONTROLS: dict[str, Fault] = {
 def cases(
     sizes: Sequence[int] = (2, 4), nonfinite: Sequence[str] = NONFINITE, names: Sequence[str] | None = None
 ) -> list[Case]:
-    """Every run there is: each fault in each of its layouts, loops and groups, times sizes and policies."""
+    """Every run there is: each fault in each of its layouts and loops, times sizes and policies."""
     return [
-        Case(name, layout, size, call, policy, own_group=own, named=named)
+        Case(name, layout, size, call, policy, named=named)
         for name in names or FAULTS
         for layout in FAULTS[name].layouts
         for size in sizes
         for call in FAULTS[name].calls
-        for own in FAULTS[name].groups
         for named in FAULTS[name].named
         for policy in nonfinite
     ]

@@ -83,7 +83,7 @@ class Judge:
 
     def _without(self, control: str, case: Case) -> list[End]:
         """The ends of the loop of ``case`` without its fault."""
-        same = Case(control, case.layout, case.size, case.call, "skip", case.timeout, case.own_group)
+        same = Case(control, case.layout, case.size, case.call, "skip", case.timeout)
         if (control, same) not in self._known:
             self._known[control, same] = played(same)
         return self._known[control, same]

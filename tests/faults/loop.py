@@ -49,7 +49,6 @@ class Case:
     call: str  # "step": clipper.step(optimizer); "function": clip_grad_norm_
     nonfinite: str  # "skip", "raise" or "propagate"
     timeout: float = 5.0  # of the process groups, in seconds
-    own_group: bool = False  # the Clipper talks in a group of its own, not in the one that reduces gradients
     named: bool = False  # the loop runs inside `name_lost_ranks()`
 
     @property
@@ -58,8 +57,8 @@ class Case:
         return 0 if self.call == "function" else self.size // 2
 
     def __str__(self) -> str:
-        own = (", own group" if self.own_group else "") + (", named" if self.named else "")
-        return f"{self.fault} ({self.layout}, {self.size} ranks, {self.call}, {self.nonfinite}{own})"
+        named = ", named" if self.named else ""
+        return f"{self.fault} ({self.layout}, {self.size} ranks, {self.call}, {self.nonfinite}{named})"
 
 
 @dataclass(slots=True)
@@ -110,10 +109,6 @@ class Loop:
         self.max_norm = MAX_NORM
         self.norm_type = 2.0
         self.loss_scale = 1.0
-        self.group = dist.new_group(timeout=MEETING) if case.own_group else None
-        if self.group is not None:
-            dist.barrier(self.group)
-            _set_pg_timeout(timedelta(seconds=case.timeout), self.group)
         self.model = LAYOUTS[case.layout]()
         self.parameters = list(self.model.parameters())
         self.optimizer = SGD(self.parameters, lr=0.1, momentum=0.9)
@@ -127,7 +122,7 @@ class Loop:
     def _run(self) -> None:
         self.reach("build")
         if self.case.call == "step":
-            self.clipper = distclip.Clipper(self.model, self.policy, group=self.group, **self.options)
+            self.clipper = distclip.Clipper(self.model, self.policy, **self.options)
         for self.index in range(STEPS):
             self.optimizer.zero_grad()
             self.reach("loss")
@@ -167,8 +162,7 @@ class Loop:
             self.notes.said.append(str(report.culprit))
 
     def _by_function(self) -> None:
-        needs_group = self.case.layout.startswith("ddp") or self.case.own_group
-        group = (self.group or dist.group.WORLD) if needs_group else None
+        group = dist.group.WORLD if self.case.layout.startswith("ddp") else None
         strict = self.case.nonfinite == "raise"
         norm = distclip.clip_grad_norm_(self.parameters, self.max_norm, self.norm_type, strict, group=group)
         self._note(norm, norm.item() > self.max_norm)

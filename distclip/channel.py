@@ -1,0 +1,81 @@
+"""Where words on the host travel: through Gloo connections of our own, for each length of message other ones.
+
+Gloo matches messages by their order alone. In a group that others use too, a rank that misses a call of ours puts its
+next gradients where the others put their words: where sizes differ a process ends by ``std::terminate``, and equal ones
+are added up. On connections of our own that rank is missed, until the timeout, and named. Two calls of ours that send
+other numbers of words never meet for the same reason.
+
+A channel is opened by the ranks of the clipping group when they first send a message of its length, which takes them
+1 ms (two ranks), three threads and a socket to each other rank, and is closed with the group. Accelerators' backends
+keep the group they are given: communicators are dear there, and a second one may block the first.
+
+Private torch API, 2.13: the default store; a process group made by hand, as ``new_group`` makes it. That one itself
+needs every rank of the job, or ranks that have made equally many groups before.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_default_store
+
+TALK = 0
+"""In place of a number of words, for messages of any length between ranks that have agreed to exchange them."""
+
+_CPU = torch.device("cpu")
+_GLOO = dist.ProcessGroup.BackendType.GLOO
+
+
+@dataclass(slots=True)
+class Channel:
+    """``own``: connections of its own, or None for those of the clipping group. Keeps that group alive in no case.
+
+    ``latest``: Gloo's thread lets go of an all-reduce a moment after the wait for it, and must not be the last to do
+    so: freeing its tensor takes the GIL, and asking for that aborts a process that is ending.
+    """
+
+    own: dist.ProcessGroup | None
+    latest: dist.Work | None = None
+
+    def begin(self, process_group: dist.ProcessGroup, words: torch.Tensor, op: dist.ReduceOp.RedOpType) -> dist.Work:
+        """Begin to reduce ``words`` in place."""
+        options = dist.AllreduceOptions()
+        options.reduceOp = op  # type: ignore[assignment]
+        if self.own is None:
+            return process_group.allreduce([words], options)
+        self.latest = work = self.own.allreduce([words], options)
+        return work
+
+
+_opened: Counter[str] = Counter()  # by name, which a group may have after another that was destroyed
+_channels: WeakKeyDictionary[dist.ProcessGroup, dict[int, Channel]] = WeakKeyDictionary()
+
+
+def channel(process_group: dist.ProcessGroup, words: int) -> Channel | None:
+    """That for messages of so many ``words`` between the ranks of ``process_group``, if it is open."""
+    known = _channels.get(process_group)
+    return None if known is None else known.get(words)
+
+
+def open_channel(process_group: dist.ProcessGroup, words: int) -> Channel:
+    """Open it, by all ranks of the group alike; RuntimeError where not all come within the group's timeout.
+
+    It has connections of its own where the group's backend on the host is Gloo.
+    """
+    own = None
+    backend = process_group._get_backend(_CPU)
+    backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+    if isinstance(backend, ProcessGroupGloo) and process_group.size() > 1:
+        rank, size = process_group.rank(), process_group.size()
+        name = f"distclip/{process_group.group_name}/{words}"
+        _opened[name] += 1
+        store = PrefixStore(f"{name}/{_opened[name]}", _get_default_store())
+        gloo = ProcessGroupGloo(store, rank, size, backend.options._timeout)
+        gloo._set_sequence_number_for_group()
+        own = dist.ProcessGroup(store, rank, size)
+        own._set_default_backend(_GLOO)
+        own._register_backend(_CPU, _GLOO, gloo)
+    opened = _channels.setdefault(process_group, {})[words] = Channel(own)
+    return opened

@@ -55,8 +55,8 @@ def clip_grad_norm_(
     * ``parameters``: an iterable of parameters, one tensor, one module or several. Each counts once, however often it
       is listed. FSDP1 can be seen only from the module; its parameters without it are a LayoutError.
     * ``max_norm``: above 0; ``inf`` measures only. (torch accepts 0; it is a ValueError here.)
-    * ``norm_type``: p > 0, or inf. Another one on some rank is an error, like another ``max_norm``; but inf beside a
-      number is one that only the backend sees.
+    * ``norm_type``: p > 0, or inf. Another one on some rank is an error, like another ``max_norm``; with inf beside a
+      number ranks wait for each other until the group's timeout (four words never meet two), and are named then.
     * ``error_if_nonfinite``: raise NonFiniteError on every rank, gradients untouched, naming parameter and rank. Two
       more all-reduces when it raises, and one wait a call on accelerators. Otherwise a norm that is not finite goes
       through the formula as in torch, except that gradients that are all finite are left as they are.

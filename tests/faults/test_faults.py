@@ -18,6 +18,7 @@ SHORT = [
     Case("wrong step", "fsdp2", 2, "step", "skip"),
     Case("bit flip in a parameter, verify()", "ddp", 2, "step", "skip"),
     Case("skipped call", "ddp", 2, "step", "skip", timeout=2.0),
+    Case("extra call", "fsdp2", 2, "function", "skip", timeout=2.0, named=True),
     Case("exception in a backward hook", "ddp", 2, "function", "skip", named=True),
     Case("kill in mid all-reduce", "ddp", 4, "step", "skip"),
 ]

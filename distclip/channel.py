@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_default_store
+from torch.distributed import distributed_c10d as c10d
 
 TALK = 0
 """In place of a number of words, for messages of any length between ranks that have agreed to exchange them."""
@@ -67,12 +67,13 @@ def open_channel(process_group: dist.ProcessGroup, words: int) -> Channel:
     own = None
     backend = process_group._get_backend(_CPU)
     backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
-    if isinstance(backend, ProcessGroupGloo) and process_group.size() > 1:
+    is_gloo = dist.is_gloo_available() and isinstance(backend, c10d.ProcessGroupGloo)
+    if is_gloo and process_group.size() > 1:
         rank, size = process_group.rank(), process_group.size()
         name = f"distclip/{process_group.group_name}/{words}"
         _opened[name] += 1
-        store = PrefixStore(f"{name}/{_opened[name]}", _get_default_store())
-        gloo = ProcessGroupGloo(store, rank, size, backend.options._timeout)
+        store = c10d.PrefixStore(f"{name}/{_opened[name]}", c10d._get_default_store())
+        gloo = c10d.ProcessGroupGloo(store, rank, size, backend.options._timeout)
         gloo._set_sequence_number_for_group()
         own = dist.ProcessGroup(store, rank, size)
         own._set_default_backend(_GLOO)

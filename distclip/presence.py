@@ -134,12 +134,12 @@ def told(store: Any, world: int) -> str:
         gone = [rank for rank in gone if not store.check([f"{call()}/{rank}"])]
         time.sleep(0.1)
     if gone:
-        return f"no answer from {ranks_(gone)}: dead, stopped or out of reach"
+        return f"no answer from {named(gone)}: dead, stopped or out of reach"
     places = [str(where.decode()) for where in store.multi_get([f"{call()}/{rank}" for rank in range(world)])]
     clipping = [rank for rank, where in enumerate(places) if where != HERE]
     if 0 < len(clipping) < world:
         others = [rank for rank, where in enumerate(places) if where == HERE]
-        return f"{ranks_(clipping)} waited in {places[clipping[0]]} of distclip, and {ranks_(others)} did not"
+        return f"{named(clipping)} waited in {places[clipping[0]]} of distclip, and {named(others)} did not"
     return "a connection broke, or a rank was slower than the timeout allows; all ranks are alive"
 
 
@@ -149,7 +149,7 @@ def whereabouts() -> str:
     return HERE if where is None else where or "a collective"
 
 
-def ranks_(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 

@@ -86,7 +86,7 @@ def again_and_again(folder: str) -> list[tuple[float, int]]:
     """The default group is made anew, with the same name, while the job's store stays the same to us."""
     rank, size, limit = dist.get_rank(), dist.get_world_size(), timedelta(seconds=20)
     kept = dist.FileStore(f"{folder}/kept", size)
-    distclip.channel._get_default_store = lambda: kept
+    distclip.channel.c10d._get_default_store = lambda: kept
     found = []
     for again in range(4):
         dist.destroy_process_group()

@@ -73,7 +73,11 @@ def open_channel(process_group: dist.ProcessGroup, words: int) -> Channel:
         name = f"distclip/{process_group.group_name}/{words}"
         _opened[name] += 1
         store = c10d.PrefixStore(f"{name}/{_opened[name]}", c10d._get_default_store())
-        gloo = c10d.ProcessGroupGloo(store, rank, size, backend.options._timeout)
+        timeout = backend.options._timeout
+        if store.add("came", 1) == size:
+            store.set("all", "")
+        store.wait(["all"], timeout)  # Gloo's own wait for who does not come may be several times as long
+        gloo = c10d.ProcessGroupGloo(store, rank, size, timeout)
         gloo._set_sequence_number_for_group()
         own = dist.ProcessGroup(store, rank, size)
         own._set_default_backend(_GLOO)

@@ -6,7 +6,7 @@ are added up. On connections of our own that rank is missed, until the timeout, 
 other numbers of words never meet for the same reason.
 
 A channel is opened by the ranks of the clipping group when they first send a message of its length, which takes them
-1 ms (two ranks), three threads and a socket to each other rank, and is closed with the group. Accelerators' backends
+1 ms (two ranks), a thread and a socket to each other rank, and is closed with the group. Accelerators' backends
 keep the group they are given: communicators are dear there, and a second one may block the first.
 
 Private torch API, 2.13: the default store; a process group made by hand, as ``new_group`` makes it. That one itself
@@ -15,6 +15,7 @@ needs every rank of the job, or ranks that have made equally many groups before.
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -65,22 +66,28 @@ def open_channel(process_group: dist.ProcessGroup, words: int) -> Channel:
     It has connections of its own where the group's backend on the host is Gloo.
     """
     own = None
-    backend = process_group._get_backend(_CPU)
+    backend: Any = process_group._get_backend(_CPU)
     backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
-    is_gloo = dist.is_gloo_available() and isinstance(backend, c10d.ProcessGroupGloo)
-    if is_gloo and process_group.size() > 1:
-        rank, size = process_group.rank(), process_group.size()
-        name = f"distclip/{process_group.group_name}/{words}"
-        _opened[name] += 1
-        store = c10d.PrefixStore(f"{name}/{_opened[name]}", c10d._get_default_store())
-        timeout = backend.options._timeout
-        if store.add("came", 1) == size:
-            store.set("all", "")
-        store.wait(["all"], timeout)  # Gloo's own wait for who does not come may be several times as long
-        gloo = c10d.ProcessGroupGloo(store, rank, size, timeout)
-        gloo._set_sequence_number_for_group()
-        own = dist.ProcessGroup(store, rank, size)
-        own._set_default_backend(_GLOO)
-        own._register_backend(_CPU, _GLOO, gloo)
+    if dist.is_gloo_available() and isinstance(backend, c10d.ProcessGroupGloo) and process_group.size() > 1:
+        own = _connected(process_group, f"distclip/{process_group.group_name}/{words}", backend.options)
     opened = _channels.setdefault(process_group, {})[words] = Channel(own)
     return opened
+
+
+def _connected(process_group: dist.ProcessGroup, name: str, theirs: Any) -> dist.ProcessGroup:
+    """A group of the same ranks; ``theirs``: the options of Gloo in ``process_group``."""
+    rank, size = process_group.rank(), process_group.size()
+    _opened[name] += 1
+    store = c10d.PrefixStore(f"{name}/{_opened[name]}", c10d._get_default_store())
+    options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout, options._threads = theirs._timeout, 1  # one message at a time
+    options._devices = theirs._devices  # the same network, and a thread that is awake more often than one of our own
+    if store.add("came", 1) == size:
+        store.set("all", "")
+    store.wait(["all"], options._timeout)  # Gloo's own wait may be several times as long
+    gloo = c10d.ProcessGroupGloo(store, rank, size, options)
+    gloo._set_sequence_number_for_group()
+    own = dist.ProcessGroup(store, rank, size)
+    own._set_default_backend(_GLOO)
+    own._register_backend(_CPU, _GLOO, gloo)
+    return own

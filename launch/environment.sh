@@ -55,7 +55,7 @@ try:
     found = importlib.metadata.version("torch").partition("+")[0]
 except importlib.metadata.PackageNotFoundError:
     sys.exit()
-if f"torch=={found}" in pinned:
+if f"torch=={found}" in pinned and sys.prefix == sys.base_prefix:  # a virtual environment does not hand its own on
     print("--system-site-packages")
 END
 }

@@ -78,8 +78,9 @@ class ClippingGroup:
     ) -> Tensor:
         """Reduce ``words`` in place over the group and return them: one collective, or none in one process.
 
-        ``number``: how many words there are, where ranks that disagree might send others at the same time; words on
-        the host then meet none of another number. ``call``: what this rank makes it for, as errors say.
+        ``number``: how many words there are, below 0 if they are not added up, where ranks that disagree might send
+        others at the same time; words on the host then meet none of another number. ``call``: what this rank makes it
+        for, as errors say.
         RuntimeError that names the ranks that did not come, where the backend gave up waiting for them.
         """
         process_group = self.process_group

@@ -112,14 +112,16 @@ def _all_reduce(
     group: ClippingGroup, own: Sequence[Word], known: Sequence[float], op: dist.ReduceOp.RedOpType, call: str
 ) -> list[Any]:
     """The reduced words, ``own`` ones first: numbers if these are, 0-d tensors on their device otherwise."""
-    first = own[0]
+    first, number = own[0], len(own) + len(known)
+    if op != dist.ReduceOp.SUM:
+        number = -number  # as many words to be added up may say the opposite: the two must not meet
     if isinstance(first, Tensor):
         words = torch.stack([*own, *(torch.full_like(first, word) for word in known)])  # type: ignore[list-item]
-        return list(group.all_reduce(words, op, len(words), call).unbind())
+        return list(group.all_reduce(words, op, number, call).unbind())
     if group.process_group is None:
         return [*own, *known]
     words = torch.tensor([*own, *known], dtype=torch.float64)
-    reduced: list[Any] = group.all_reduce(words, op, len(words), call).tolist()
+    reduced: list[Any] = group.all_reduce(words, op, number, call).tolist()
     return reduced
 
 

@@ -16,6 +16,7 @@ import distclip
 from distclip import roll_call
 from distclip.channel import TALK, channel, open_channel
 from distclip.group import ClippingGroup
+from distclip.words import reduce_norm
 from ranks import count_collectives, run_ranks
 
 
@@ -63,6 +64,18 @@ def test_calls_of_other_lengths_wait_for_each_other_and_name_each_other():
     for said in (first, second):
         assert "rank 2 did not come to it or died, rank 2 was in clip_grad_norm_(max_norm=1.0, norm_type=inf" in said
     assert "rank 0, 1 did not come to it or died, only rank 2 did, rank 0 was in clip_grad_norm_(" in third
+
+
+def another_operation() -> str:
+    """Both send four words. Added up and maximised by turns, rank 1 took them for a norm that all agreed on."""
+    group = ClippingGroup.of(dist.new_group(timeout=timedelta(seconds=2)))
+    first = dist.get_rank() == 0
+    return message_of(lambda: reduce_norm(group, 1.0, 2.0 if first else inf, 5, False, (False,) * 2 if first else ()))
+
+
+def test_as_many_words_to_be_added_and_to_be_maximised_do_not_meet():
+    for rank, said in enumerate(run_ranks(another_operation, 2, fresh=True)):
+        assert f"rank {1 - rank} did not come to it or died, only rank {rank} did" in said
 
 
 def reuse() -> tuple[list[float], dict[str, int], bool]:
@@ -132,18 +145,22 @@ def test_who_does_not_come_to_open_it_is_named():
 # ---- waiting -----------------------------------------------------------------------------------------------
 
 
+def warnings_of(*calls: str) -> list[str]:
+    """What this rank is told in collectives of these names."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in calls:
+            ClippingGroup.of(None).all_reduce(torch.ones(2), number=2, call=call)
+    return [f"{warning.category.__name__}: {warning.message}" for warning in caught]
+
+
 def long_wait() -> list[str]:
     """Rank 2 comes when the others have looked more than three times."""
     roll_call.LONG, roll_call.LOOK = 3, timedelta(seconds=0.5)
-    group = ClippingGroup.of(None)
-    group.all_reduce(torch.ones(2), number=2)
+    said = warnings_of("step 6")
     if dist.get_rank() == 2:
         time.sleep(4)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        group.all_reduce(torch.ones(2), number=2, call="step 7")
-        group.all_reduce(torch.ones(2), number=2, call="step 8")
-    return [f"{warning.category.__name__}: {warning.message}" for warning in caught]
+    return said + warnings_of("step 7", "step 8")
 
 
 def test_one_of_those_who_wait_for_long_says_for_whom():
@@ -157,16 +174,14 @@ def test_one_of_those_who_wait_for_long_says_for_whom():
 
 def short_wait() -> tuple[list[str], list[bool], str | None]:
     roll_call.LOOK = timedelta(seconds=0.2)
-    group, store = ClippingGroup.of(None), dist.distributed_c10d._get_default_store()
-    group.all_reduce(torch.ones(2), number=2)
+    store = dist.distributed_c10d._get_default_store()
+    said = warnings_of("step 6")
     if dist.get_rank() == 1:
         time.sleep(1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        group.all_reduce(torch.ones(2), number=2, call="step 7")
+    said += warnings_of("step 7")
     dist.barrier()
     told = [store.check([f"distclip/waits/{dist.group.WORLD.group_name}/2/2/{rank}"]) for rank in (0, 1)]
-    return [str(warning.message) for warning in caught], told, roll_call.waits_in()
+    return said, told, roll_call.waits_in()
 
 
 def test_who_waits_for_a_moment_tells_nobody_but_the_store():

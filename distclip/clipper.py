@@ -68,9 +68,10 @@ class Clipper:
     * ``nonfinite``: what a norm that is not finite does. ``"skip"``: no rank steps and gradients stay as they are.
       ``"raise"``: NonFiniteError on every rank, gradients untouched. ``"propagate"``: scale and step, as torch does.
     * ``max_consecutive_skips``: so many non-finite steps in a row are skipped; the next raises NonFiniteError.
-    * ``overlap``: take the sums during the backward, from FSDP2's and DDP's hooks, of gradients on the CPU. DDP must
-      have ``gradient_as_bucket_view=True`` and no communication hook of its own. Until the call nothing but a factor
-      may change gradients: value clipping of DTensors by torch, or rows written through ``.data``, are not seen.
+    * ``overlap``: take the sums during the backward, from FSDP2's and DDP's hooks (on GPUs only where DISTCLIP_TRITON=1
+      asks for kernels that have not run on one yet). DDP must have ``gradient_as_bucket_view=True`` and no communication
+      hook of its own. Until the call nothing but a factor may change gradients: value clipping of DTensors by torch, or
+      rows written through ``.data``, are not seen.
 
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all

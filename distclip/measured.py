@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .kernels.triton import Slots
 from .words import Reduced
 
 
@@ -23,10 +24,15 @@ class Norms:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What :meth:`Plan.sum_on_host` gave for blocks of gradients before, and the sources in these blocks."""
+    """What was summed of blocks of gradients before, and the sources in these blocks.
+
+    ``amounts``: what :meth:`Plan.sum_on_host` gave for each. ``slots``: norms on an accelerator, which knows itself
+    whether they still hold.
+    """
 
     amounts: Sequence[float] = ()
     sources: frozenset[int] = frozenset()
+    slots: Slots | None = None
 
 
 NOTHING = Taken()

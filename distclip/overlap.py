@@ -1,21 +1,16 @@
 """Overlap: sums taken during the backward, as soon as FSDP2 or DDP has reduced a block of gradients.
 
 The block is in the cache then, and the ranks may still be talking about others. After the backward only the one
-all-reduce is left. A sum counts where its gradients are still the very tensors, at the same address and version, that
-were summed; all others are summed again as if there had been no hook. No hook talks for us.
+all-reduce is left. A sum counts where its gradients have not changed since (:mod:`.early`); all others are summed again
+as if there had been no hook. No hook talks for us.
 
-Versions alone do not tell: collectives, ``.data`` and foreach functions on DTensors (GradScaler unscales by one) leave
-them as they are. So some elements of every gradient are kept and compared too, which shows whatever changes a gradient
-as a whole. What changes few elements and no version is not seen: ``gradient.data[rows] = 0``, or torch's foreach clamp
-on DTensors.
-
-Private torch API, read in 2.13: FSDP2's parameter groups, which call the post-accumulate hooks of sharded parameters,
-and ``DistributedDataParallel._comm_hooks``.
+Private torch API, read in 2.13: FSDP2's parameter groups, which call the post-accumulate hooks of sharded parameters on
+the stream that reduced them, and ``DistributedDataParallel._comm_hooks``.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_, itemgetter
+from operator import itemgetter
 from typing import Any
 from weakref import finalize, ref
 
@@ -26,67 +21,30 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from .early import Block, Early, OnDevice, OnHost, Seen
 from .fsdp2 import groups_of
-from .gradient import COMPLEX, REAL
 from .measured import Taken
-from .neighbours import attributes
-from .piece import local_tensor
 from .plan import Plan
 
-SAMPLES = 32  # elements of each gradient, spread over it: 3 us
-SUMMED = REAL + COMPLEX
-version = attrgetter("_version")
 _first = itemgetter(0)
-
-
-@dataclass(frozen=True, slots=True)
-class Early:
-    """The sum of one block, and its gradients, by what changes when they do."""
-
-    amount: float
-    attributes: list[Any]
-    versions: list[int]
-    addresses: list[int]
-    samples: list[Tensor]
-
-    @classmethod
-    def of(cls, plan: Plan, gradients: Sequence[Tensor], replicas: int) -> "Early | None":
-        """None where the gradients cannot be summed as they are, or zeros would hide that one is scaled later."""
-        tensors = list(map(local_tensor, gradients))
-        if not all(t.layout == torch.strided and t.dtype in SUMMED and not t.is_conj() for t in tensors):
-            return None
-        samples = list(map(_sample, tensors))
-        if not all(len(few) == t.numel() or few.any() for few, t in zip(samples, tensors, strict=True)):
-            return None
-        state = _identity(gradients), _versions(gradients), list(map(Tensor.data_ptr, tensors))
-        return cls(plan.sum_on_host(tensors, replicas), *state, samples)
-
-    def holds(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether ``gradients`` are what was summed."""
-        if not all(map(is_, _identity(gradients), self.attributes)) or _versions(gradients) != self.versions:
-            return False
-        tensors = list(map(local_tensor, gradients))
-        if list(map(Tensor.data_ptr, tensors)) != self.addresses:
-            return False
-        return all(map(torch.equal, map(_sample, tensors), self.samples))
 
 
 class Overlap:
     """The hooks of one Clipper, and the sums that they took since its last step."""
 
     def __init__(self, models: Iterable[nn.Module], plan: Plan, holders: Sequence[Tensor]) -> None:
-        """Register hooks; ValueError where a model does not let them see its gradients reduced."""
-        if not plan.on_host:
-            raise NotImplementedError("overlap=True sums gradients on the CPU only so far: leave it out")
-        self._plan = plan
+        """Register hooks; ValueError where a model does not let them see its gradients reduced.
+
+        NotImplementedError where gradients lie on accelerators that cannot sum them (:class:`.early.OnDevice`).
+        """
+        self._early: Early = OnHost(plan) if plan.on_host else OnDevice(plan)
         self._holders = holders
         common = {source for source, each in zip(plan.sources, plan.common, strict=True) if each}
         # of others (tied across stages) the user adds up gradients after the backward, a few rows perhaps
         self._source = {id(holder): source for source, holder in enumerate(holders) if source in common}
-        self._replicas = dict(zip(plan.sources, plan.replicas, strict=True))  # FSDP1, one source of many, has no hook
-        self._blocks: dict[tuple[int, ...], Early | None] = {}
-        self._arrived: dict[tuple[int, ...], set[int]] = {}
-        self._watched: set[tuple[int, ...]] = set()
+        self._blocks: dict[Block, Seen | None] = {}
+        self._arrived: dict[Block, set[int]] = {}
+        self._watched: set[Block] = set()
         handles: list[Any] = []
         finalize(self, _remove, handles)  # with the Clipper goes its last reference
         self._handles = handles
@@ -107,18 +65,17 @@ class Overlap:
 
     def taken(self, gradients: Sequence[Tensor | None]) -> Taken:
         """The sums that still hold for ``gradients``, and the sources that need not be summed again."""
-        amounts: list[float] = []
-        sources: list[int] = []
-        for block, early in sorted(self._blocks.items(), key=_first):  # added in one order in every process
+        holding: dict[Block, Seen] = {}
+        for block, seen in sorted(self._blocks.items(), key=_first):  # added in one order in every process
             found = [g for source in block if (g := gradients[source]) is not None]
-            if early is not None and len(found) == len(block) and early.holds(found):
-                amounts.append(early.amount)
-                sources += block
-        return Taken(amounts, frozenset(sources))
+            if seen is not None and len(found) == len(block) and seen.holds(found):
+                holding[block] = seen
+        return self._early.taken(holding)
 
     def forget(self) -> None:
         """After a step: its sums are of no use for the next."""
         self._blocks = dict.fromkeys(self._blocks)
+        self._early.forget()
 
     def _watch_fsdp(self, module: FSDPModule) -> Iterator[Any]:
         """Hooks on the parameters of each group of ``module``, which FSDP2 reduces as one block."""
@@ -134,7 +91,7 @@ class Overlap:
             for parameter, source in zip(parameters, block, strict=True):
                 yield parameter.register_post_accumulate_grad_hook(_Arrival(ref(self), block, source))
 
-    def arrived(self, block: tuple[int, ...], source: int) -> None:
+    def arrived(self, block: Block, source: int) -> None:
         """The gradient of ``source`` is final for this backward; sum its block with the last of them."""
         self._blocks[block] = None
         waiting = self._arrived.setdefault(block, set())
@@ -154,11 +111,9 @@ class Overlap:
             self._sum(block)
 
     @torch.no_grad()
-    def _sum(self, block: tuple[int, ...]) -> None:
+    def _sum(self, block: Block) -> None:
         found = [g for source in block if (g := self._holders[source].grad) is not None]
-        replicas = {self._replicas[source] for source in block}
-        complete = len(found) == len(block) and len(replicas) == 1
-        self._blocks[block] = Early.of(self._plan, found, replicas.pop()) if complete else None
+        self._blocks[block] = self._early.take(block, found) if len(found) == len(block) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +121,7 @@ class _Arrival:
     """A hook that keeps no Clipper alive."""
 
     overlap: "ref[Overlap]"
-    block: tuple[int, ...]
+    block: Block
     source: int
 
     def __call__(self, parameter: Tensor) -> None:
@@ -197,22 +152,6 @@ def _check_ddp(module: DistributedDataParallel) -> None:
         raise ValueError("overlap=True sums DDP's buckets: build DistributedDataParallel(gradient_as_bucket_view=True)")
     if module._comm_hooks:
         raise ValueError("overlap=True needs DDP's one communication hook, which is taken: leave out one of both")
-
-
-def _identity(gradients: Sequence[Tensor]) -> list[Any]:
-    """What belongs to each gradient, and to the local tensor of each DTensor, and to no other."""
-    return [attributes(t) for t in (*gradients, *map(local_tensor, gradients))]
-
-
-def _versions(gradients: Sequence[Tensor]) -> list[int]:
-    """What changes a DTensor raises its own version, or its local tensor's, seldom both."""
-    return [version(t) for t in (*gradients, *map(local_tensor, gradients))]
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """Elements spread over ``tensor``, copied: all of a small one."""
-    step = -(-tensor.numel() // SAMPLES) | 1  # odd, or all might be of one column
-    return tensor.take(torch.arange(0, tensor.numel(), step))
 
 
 def _remove(handles: list[Any]) -> None:

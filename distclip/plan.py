@@ -20,7 +20,7 @@ from .compare import who_differs
 from .errors import LayoutError
 from .gradient import Local, look_at
 from .group import Axis, ClippingGroup
-from .kernels import largest, local_norms, power_sum
+from .kernels import largest, local_norms, power_sum, triton
 from .layout import LayoutFn, LayoutReader
 from .measured import NOTHING, Measured, Norms, Taken
 from .neighbours import WIDE, Gathered, Memory, shares_of
@@ -210,7 +210,7 @@ class Plan:
         """
         try:
             gathered, local = self._gathered(gradients, error, same)
-            norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices)
+            norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices, taken)
             mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
         except RuntimeError as failed:
             self._tell_others(failed, call)
@@ -297,20 +297,30 @@ class Plan:
         if self.p == inf:
             mine = norms.norms.max() if len(norms.indices) else norms.norms.new_zeros(())
         else:
-            weights = self.weights if len(norms.indices) == len(self.pieces) else self.weights[list(norms.indices)]
+            weights = self.weights
+            if len(norms.indices) < len(self.pieces):  # a list of indices would be copied to the device, and waited for
+                every = weights.unbind()
+                weights = torch.stack([every[i] for i in norms.indices]) if norms.indices else weights[:0]
             mine = torch.dot(norms.norms.pow(self.p), weights)
         return mine.item() if self.device.type == "cpu" else mine
 
-    def _norms(self, parts: Sequence[Tensor], indices: Sequence[int]) -> Norms:
-        norms = torch.zeros(len(parts), dtype=torch.float64, device=self.device)
-        devices = {t.device for t in parts}
-        if len(devices) == 1:
-            norms = local_norms(parts, self.p).to(self.device, non_blocking=self.device.type != "cpu")
-        else:
-            for device in devices:
-                here = [i for i, t in enumerate(parts) if t.device == device]
-                norms[here] = local_norms([parts[i] for i in here], self.p).to(self.device)
-        return Norms(norms, indices, parts)
+    def _norms(self, parts: Sequence[Tensor], indices: Sequence[int], taken: Taken = NOTHING) -> Norms:
+        """Norms of ``parts``, of which some were ``taken`` before."""
+        devices, slots = {t.device for t in parts}, taken.slots
+        found: dict[int, Tensor] = {}
+        for device in devices:
+            here = [i for i, t in enumerate(parts) if t.device == device]
+            tensors = parts if len(devices) == 1 else [parts[i] for i in here]
+            if slots is not None and slots.device == device:
+                norms = triton.local_norms(tensors, self.p, slots, [indices[i] for i in here])
+            else:
+                norms = local_norms(tensors, self.p)
+            norms = norms.to(self.device, non_blocking=self.device.type != "cpu")
+            if len(devices) == 1:
+                return Norms(norms, indices, parts)
+            found |= zip(here, norms.unbind(), strict=True)
+        every = [found[i] for i in range(len(parts))]
+        return Norms(torch.stack(every) if every else self.weights.new_zeros(0), indices, parts)
 
     def _realigned(
         self, gradients: Sequence[Tensor | None], holders: Sequence[Tensor] | None

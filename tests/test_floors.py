@@ -15,6 +15,7 @@ FLOORS = [
     {"gradient", "measured", "model", "stepping"},
     {"neighbours"},
     {"plan"},
+    {"early"},
     {"cache", "culprit", "outcome", "overlap", "verify"},
     {"arguments"},
     {"clipper", "functional"},

@@ -1,8 +1,18 @@
-"""`Clipper(overlap=True)`: sums of the backward are used where they still hold, never where they do not."""
+"""`Clipper(overlap=True)`: sums of the backward are used where they still hold, never where they do not.
+
+What accelerators do runs here too, on the CPU: gradients are taken for a device's, and Triton interprets the kernels.
+"""
 
 import gc
+import os
+import sys
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from math import inf
+from threading import Lock
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,8 +24,48 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
+from distclip.early import OnDevice, Seen
+from distclip.group import ClippingGroup
+from distclip.kernels import triton
+from distclip.measured import NOTHING
+from distclip.model import held_in
+from distclip.plan import Plan
 from oracle import true_norm
 from ranks import count_collectives, run_ranks, same_bits
+
+HOST = "host"
+DEVICE = pytest.param(
+    "device",
+    marks=pytest.mark.skipif(
+        find_spec("triton") is None or find_spec("numpy") is None,
+        reason="Triton and numpy are not installed (CPU builds of torch bring neither): pip install triton numpy",
+    ),
+)
+on_host_and_device = pytest.mark.parametrize("where", [HOST, DEVICE])
+
+
+def on(where: str, fn, size: int, *args) -> list:
+    """What `fn` returns on `size` ranks, whose gradients lie on the host, or are treated as a device's."""
+    if where == HOST:
+        return run_ranks(fn, size, *args)
+    return run_ranks(partial(as_on_a_device, fn), size, *args, fresh=True)
+
+
+def as_on_a_device(fn, *args):
+    os.environ |= {"TRITON_INTERPRET": "1", "DISTCLIP_TRITON": "1"}  # of a process of its own
+    for name in [name for name in sys.modules if name.startswith("triton") and not name.startswith("triton._C")]:
+        del sys.modules[name]  # torch has imported it, and it decides at its import whether it interprets
+    planned, take, one_by_one = Plan.of, OnDevice.take, Lock()
+
+    def taken(*given):
+        with one_by_one:  # DDP calls hooks on several threads of Gloo, and the interpreter knows only one
+            return take(*given)
+
+    with (
+        patch.object(Plan, "of", lambda *given, **named: replace(planned(*given, **named), on_host=False)),
+        patch.object(OnDevice, "take", taken),
+    ):
+        return fn(*args)
 
 
 class Net(nn.Module):
@@ -80,10 +130,11 @@ def ordinary_steps(make, p: float) -> list[dict]:
     return seen
 
 
+@on_host_and_device
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, inf])
 @pytest.mark.parametrize("make", [ddp, fsdp2])
-def test_ordinary_steps_sum_nothing_after_the_backward(make, p):
-    results = run_ranks(ordinary_steps, 2, make, p)
+def test_ordinary_steps_sum_nothing_after_the_backward(make, p, where):
+    results = on(where, ordinary_steps, 2, make, p)
     assert same_bits([[s["norm"] for s in r] for r in results])
     for step, s in enumerate(results[0]):
         assert s["norm"].item() == pytest.approx(s["oracle"], rel=2e-7)
@@ -137,6 +188,12 @@ def unusual_steps(make) -> list[tuple[str, torch.Tensor, float]]:
         (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(1000.0)
     check("changed in place")
     clear()
+    backward(model, 3)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for gradient in gradients[1::2]:
+        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).data.mul_(3.0)
+    check("changed in place, and no version with it")
+    clear()
     backward(model, 4)
     parameter = list(model.parameters())[1]
     parameter.grad = parameter.grad * 50.0
@@ -160,10 +217,11 @@ def unusual_steps(make) -> list[tuple[str, torch.Tensor, float]]:
     return seen
 
 
+@on_host_and_device
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("make", [ddp, fsdp2])
-def test_what_changed_since_is_summed_again(make, size):
-    results = run_ranks(unusual_steps, size, make)
+def test_what_changed_since_is_summed_again(make, size, where):
+    results = on(where, unusual_steps, size, make)
     for name, norm, oracle in results[0]:
         assert norm.item() == pytest.approx(oracle, rel=2e-7), name
     assert same_bits([[norm for _, norm, _ in r] for r in results])
@@ -184,8 +242,9 @@ def interrupted() -> list[tuple[torch.Tensor, float]]:
     return seen
 
 
-def test_a_backward_that_stopped_half_way_leaves_nothing_behind():
-    for norm, oracle in [pair for seen in run_ranks(interrupted, 2) for pair in seen]:
+@on_host_and_device
+def test_a_backward_that_stopped_half_way_leaves_nothing_behind(where):
+    for norm, oracle in [pair for seen in on(where, interrupted, 2) for pair in seen]:
         assert norm.item() == pytest.approx(oracle, rel=2e-7)
 
 
@@ -206,11 +265,116 @@ def removed(make) -> list[tuple[float, float]]:
     return seen
 
 
+@on_host_and_device
 @pytest.mark.parametrize("make", [ddp, fsdp2])
-def test_hooks_go_with_their_clipper(make):
-    for seen in run_ranks(removed, 2, make):
+def test_hooks_go_with_their_clipper(make, where):
+    for seen in on(where, removed, 2, make):
         for norm, oracle in seen:
             assert norm == pytest.approx(oracle, rel=2e-7)
+
+
+def norms_put_into_slots(make) -> list[tuple[float, float]]:
+    """The norm where some slots hold 7 after the backward, and that of 7s in place of the norms of these gradients."""
+    torch.manual_seed(0)
+    model = make()
+    clipper = distclip.Clipper(model, 1.0, overlap=True)
+    backward(model, 0, spare=True)
+    clipper.clip_()
+    seen = []
+    for changed in (0, 2):
+        backward(model, 1, spare=True)
+        slots, plan = clipper._overlap._early._slots, clipper._plan
+        slots.norms.fill_(7.0)
+        gradients = [holder.grad for holder in clipper._holders]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        for g in local[:changed]:
+            g.data.mul_(2.0)
+        squares = [(g.double().square().sum() if k < changed or not g.numel() else 49.0) for k, g in enumerate(local)]
+        terms = [float(s) / r for s, r in zip(squares, plan.replicas, strict=True)]
+        total = torch.tensor(sum(terms), dtype=torch.float64)
+        dist.all_reduce(total)
+        seen.append((clipper.measure().norm.item(), total.sqrt().item()))
+        clipper.clip_()
+    return seen
+
+
+@pytest.mark.parametrize("make", [ddp, fsdp2])
+@pytest.mark.parametrize("where", [DEVICE])
+def test_a_device_takes_norms_from_slots_and_makes_those_again_whose_gradients_changed(make, where):
+    for seen in on(where, norms_put_into_slots, 2, make):
+        for norm, expected in seen:
+            assert norm == pytest.approx(expected, rel=1e-6)
+
+
+class Stream:
+    """As much of a CUDA stream as shows what waits for what; what is current is whose turn it is."""
+
+    current: "Stream"
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} records {len(self.log)}")
+        return f"{self.name} {len(self.log) - 1}"
+
+
+def test_streams_wait_for_each_other(monkeypatch):
+    """Hooks run on streams of their own: a step waits for all of them, and the hooks of the next step for the step."""
+    log: list[str] = []
+    main, side, other = (Stream(name, log) for name in ("main", "side", "other"))
+    model = nn.Linear(2, 2)
+    plan = Plan.of(held_in([model]), 2.0, ClippingGroup.alone())
+    monkeypatch.setattr(triton, "chosen", lambda device: True)
+    monkeypatch.setattr(triton, "take_norms", lambda *given: log.append("sums") or True)
+    early = OnDevice(plan)
+    monkeypatch.setattr(early, "_device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr("distclip.early._is_plain", lambda tensor: True)
+    gradient = SimpleNamespace(device=early._device)
+    monkeypatch.setattr(Seen, "of", lambda gradients: "seen")
+
+    capturing = False
+    for step in range(2):
+        for stream, block in ((side, (0,)), (other, (1,))):
+            Stream.current = stream
+            assert early.take(block, [gradient]) == "seen"
+        Stream.current = main
+        assert early.taken({(0,): None}).sources == {0}
+        early.forget()
+        if step == 0:
+            first, log[:] = list(log), []
+    assert first == [
+        *("sums", "side records 1", "sums", "other records 3"),
+        *("main waits for side 1", "main waits for other 3", "main records 6"),
+    ]
+    assert log == [
+        *("side waits for main 6", "sums", "side records 2", "other waits for main 6", "sums", "other records 5"),
+        *("main waits for side 2", "main waits for other 5", "main records 8"),
+    ]
+    capturing, log[:] = True, []
+    assert early.take((0,), [gradient]) is None
+    assert early.taken({(0,): None}) == NOTHING
+    early.forget()
+    assert log == []
+
+
+def without_triton() -> str:
+    planned = Plan.of
+    with patch.object(Plan, "of", lambda *given, **named: replace(planned(*given, **named), on_host=False)):
+        try:
+            distclip.Clipper(Net(), 1.0, overlap=True)
+        except NotImplementedError as error:
+            return str(error)
+    return ""
+
+
+def test_a_device_without_triton_is_refused_at_construction():
+    assert "DISTCLIP_TRITON=1" in run_ranks(without_triton, 1)[0]
 
 
 def offloaded() -> None:
@@ -279,9 +443,10 @@ def tied_across_stages(overlap: bool) -> list[tuple[float, float]]:
     return seen
 
 
+@on_host_and_device
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_weight_tied_across_stages_whose_few_rows_the_loop_adds_up(overlap):
+def test_a_weight_tied_across_stages_whose_few_rows_the_loop_adds_up(overlap, where):
     """The rows of the other stage missed the sampled elements: the sum of before was taken."""
-    for seen in run_ranks(tied_across_stages, 2, overlap):
+    for seen in on(where, tied_across_stages, 2, overlap):
         for norm, oracle in seen:
             assert norm == pytest.approx(oracle, rel=1e-6)

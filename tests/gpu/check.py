@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -181,6 +182,66 @@ def nccl(device: torch.device) -> Facts:
                 report = clipper.clip_()
             found += close(report.norm.item(), right_norm(torch.cat(whole), 2.0), f"FSDP2, step {seed}")
             sharded.zero_grad()
+        dist.destroy_process_group()
+    return {"wrong": found, "backend": backend}
+
+
+@part
+def overlap(device: torch.device) -> Facts:
+    """overlap=True under FSDP2 and DDP with one rank: the norms of a Clipper without it, bit for bit, and no wait.
+
+    Layers that differ in size reduce on other streams while the backward goes on: a kernel that reads too early, or
+    a slot that is written while a step reads it, gives another norm in some of many steps.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = [64, 2048, 128, 4096, 32, 1024, 8] if device.type == "cuda" else [8, 40, 8]
+        return nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairwise(sizes))).to(device)
+
+    def fsdp2() -> nn.Module:
+        model, mesh = net(), init_device_mesh(device.type, (1,))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def ddp() -> nn.Module:
+        return DistributedDataParallel(net(), gradient_as_bucket_view=True, bucket_cap_mb=1)
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        for make in (fsdp2, ddp):
+            model = make()
+            ours, plain = distclip.Clipper(model, 1.0, overlap=True), distclip.Clipper(model, 1.0)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            width = 64 if device.type == "cuda" else 8
+            steps, pairs = 300 if device.type == "cuda" else 6, []
+            rows = [torch.randn(32, width, generator=torch.Generator().manual_seed(i)) for i in range(steps)]
+            rows = [x.to(device) for x in rows]
+            for step, x in enumerate(rows):
+                if step == 3:
+                    torch.cuda.synchronize() if device.type == "cuda" else None
+                with no_waits(device) if step >= 3 else nullcontext():
+                    (model(x).square().mean() * (100.0 if step % 2 else 1e-3)).backward()
+                    if step % 5 == 4:  # in place and behind all versions
+                        for parameter in list(model.parameters())[::3]:
+                            gradient = parameter.grad
+                            getattr(gradient, "_local_tensor", gradient).data.mul_(2.0)
+                    right = plain.measure().norm  # sums everything, after everything
+                    got = ours.step(optimizer).norm
+                    optimizer.zero_grad()
+                pairs.append(torch.stack([got, right]))
+            both = torch.stack(pairs)
+            unlike = int((both[:, 0] != both[:, 1]).sum())
+            if unlike:
+                found.append(f"{make.__name__}: {unlike} of {steps} norms differ from those summed after the backward")
+            if not both.isfinite().all() or both[:, 1].std() == 0:
+                found.append(f"{make.__name__}: the norms prove nothing: {both[:5].tolist()}")
         dist.destroy_process_group()
     return {"wrong": found, "backend": backend}
 

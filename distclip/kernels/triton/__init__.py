@@ -1,6 +1,7 @@
 """Norms and scaling on CUDA devices, in Triton: one launch for many tensors of one dtype, whatever their sizes.
 
-Ask :func:`chosen` first: only :func:`local_norms` and :func:`scale_` import Triton, on their first call.
+Ask :func:`chosen` first: only :func:`local_norms`, :func:`take_norms` and :func:`scale_` import Triton, on their first
+call.
 """
 
 import os
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import block_size, fits, table_of
+from .slots import Slots as Slots
+from .table import Table, block_size, fits, table_of
 
 WARPS = 8
 FINISH = 2048  # block sums that one program adds at once
@@ -49,35 +51,60 @@ def _supported(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
+def local_norms(
+    tensors: Sequence[Tensor], p: float, slots: Slots | None = None, places: Sequence[int] | None = None
+) -> Tensor:
     """Return the p-norm of each tensor: float64, shape (len(tensors),), on their common device.
 
     At most two launches a dtype, and a fixed order of adding: the same tensors give the same bits. Complex tensors
     (p = 2: as pairs), other dtypes and tensors with gaps go to torch's kernels, as all do in the capture of a CUDA
     graph that was not preceded by a call with the same addresses. Never waits; the first call for a dtype and p
     compiles.
+
+    ``slots``: with norms of :func:`take_norms`, which are not summed again where the tensor of the same one of
+    ``places`` lies where it lay and its samples have not changed. One launch more a dtype looks at that.
     """
     from . import device
 
-    parts = [torch.view_as_real(t) if t.is_complex() and p == 2.0 else t for t in tensors]
-    norms = torch.zeros(len(parts), dtype=torch.float64, device=parts[0].device)
+    parts = _real(tensors, p)
+    norms = parts[0].new_zeros(len(parts), dtype=torch.float64) if slots is None else slots.norms
+    at = range(len(parts)) if places is None else places
     groups, others = _groups(parts)
     with torch.cuda.device(norms.get_device()):  # -1 on the CPU: none
-        for dtype, places in groups.items():
-            table = table_of([parts[i] for i in places], places)
+        for dtype, indices in groups.items():
+            table = table_of([parts[i] for i in indices], [at[i] for i in indices])
             if table is None:
-                others += places
+                others += indices
                 continue
-            block = block_size(dtype)
-            sums = norms.new_empty(len(table.row_of_block))
-            name = _triton_dtype(dtype)
-            device.block_sums[(len(sums),)](
-                table.rows, table.row_of_block, sums, name, float(p), block, 16 // dtype.itemsize, num_warps=WARPS
-            )
-            device.norms_of_rows[(len(places),)](table.rows, sums, norms, float(p), block, FINISH, num_warps=WARPS)
+            if slots is not None:
+                device.look[(len(indices),)](table.rows, *slots.kept(), _triton_dtype(dtype), True, num_warps=1)
+            _launch_sums(table, dtype, p, norms, None if slots is None else slots.known)
     if others:
-        torch._foreach_copy_([norms[i] for i in others], _torch_norms([parts[i] for i in others], p))
-    return norms
+        torch._foreach_copy_([norms[at[i]] for i in others], _torch_norms([parts[i] for i in others], p))
+    if slots is None:
+        return norms
+    return slots.norms_at(at, empty=[k for k, part in zip(at, parts, strict=True) if not part.numel()])
+
+
+def take_norms(tensors: Sequence[Tensor], p: float, slots: Slots, places: Sequence[int]) -> bool:
+    """Put the p-norm of each tensor into ``slots`` at its place, with what shows later whether it has changed.
+
+    Three launches a dtype on the current stream. False, and nothing done, where a tensor is none that the kernels read.
+    """
+    from . import device
+
+    parts = _real(tensors, p)
+    groups, others = _groups(parts)
+    if others:
+        return False
+    with torch.cuda.device(slots.norms.get_device()):
+        for dtype, indices in groups.items():
+            table = table_of([parts[i] for i in indices], [places[i] for i in indices])
+            if table is None:
+                return False
+            device.look[(len(indices),)](table.rows, *slots.kept(), _triton_dtype(dtype), False, num_warps=1)
+            _launch_sums(table, dtype, p, slots.norms, None)
+    return True
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
@@ -103,6 +130,35 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
             )
     if others:
         torch._foreach_mul_([parts[i] for i in others], coef)
+
+
+def _launch_sums(table: Table, dtype: torch.dtype, p: float, norms: Tensor, known: Tensor | None) -> None:
+    """Norms of the tensors of a table, by their places in ``norms``; not of those that are ``known``."""
+    from . import device
+
+    block, asks = block_size(dtype), known is not None
+    sums = norms.new_empty(len(table.row_of_block))
+    marks = sums if known is None else known
+    device.block_sums[(len(sums),)](
+        table.rows,
+        table.row_of_block,
+        sums,
+        marks,
+        _triton_dtype(dtype),
+        float(p),
+        block,
+        16 // dtype.itemsize,
+        asks,
+        num_warps=WARPS,
+    )
+    device.norms_of_rows[(len(table.rows),)](
+        table.rows, sums, norms, marks, float(p), block, FINISH, asks, num_warps=WARPS
+    )
+
+
+def _real(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
+    """Complex numbers as pairs where their moduli are not needed."""
+    return [torch.view_as_real(t) if t.is_complex() and p == 2.0 else t for t in tensors]
 
 
 def _groups(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[int]], list[int]]:

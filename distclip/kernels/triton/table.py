@@ -9,7 +9,8 @@ from torch import Tensor
 LINE = 128  # bytes of a cache line
 BLOCK_BYTES = 1 << 15  # the work of one program: 8 loads of 16 bytes for each of 256 threads, enough to hide latency
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-KEPT = 16  # tables: dtypes times lists of tensors that one process clips in turn; 600 tensors of 1e9 elements: 0.5 MB
+KEPT = 16  # tables of any size: dtypes times lists of tensors that one process clips; 600 of 1e9 elements: 0.5 MB
+SPARE = 1 << 22  # bytes of more tables: those of the blocks that overlap=True reads one by one
 
 Key = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -27,6 +28,10 @@ class Table:
     rows: Tensor
     row_of_block: Tensor
     stream: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.row_of_block.nbytes
 
 
 _recent: dict[Key, Table] = {}  # oldest first
@@ -69,7 +74,7 @@ def table_of(tensors: Sequence[Tensor], places: Sequence[int]) -> Table | None:
     if table is None or table.stream != stream:
         table = _build(key, stream)
     _recent[key] = table
-    while len(_recent) > KEPT:
+    while len(_recent) > KEPT and sum(table.nbytes for table in _recent.values()) > SPARE:
         del _recent[next(iter(_recent))]  # freed in the order of its own stream: kernels that still read it come first
     return table
 

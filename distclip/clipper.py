@@ -40,6 +40,10 @@ DISAGREE = (
     "holds other parameters, lacks a gradient that others have, or made one call of Clipper more or less; let every "
     "rank make the same calls"
 )
+CAPTURED = (
+    "no norm can be read inside the capture of a CUDA graph: leave out nonfinite='raise', p > 7, float64 gradients, "
+    "layout=, split_over= and DTensors that FSDP2 does not manage, and give step() fused optimizers"
+)
 
 _alive: WeakSet["Clipper"] = WeakSet()
 
@@ -69,9 +73,9 @@ class Clipper:
       ``"raise"``: NonFiniteError on every rank, gradients untouched. ``"propagate"``: scale and step, as torch does.
     * ``max_consecutive_skips``: so many non-finite steps in a row are skipped; the next raises NonFiniteError.
     * ``overlap``: take the sums during the backward, from FSDP2's and DDP's hooks (on GPUs only where DISTCLIP_TRITON=1
-      asks for kernels that have not run on one yet). DDP must have ``gradient_as_bucket_view=True`` and no communication
-      hook of its own. Until the call nothing but a factor may change gradients: value clipping of DTensors by torch, or
-      rows written through ``.data``, are not seen.
+      asks for kernels that have not run on one yet). DDP must have ``gradient_as_bucket_view=True`` and no
+      communication hook of its own. Until the call nothing but a factor may change gradients: value clipping of
+      DTensors by torch, or rows written through ``.data``, are not seen.
 
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
@@ -86,7 +90,8 @@ class Clipper:
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
     float64 gradients, p > 7 and the extra words; each costs one wait a step. Without a wait, non-finite norms and
     disagreement are looked at when the next call starts, so an error and :attr:`culprit` come one call late. Inside the
-    capture of a CUDA graph nothing is looked at, and a replay is no call: it advances the policy, but counts no step.
+    capture of a CUDA graph nothing is looked at (RuntimeError where it must be), and a replay is no call: it advances
+    the policy, but counts no step.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
@@ -290,6 +295,9 @@ class Clipper:
     def _advance(self, skips_on_device: bool, fault: LayoutError | None = None) -> Outcome:
         """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
         self._read_late_flags()
+        capturing = in_capture(self._plan.device)
+        if capturing and self._plan.heeds:
+            raise RuntimeError(CAPTURED)
         fault = fault or self._reading.lost() or self._plan.memory.take_fault()
         measured = self._measure(tag=self._steps, fault=fault)
         outcome, state = self._decide(measured)
@@ -299,8 +307,10 @@ class Clipper:
             or measured.can_overflow
             or (outcome.skip is not False and not skips_on_device)
         ):
+            if capturing:
+                raise RuntimeError(CAPTURED)
             outcome = self._looked_at(outcome)
-        elif not in_capture(self._plan.device):
+        elif not capturing:
             kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
             norm, disagree = measured.reduced.tensors(self._plan.device)
             own = norm if measured.reduced.own is None else torch.as_tensor(measured.reduced.own)
@@ -404,7 +414,7 @@ class Clipper:
         if outcome.skip is True:
             return
         if outcome.scales:
-            scale_(gradients, torch.as_tensor(outcome.coef, dtype=outcome.measured.dtype))
+            scale_(gradients, outcome.report.coef)  # on the device, where that has computed it
         if outcome.bounds is not None:
             unless = outcome.skip if isinstance(outcome.skip, Tensor) else None
             clamp_(gradients, *outcome.bounds, unless=unless)

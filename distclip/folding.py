@@ -99,9 +99,9 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
         return
     words: dict[str, Tensor] = {}
     if coef is not None:
-        words["grad_scale"] = _divisor(coef.float()).to(device)
+        words["grad_scale"] = _divisor(coef.float()).to(device, non_blocking=True)
     if skip is not None:
-        words["found_inf"] = skip.float().to(device)
+        words["found_inf"] = skip.float().to(device, non_blocking=True)
     _straighten(optimizer)
     before = {name: optimizer.__dict__.get(name, ABSENT) for name in words}
     optimizer.__dict__.update(words)

@@ -93,7 +93,7 @@ class Plan:
             group=group,
             p=p,
             replicas=replicas,
-            weights=torch.tensor(replicas, dtype=torch.float64, device=device).reciprocal(),
+            weights=torch.tensor(replicas, dtype=torch.float64).reciprocal().to(device, non_blocking=True),
             device=device,
             on_host=all(d.type == "cpu" for d in (device, *(piece.device for piece in pieces))),
             wide=any(piece.dtype in WIDE for piece in pieces),

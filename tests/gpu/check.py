@@ -366,6 +366,42 @@ def graph_of_a_clipper(device: torch.device) -> Facts:
     return {"wrong": found, "captured": True}
 
 
+@part
+def graph_of_a_step(device: torch.device) -> Facts:
+    """step() of a fused, capturable optimizer in a CUDA graph, beside the same steps without one, bit for bit."""
+    if device.type == "cpu":
+        return {"wrong": [], "left_out": "needs a GPU"}
+    models = [small_model(device), small_model(device)]
+    clippers = [distclip.Clipper(model, distclip.AutoClip(percentile=50, window=5)) for model in models]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True, capturable=True) for m in models]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for seed in range(3):
+            for model, clipper, optimizer in zip(models, clippers, optimizers, strict=True):
+                fill(model, 1.0, seed)
+                clipper.step(optimizer)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    recorded = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(recorded):
+            report = clippers[0].step(optimizers[0])
+    except RuntimeError as error:
+        return {"wrong": [], "captured": False, "error": str(error).splitlines()[0]}
+    found = []
+    for seed, scale in enumerate((1.0, 1e-3, 30.0, 1e-5, 2.0)):
+        for model in models:
+            fill(model, scale, 10 + seed)
+        recorded.replay()
+        right = clippers[1].step(optimizers[1])
+        if report.norm.item() != right.norm.item() or report.coef.item() != right.coef.item():
+            found.append(f"replay {seed}: {report}, without a graph {right}")
+        if not all(map(torch.equal, models[0].parameters(), models[1].parameters())):
+            found.append(f"replay {seed}: other parameters than without a graph")
+    return {"wrong": found, "captured": True}
+
+
 def milliseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Median time of each call on the GPU; the calls take turns, so that a clock that drifts hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}

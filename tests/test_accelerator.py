@@ -1,0 +1,339 @@
+"""What a Clipper promises on accelerators, on one that is not there: it waits for nothing, and can be captured."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf, isnan
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distclip
+from accelerator import (
+    DEVICE,
+    EXISTS,
+    Wait,
+    all_reduce,
+    capture,
+    capturing,
+    counted_waits,
+    no_waits,
+    raw,
+    use_accelerator,
+)
+from distclip.flags import Flags
+from distclip.group import ClippingGroup
+from oracle import true_norm
+from ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(not EXISTS, reason="this torch has no backend for devices written in Python")
+
+POLICIES = {
+    "max_norm": 1.0,
+    "autoclip": distclip.AutoClip(percentile=50, window=4),
+    "values": distclip.ValueClip(0.5),
+}
+OPTIONS = [{}, {"norm_type": 1.0}, {"norm_type": 3.0}, {"norm_type": inf}, {"nonfinite": "propagate"}]
+READING = [{"nonfinite": "raise"}, {"norm_type": 9.0}]
+EVERYBODY = pytest.mark.parametrize("size", [1, 2])
+EACH_POLICY = pytest.mark.parametrize("policy", POLICIES)
+
+
+class Sent:
+    """Numbers on their way to the host, in memory that is not pinned."""
+
+    @staticmethod
+    def send(*numbers: Tensor) -> Flags:
+        return Flags(torch.stack([raw(number).double() for number in numbers]), None)
+
+
+@contextmanager
+def on_the_accelerator(words_on_the_device: bool = True) -> Iterator[None]:
+    """Words travel on the device as with NCCL, or on the host as with Gloo."""
+    use_accelerator()
+    device = torch.device(DEVICE, 0) if words_on_the_device else torch.device("cpu")
+    with (
+        patch("distclip.clipper.Flags", Sent),
+        patch("distclip.clipper.in_capture", capturing),
+        patch("torch.distributed.all_reduce", all_reduce),
+        patch.object(ClippingGroup, "device_for", lambda group, tensors: device),
+    ):
+        yield
+
+
+def model_of(*shapes: tuple[int, ...]) -> nn.ParameterList:
+    torch.manual_seed(0)
+    return nn.ParameterList(nn.Parameter(torch.randn(shape).to(DEVICE)) for shape in shapes)
+
+
+def layers() -> nn.ParameterList:
+    return model_of((7, 5), (3,), (2, 2), (40, 3))
+
+
+def fill(model: nn.ParameterList, seed: int, scale: float = 1.0) -> float:
+    """Write gradients, the same on all ranks, where there are some already; their norm."""
+    for i, parameter in enumerate(model):
+        values = scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + i))
+        if parameter.grad is None:
+            parameter.grad = values.to(DEVICE)
+        else:
+            raw(parameter.grad).copy_(values)
+    return norm_of(model)
+
+
+def norm_of(model: nn.ParameterList, p: float = 2.0) -> float:
+    return true_norm([raw(parameter.grad) for parameter in model if parameter.grad is not None], p)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True, capturable=True)
+
+
+def steps(policy: str) -> list[tuple[float, float]]:
+    """clip_() and step() under every option, none of which may wait; reported norms beside those of an oracle."""
+    seen = []
+    with on_the_accelerator():
+        for options in OPTIONS:
+            model = layers()
+            clipper, optimizer = distclip.Clipper(model, POLICIES[policy], **options), adamw(model)
+            for step in range(6):
+                for clip in (clipper.clip_, lambda optimizer=optimizer, clipper=clipper: clipper.step(optimizer)):
+                    fill(model, step, scale=10.0 ** -(step % 3))
+                    if step == 2:
+                        model[1].grad = None  # not used in this step
+                    right = norm_of(model, options.get("norm_type", 2.0))
+                    with no_waits():
+                        report = clip()
+                    seen.append((raw(report.norm).item(), right))
+    return seen
+
+
+@EVERYBODY
+@EACH_POLICY
+def test_nothing_waits(policy, size):
+    for norm, right in run_ranks(steps, size, policy, fresh=True)[0]:
+        assert norm == pytest.approx(right, rel=2e-7)
+
+
+def functions() -> list[tuple[float, float]]:
+    """The functions, on plans that are new and on those kept; a step with a scaler."""
+    seen = []
+    with on_the_accelerator():
+        model = layers()
+        for step in range(3):
+            for p in (2.0, inf):
+                right = fill(model, step) if p == 2.0 else norm_of(model, p)
+                with no_waits():
+                    norms = [distclip.get_total_norm([parameter.grad for parameter in model], norm_type=p)]
+                    norms.append(distclip.clip_grad_norm_(model.parameters(), 1e9, norm_type=p))
+                    distclip.clip_grads_with_norm_(model.parameters(), 1e9, norms[0])
+                    distclip.clip_grad_value_(model.parameters(), 1e9)
+                seen += [(raw(norm).item(), right) for norm in norms]
+        clipper, optimizer, scaler = distclip.Clipper(model, 1.0), adamw(model), torch.amp.GradScaler(DEVICE)
+        for step in range(3):
+            right = fill(model, step) / scaler.get_scale() if step else fill(model, step) / 2**16
+            scaler.scale(torch.ones(()).to(DEVICE))
+            with no_waits():
+                norm = clipper.step(optimizer, scaler=scaler).norm
+                scaler.update()
+            seen.append((raw(norm).item(), right))
+    return seen
+
+
+@EVERYBODY
+def test_functions_and_steps_with_a_scaler_do_not_wait(size):
+    for norm, right in run_ranks(functions, size, fresh=True)[0]:
+        assert norm == pytest.approx(right, rel=2e-7)
+
+
+def attached(words_on_the_device: bool) -> list[list[int]]:
+    """How often the steps of a fused and of another optimizer wait, that were made to clip."""
+    counts = []
+    with on_the_accelerator(words_on_the_device):
+        for optimizer_of in (adamw, lambda model: torch.optim.RMSprop(model.parameters(), foreach=False)):
+            model = layers()
+            optimizer = optimizer_of(model)
+            clip = distclip.attach(optimizer, model, 1.0)
+            for step in range(3):
+                right = fill(model, step)
+                with counted_waits() as waits:
+                    optimizer.step()
+                assert raw(clip.report.norm).item() == pytest.approx(right, rel=2e-7)
+                counts.append(waits)
+    return counts
+
+
+@EVERYBODY
+@pytest.mark.parametrize(("words_on_the_device", "expected"), [(True, [[0]] * 3 + [[1]] * 3), (False, [[1]] * 6)])
+def test_attached_steps_wait_for_the_words_alone_or_to_know_whether_to_step(words_on_the_device, expected, size):
+    assert run_ranks(attached, size, words_on_the_device, fresh=True)[0] == expected
+
+
+def reading_steps(policy: str) -> list[int]:
+    """How often one call waits that has to know the norm."""
+    counts = []
+    with on_the_accelerator():
+        for options in READING:
+            model = layers()
+            clipper, optimizer = distclip.Clipper(model, POLICIES[policy], **options), adamw(model)
+            plain = torch.optim.RMSprop(model.parameters(), lr=1e-3)
+            for step in range(3):
+                for clip in (clipper.clip_, lambda c=clipper, o=optimizer: c.step(o)):
+                    fill(model, step)
+                    with counted_waits() as waits:
+                        clip()
+                    counts += waits
+        clipper = distclip.Clipper(model, POLICIES[policy])
+        for step in range(3):
+            fill(model, step)
+            with counted_waits() as waits, patch.object(plain, "step"):
+                clipper.step(plain)  # which cannot fold: its step may have to be skipped
+            counts += waits
+    return counts
+
+
+@EVERYBODY
+@EACH_POLICY
+def test_what_has_to_know_the_norm_waits_once(policy, size):
+    assert run_ranks(reading_steps, size, policy, fresh=True)[0] == [1] * 15
+
+
+def bad_steps() -> dict[str, object]:
+    """A NaN between good steps: nothing waits, nothing changes, and the next call names it."""
+    with on_the_accelerator():
+        model = layers()
+        clipper, optimizer = distclip.Clipper(model, 1.0), adamw(model)
+        for step in range(2):
+            fill(model, step)
+            clipper.step(optimizer)
+        before = [raw(parameter).clone() for parameter in model]
+        fill(model, 2)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raw(model[2].grad)[0, 1] = torch.nan
+        with no_waits():
+            report = clipper.step(optimizer)
+        same = all(torch.equal(raw(parameter), kept) for parameter, kept in zip(model, before, strict=True))
+        unknown = clipper.culprit is None
+        fill(model, 3)
+        clipper.step(optimizer)
+        return {
+            "norm": raw(report.norm).item(),
+            "skip": raw(report.skip).item(),
+            "same": same,
+            "unknown": unknown,
+            "culprit": str(clipper.culprit),
+        }
+
+
+@EVERYBODY
+def test_a_step_that_is_not_finite_is_skipped_and_named_without_a_wait(size):
+    for seen in run_ranks(bad_steps, size, fresh=True):
+        assert isnan(seen["norm"])
+        assert (seen["skip"], seen["same"], seen["unknown"]) == (True, True, True)
+        assert f"rank {size - 1}" in seen["culprit"]
+
+
+def replayed(policy: str, kind: str) -> list[tuple[float, float, float]]:
+    """Replays of a captured call, beside calls of a Clipper that was not captured: norm, coefficient, difference."""
+    seen = []
+    with on_the_accelerator():
+        for options in OPTIONS:
+            models = [layers(), layers()]
+            clippers = [distclip.Clipper(model, POLICIES[policy], **options) for model in models]
+            optimizers = [adamw(model) for model in models]
+            calls = [
+                c.clip_ if kind == "clip_" else (lambda c=c, o=o: c.step(o))
+                for c, o in zip(clippers, optimizers, strict=True)
+            ]
+            for model, call in zip(models, calls, strict=True):  # warm: the optimizer makes its state
+                fill(model, 0)
+                call()
+            fill(models[0], 1)
+            fill(models[1], 1)
+            with capture() as graph:
+                report = calls[0]()  # done here as well, unlike on a GPU
+            calls[1]()
+            for seed, scale in enumerate((1.0, 1e-3, 30.0, 1e-5, 2.0)):
+                for model in models:
+                    fill(model, 2 + seed, scale)
+                graph.replay()
+                right = calls[1]()
+                apart = [
+                    (raw(a) - raw(b)).abs().max().item() + (raw(a.grad) - raw(b.grad)).abs().max().item()
+                    for a, b in zip(*models, strict=True)
+                ]
+                seen.append(
+                    (
+                        raw(report.norm).item() - raw(right.norm).item(),
+                        raw(report.coef).item() - raw(right.coef).item(),
+                        max(apart),
+                    )
+                )
+            assert clippers[0].state_dict()["policy"].keys() == clippers[1].state_dict()["policy"].keys()
+            for name, value in clippers[0].state_dict()["policy"].items():
+                assert torch.equal(raw(value), raw(clippers[1].state_dict()["policy"][name])), name
+    return seen
+
+
+@EVERYBODY
+@EACH_POLICY
+@pytest.mark.parametrize("kind", ["clip_", "step"])
+def test_a_captured_call_does_in_every_replay_what_the_call_does(policy, kind, size):
+    for seen in run_ranks(replayed, size, policy, kind, fresh=True):
+        assert seen == [(0.0, 0.0, 0.0)] * 5 * len(OPTIONS)
+
+
+def captures_that_read() -> list[str]:
+    said = []
+    with on_the_accelerator():
+        for options in READING:
+            model = layers()
+            clipper = distclip.Clipper(model, 1.0, **options)
+            fill(model, 0)
+            clipper.clip_()
+            try:
+                with capture():
+                    clipper.clip_()
+            except RuntimeError as error:
+                said.append(str(error))
+    return said
+
+
+def test_what_has_to_read_the_norm_cannot_be_captured_and_says_so():
+    for said in run_ranks(captures_that_read, 1, fresh=True):
+        assert len(said) == len(READING)
+        assert all("CUDA graph" in line for line in said)
+
+
+def simulated() -> list[bool]:
+    """Whether the accelerator tells what it should: copies, reads, and tensors of the host."""
+    use_accelerator()
+    x = torch.arange(6.0).to(DEVICE)
+    waiting = {
+        "item": lambda: x.sum().item(),
+        "tolist": lambda: x.tolist(),
+        "to the host": lambda: x.to("cpu"),
+        "from the host": lambda: torch.ones(2).to(DEVICE),
+        "a list made a tensor": lambda: torch.tensor([1.0, 2.0], device=DEVICE),
+        "by a list": lambda: x[[1, 2]],
+        "by a mask": lambda: x[x > 2],
+        "if": lambda: 1 if (x > 2).all() else 2,
+    }
+    free = [lambda: x * 2, lambda: torch.ones(2).to(DEVICE, non_blocking=True), lambda: x * torch.tensor(2.0)]
+    found = []
+    with no_waits():
+        for call in waiting.values():
+            try:
+                call()
+                found.append(False)
+            except Wait:
+                found.append(True)
+        for call in free:
+            call()
+    return found
+
+
+def test_the_accelerator_knows_a_wait():
+    assert run_ranks(simulated, 1, fresh=True)[0] == [True] * 8

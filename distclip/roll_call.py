@@ -7,6 +7,7 @@ well, because the others have given up: it is known by how short a time it waite
 another call of ours says in which.
 """
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from warnings import warn
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+SPIN = 1e-3  # seconds to wait for a collective without sleeping: three times what one takes
 PATIENCE = 3.0  # seconds for the others to fail too
 LOOK = timedelta(seconds=1)  # how often a rank that waits looks
 LONG = 30  # looks after which it says for whom
@@ -54,6 +56,7 @@ class Meeting:
         After half a minute, a RuntimeWarning on the first rank that came says which have not come.
         """
         _begun[self.group, self.words] += 1
+        _spin(work)
         looks = 0
         while True:
             try:
@@ -155,6 +158,17 @@ class Meeting:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def _spin(work: dist.Work) -> None:
+    """Wait a little without sleeping, while others on this core may run.
+
+    Who sleeps is woken behind whatever has begun to run meanwhile: with as many ranks as cores one all-reduce in four
+    of 0.3 ms then took 1 to 4 ms.
+    """
+    end = time.perf_counter() + SPIN
+    while not work.is_completed() and time.perf_counter() < end:
+        os.sched_yield()
 
 
 def waits_in() -> str | None:

@@ -26,6 +26,7 @@ LOOK = timedelta(seconds=1)  # how often a rank that waits looks
 LONG = 30  # looks after which it says for whom
 LATE = 0.5  # of the longest wait: who waited less came late
 FEW = 3  # ranks whose whereabouts are told
+give_way: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 _failed: Counter[str] = Counter()  # collectives of each clipping group that failed
 _begun: Counter[tuple[str, int]] = Counter()  # collectives of each channel
 _stuck: list[Thread] = []  # in a request to a store that does not answer
@@ -168,7 +169,7 @@ def _spin(work: dist.Work) -> None:
     """
     end = time.perf_counter() + SPIN
     while not work.is_completed() and time.perf_counter() < end:
-        os.sched_yield()
+        give_way()
 
 
 def waits_in() -> str | None:

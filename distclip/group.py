@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Self, TypeAlias
 from weakref import ref
 
@@ -14,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .channel import TALK, channel, open_channel
 from .roll_call import Meeting
+
+device_of = attrgetter("device")
 
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
@@ -107,11 +110,7 @@ class ClippingGroup:
         NCCL reduces on CUDA only. Gloo would copy CUDA words to the host and back, so its words live on the CPU.
         What is on the meta device has no gradient.
         """
-        elements: Counter[torch.device] = Counter()
-        for tensor in tensors:
-            if not tensor.is_meta:
-                elements[tensor.device] += tensor.numel()
-        home = elements.most_common(1)[0][0] if elements else torch.device("cpu")
+        home = _home_of(list(tensors))
         if self.process_group is None:
             return home
         backends = dict(
@@ -123,6 +122,17 @@ class ClippingGroup:
             return torch.device("cpu")
         kind = next(iter(backends))
         return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _home_of(tensors: Sequence[Tensor]) -> torch.device:
+    devices = {device for device in map(device_of, tensors) if device.type != "meta"}
+    if len(devices) < 2:
+        return devices.pop() if devices else torch.device("cpu")
+    elements: Counter[torch.device] = Counter()
+    for tensor in tensors:
+        if not tensor.is_meta:
+            elements[tensor.device] += tensor.numel()
+    return elements.most_common(1)[0][0]
 
 
 def _compact(ranks: list[int]) -> Sequence[int]:

@@ -81,14 +81,14 @@ class LayoutReader:
         self._number_of_id: dict[int, int] = {}
         self._seen: dict[tuple[int | None, tuple[Placement, ...], int], Holding] = {}
 
-    def read(self, name: str, held: Held) -> Holding:
-        """The holding of a piece; LayoutError where it is unknown, never a guess."""
+    def read(self, held: Held, index: int) -> Holding:
+        """The holding of a piece, the one of this index; LayoutError where it is unknown, never a guess."""
         piece = held.piece
-        said = None if self._layout is None else self._layout(name, held.holder)
+        said = None if self._layout is None else self._layout(piece.label(index), held.holder)
         if said is not None:
             if said.replicas > self._group.size:
                 raise LayoutError(
-                    f"layout says that {said.replicas} ranks hold {name}, but the clipping group has "
+                    f"layout says that {said.replicas} ranks hold {piece.label(index)}, but the clipping group has "
                     f"{self._group.size}: return at most Layout({self._group.size})"
                 )
             return Holding(said, common=False)
@@ -97,7 +97,7 @@ class LayoutReader:
         key = mesh, placements, self._numbered(piece.flat_over)
         holding = self._seen.get(key)
         if holding is None:
-            holding = self._seen[key] = self._from_metadata(name, spec, piece.flat_over)
+            holding = self._seen[key] = self._from_metadata(piece.label(index), spec, piece.flat_over)
         return holding
 
     def _numbered(self, ranks: Ranks) -> int:

@@ -128,7 +128,7 @@ class Runs:
     ) -> None:
         present = [g for g in gradients if g is not None]
         sources = [source for source, g in enumerate(gradients) if g is not None]
-        self._owners = [frozenset(sources[k] for k in (run.first, *dict(run.others))) for run in runs]
+        self._owners = [frozenset((sources[run.first], *(sources[k] for k, _ in run.others))) for run in runs]
         self._types = list(map(type, gradients))
         self._gaps = len(present) < len(gradients)
         self._specs: list[Any] | None = None

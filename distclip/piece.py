@@ -21,7 +21,7 @@ class Spec:
 class Piece:
     """What is known of one parameter, or of one gradient, without keeping it.
 
-    * ``name``: what errors call it; empty for bare tensors (see ``Plan.label``).
+    * ``name``: what errors call it; empty for bare tensors (see :meth:`label`).
     * ``shape``, ``dtype``, ``device``: of the holder, the tensor in whose ``.grad`` the gradient is.
     * ``is_dtensor``: whether the holder is one.
     * ``here``: elements of the piece on this rank.
@@ -45,6 +45,10 @@ class Piece:
     flat_over: tuple[int, ...] = ()
     aligned: bool = True
     reduced: bool = False
+
+    def label(self, index: int) -> str:
+        """What errors call it, the one of this index."""
+        return self.name or f"parameter {index} of shape {tuple(self.shape)}"
 
 
 @dataclass(frozen=True, slots=True)

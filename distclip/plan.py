@@ -79,7 +79,7 @@ class Plan:
         pieces = tuple(item.piece for item in kept)
         position = {id(holder): k for k, holder in enumerate(holders_of(kept))}
         reader = LayoutReader(group, split_over, layout)
-        holdings = [reader.read(_label(i, item.piece), item) for i, item in enumerate(kept)]
+        holdings = [reader.read(item, i) for i, item in enumerate(kept)]
         digest = blake2b(digest_size=6)
         for piece, holding in zip(pieces, holdings, strict=True):
             if holding.common:
@@ -106,7 +106,7 @@ class Plan:
 
     def label(self, index: int) -> str:
         """What errors call piece ``index``."""
-        return _label(index, self.pieces[index])
+        return self.pieces[index].label(index)
 
     def measure(
         self,
@@ -343,10 +343,6 @@ def _replaced(
         for source, gradient in instead.items():
             holders[source].grad = gradient
     return [instead.get(source, gradient) for source, gradient in enumerate(gradients)]
-
-
-def _label(index: int, piece: Piece) -> str:
-    return piece.name or f"parameter {index} of shape {tuple(piece.shape)}"
 
 
 def _describe(piece: Piece, replicas: int) -> bytes:

@@ -88,7 +88,8 @@ class Clipper:
     gradients and policy state as they were, but for pending sums that were made by then.
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
-    float64 gradients, p > 7 and the extra words; each costs one wait a step. Without a wait, non-finite norms and
+    float64 gradients, p > 7, the extra words, and a group whose words travel on the host (Gloo); together they cost one
+    wait a step, with the extra words two. Without a wait, non-finite norms and
     disagreement are looked at when the next call starts, so an error and :attr:`culprit` come one call late. Inside the
     capture of a CUDA graph nothing is looked at (RuntimeError where it must be), and a replay is no call: it advances
     the policy, but counts no step.

@@ -194,6 +194,25 @@ def reading_steps(policy: str) -> list[int]:
     return counts
 
 
+def told_steps() -> list[int]:
+    """The same where a layout is told, so that two words more have to be read."""
+    counts = []
+    with on_the_accelerator():
+        for options in ({}, {"nonfinite": "raise"}):
+            model = layers()
+            clipper = distclip.Clipper(model, 1.0, layout=lambda name, parameter: None, **options)
+            for step in range(2):
+                fill(model, step)
+                with counted_waits() as waits:
+                    clipper.clip_()
+                counts += waits
+    return counts
+
+
+def test_words_that_have_to_be_read_cost_a_wait_of_their_own():
+    assert run_ranks(told_steps, 2, fresh=True) == [[1, 1, 2, 2]] * 2
+
+
 @EVERYBODY
 @EACH_POLICY
 def test_what_has_to_know_the_norm_waits_once(policy, size):

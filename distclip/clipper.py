@@ -89,10 +89,10 @@ class Clipper:
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
     float64 gradients, p > 7, the extra words, and a group whose words travel on the host (Gloo); together they cost one
-    wait a step, with the extra words two. Without a wait, non-finite norms and
-    disagreement are looked at when the next call starts, so an error and :attr:`culprit` come one call late. Inside the
-    capture of a CUDA graph nothing is looked at (RuntimeError where it must be), and a replay is no call: it advances
-    the policy, but counts no step.
+    wait a step, with the extra words two. Gradients on the host beside those on an accelerator wait for their factor.
+    Without a wait, non-finite norms and disagreement are looked at when the next call starts, so an error and
+    :attr:`culprit` come one call late. Inside the capture of a CUDA graph nothing is looked at (RuntimeError where it
+    must be), and a replay is no call: it advances the policy, but counts no step.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)

@@ -12,6 +12,14 @@ def in_capture(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def sent(number: Tensor, device: torch.device) -> Tensor:
+    """``number`` on ``device``: waits for an accelerator only where it comes from there to the host.
+
+    What is copied to the host without a wait may be read before it has arrived.
+    """
+    return number.to(device, non_blocking=device.type != "cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class Flags:
     """A copy of a few numbers that was started without waiting for it."""

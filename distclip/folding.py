@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from .flags import sent
 from .piece import local_tensor
 
 FOLDING = (Adam, AdamW, SGD, Adagrad)
@@ -99,9 +100,9 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
         return
     words: dict[str, Tensor] = {}
     if coef is not None:
-        words["grad_scale"] = _divisor(coef.float()).to(device, non_blocking=True)
+        words["grad_scale"] = sent(_divisor(coef.float()), device)
     if skip is not None:
-        words["found_inf"] = skip.float().to(device, non_blocking=True)
+        words["found_inf"] = sent(skip.float(), device)
     _straighten(optimizer)
     before = {name: optimizer.__dict__.get(name, ABSENT) for name in words}
     optimizer.__dict__.update(words)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .compare import who_differs
 from .errors import LayoutError
+from .flags import sent
 from .gradient import Local, look_at
 from .group import Axis, ClippingGroup
 from .kernels import largest, local_norms, power_sum, triton
@@ -93,7 +94,7 @@ class Plan:
             group=group,
             p=p,
             replicas=replicas,
-            weights=torch.tensor(replicas, dtype=torch.float64).reciprocal().to(device, non_blocking=True),
+            weights=sent(torch.tensor(replicas, dtype=torch.float64).reciprocal(), device),
             device=device,
             on_host=all(d.type == "cpu" for d in (device, *(piece.device for piece in pieces))),
             wide=any(piece.dtype in WIDE for piece in pieces),
@@ -315,7 +316,7 @@ class Plan:
                 norms = triton.local_norms(tensors, self.p, slots, [indices[i] for i in here])
             else:
                 norms = local_norms(tensors, self.p)
-            norms = norms.to(self.device, non_blocking=self.device.type != "cpu")
+            norms = sent(norms, self.device)
             if len(devices) == 1:
                 return Norms(norms, indices, parts)
             found |= zip(here, norms.unbind(), strict=True)

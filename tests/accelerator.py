@@ -31,10 +31,21 @@ except ImportError:  # torch before 2.10 or so
 DEVICE = "npu"
 EXISTS = _set_up is not None
 READS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal", "aten::is_nonzero")
-OURS = (  # torch has one kernel for all devices, which makes a tensor without asking the device, or resizes one
+OURS = (  # torch has one kernel for all devices, which asks the device for nothing, resizes, or reckons with strides
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
     torch.ops.aten.view.dtype,
+    torch.ops.aten.select.int,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.unbind.int,
+    torch.ops.aten.split.Tensor,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.t.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.squeeze.default,
+    torch.ops.aten.squeeze.dim,
     torch.ops.aten.abs.default,
     torch.ops.aten.bitwise_not.default,
     torch.ops.aten.arange.default,
@@ -110,11 +121,14 @@ def _run(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         between = is_here(source) != is_here(target)
         if between and (_device.graph is not None or not any(non_blocking)):
             _device.wait(f"a copy between host and device, of shape {tuple(source.shape)}")
+        assert not (between and is_here(source) and any(non_blocking)), "the host may read it before it has arrived"
         _record(torch.ops.aten.copy_.default, (raw(target), raw(source)), {})
         return target
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if any(not is_here(tensor) and tensor.ndim for tensor in given):  # 0-d ones travel as arguments
-        _device.wait(f"{name} of tensors of the host and of the device")
+        if not name.startswith("aten::index"):
+            raise RuntimeError(f"{name} of tensors of the host and of the device, which no GPU does")
+        _device.wait(f"{name} with indices of the host")
     if name == "aten::as_strided":
         assert args[0].stride() == raw(args[0]).stride(), "views of views with gaps are not simulated"
     shells = {id(raw(tensor)): tensor for tensor in given if is_here(tensor)}

@@ -219,6 +219,31 @@ def test_what_has_to_know_the_norm_waits_once(policy, size):
     assert run_ranks(reading_steps, size, policy, fresh=True)[0] == [1] * 15
 
 
+def on_two_devices() -> list[tuple[list[int], list[float]]]:
+    """Gradients on the accelerator and on the host: how often a call waits, and what it leaves of ones."""
+    seen = []
+    with on_the_accelerator():
+        for policy in (1.0, 1e9, distclip.ValueClip(0.25)):
+            model = nn.ParameterList([nn.Parameter(torch.ones(300).to(DEVICE)), nn.Parameter(torch.ones(100))])
+            for parameter in model:
+                parameter.grad = torch.ones_like(parameter)
+            clipper = distclip.Clipper(model, policy)
+            with counted_waits() as waits:
+                report = clipper.clip_()
+            assert raw(report.norm).item() == 20.0
+            seen.append((waits, [raw(parameter.grad)[-1].item() for parameter in model]))
+    return seen
+
+
+@EVERYBODY
+def test_gradients_on_the_host_beside_those_on_the_accelerator(size):
+    """They wait for the factor, and for whether to skip, neither of which may be read before it has arrived."""
+    clipped, untouched, clamped = run_ranks(on_two_devices, size, fresh=True)[0]
+    assert clipped == ([1], [pytest.approx(0.05)] * 2)
+    assert untouched == ([1], [1.0] * 2)
+    assert clamped == ([2], [0.25] * 2)
+
+
 def bad_steps() -> dict[str, object]:
     """A NaN between good steps: nothing waits, nothing changes, and the next call names it."""
     with on_the_accelerator():
@@ -252,6 +277,58 @@ def test_a_step_that_is_not_finite_is_skipped_and_named_without_a_wait(size):
         assert isnan(seen["norm"])
         assert (seen["skip"], seen["same"], seen["unknown"]) == (True, True, True)
         assert f"rank {size - 1}" in seen["culprit"]
+
+
+def faults() -> list[tuple[str, str]]:
+    """What ranks that do not agree are told, and when: in the same call where it was waited for, else in the next."""
+    told = []
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def expect(name, call) -> None:
+        try:
+            call()
+            told.append((name, ""))
+        except (distclip.LayoutError, distclip.NonFiniteError, ValueError) as error:
+            told.append((name, f"{type(error).__name__}: {error}"))
+
+    with on_the_accelerator():
+        model = layers()
+        clipper = distclip.Clipper(model, 1.0)
+        fill(model, 0)
+        expect("verify", clipper.verify)
+        raw(model[0].grad).mul_(1.5 if last else 1.0)
+        expect("verify, copies apart", clipper.verify)
+        expect("copies apart", clipper.clip_)
+        expect("after copies apart", clipper.clip_)
+        clipper = distclip.Clipper(model, 1.0)
+        fill(model, 1)
+        model[1].grad = None if last else model[1].grad
+        expect("one gradient missing", clipper.clip_)
+        expect("after one was missing", clipper.clip_)
+        clipper = distclip.Clipper(model, 1.0, max_consecutive_skips=1)
+        for step in range(3):
+            fill(model, step)
+            raw(model[2].grad)[0, 0] = inf
+            expect(f"inf {step}", clipper.clip_)
+        expect("function", lambda: distclip.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True))
+        expect("parameters", lambda: distclip.Clipper(model_of((2,), (2 + last,)), 1.0))
+        expect("policies", lambda: distclip.Clipper(model, 1.0 + last))
+    return told
+
+
+def test_ranks_that_do_not_agree_are_told_what_they_are_told_on_the_host():
+    for told in map(dict, run_ranks(faults, 2, fresh=True)):
+        assert [name for name, said in told.items() if not said] == [
+            *("verify", "copies apart", "one gradient missing", "inf 0", "inf 1")
+        ]
+        assert "hold the same gradient do not: 0" in told["verify, copies apart"]
+        assert "LayoutError: copies of gradients differ between ranks since step 0" in told["after copies apart"]
+        assert "lacks a gradient" in told["after one was missing"]
+        assert "NonFiniteError: 2 steps in a row" in told["inf 2"]
+        assert "2 on rank 0 has inf" in told["inf 2"]
+        assert "has inf in its gradient" in told["function"]
+        assert "rank 1: 2 parameters of 5 elements" in told["parameters"]
+        assert "rank 1: policy MaxNorm(max_norm=2.0)" in told["policies"]
 
 
 def replayed(policy: str, kind: str) -> list[tuple[float, float, float]]:

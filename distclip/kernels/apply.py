@@ -6,6 +6,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from ..flags import sent
 from . import triton
 
 WIDE = (torch.float64, torch.complex128)
@@ -21,7 +22,7 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
     """
     for device, group in _by_device(tensors).items():
         factor = torch.as_tensor(coef, dtype=None if isinstance(coef, Tensor) else torch.float32)
-        factor = factor.to(device, non_blocking=True)
+        factor = sent(factor, device)
         narrow = group
         if factor.dtype == torch.float64:
             wide, narrow = [t for t in group if t.dtype in WIDE], [t for t in group if t.dtype not in WIDE]
@@ -44,7 +45,7 @@ def clamp_(tensors: Sequence[Tensor], low: float, high: float, unless: Tensor | 
             torch._foreach_clamp_min_(group, low)
             torch._foreach_clamp_max_(group, high)
             continue
-        keep = unless.to(device, non_blocking=True)
+        keep = sent(unless, device)
         floor, ceiling = torch.where(keep, -torch.inf, low), torch.where(keep, torch.inf, high)
         for tensor in group:
             tensor.clamp_(floor.to(tensor.dtype), ceiling.to(tensor.dtype))

@@ -21,12 +21,12 @@ from torch import Tensor
 from .flags import in_capture
 from .gradient import COMPLEX, REAL
 from .kernels import triton
+from .kernels.triton.slots import SAMPLES
 from .measured import NOTHING, Taken
 from .neighbours import attributes
 from .piece import local_tensor
 from .plan import Plan
 
-SAMPLES = 32  # elements of each gradient, spread over it: 3 us
 SUMMED = REAL + COMPLEX
 version = attrgetter("_version")
 
@@ -186,6 +186,6 @@ def _addresses(gradients: Sequence[Tensor]) -> list[int]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Elements spread over ``tensor``, copied: all of a small one."""
+    """Elements spread over ``tensor``, copied: all of a small one. 3 us."""
     step = -(-tensor.numel() // SAMPLES) | 1  # odd, or all might be of one column
     return tensor.take(torch.arange(0, tensor.numel(), step))

@@ -11,8 +11,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from . import slots
+
 COLUMNS = tl.constexpr(5)  # int64: address of a cache line, begin, end (elements from there), first block, place
-SAMPLES = tl.constexpr(32)  # elements of a tensor that are kept, spread over it, to see whether it has changed
+SAMPLES = tl.constexpr(slots.SAMPLES)
 PIECES = tl.constexpr(8)  # where speed does not count, a block goes in so many turns: fewer registers, less code
 
 TINY = tl.constexpr(1e-26)  # a block's fp32 sum above it lost at most 16384 * 2**-126 / TINY = 2e-8 to underflow

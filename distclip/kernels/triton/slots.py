@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-SAMPLES = 32  # as in device.py
+SAMPLES = 32  # elements of each gradient that are kept, spread over it
 
 
 @dataclass(frozen=True, slots=True, eq=False)

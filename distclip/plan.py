@@ -307,21 +307,22 @@ class Plan:
 
     def _norms(self, parts: Sequence[Tensor], indices: Sequence[int], taken: Taken = NOTHING) -> Norms:
         """Norms of ``parts``, of which some were ``taken`` before."""
-        devices, slots = {t.device for t in parts}, taken.slots
+        devices = {t.device for t in parts}
+        if len(devices) == 1:
+            return Norms(self._norms_on(devices.pop(), parts, indices, taken), indices, parts)
         found: dict[int, Tensor] = {}
         for device in devices:
             here = [i for i, t in enumerate(parts) if t.device == device]
-            tensors = parts if len(devices) == 1 else [parts[i] for i in here]
-            if slots is not None and slots.device == device:
-                norms = triton.local_norms(tensors, self.p, slots, [indices[i] for i in here])
-            else:
-                norms = local_norms(tensors, self.p)
-            norms = sent(norms, self.device)
-            if len(devices) == 1:
-                return Norms(norms, indices, parts)
+            norms = self._norms_on(device, [parts[i] for i in here], [indices[i] for i in here], taken)
             found |= zip(here, norms.unbind(), strict=True)
         every = [found[i] for i in range(len(parts))]
         return Norms(torch.stack(every) if every else self.weights.new_zeros(0), indices, parts)
+
+    def _norms_on(self, device: torch.device, parts: Sequence[Tensor], indices: Sequence[int], taken: Taken) -> Tensor:
+        """Norms of ``parts``, all of them on ``device``, brought to the plan's own."""
+        if taken.slots is not None and taken.slots.device == device:
+            return sent(triton.remaining_norms(parts, self.p, taken.slots, indices), self.device)
+        return sent(local_norms(parts, self.p), self.device)
 
     def _realigned(
         self, gradients: Sequence[Tensor | None], holders: Sequence[Tensor] | None

@@ -213,7 +213,7 @@ def taken_early(p: float, device: torch.device) -> Iterator[str]:
             yield "refused"
         for i in kept:
             slots.norms[places[i]] = mark  # who finds it did not sum again
-        first, second = (triton.local_norms(tensors, p, slots, places) for _ in range(2))
+        first, second = (triton.remaining_norms(tensors, p, slots, places) for _ in range(2))
         zeros = [i for i, t in enumerate(tensors) if t.numel() > SAMPLES and not t.any()]
         for i, (norm, its) in enumerate(zip(first.tolist(), right.tolist(), strict=True)):
             if norm != (mark if i in kept and i not in zeros else its):
@@ -247,7 +247,7 @@ def _changes(p: float, device: torch.device) -> Iterator[str]:
                 triton.take_norms(tensors, p, slots, range(3))
                 slots.norms[0] = slots.norms[2] = 55.0
                 tensors[1] = change(tensors[1])
-                norms = triton.local_norms(tensors, p, slots, range(3)).tolist()
+                norms = triton.remaining_norms(tensors, p, slots, range(3)).tolist()
                 right = triton.local_norms(tensors[1:2], p).item()
                 if [norms[0], norms[2]] != [55.0, 55.0] or (norms[1] != right and not isnan(right)):
                     yield f"{name}, {dtype} of {numel}: {norms}, should be {right} in the middle"

@@ -77,7 +77,7 @@ def compiled(sm: int) -> list[tuple[str, torch.dtype, float | None, Any]]:
             slots = triton.Slots.of(2, tensors[0].device)
             for places in ([0, 1], [1, 0]):
                 triton.take_norms(tensors, 2.0, slots, places)
-                triton.local_norms(tensors[: 1 + places[0]], 2.0, slots, places[: 1 + places[0]])
+                triton.remaining_norms(tensors[: 1 + places[0]], 2.0, slots, places[: 1 + places[0]])
             found += [(name, dtype, 2.0, kernel) for name, kernel in kernels]
             kernels.clear()
             for coef in torch.ones(2):

@@ -1,7 +1,6 @@
 """Norms and scaling on CUDA devices, in Triton: one launch for many tensors of one dtype, whatever their sizes.
 
-Ask :func:`chosen` first: only :func:`local_norms`, :func:`take_norms` and :func:`scale_` import Triton, on their first
-call.
+Ask :func:`chosen` first: only the functions that launch kernels import Triton, on their first call.
 """
 
 import os
@@ -51,39 +50,28 @@ def _supported(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def local_norms(
-    tensors: Sequence[Tensor], p: float, slots: Slots | None = None, places: Sequence[int] | None = None
-) -> Tensor:
+def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the p-norm of each tensor: float64, shape (len(tensors),), on their common device.
 
     At most two launches a dtype, and a fixed order of adding: the same tensors give the same bits. Complex tensors
     (p = 2: as pairs), other dtypes and tensors with gaps go to torch's kernels, as all do in the capture of a CUDA
     graph that was not preceded by a call with the same addresses. Never waits; the first call for a dtype and p
     compiles.
-
-    ``slots``: with norms of :func:`take_norms`, which are not summed again where the tensor of the same one of
-    ``places`` lies where it lay and its samples have not changed. One launch more a dtype looks at that.
     """
-    from . import device
+    norms = tensors[0].new_zeros(len(tensors), dtype=torch.float64)
+    _put_norms(_real(tensors, p), p, norms, range(len(tensors)), None)
+    return norms
 
+
+def remaining_norms(tensors: Sequence[Tensor], p: float, slots: Slots, places: Sequence[int]) -> Tensor:
+    """The same, where :func:`take_norms` has put some into ``slots``: only what has changed since is summed again.
+
+    A norm counts where the tensor of the same one of ``places`` lies where it lay and its samples are the same. One
+    launch more a dtype looks at that.
+    """
     parts = _real(tensors, p)
-    norms = parts[0].new_zeros(len(parts), dtype=torch.float64) if slots is None else slots.norms
-    at = range(len(parts)) if places is None else places
-    groups, others = _groups(parts)
-    with torch.cuda.device(norms.get_device()):  # -1 on the CPU: none
-        for dtype, indices in groups.items():
-            table = table_of([parts[i] for i in indices], [at[i] for i in indices])
-            if table is None:
-                others += indices
-                continue
-            if slots is not None:
-                device.look[(len(indices),)](table.rows, *slots.kept(), _triton_dtype(dtype), True, num_warps=1)
-            _launch_sums(table, dtype, p, norms, None if slots is None else slots.known)
-    if others:
-        torch._foreach_copy_([norms[at[i]] for i in others], _torch_norms([parts[i] for i in others], p))
-    if slots is None:
-        return norms
-    return slots.norms_at(at, empty=[k for k, part in zip(at, parts, strict=True) if not part.numel()])
+    _put_norms(parts, p, slots.norms, places, slots)
+    return slots.norms_at(places, empty=[k for k, part in zip(places, parts, strict=True) if not part.numel()])
 
 
 def take_norms(tensors: Sequence[Tensor], p: float, slots: Slots, places: Sequence[int]) -> bool:
@@ -130,6 +118,24 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
             )
     if others:
         torch._foreach_mul_([parts[i] for i in others], coef)
+
+
+def _put_norms(parts: Sequence[Tensor], p: float, norms: Tensor, places: Sequence[int], slots: Slots | None) -> None:
+    """Write the norm of each tensor to its place, but for those that are known in ``slots`` and unchanged."""
+    from . import device
+
+    groups, others = _groups(parts)
+    with torch.cuda.device(norms.get_device()):  # -1 on the CPU: none
+        for dtype, indices in groups.items():
+            table = table_of([parts[i] for i in indices], [places[i] for i in indices])
+            if table is None:
+                others += indices
+                continue
+            if slots is not None:
+                device.look[(len(indices),)](table.rows, *slots.kept(), _triton_dtype(dtype), True, num_warps=1)
+            _launch_sums(table, dtype, p, norms, None if slots is None else slots.known)
+    if others:
+        torch._foreach_copy_([norms[places[i]] for i in others], _torch_norms([parts[i] for i in others], p))
 
 
 def _launch_sums(table: Table, dtype: torch.dtype, p: float, norms: Tensor, known: Tensor | None) -> None:

@@ -150,7 +150,8 @@ class _Team:
             return self.pipes[rank].recv()
         except (EOFError, ConnectionError):
             self.processes[rank].join(1.0)
-            return f"died with exit code {self.processes[rank].exitcode}"
+            stack = self.stacks[rank].read_text()  # empty unless a signal such as SIGSEGV ended it
+            return f"{stack}died with exit code {self.processes[rank].exitcode}"
 
     def _story(self, answers: Sequence[bytes | str | None], timeout: float) -> str:
         """What became of the ranks: first all in one line, then in full. Ranks of the same fate stand together."""
@@ -213,6 +214,7 @@ def _serve(pipe: connection.Connection, rank: int, size: int, stack: Path) -> No
     gc.freeze()  # each collection would walk through all of torch, and copy the pages: 0.2 s
     torch.set_num_threads(1)
     with stack.open("w") as file:
+        faulthandler.enable(file)
         faulthandler.register(signal.SIGUSR1, file)
         while True:
             try:

@@ -1,5 +1,6 @@
 """The harness proves itself: a case that fails says why, on every rank, and does not spoil the next one."""
 
+import ctypes
 import functools
 import os
 import signal
@@ -49,6 +50,11 @@ def return_a_lock() -> object:
 def die() -> None:
     if dist.get_rank() == 0:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crash() -> None:
+    if dist.get_rank() == 0:
+        ctypes.string_at(0)
 
 
 def exit_quietly() -> None:
@@ -161,6 +167,14 @@ def test_a_function_that_ranks_cannot_import_is_refused_at_once():
 def test_a_rank_that_ends_is_a_failure(fn, why):
     with pytest.raises(RankError, match=why):
         run_ranks(fn, 2)
+
+
+def test_a_rank_that_crashes_shows_where_it_was():
+    with pytest.raises(RankError, match="rank 0: died with exit code -11; rank 1: ") as error:
+        run_ranks(crash, 2)
+    zero, *_ = chapters(error)
+    assert "Segmentation fault" in zero
+    assert " in crash\n" in zero
 
 
 def test_a_warning_is_an_error_on_a_rank_too():

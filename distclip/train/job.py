@@ -102,7 +102,7 @@ class Job:
         self.start = self.found.step
         self.leads = trainer.place.rank == 0
         self.records = read_until(folder.metrics, self.start) if self.leads else []
-        self.tally = Tally(self.records)
+        self.tally = Tally(self.records, scales=config.clip.policy != "value")
         self.last: dict[str, Any] = self.records[-1] if self.records else {}
         self.display = Display(
             Console(quiet=not self.leads),
@@ -170,7 +170,7 @@ class Job:
             "held_out_loss": self.last.get("held_out_loss"),
             "held_out_accuracy": self.last.get("held_out_accuracy"),
             "entropy": self.dataset.entropy(),
-            "clipped": self.tally.share(self.tally.clipped),
+            "clipped": self.tally.share(self.tally.clipped) if self.tally.scales else None,
             "skipped": self.tally.share(self.tally.skipped),
             "seconds": seconds,
             "folder": str(self.folder.path),

@@ -11,9 +11,13 @@ from rich.table import Table
 
 
 class Tally:
-    """Counts over the whole run, the part before a resume included."""
+    """Counts over the whole run, the part before a resume included.
 
-    def __init__(self, records: list[dict[str, Any]]) -> None:
+    ``scales``: whether the policy clips by a coefficient. One that clamps values has none to count by.
+    """
+
+    def __init__(self, records: list[dict[str, Any]], *, scales: bool = True) -> None:
+        self.scales = scales
         self.steps = self.clipped = self.skipped = 0
         for record in records:
             self.add(record)
@@ -67,11 +71,11 @@ class Display:
             self.recent.clear()
 
     def line(self, record: dict[str, Any], tally: Tally) -> str:
+        clipped = f" coef {record['coef']:.3g} clipped {tally.share(tally.clipped):.0%}" if tally.scales else ""
         skipped = f" skipped {tally.skipped}" if tally.skipped else ""
         return (
             f"step {record['step']}/{self.steps} loss {record['loss']:.4f} norm {record['norm']:.3g}"
-            f" coef {record['coef']:.3g} clipped {tally.share(tally.clipped):.0%}{skipped}"
-            f" {record['per_second']:,.0f} {self.unit}/s eta {self.eta(record['step'])}"
+            f"{clipped}{skipped} {record['per_second']:,.0f} {self.unit}/s eta {self.eta(record['step'])}"
         )
 
     def eta(self, step: int) -> str:

@@ -1,11 +1,15 @@
-"""metrics.jsonl is JSON whatever the numbers are, and holds every step once."""
+"""metrics.jsonl is JSON whatever the numbers are, and holds every step once; the line of a step says what it can."""
 
+import io
 import json
 import math
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+
 from distclip.train.metrics import MetricsFile, read_until, to_json
-from distclip.train.progress import Tally
+from distclip.train.progress import Display, Tally
 
 
 def test_numbers_that_json_does_not_know_are_strings_that_float_reads():
@@ -30,3 +34,13 @@ def test_going_on_drops_what_came_after_the_checkpoint_and_a_line_cut_short(tmp_
 def test_a_skipped_step_is_not_a_clipped_one():
     tally = Tally([{"coef": "NaN", "skip": True}, {"coef": 0.5, "skip": False}, {"coef": 1.0, "skip": False}])
     assert (tally.steps, tally.clipped, tally.skipped) == (3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("scales", "said"), [(True, " norm 2 coef 0.5 clipped 50% skipped 1 300 "), (False, " norm 2 skipped 1 300 ")]
+)
+def test_a_line_counts_clipped_steps_only_where_a_coefficient_tells(scales, said):
+    record = {"step": 3, "loss": 0.25, "norm": 2.0, "coef": 0.5, "skip": False, "per_second": 300.0}
+    display = Display(Console(file=io.StringIO()), start=2, steps=9, unit="characters", log_every=1)
+    line = display.line(record, Tally([record | {"skip": True}, record], scales=scales))
+    assert line.startswith(f"step 3/9 loss 0.2500{said}characters/s eta ")

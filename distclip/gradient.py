@@ -12,9 +12,10 @@ from .realign import cut_locally, is_candidate
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
+NUMBERS = frozenset(REAL + COMPLEX)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Found:
     """``values``: the local tensor to sum and scale, None if that takes realigning first or if there is a ``problem``.
 
@@ -39,7 +40,7 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
         return Found(None, problem=f"is {kind[0]}, its parameter {kind[1]}: give both the same kind")
     if isinstance(gradient, DTensor):
         assert piece.spec is not None
-        if gradient.placements != piece.spec.placements:
+        if gradient._spec.placements != piece.spec.placements:
             instead = cut_locally(piece, gradient)
             if instead is None and is_candidate(piece):
                 return Found(None)
@@ -63,7 +64,7 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
             )
     elif local.layout != torch.strided:
         return Found(None, problem=f"has layout {local.layout}, which is not supported: use strided or sparse_coo")
-    if local.dtype not in REAL + COMPLEX:
+    if local.dtype not in NUMBERS:
         return Found(None, problem=f"has dtype {local.dtype}, which has no norm: use {', '.join(map(str, REAL))}")
     if piece.span is not None:
         if local.numel() != piece.shape.numel():

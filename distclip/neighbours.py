@@ -5,10 +5,9 @@ is remembered, never what was there: a kept view would keep the gradients of the
 what could have changed, and whoever finds a difference looks at each gradient anew; nothing here talks to other ranks.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_, sub
+from operator import add, attrgetter, is_, sub
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
@@ -21,11 +20,12 @@ from .piece import Piece, local_tensor
 
 attributes = attrgetter("__dict__")  # of a tensor: the same object as long as the tensor is, and it keeps none alive
 facts = attrgetter("dtype", "layout")
+size_in_bytes = attrgetter("nbytes")
 WIDE = (torch.float64, torch.complex128)
 LONGEST_REST = 1 << 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
     """Elements that lie side by side, ``numel`` of them from ``start`` elements after the first of tensor ``first``.
 
@@ -42,7 +42,11 @@ class Run:
 
     def order(self) -> tuple[int, int]:
         """Runs are summed in the order of the parameters, not of addresses, which differ from process to process."""
-        return min(self.first, *(k for k, _ in self.others)) if self.others else self.first, self.start
+        return min(self.tensors()), self.start
+
+    def tensors(self) -> list[int]:
+        """The tensors that it goes through."""
+        return [self.first, *(k for k, _ in self.others)] if self.others else [self.first]
 
 
 Shares: TypeAlias = Sequence[tuple[int, Sequence[int]]]
@@ -128,7 +132,7 @@ class Runs:
     ) -> None:
         present = [g for g in gradients if g is not None]
         sources = [source for source, g in enumerate(gradients) if g is not None]
-        self._owners = [frozenset((sources[run.first], *(sources[k] for k, _ in run.others))) for run in runs]
+        self._owners = [frozenset(map(sources.__getitem__, run.tensors())) for run in runs]
         self._types = list(map(type, gradients))
         self._gaps = len(present) < len(gradients)
         self._specs: list[Any] | None = None
@@ -172,18 +176,20 @@ class Runs:
         spans = [(position[sources[i]], pieces[i].span) for i in local.indices]
         apart: list[Run] = []
         members: list[Member] = []
-        storages = [part.untyped_storage().data_ptr() for part in local.parts]
-        shared = Counter(storages)
-        for (k, span), i, part, storage in zip(spans, local.indices, local.parts, storages, strict=True):
-            if span is None and (shared[storage] == 1 or not part.is_contiguous()):
+        starts = list(map(Tensor.data_ptr, local.parts))
+        ends = list(map(add, starts, map(size_in_bytes, local.parts)))
+        borders = set(starts).intersection(ends)
+        for (k, span), i, part, start, end in zip(spans, local.indices, local.parts, starts, ends, strict=True):
+            alone = start not in borders and end not in borders
+            if span is None and (alone or not part.is_contiguous()):
                 if part.numel():
                     apart.append(Run(k, 0, part.numel(), replicas[i], True, ()))
             elif part.numel():
                 assert part.is_contiguous(), "a flat gradient is"
-                kind = Kind(str(part.device), str(part.dtype), replicas[i], storage)
-                start, end = part.data_ptr(), part.data_ptr() + part.numel() * part.element_size()
+                kind = Kind(str(part.device), str(part.dtype), replicas[i], part.untyped_storage().data_ptr())
                 members.append(Member(kind, start, end, k, 0 if span is None else span.start, part.numel()))
-        runs = sorted([*apart, *_merged(members, tensors)], key=Run.order)
+        merged = list(_merged(members, tensors))
+        runs = sorted([*apart, *merged], key=Run.order) if merged else apart  # which are in order
         return cls(gradients, tensors, runs, spans, local.indices)
 
     def gather(self, gradients: Sequence[Tensor | None], same: bool) -> Gathered | None:

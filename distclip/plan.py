@@ -6,7 +6,7 @@ lacks the gradient of a copy that all hold, ranks disagree. What a plan learns f
 rank's memory, which no other rank needs to know.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import inf, isnan, nan
@@ -22,7 +22,7 @@ from .flags import sent
 from .gradient import Local, look_at
 from .group import Axis, ClippingGroup
 from .kernels import largest, local_norms, power_sum, triton
-from .layout import LayoutFn, LayoutReader
+from .layout import Holding, LayoutFn, LayoutReader
 from .measured import NOTHING, Measured, Norms, Taken
 from .neighbours import WIDE, Gathered, Memory, shares_of
 from .piece import Held, Piece, holders_of, once
@@ -81,10 +81,7 @@ class Plan:
         position = {id(holder): k for k, holder in enumerate(holders_of(kept))}
         reader = LayoutReader(group, split_over, layout)
         holdings = [reader.read(item, i) for i, item in enumerate(kept)]
-        digest = blake2b(digest_size=6)
-        for piece, holding in zip(pieces, holdings, strict=True):
-            if holding.common:
-                digest.update(_describe(piece, holding.layout.replicas))
+        digest = blake2b(_described(zip(pieces, holdings, strict=True)).encode(), digest_size=6)
         device = group.device_for(item.holder for item in kept)
         replicas = tuple(holding.layout.replicas for holding in holdings)
         heeds = group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, pieces)))
@@ -347,8 +344,18 @@ def _replaced(
     return [instead.get(source, gradient) for source, gradient in enumerate(gradients)]
 
 
-def _describe(piece: Piece, replicas: int) -> bytes:
-    placements = () if piece.spec is None else piece.spec.placements
-    whole = piece.is_dtensor or (piece.spec is None and not piece.flat_over)
-    shape = tuple(piece.shape) if whole else piece.size  # local shapes of pieces differ between ranks
-    return f"{piece.name}|{shape}|{piece.dtype}|{placements}|{replicas};".encode()
+def _described(holdings: Iterable[tuple[Piece, Holding]]) -> str:
+    """What ranks must have in common."""
+    lines: list[str] = []
+    kinds: dict[tuple[int, torch.dtype], str] = {}  # pieces that lie alike have one holding
+    for piece, holding in holdings:
+        if not holding.common:
+            continue
+        kind = kinds.get((id(holding), piece.dtype))
+        if kind is None:
+            placements = () if piece.spec is None else piece.spec.placements
+            kind = kinds[id(holding), piece.dtype] = f"{piece.dtype}|{placements}|{holding.layout.replicas}"
+        whole = piece.is_dtensor or (piece.spec is None and not piece.flat_over)
+        shape = piece.shape if whole else piece.size  # local shapes of pieces differ between ranks
+        lines.append(f"{piece.name}|{shape}|{kind}")
+    return ";".join(lines)

@@ -15,7 +15,7 @@ from .fsdp2 import managed_anywhere, number_of_modules
 from .group import Axis, ClippingGroup
 from .layout import LayoutFn
 from .model import held_in
-from .piece import Held, held_parameter, holders_of
+from .piece import Held, gradients_of, held_parameter, holders_of
 from .plan import Plan
 from .policies.checks import positive
 
@@ -46,7 +46,7 @@ def planned(
             return found
     everything = _held(listed)
     holders = holders_of(everything)
-    planned = Planned(plan_of(everything, p, group, split_over, layout), holders, [h.grad for h in holders])
+    planned = Planned(plan_of(everything, p, group, split_over, layout), holders, gradients_of(holders))
     if terms is not None:
         modules, tensors, names = skeleton(listed) if of_modules else ([], listed, [])  # before, FSDP2 showed copies
         _plans.keep(tensors, modules, (terms, *names), planned)

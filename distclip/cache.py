@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .neighbours import attributes
+from .piece import gradients_of
 from .plan import Plan
 
 MOST = 8  # plans of lists of tensors; those of modules live as long as their first module
@@ -62,7 +63,7 @@ class Known:
         if not self._has_marks(tensors):
             return None
         holders = tensors if self._places is None else [tensors[k] for k in self._places]
-        gradients = [holder.grad for holder in holders]
+        gradients = gradients_of(holders)
         if self._places is None and self._plan.group.size == 1 and self._plan.memory.knows(gradients):
             return Planned(self._plan, holders, gradients, same=True)  # in one process all depends on the gradients
         return Planned(self._plan, holders, gradients) if self._fits(tensors) else None

@@ -24,7 +24,7 @@ from .measured import NOTHING, Measured
 from .model import Reading, held_in, parts_of
 from .outcome import Outcome, Stepping, decided
 from .overlap import Overlap
-from .piece import holders_of, once
+from .piece import gradients_of, holders_of, once
 from .plan import Plan
 from .policies import Policy, State
 from .policies.adopt import as_policy, fitting, hash_of, spelled, with_keys
@@ -354,7 +354,7 @@ class Clipper:
     @torch.no_grad()
     def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
         """Measure; raise ``fault`` where it is given, once all ranks have met."""
-        gradients = [holder.grad for holder in self._holders]
+        gradients = gradients_of(self._holders)
         taken = NOTHING if self._overlap is None else self._overlap.taken(gradients)
         call = f"step {self._steps}" if tag == self._steps else f"measure() in step {self._steps}"
         if self._loaded:

@@ -94,13 +94,13 @@ def _with_numbers(
 ) -> tuple[Outcome, State]:
     norm, disagree, _ = measured.reduced.read()
     norm = nan if disagree else norm
-    decision, state = policy.decide(torch.tensor(norm, dtype=torch.float64, device=device), state)
+    decision, state = policy.decide(torch.scalar_tensor(norm, dtype=torch.float64, device=device), state)
     skip = decision.skip is not None and bool(decision.skip)
     skip = skip or (skips_nonfinite and not isfinite(norm))
     bound = decision.max_norm.item()
     dtype = measured.dtype
     coef = torch.ones((), dtype=dtype) if skip else clip_coef(norm, bound, dtype)
-    report = Report(presented(norm, dtype), presented(bound, dtype), coef, torch.tensor(skip))
+    report = Report(presented(norm, dtype), presented(bound, dtype), coef, torch.scalar_tensor(skip, dtype=torch.bool))
     return Outcome(report, measured, decision.bounds, norm, disagree, coef.item(), skip), state
 
 

@@ -19,7 +19,7 @@ from .errors import LayoutError
 from .group import ClippingGroup
 from .layout import speaks
 from .measured import Norms
-from .piece import Held, once
+from .piece import Held, gradients_of, once
 from .plan import Plan
 
 SHOWN = 5  # names in an error
@@ -89,7 +89,7 @@ def verify(plan: Plan, holders: Sequence[Tensor], fault: LayoutError | None = No
 
     ``fault``: what this rank knows to be wrong already.
     """
-    gradients = [holder.grad for holder in holders]
+    gradients = gradients_of(holders)
     measured = plan.measure(gradients, holders, tag=VERIFYING, fault=fault, call="verify()")
     if measured.reduced.read()[1]:
         raise LayoutError(

@@ -144,7 +144,7 @@ def clip_coef(norm: Word, max_norm: Word, dtype: torch.dtype = torch.float32) ->
         coef = (bound / (norm + 1e-6)).clamp(max=1.0)
         return torch.where(bound == inf, 1.0, coef).to(dtype)
     factor = max_norm / (norm + 1e-6)
-    return torch.tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=dtype)
+    return torch.scalar_tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=dtype)
 
 
 def presented(norm: Word, dtype: torch.dtype) -> Tensor:
@@ -152,4 +152,4 @@ def presented(norm: Word, dtype: torch.dtype) -> Tensor:
     most = torch.finfo(dtype).max
     if isinstance(norm, Tensor):
         return norm if dtype == torch.float64 else torch.where(norm.isfinite(), norm.clamp(max=most), norm).to(dtype)
-    return torch.tensor(most if most < norm < inf else norm, dtype=dtype)
+    return torch.scalar_tensor(most if most < norm < inf else norm, dtype=dtype)

@@ -54,6 +54,8 @@ def power_sum(tensors: Sequence[Tensor], p: float) -> float:
     """The sum of |x| ** p over all elements of ``tensors`` on the CPU, p < inf."""
     if p == 2:
         found, others = native.sum_of_squares(tensors)
+        if not others:
+            return found
         rows = _Rows()
         for flat in _joined(others, p):
             rows.add(flat)

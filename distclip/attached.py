@@ -1,8 +1,8 @@
 """attach: a loop keeps its lines, and `optimizer.step()` clips by the true global norm first."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 from weakref import WeakSet, ref
 
 import torch
@@ -49,9 +49,9 @@ class Attached(Clipper):
         self._stepping: Stepping | None = None
         self._waiting: dict[int, list[tuple[Tensor, int]]] = {}  # gradients of those not stepped yet, as they were left
         self._open: dict[int, ExitStack] = {}
-        self._undo = []
+        self._undo: list[Callable[[], Any]] = []
         for optimizer in optimizers:
-            self._undo.append(guard(optimizer, self._after, self._before))
+            self._undo += (guard(optimizer, self._after, self._before), _refuse_copies(optimizer))
             _attached.add(optimizer)
 
     def detach(self) -> None:
@@ -204,6 +204,23 @@ def attach(
     """
     listed = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
     return Attached(listed, model, policy, **options)
+
+
+def _refuse_copies(optimizer: Optimizer) -> Callable[[], None]:
+    """Let ``copy`` and ``pickle`` of ``optimizer`` raise until the result is called: they would leave the hooks behind.
+
+    Both ask for ``__getstate__``, on the instance too, and torch's leaves out all but groups, state and defaults.
+    """
+    kind, held = type(optimizer).__name__, optimizer.__dict__
+
+    def refuse() -> NoReturn:
+        raise TypeError(
+            f"{kind} clips in its step() by distclip.attach, and a copy of it would not: save its state_dict(), or "
+            "detach() before it is copied or pickled and attach() again, to the copy as well"
+        )
+
+    held["__getstate__"] = refuse
+    return lambda: held.pop("__getstate__", None)
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, SupportsIndex, TypedDict
 from weakref import WeakSet
 
 import torch
@@ -21,7 +21,7 @@ from .group import Axis, ClippingGroup, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
 from .measured import NOTHING, Measured
-from .model import Reading, held_in, parts_of
+from .model import ParameterFilter, Reading, chosen, held_in, parts_of
 from .outcome import Outcome, Stepping, decided
 from .overlap import Overlap
 from .piece import gradients_of, holders_of, once
@@ -30,7 +30,7 @@ from .policies import Policy, State
 from .policies.adopt import as_policy, fitting, hash_of, spelled, with_keys
 from .policies.checks import count, positive
 from .report import Culprit, Report
-from .stepping import check_optimizers, skip_next_step
+from .stepping import check_optimizers, held_by, skip_next_step
 from .verify import compare_ranks, tell_ranks, verify
 
 NONFINITE = ("skip", "raise", "propagate")
@@ -54,6 +54,7 @@ class Options(TypedDict, total=False):
     group: dist.ProcessGroup | None
     split_over: Sequence[Axis]
     layout: LayoutFn | None
+    only: ParameterFilter | None
     norm_type: float
     nonfinite: Literal["skip", "raise", "propagate"]
     max_consecutive_skips: int | None
@@ -68,6 +69,8 @@ class Clipper:
     * ``group``: the ranks that take part; None is the default group, and every one of its ranks must make every call.
     * ``split_over``: 1-D mesh slices or process groups whose ranks hold *different* parameters (``mesh["pp"]``).
     * ``layout``: ``(name, parameter) -> Layout | None``, for parameters that metadata does not describe.
+    * ``only``: ``(name, parameter) -> bool``, which parameters are in the norm and are scaled; None means all. The
+      others are left alone: no optimizer scales them, but a step that is skipped skips them too.
     * ``norm_type``: p > 0, or inf. 1, 2, 3 and inf are right from 1e-30 to 1e30; at p = 100 a norm below 8e-4 is lost.
     * ``nonfinite``: what a norm that is not finite does. ``"skip"``: no rank steps and gradients stay as they are.
       ``"raise"``: NonFiniteError on every rank, gradients untouched. ``"propagate"``: scale and step, as torch does.
@@ -112,6 +115,7 @@ class Clipper:
         group: dist.ProcessGroup | None = None,
         split_over: Sequence[Axis] = (),
         layout: LayoutFn | None = None,
+        only: ParameterFilter | None = None,
         norm_type: float = 2.0,
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
         max_consecutive_skips: int | None = None,
@@ -132,9 +136,11 @@ class Clipper:
             "nonfinite": nonfinite,
             "max_consecutive_skips": str(max_consecutive_skips),
             "split_over or layout": "given" if split_over or layout else "not given",
+            "only": "given" if only else "not given",
         }
         try:
-            listed = once(held_in(parts))
+            everything = once(held_in(parts))
+            listed = chosen(everything, only)
             self._plan = Plan.of(listed, p, where, split_over, layout)
         except ValueError as error:
             device = where.device_for(parameter for part in parts for parameter in part.parameters())
@@ -142,6 +148,7 @@ class Clipper:
             raise
         self._holders = holders_of(listed)
         self._ids = frozenset(map(id, self._holders))
+        self._left_out = frozenset(id(item.holder) for item in everything) - self._ids
         self._folding = Folding(self._ids)
         self._state = self._policy.init(self._plan.device)
         self._steps = 0
@@ -153,9 +160,16 @@ class Clipper:
         self._report: Report | None = None
         self._driver: str | None = None  # who calls, where it is not the user
         compare_ranks(self._plan, listed, settings)
-        self._reading = Reading(parts, self._holders)
+        self._reading = Reading(parts, holders_of(everything))
         self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
         _alive.add(self)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """A Clipper is neither copied nor pickled: it would hold a model that the loop does not train."""
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled, since it clips the parameters of one model: save "
+            "state_dict(), or build one for the copied model and load_state_dict() that"
+        )
 
     @property
     def culprit(self) -> Culprit | None:
@@ -174,7 +188,8 @@ class Clipper:
         norm of NaN on accelerators.
         """
         self._read_late_flags()
-        measured = self._measure(tag=self._steps + MEASURING, fault=self._plan.memory.fault)
+        fault = self._reading.lost() or self._plan.memory.fault
+        measured = self._measure(tag=self._steps + MEASURING, fault=fault)
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
             raise LayoutError(f"{DISAGREE}{measured.reduced.who}")
@@ -225,7 +240,7 @@ class Clipper:
         add up to one (a tied weight on two stages does not). No other Clipper may hold the same parameters. Five
         all-reduces of a few words a parameter, and a wait; gradients are never gathered.
         """
-        rivals, fault = sum(1 for other in _alive if other is not self and other._ids & self._ids), None
+        rivals, fault = sum(1 for other in _alive if other is not self and other._ids & self._ids), self._reading.lost()
         if rivals:
             fault = LayoutError(
                 f"{rivals} other Clipper(s) hold parameters of this one and would clip them again: keep one Clipper "
@@ -251,9 +266,9 @@ class Clipper:
         self._unread = None
         self._plan.memory.take_fault()
 
-    def _clip(self) -> Report:
+    def _clip(self, fault: LayoutError | None = None) -> Report:
         """Advance, and scale the gradients in place."""
-        outcome = self._advance(skips_on_device=True)
+        outcome = self._advance(True, fault)
         self._apply(outcome, outcome.measured.runs)
         return outcome.report
 
@@ -262,11 +277,12 @@ class Clipper:
 
         A scaler skips non-finite steps by itself, and must hear of the policy's own before it: that is waited for.
         """
+        folds = self._folding.of(optimizers)
         if scaler is None or not scaler.is_enabled():
-            report = self._clip()
+            report = self._clip(self._foreign_to(folds, optimizers))
             skip_next_step(optimizers, report.skip)
             return report
-        outcome = self._advance_unscaled(scaler, optimizers, self._folding.of(optimizers), skips_on_device=False)
+        outcome = self._advance_unscaled(scaler, optimizers, folds, skips_on_device=False)
         self._apply(outcome, outcome.measured.runs)
         skip_next_step(optimizers, (outcome.report.skip & outcome.report.norm.isfinite()).cpu())
         return outcome.report
@@ -277,7 +293,7 @@ class Clipper:
         on_device = not reads_are_free(self._plan.device) and all(folds.by_optimizer)
         on_device = on_device and all(map(may_skip_on_device, optimizers))
         if scaler is None:
-            outcome = self._advance(skips_on_device=on_device)
+            outcome = self._advance(on_device, self._foreign_to(folds, optimizers))
         else:
             outcome = self._advance_unscaled(scaler, optimizers, folds, on_device)
         gradients, coef = outcome.measured.runs, None
@@ -285,6 +301,29 @@ class Clipper:
             gradients, coef = self._not_folded(outcome.measured, folds), outcome.report.coef
         self._apply(outcome, gradients)
         return Stepping(outcome, folds, coef, outcome.skip if isinstance(outcome.skip, Tensor) else None)
+
+    def _foreign_to(self, folds: Folds, optimizers: Sequence[Optimizer]) -> LayoutError | None:
+        """What is wrong where an optimizer holds parameters that nobody clips, and would step them as they are.
+
+        Those that ``only`` leaves out are left alone on purpose. Another Clipper may clip some, but not all that an
+        optimizer holds: then the optimizers of two Clippers were mixed up.
+        """
+        if folds.foreign <= self._left_out:
+            return None
+        known = self._ids | self._left_out
+        elsewhere = frozenset[int]().union(*(other._ids for other in list(_alive)))
+        for optimizer in optimizers:
+            held = {id(parameter): parameter for parameter in held_by(optimizer)}
+            foreign = [p for i, p in held.items() if i not in known]
+            if len(foreign) < len(held):
+                foreign = [p for p in foreign if id(p) not in elsewhere]
+            if foreign:
+                return LayoutError(
+                    f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters, first one of shape "
+                    f"{tuple(foreign[0].shape)}, that this Clipper does not: build it anew, after the model has got "
+                    "them, from all modules whose parameters are stepped (only=... leaves some of them unclipped)"
+                )
+        return None
 
     def _refuse_a_second_owner(self) -> None:
         if self._driver is not None:
@@ -299,7 +338,7 @@ class Clipper:
         capturing = in_capture(self._plan.device)
         if capturing and self._plan.heeds:
             raise RuntimeError(CAPTURED)
-        fault = fault or self._reading.lost() or self._plan.memory.take_fault()
+        fault = self._reading.lost() or fault or self._plan.memory.take_fault()
         measured = self._measure(tag=self._steps, fault=fault)
         outcome, state = self._decide(measured)
         if (
@@ -330,7 +369,7 @@ class Clipper:
         self, scaler: GradScaler, optimizers: Sequence[Optimizer], folds: Folds, skips_on_device: bool
     ) -> Outcome:
         """The same after unscaling, with what it found not finite made known to the scalers of all ranks."""
-        fault = None
+        fault = self._foreign_to(folds, optimizers)
         for source, holder in enumerate(self._holders):
             if holder.grad is not None and id(holder) not in folds.held:
                 label = self._plan.label(self._plan.sources.index(source))

@@ -25,11 +25,15 @@ ABSENT = object()
 
 @dataclass(frozen=True, slots=True)
 class Folds:
-    """Which of a step's optimizers fold, and the ids of the parameters that all and that the folding ones hold."""
+    """Which of a step's optimizers fold, and ids of parameters.
+
+    ``held``: those that any of them holds; ``inside``: that the folding ones hold; ``foreign``: that nobody clips here.
+    """
 
     by_optimizer: tuple[bool, ...]
     held: frozenset[int]
     inside: frozenset[int]
+    foreign: frozenset[int]
 
 
 class Folding:
@@ -67,7 +71,7 @@ class Folding:
             for optimizer, own in zip(optimizers, ids, strict=True)
         )
         inside = frozenset(i for own, fold in zip(ids, folds, strict=True) if fold for i in own)
-        return Folds(folds, frozenset(holders), inside)
+        return Folds(folds, frozenset(holders), inside, frozenset(holders) - self._clipped)
 
 
 def may_skip_on_device(optimizer: Optimizer) -> bool:

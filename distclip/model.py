@@ -1,7 +1,9 @@
 """What a rank holds of a model: its pieces, whatever wrapped it, and whether it holds them still. No collective."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from weakref import ref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -11,6 +13,9 @@ from .errors import LayoutError
 from .fsdp1 import held_by_fsdp1, is_flattened
 from .fsdp2 import managed_anywhere, managed_parameters
 from .piece import Held, held_parameter, holders_of, once
+
+ParameterFilter: TypeAlias = Callable[[str, Tensor], bool]
+"""Chooses parameters by name."""
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -38,39 +43,64 @@ def held_in(models: Iterable[nn.Module]) -> list[Held]:
     return found
 
 
-class Reading:
-    """The parameters that some modules held when they were read, to see in a first step whether they still do."""
+def chosen(listed: Sequence[Held], only: ParameterFilter | None) -> Sequence[Held]:
+    """Those of ``listed`` that ``only`` chooses; LayoutError for a part of a flat gradient of FSDP1."""
+    if only is None:
+        return listed
+    kept = [item for i, item in enumerate(listed) if only(item.piece.label(i), item.holder)]
+    clipped, holders = set(map(id, kept)), set(map(id, holders_of(kept)))
+    for item in listed:
+        if id(item) not in clipped and id(item.holder) in holders:
+            raise LayoutError(
+                f"only=... leaves out {item.piece.name}, which FSDP1 keeps in one flat parameter with others that are "
+                "clipped: build FullyShardedDataParallel(use_orig_params=True), or choose all of its parameters"
+            )
+    return kept
 
-    __slots__ = ("_ids", "_models", "_seen")
+
+class Reading:
+    """The parameters that some modules held when they were read, to see in each call whether they still do.
+
+    Keeps the modules alive: their parameters are kept by the Clipper anyway.
+    """
+
+    __slots__ = ("_ids", "_models", "_shown", "_tables")
 
     def __init__(self, models: Iterable[nn.Module], holders: Iterable[Tensor]) -> None:
-        """``holders`` are kept alive by the caller, modules by nobody."""
-        self._models = [ref(model) for model in models]
+        """``holders`` are kept alive by the caller, so that no other tensor gets the id of one."""
+        self._models = list(models)
         self._ids = frozenset(map(id, holders))
-        self._seen = False
+        self._tables: list[dict[str, Any]] | None = None
+        self._shown: list[Any] = []
 
     def lost(self) -> LayoutError | None:
-        """What is wrong where the modules hold others by now; None once they did not, or if a module is gone.
+        """What is wrong where the modules hold other parameters by now; None where they do not.
 
-        FSDP2 may show unsharded copies, of which nothing is known here.
+        Where no module has got or lost a parameter or a child since the latest look that found nothing, that is all
+        there is to see: 0.1 us a parameter.
         """
-        if self._seen:
-            return None
-        models = [model for model in (reference() for reference in self._models) if model is not None]
-        if len(models) < len(self._models):
-            return None
-        found = once(held_in(models))
-        copies = managed_anywhere()[1]
+        if self._tables is not None:
+            shown = list(chain.from_iterable(map(dict.values, self._tables)))
+            if len(shown) == len(self._shown) and all(map(is_, shown, self._shown)):
+                return None
+        found = once(held_in(self._models))
+        copies = managed_anywhere()[1]  # which FSDP2 may show, and of which nothing is known here
         shown = [item for item in found if id(item.holder) not in copies]
         new = next((item for item in shown if id(item.holder) not in self._ids), None)
         if new is None and (len(shown) < len(found) or len(holders_of(found)) == len(self._ids)):
-            self._seen = True
+            self._remember()
             return None
         what = "lost parameters" if new is None else f"has another {new.piece.name}"
         return LayoutError(
-            f"the model {what} since the Clipper was built: build it after fully_shard, load_state_dict(assign=True) "
-            "and whatever else replaces or adds parameters"
+            f"the model {what} since the Clipper was built: build it anew, after fully_shard, "
+            "load_state_dict(assign=True) and whatever else replaces or adds parameters"
         )
+
+    def _remember(self) -> None:
+        modules = list(dict.fromkeys(module for model in self._models for module in model.modules()))
+        tables: list[Any] = [table for module in modules for table in (module._parameters, module._modules)]
+        self._tables = tables if all(isinstance(table, dict) for table in tables) else None  # no ScriptModule's are
+        self._shown = list(chain.from_iterable(map(dict.values, self._tables or ())))
 
 
 def _held_in_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[Held]:

@@ -178,14 +178,6 @@ def test_one_parameter_in_two_fused_optimizers_is_scaled_once():
     assert true_norm(whole_gradients(model.parameters())) == pytest.approx(0.1, rel=1e-5)
 
 
-def test_an_optimizer_with_parameters_of_another_model_is_not_folded():
-    model, other = small(), small()
-    fill(other, 3)
-    kept = whole_gradients(other.parameters())
-    assert scalings(model, SGD([*model.parameters(), *other.parameters()], lr=0.0, fused=True)) == 4
-    assert same_tensors(kept, whole_gradients(other.parameters()))
-
-
 def test_attributes_of_the_optimizer_are_as_before(decided_on):
     model = small()
     optimizer = AdamW(model.parameters(), fused=True)

@@ -16,7 +16,7 @@ import distclip
 ROOT = Path(__file__).parent.parent
 SIGNATURES = {
     "AutoClip": "(percentile=10, window=1000, max_norm=inf)",
-    "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, norm_type=2.0, nonfinite='skip',"
+    "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
     " max_consecutive_skips=None, overlap=False)",
     "Clipper.clip_": "(self)",
     "Clipper.load_state_dict": "(self, state)",

@@ -309,7 +309,7 @@ def test_a_clipper_built_before_its_parameters_were_replaced_is_refused(how, cal
     before = [p.detach().clone() for p in model.parameters()]
     model(torch.ones(2, 4)).sum().backward()
     for _ in range(2):
-        with pytest.raises(distclip.LayoutError, match="since the Clipper was built: build it after fully_shard"):
+        with pytest.raises(distclip.LayoutError, match="since the Clipper was built: build it anew, after fully_shard"):
             clipper.step(optimizer) if call == "step" else clipper.clip_()
     assert same_bits([before, [p.detach() for p in model.parameters()]])
 

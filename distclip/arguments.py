@@ -1,12 +1,14 @@
 """What the functions are handed: from parameters or modules to the plan that measures their gradients."""
 
 from collections.abc import Iterable, Sequence
+from math import inf
 from typing import Any, TypeAlias
 from weakref import ref
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .cache import Planned, Plans, Terms, skeleton
 from .errors import LayoutError
@@ -16,7 +18,7 @@ from .group import Axis, ClippingGroup
 from .layout import LayoutFn
 from .model import held_in
 from .piece import Held, gradients_of, held_parameter, holders_of
-from .plan import Plan
+from .plan import Plan, tell_others
 from .policies.checks import positive
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
@@ -24,19 +26,23 @@ Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Modu
 _plans = Plans()
 
 
+def listed_of(parameters: Parameters) -> list[Any]:
+    """What is passed, one by one: an iterator is used up by its first reading."""
+    return [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
+
+
 def planned(
-    parameters: Parameters,
+    listed: list[Any],
     norm_type: float,
     group: dist.ProcessGroup | None,
     split_over: Sequence[Axis],
     layout: LayoutFn | None,
 ) -> Planned:
-    """The plan for ``parameters``, and their gradients; no collective.
+    """The plan for what is ``listed``, and its gradients; no collective.
 
     Known plans are reused, unless ``layout`` is given, which may answer otherwise each time.
     """
     p = positive("norm_type", norm_type)
-    listed: list[Any] = [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
     of_modules = bool(listed) and isinstance(listed[0], nn.Module) and all(isinstance(m, nn.Module) for m in listed)
     terms = None if layout is not None else _terms(p, group, split_over)
     if terms is not None:
@@ -55,7 +61,7 @@ def planned(
 
 def held(parameters: Parameters) -> list[Held]:
     """What modules hold, with its names, or bare parameters."""
-    return _held([parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters))
+    return _held(listed_of(parameters))
 
 
 def plan_of(
@@ -76,6 +82,38 @@ def plan_of(
     talks = bool(group or split_over or layout) or seen_cut
     where = ClippingGroup.of(group) if talks else ClippingGroup.alone()
     return Plan.of(listed, p, where, split_over, layout, asks=group is not None)
+
+
+def tell_ranks(
+    listed: Sequence[Any],
+    norm_type: Any,
+    group: dist.ProcessGroup | None,
+    split_over: Sequence[Axis],
+    layout: LayoutFn | None,
+    error: Exception,
+    call: str,
+    reduces: bool = True,
+) -> None:
+    """Where this rank has failed before it had a plan: take part in the one all-reduce of the others, who raise then.
+
+    Nothing where its arguments do not tell that they make one, or in which group. What they send follows from what is
+    ``listed``, as in a plan. ``reduces``: FSDP2 has brought what it manages to its placements, as it does gradients of
+    parameters, but not tensors that are given as gradients.
+    """
+    tensors = [t for item in listed for t in (item.parameters() if isinstance(item, nn.Module) else [item])]
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
+    said = bool(group or split_over or layout)
+    if not said and not any(isinstance(t, DTensor) or is_flattened(t) for t in tensors):
+        return
+    try:
+        where = ClippingGroup.of(group)
+    except (RuntimeError, TypeError, ValueError):  # it is the group that is wrong
+        return
+    ours = managed_anywhere()[0] if reduces else set()
+    moves = any(isinstance(t, DTensor) and t.device_mesh.size() > 1 and id(t) not in ours for t in tensors)
+    asks = group is not None or (where.size > 1 and (said or moves))
+    p = inf if norm_type == inf else 2.0  # of all others it only matters that they send as many words
+    tell_others(where, where.device_for(tensors), p, (False, False) if asks else (), error, call)
 
 
 def _terms(p: float, group: dist.ProcessGroup | None, split_over: Sequence[Axis]) -> Terms | None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .amp import claim, join_found_inf, skipping, unscale_
 from .culprit import find_culprit
-from .errors import LayoutError, NonFiniteError
+from .errors import FAILURES, LayoutError, NonFiniteError
 from .flags import Flags, in_capture
 from .folding import Folding, Folds, may_skip_on_device
 from .group import Axis, ClippingGroup, reads_are_free
@@ -142,7 +142,7 @@ class Clipper:
             everything = once(held_in(parts))
             listed = chosen(everything, only)
             self._plan = Plan.of(listed, p, where, split_over, layout)
-        except ValueError as error:
+        except FAILURES as error:
             device = where.device_for(parameter for part in parts for parameter in part.parameters())
             tell_ranks(where, device, settings, error)
             raise

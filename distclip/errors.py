@@ -1,5 +1,8 @@
 """The two errors of the library: each says what, which parameter, rank or field, and what to do about it."""
 
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a user's ``layout``, tensor subclasses and torch itself may raise on one rank while the others go on."""
+
 
 class LayoutError(ValueError):
     """The gradients' layout is unknown, unsupported, or not the same on all ranks: no norm can be trusted."""

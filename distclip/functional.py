@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .arguments import Parameters, held, plan_of, planned
+from .arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
 from .culprit import find_culprit
-from .errors import LayoutError, NonFiniteError
+from .errors import FAILURES, LayoutError, NonFiniteError
 from .group import Axis, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
@@ -67,9 +67,10 @@ def clip_grad_norm_(
     FSDP2 does not manage, ``group``, ``split_over`` or ``layout``, two words more say whether some rank holds float64,
     and whether a gradient lies otherwise than its parameter (sequence-parallel norms leave pending sums); reading them
     costs a wait on accelerators. If one does, the ranks of its mesh redistribute it into ``.grad`` and the norm is
-    reduced again. A LayoutError is raised on all ranks where they disagree; on accelerators, where nothing waits for
-    that, the norm is NaN instead. Where every rank holds all gradients and those of one have a norm that is 1e-6 off,
-    that one warns, and the next call for these parameters raises it (CPU).
+    reduced again. A LayoutError is raised on all ranks where they disagree, also where one of them could not read what
+    it was passed and raises an error of its own; on accelerators, where nothing waits for that, the norm is NaN
+    instead. Where every rank holds all gradients and those of one have a norm that is 1e-6 off, that one warns, and the
+    next call for these parameters raises it (CPU).
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -79,8 +80,13 @@ def clip_grad_norm_(
     >>> weight.grad
     tensor([0.6000, 0.8000])
     """
-    bound = positive("max_norm", max_norm, "inf measures only")
-    known = planned(parameters, norm_type, group, split_over, layout)
+    listed = listed_of(parameters)
+    try:
+        bound = positive("max_norm", max_norm, "inf measures only")
+        known = planned(listed, norm_type, group, split_over, layout)
+    except FAILURES as error:
+        tell_ranks(listed, norm_type, group, split_over, layout, error, "clip_grad_norm_()")
+        raise
     call = f"clip_grad_norm_(max_norm={bound}, norm_type={known.plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
     fault = known.plan.memory.take_fault()
     measured = known.plan.measure(
@@ -114,8 +120,13 @@ def get_total_norm(
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
     tensor(5.)
     """
-    listed = [held_gradient(t) for t in ([tensors] if isinstance(tensors, Tensor) else tensors)]
-    plan = plan_of(listed, positive("norm_type", norm_type), group, split_over, None)
+    given = listed_of(tensors)
+    try:
+        listed = [held_gradient(t) for t in given]
+        plan = plan_of(listed, positive("norm_type", norm_type), group, split_over, None)
+    except FAILURES as error:
+        tell_ranks(given, norm_type, group, split_over, None, error, "get_total_norm()", reduces=False)
+        raise
     call = f"get_total_norm(norm_type={plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
     measured = plan.measure(holders_of(listed), tag=crc32(call.encode()), call=call)
     norm, _ = _total_norm(plan, measured, error_if_nonfinite)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .compare import who_differs
-from .errors import LayoutError
+from .errors import FAILURES, LayoutError
 from .flags import sent
 from .gradient import Local, look_at
 from .group import Axis, ClippingGroup
@@ -210,8 +210,8 @@ class Plan:
             gathered, local = self._gathered(gradients, error, same)
             norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices, taken)
             mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
-        except RuntimeError as failed:
-            self._tell_others(failed, call)
+        except FAILURES as failed:
+            tell_others(self.group, self.device, self.p, (False, self.wide) if self.asks else (), failed, call)
             raise
         misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
         questions = (misplaced, self.wide or gathered.wide) if self.asks else ()
@@ -222,14 +222,6 @@ class Plan:
             mine_is = self._account(call, missing, None if local is None else local.error)
             reduced = replace(reduced, who=who_differs(self.group, self.device, mine_is))
         return gathered, local, norms, reduced
-
-    def _tell_others(self, error: RuntimeError, call: str) -> None:
-        """Take part in the all-reduce of the others without an own sum, so that they raise as well."""
-        on_host = self.device.type == "cpu"
-        nothing: Word = 0.0 if on_host else torch.zeros((), dtype=torch.float64, device=self.device)
-        reduced = reduce_norm(self.group, nothing, self.p, 0, True, (False, self.wide) if self.asks else (), call=call)
-        if reduced.disagree is True:
-            who_differs(self.group, self.device, f"stopped: {str(error).splitlines()[0]}")
 
     def _missing(self, gradients: Sequence[Tensor | None]) -> tuple[int, ...]:
         """Gradients that are not here, of parameters that every rank holds whole: they are on all ranks or on none.
@@ -330,6 +322,25 @@ class Plan:
             return gradients, error
         new = {s: g for s, g in zip(self.sources, moved, strict=True) if g is not None and g is not gradients[s]}
         return _replaced(gradients, new, holders), None
+
+
+def tell_others(
+    group: ClippingGroup, device: torch.device, p: float, questions: Sequence[bool], error: Exception, call: str
+) -> None:
+    """Take part in the all-reduce of the others without an own sum, so that they raise as well: here it was ``error``.
+
+    ``device`` and the number of ``questions`` must be those of the others.
+    """
+    nothing: Word = 0.0 if device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=device)
+    reduced = reduce_norm(group, nothing, p, 0, True, questions, call=call)
+    if reduced.disagree is True:
+        who_differs(group, device, stopped_by(error))
+
+
+def stopped_by(error: Exception) -> str:
+    """What a rank says of an error of its own; what to do about it is said on that rank."""
+    kind = "" if isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__} "
+    return f"stopped: {kind}{str(error).partition(chr(10))[0]}"
 
 
 def _replaced(

@@ -20,7 +20,7 @@ from .group import ClippingGroup
 from .layout import speaks
 from .measured import Norms
 from .piece import Held, gradients_of, once
-from .plan import Plan
+from .plan import Plan, stopped_by
 
 SHOWN = 5  # names in an error
 ERROR = "an error of its own"
@@ -59,10 +59,10 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
         )
 
 
-def tell_ranks(group: ClippingGroup, device: torch.device, settings: Mapping[str, str], error: ValueError) -> None:
+def tell_ranks(group: ClippingGroup, device: torch.device, settings: Mapping[str, str], error: Exception) -> None:
     """In place of :func:`compare_ranks`, on a rank that is about to raise ``error``: the others raise as well."""
     if differing(group, device, _fields(settings, failed=True)):
-        who_differs(group, device, f"stopped: {error}")
+        who_differs(group, device, stopped_by(error))
 
 
 def _fields(settings: Mapping[str, str], code: int = 0, failed: bool = False) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """What only some ranks meet: an error, an argument, an old Clipper. All ranks end alike, none waits for another."""
 
-from math import inf
+from contextlib import nullcontext
+from math import inf, nan
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
+from distclip.errors import FAILURES
 from layouts import backward, build, ddp
 from ranks import run_ranks, same_bits
 
@@ -19,7 +22,7 @@ from ranks import run_ranks, same_bits
 def outcome(call: Any) -> Any:
     try:
         return call()
-    except (distclip.LayoutError, ValueError) as error:
+    except FAILURES as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -334,3 +337,142 @@ def part_of_a_sharded_model(keeps: bool) -> list[Any]:
 def test_unsharded_copies_are_no_other_parameters(keeps):
     for norm, true in run_ranks(part_of_a_sharded_model, 2, keeps):
         assert norm == pytest.approx(true, rel=1e-6)
+
+
+# ---- functions whose plan fails ----------------------------------------------------------------------------
+
+
+class Strange(torch.Tensor):
+    """A subclass that refuses what it does not know."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.numel:
+            raise TypeError("no numbers here")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def cut_unlike(mesh: DeviceMesh, by: Any) -> nn.Parameter:
+    """A DTensor on ``mesh`` with a gradient."""
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, by))
+    weight.grad = distribute_tensor(torch.ones(4, 4), mesh, by)
+    return weight
+
+
+def told(how: str, norm_type: float = 2.0) -> str:
+    """What a function says where only the last rank has a reason of its own to fail."""
+    size, last = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
+    whole, plain = init_device_mesh("cpu", (size,)), nn.Parameter(torch.ones(3))
+    plain.grad = torch.ones(3)
+    sharded = cut_unlike(whole, [Shard(0)])
+    model = ddp()
+    backward(model)
+
+    def lost(name: str, parameter: Any) -> distclip.Layout:
+        return {}[name] if last else distclip.Layout(size)
+
+    listed: list[Any] = [sharded, 3 if how == "no tensor" and last else plain]
+    if how == "subclass" and last:
+        listed = [sharded, plain.data.as_subclass(Strange)]
+    if how == "of another mesh":  # on the last rank its placements say nothing that is known
+        by = [Partial()] if last else [Replicate()]
+        listed = [nn.Parameter(DTensor.from_local(torch.ones(3), whole, by, run_check=False), requires_grad=False)]
+    if how == "norm of gradients":
+        return outcome(lambda: str(distclip.get_total_norm([sharded.grad, "x" if last else plain.grad])))
+    calls = {
+        "layout": lambda: distclip.clip_grad_norm_(model.parameters(), 1.0, norm_type, layout=lost),
+        "bound": lambda: distclip.clip_grad_norm_(listed, nan if last else 1.0, norm_type),
+        "bound in a group": lambda: distclip.clip_grad_norm_(
+            model, nan if last else 1.0, norm_type, group=dist.group.WORLD
+        ),
+        "order": lambda: distclip.clip_grad_norm_(listed, 1.0, -1.0 if last else norm_type),
+    }
+    return outcome(calls.get(how, lambda: str(distclip.clip_grad_norm_(listed, 1.0, norm_type))))
+
+
+OWN = {
+    "no tensor": "ValueError: parameters must be tensors or modules, got int",
+    "subclass": "TypeError: no numbers here",
+    "of another mesh": "LayoutError: parameter 0 of shape (3,) is placed as",
+    "norm of gradients": "AttributeError: 'str' object has no attribute",
+    "layout": "KeyError: ",
+    "bound": "ValueError: max_norm must be",
+    "bound in a group": "ValueError: max_norm must be",
+    "order": "ValueError: norm_type must be",
+}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("how", OWN)
+def test_a_function_that_fails_on_one_rank_before_it_has_a_plan_leaves_none_waiting(how, size):
+    *others, last = run_ranks(told, size, how, timeout=20)
+    assert last.startswith(OWN[how])
+    for said in others:
+        assert said.startswith("LayoutError: the ranks of the clipping group passed other parameters")
+        assert f"; rank {size - 1}: stopped: " in said
+
+
+@pytest.mark.parametrize("how", ["no tensor", "layout", "bound in a group"])
+def test_the_same_where_four_words_travel(how):
+    first, last = run_ranks(told, 2, how, inf, timeout=20)
+    assert first.startswith("LayoutError: the ranks of the clipping group passed other parameters")
+    assert last.startswith(OWN[how])
+
+
+def on_meshes_that_do_not_tile() -> str:
+    """FSDP2 over rank 0 alone, and over ranks 1 and 2: no plan on two ranks."""
+    rank = dist.get_rank()
+    meshes = DeviceMesh("cpu", [0]), DeviceMesh("cpu", [1, 2])
+    model = nn.Linear(4, 4 + (rank > 0))
+    fully_shard(model, mesh=meshes[rank > 0])
+    model(torch.ones(2, 4)).sum().backward()
+    return outcome(lambda: str(distclip.clip_grad_norm_(model.parameters(), 1.0)))
+
+
+def test_a_function_whose_plan_fails_on_some_ranks_leaves_none_waiting():
+    first, *others = run_ranks(on_meshes_that_do_not_tile, 3, timeout=20)
+    assert "; rank 1: stopped: parameter 0 of shape (5, 4) is cut into 2 pieces" in first
+    assert all(said.startswith("LayoutError: parameter 0 of shape (5, 4) is cut into 2 pieces") for said in others)
+
+
+def built_where_layout_raises() -> str:
+    def lost(name: str, parameter: Any) -> distclip.Layout:
+        return {}[name] if dist.get_rank() else distclip.Layout(2)
+
+    return outcome(lambda: str(distclip.Clipper(build(), 1.0, layout=lost)))
+
+
+def test_a_layout_that_raises_on_one_rank_leaves_none_waiting_for_its_clipper():
+    first, second = run_ranks(built_where_layout_raises, 2, timeout=20)
+    assert "rank 1: stopped: KeyError 'embed.weight'" in first
+    assert second == "KeyError: 'embed.weight'"
+
+
+def with_a_gradient_that_cannot_be_read(how: str, by: str) -> list[str]:
+    """On the last rank, in the first of two calls: something raises that is neither of ours nor a RuntimeError."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = nn.Linear(4, 4, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    clipper, said = distclip.Clipper(model, 1.0), []
+    call = clipper.clip_ if how == "clipper" else lambda: distclip.clip_grad_norm_(model, 1.0)
+    for step in range(2):
+        model.weight.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+        failing = step == 0 and dist.get_rank() == dist.get_world_size() - 1
+        with patch("distclip.plan.look_at", side_effect=OF_OTHERS[by]) if failing else nullcontext():
+            said.append(outcome(lambda: "right" if call() is not None else ""))
+    return said
+
+
+OF_OTHERS = {"zip": ValueError("zip() argument 2 is longer"), "key": KeyError("w"), "subclass": TypeError("no numbers")}
+
+
+@pytest.mark.parametrize("by", OF_OTHERS)
+@pytest.mark.parametrize("how", ["clipper", "function"])
+def test_any_exception_while_gradients_are_read_on_one_rank_leaves_none_waiting(how, by):
+    *others, last = run_ranks(with_a_gradient_that_cannot_be_read, 3, how, by, timeout=20)
+    assert last[0].startswith(f"{type(OF_OTHERS[by]).__name__}: ")
+    for first, second in others:
+        assert first.startswith("LayoutError: the ranks of the clipping group ")
+        assert "; rank 2: stopped: " in first
+        assert second == last[1]
+    assert last[1] == "right"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .group import ClippingGroup
+from .group import ClippingGroup, has_float64
 
 SAMPLE = 4096  # elements of a parameter that its checksum looks at
 HASHES = 1 << 20  # a checksum is below: times 2**32 ranks, still exact in float64
@@ -55,7 +55,8 @@ def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     sums = torch.zeros(len(tensors), 2, dtype=torch.float64, device=device)
     for row, tensor in zip(sums, tensors, strict=True):
         if tensor.numel() and tensor.device.type != "meta":
-            values = _sample(tensor).double()
+            values = _sample(tensor)
+            values = (values if has_float64(values.device) else values.cpu()).double()
             row.copy_(torch.stack([values.sum(), values.square().sum()]))
     totals, squares = sums.view(torch.int64).unbind(1)
     return (_mixed(_mixed(totals) + squares) % HASHES).double()

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from .arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
 from .culprit import find_culprit
 from .errors import FAILURES, LayoutError, NonFiniteError
-from .group import Axis, reads_are_free
+from .group import Axis, has_float64, reads_are_free
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
 from .measured import Measured
@@ -154,6 +154,8 @@ def clip_grads_with_norm_(
     if isinstance(total_norm, DTensor):
         raise ValueError("total_norm must be a plain tensor, got a DTensor: use distclip.get_total_norm")
     norm = torch.as_tensor(total_norm)
+    if not has_float64(norm.device):
+        norm = norm.cpu()
     dtype = torch.float64 if norm.dtype == torch.float64 else torch.float32
     _scale(_gradients(holders_of(held(parameters))), norm.double(), bound, dtype)
 

@@ -17,6 +17,7 @@ from .channel import TALK, channel, open_channel
 from .roll_call import Meeting
 
 device_of = attrgetter("device")
+WITHOUT_FLOAT64 = {"mps"}
 
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
@@ -108,20 +109,27 @@ class ClippingGroup:
         """Where the reduced words live: the device of most elements if the group's backend reduces there.
 
         NCCL reduces on CUDA only. Gloo would copy CUDA words to the host and back, so its words live on the CPU.
-        What is on the meta device has no gradient.
+        What is on the meta device has no gradient. Words are float64: of a device without it they live on the CPU,
+        and a group that reduces nowhere else is a ValueError.
         """
         home = _home_of(list(tensors))
         if self.process_group is None:
-            return home
+            return home if has_float64(home) else torch.device("cpu")
         backends = dict(
             pair.split(":") for pair in dist.get_backend_config(self.process_group).split(",") if ":" in pair
         )
-        if home.type != "cpu" and backends.get(home.type) not in (None, "gloo", "fake"):
+        if home.type != "cpu" and backends.get(home.type) not in (None, "gloo", "fake") and has_float64(home):
             return home
         if "cpu" in backends:
             return torch.device("cpu")
         kind = next(iter(backends))
-        return torch.device(kind, torch.get_device_module(kind).current_device())
+        device = torch.device(kind, torch.get_device_module(kind).current_device())
+        if not has_float64(device):
+            raise ValueError(
+                f"norms are reduced in float64, which {device} has not, and this group reduces nowhere else: give it a "
+                f"backend for the CPU too, as in init_process_group('cpu:gloo,{kind}:{backends[kind]}')"
+            )
+        return device
 
 
 def _home_of(tensors: Sequence[Tensor]) -> torch.device:
@@ -147,6 +155,13 @@ def axis_ranks(axis: Axis) -> tuple[int, ...]:
             raise ValueError(f"split_over takes 1-D mesh slices such as mesh['pp']; got a {axis.ndim}-D mesh {axis}")
         axis = axis.get_group()
     return tuple(dist.get_process_group_ranks(axis))
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether ``device`` computes in float64: not MPS, nor XPU whose ``has_fp64`` says no."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type not in WITHOUT_FLOAT64
 
 
 def reads_are_free(device: torch.device) -> bool:

@@ -20,8 +20,8 @@ from .compare import who_differs
 from .errors import FAILURES, LayoutError
 from .flags import sent
 from .gradient import Local, look_at
-from .group import Axis, ClippingGroup
-from .kernels import largest, local_norms, power_sum, triton
+from .group import Axis, ClippingGroup, has_float64
+from .kernels import largest, local_norms, norms_on_host, power_sum, triton
 from .layout import Holding, LayoutFn, LayoutReader
 from .measured import NOTHING, Measured, Norms, Taken
 from .neighbours import WIDE, Gathered, Memory, shares_of
@@ -84,6 +84,7 @@ class Plan:
         digest = blake2b(_described(zip(pieces, holdings, strict=True)).encode(), digest_size=6)
         device = group.device_for(item.holder for item in kept)
         replicas = tuple(holding.layout.replicas for holding in holdings)
+        triton.check_choice(piece.device for piece in pieces)
         heeds = group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, pieces)))
         return cls(
             pieces=pieces,
@@ -311,7 +312,8 @@ class Plan:
         """Norms of ``parts``, all of them on ``device``, brought to the plan's own."""
         if taken.slots is not None and taken.slots.device == device:
             return sent(triton.remaining_norms(parts, self.p, taken.slots, indices), self.device)
-        return sent(local_norms(parts, self.p), self.device)
+        norms = local_norms(parts, self.p) if has_float64(device) else norms_on_host(parts, self.p)
+        return sent(norms, self.device)
 
     def _realigned(
         self, gradients: Sequence[Tensor | None], holders: Sequence[Tensor] | None

@@ -20,7 +20,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from .errors import LayoutError
 from .piece import Piece
 
-BASE = 64  # codes for a placement along one axis; 53 bits of a float64 hold 8 axes
+BASE = 64  # codes for a placement along one axis; 63 bits of an int64 hold 10 axes
+NOTHING_LOWER = -(1 << 63) + 1
 UNKNOWN = BASE - 1
 SUMS = ("sum", "avg")
 
@@ -108,8 +109,8 @@ def _decode(code: int) -> tuple[Placement, ...]:
 
 def _agreed(mesh: DeviceMesh, codes: list[int]) -> list[tuple[Placement, ...] | None]:
     """What the ranks of ``mesh`` hold in place of each code; None where none of them has a gradient."""
-    high = torch.tensor(codes, dtype=torch.float64, device=mesh.device_type)
-    low = torch.where(high == 0, -torch.inf, -high)  # ranks without a gradient have no say
+    high = torch.tensor(codes, dtype=torch.int64, device=mesh.device_type)
+    low = torch.where(high == 0, NOTHING_LOWER, -high)  # ranks without a gradient have no say
     words = torch.cat([high, low])
     for axis in range(mesh.ndim):
         dist.all_reduce(words, dist.ReduceOp.MAX, group=mesh.get_group(axis))

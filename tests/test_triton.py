@@ -9,6 +9,7 @@ import mmap
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,8 +23,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import distclip
 from distclip.kernels import triton
-from distclip.kernels.triton import table as tables
+from distclip.kernels.triton import choice, table as tables
 from distclip.kernels.triton.table import DTYPES, KEPT, Table, fits, table_of
 from gpu.cases import CASES, wrong
 
@@ -93,6 +95,91 @@ def test_triton_is_imported_only_where_it_runs():
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
+
+
+@pytest.fixture
+def asking(monkeypatch):
+    """DISTCLIP_TRITON=1 in a process that was told nothing yet, on a machine that has what the kernels need."""
+    monkeypatch.setenv("DISTCLIP_TRITON", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, empty in (("_told", set()), ("_tried", set()), ("_failed", {})):
+        monkeypatch.setattr(choice, name, empty)
+    for check in (choice._missing_triton, choice._missing_tools, choice._too_old):
+        check.cache_clear()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(choice, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(choice.Path, "exists", lambda path: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(choice, "_launch", lambda device: None)
+    yield monkeypatch
+    for check in (choice._missing_triton, choice._missing_tools, choice._too_old):
+        check.cache_clear()
+
+
+def told(device: torch.device) -> list[str]:
+    """What is said of a device the first time, and that nothing is the second."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        choice.check_choice([device])
+        said = [str(warning.message) for warning in caught]
+        choice.check_choice([device, device])
+    assert len(caught) == len(said), "said twice"
+    return said
+
+
+GPU = torch.device("cuda", 0)
+
+
+def fail(device: torch.device) -> None:
+    raise subprocess.CalledProcessError(1, ["gcc", "launcher.c"])
+
+
+HINDRANCES = {
+    "no C compiler": ("which", lambda name: None, "C compiler"),
+    "no headers": ("Path.exists", lambda path: False, "Python.h is not there"),
+    "no Triton": ("find_spec", lambda name: None, "Triton is not installed"),
+    "a first launch that fails": ("_launch", fail, "CalledProcessError"),
+}
+
+
+@pytest.mark.parametrize("name", HINDRANCES)
+def test_a_wish_for_triton_that_cannot_be_met_is_told_once_with_the_reason(asking, name):
+    where, instead, words = HINDRANCES[name]
+    asking.setattr(f"distclip.kernels.triton.choice.{where}", instead)
+    assert [line for line in told(GPU) if "DISTCLIP_TRITON=1 has no effect" in line and words in line]
+    assert not triton.chosen(GPU)
+
+
+def test_an_old_gpu_another_build_and_no_gpu_at_all_are_told(asking):
+    asking.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "cuda:0 has 7.5" in told(GPU)[0]
+    asking.setattr(torch.version, "cuda", None)
+    assert "not built for CUDA" in told(GPU)[0]
+    assert "gradients are on cpu" in told(CPU)[0]
+    asking.setenv("TRITON_INTERPRET", "1")
+    assert "gradients are on cuda:0" in told(GPU)[0]
+    assert told(CPU) == []
+
+
+def test_a_wish_for_triton_that_is_met_or_was_not_made_says_nothing(asking):
+    assert told(GPU) == []
+    assert triton.chosen(GPU)
+    choice.check_choice([GPU, CPU])  # an offloaded gradient beside those on the GPU
+    asking.delenv("DISTCLIP_TRITON")
+    assert told(CPU) == []
+    assert not triton.chosen(GPU)
+
+
+def test_a_clipper_without_a_gpu_tells_that_triton_has_no_effect_and_clips(asking):
+    model = torch.nn.Linear(3, 1)
+    with pytest.warns(RuntimeWarning, match="DISTCLIP_TRITON=1 has no effect: gradients are on cpu"):
+        clipper = distclip.Clipper(model, 1.0)
+    (model.weight.sum() * 4).backward()
+    assert clipper.clip_().norm.item() == pytest.approx(48**0.5)
+    distclip.Clipper(model, 1.0)
 
 
 def dense() -> dict[str, Tensor]:

@@ -5,4 +5,5 @@ torch's foreach kernels do it, or Triton's where it is asked for.
 """
 
 from .apply import clamp_ as clamp_, scale_ as scale_
+from .narrow import norms_on_host as norms_on_host
 from .sums import largest as largest, local_norms as local_norms, power_sum as power_sum

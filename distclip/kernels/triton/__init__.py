@@ -3,51 +3,18 @@
 Ask :func:`chosen` first: only the functions that launch kernels import Triton, on their first call.
 """
 
-import os
-import sysconfig
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
-from shutil import which
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .choice import available as available, check_choice as check_choice, chosen as chosen
 from .slots import Slots as Slots
 from .table import Table, block_size, fits, table_of
 
 WARPS = 8
 FINISH = 2048  # block sums that one program adds at once
-
-
-def chosen(device: torch.device) -> bool:
-    """Whether the library takes these kernels on ``device``: only where DISTCLIP_TRITON=1 asks for them.
-
-    They were proved by Triton's interpreter and compiler and have not run on a GPU yet (tests/gpu/check.py does it).
-    """
-    return os.environ.get("DISTCLIP_TRITON") == "1" and available(device)
-
-
-def available(device: torch.device) -> bool:
-    """Whether these kernels run on ``device``: an NVIDIA GPU (sm_80 or newer), or the CPU where TRITON_INTERPRET=1."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return device.type == "cpu" and find_spec("triton") is not None
-    return device.type == "cuda" and _compiles() and _supported(device)
-
-
-@cache
-def _compiles() -> bool:
-    """Whether Triton is here, and the C compiler and Python headers with which it builds its launcher."""
-    headers = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
-    compiler = os.environ.get("CC") or which("gcc") or which("clang")
-    return torch.version.cuda is not None and bool(find_spec("triton") and compiler and headers.exists())
-
-
-@cache
-def _supported(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:

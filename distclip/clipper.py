@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any, Literal, SupportsIndex, TypedDict
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from .policies import Policy, State
 from .policies.adopt import as_policy, fitting, hash_of, spelled, with_keys
 from .policies.checks import count, positive
 from .report import Culprit, Report
+from .shield import shielded, untraced
 from .stepping import check_optimizers, held_by, skip_next_step
 from .verify import compare_ranks, tell_ranks, verify
 
@@ -45,7 +46,12 @@ CAPTURED = (
     "layout=, split_over= and DTensors that FSDP2 does not manage, and give step() fused optimizers"
 )
 
-_alive: WeakSet["Clipper"] = WeakSet()
+_alive: WeakValueDictionary[int, "Clipper"] = WeakValueDictionary()
+
+
+def alive() -> list["Clipper"]:
+    """All Clippers of this process. Others may be made meanwhile, by another thread."""
+    return [clipper for each in _alive.valuerefs() if (clipper := each()) is not None]
 
 
 class Options(TypedDict, total=False):
@@ -107,6 +113,7 @@ class Clipper:
     (11.3578, 0.088)
     """
 
+    @shielded
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
@@ -162,7 +169,7 @@ class Clipper:
         compare_ranks(self._plan, listed, settings)
         self._reading = Reading(parts, holders_of(everything))
         self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
-        _alive.add(self)
+        _alive[id(self)] = self
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """A Clipper is neither copied nor pickled: it would hold a model that the loop does not train."""
@@ -181,6 +188,7 @@ class Clipper:
         """What the latest ``clip_`` or ``step`` did, also where a hook made the call; None before the first."""
         return self._report
 
+    @shielded
     def measure(self) -> Report:
         """Return norm and decision for the gradients as they are: nothing changes, neither policy state nor counters.
 
@@ -195,6 +203,7 @@ class Clipper:
             raise LayoutError(f"{DISAGREE}{measured.reduced.who}")
         return outcome.report
 
+    @untraced
     def clip_(self) -> Report:
         """Scale (or clamp) the gradients in place as the policy decides, and advance the policy once.
 
@@ -205,6 +214,7 @@ class Clipper:
         self._refuse_a_second_owner()
         return self._clip()
 
+    @untraced
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
         """Clip and step every optimizer, or skip on all ranks alike; advance the policy once.
 
@@ -231,6 +241,7 @@ class Clipper:
                         scaler.step(optimizer)
         return stepping.outcome.report
 
+    @shielded
     def verify(self) -> None:
         """Prove the layout on the gradients of a backward, before the step; LayoutError on all ranks if it is wrong.
 
@@ -240,7 +251,8 @@ class Clipper:
         add up to one (a tied weight on two stages does not). No other Clipper may hold the same parameters. Five
         all-reduces of a few words a parameter, and a wait; gradients are never gathered.
         """
-        rivals, fault = sum(1 for other in _alive if other is not self and other._ids & self._ids), self._reading.lost()
+        rivals = sum(1 for other in alive() if other is not self and other._ids & self._ids)
+        fault = self._reading.lost()
         if rivals:
             fault = LayoutError(
                 f"{rivals} other Clipper(s) hold parameters of this one and would clip them again: keep one Clipper "
@@ -248,11 +260,13 @@ class Clipper:
             )
         verify(self._plan, self._holders, fault)
 
+    @shielded
     def state_dict(self) -> dict[str, Any]:
         """The policy's state and the counters: the same on every rank, for any number of ranks, copied."""
         policy = {name: value.detach().clone() for name, value in self._state.items()}
         return {"policy": policy, "steps": self._steps, "consecutive_skips": self._skips}
 
+    @shielded
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned, here or on another number of ranks; ValueError if it is not.
 
@@ -266,12 +280,14 @@ class Clipper:
         self._unread = None
         self._plan.memory.take_fault()
 
+    @shielded
     def _clip(self, fault: LayoutError | None = None) -> Report:
         """Advance, and scale the gradients in place."""
         outcome = self._advance(True, fault)
         self._apply(outcome, outcome.measured.runs)
         return outcome.report
 
+    @shielded
     def _clip_before(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None = None) -> Report:
         """Unscale, advance and scale in place, so that the steps a framework makes next change nothing if skipped.
 
@@ -287,6 +303,7 @@ class Clipper:
         skip_next_step(optimizers, (outcome.report.skip & outcome.report.norm.isfinite()).cpu())
         return outcome.report
 
+    @shielded
     def _begin(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None = None) -> Stepping:
         """Advance, and scale the gradients that ``optimizers`` will not scale themselves."""
         folds = self._folding.of(optimizers)
@@ -311,7 +328,7 @@ class Clipper:
         if folds.foreign <= self._left_out:
             return None
         known = self._ids | self._left_out
-        elsewhere = frozenset[int]().union(*(other._ids for other in list(_alive)))
+        elsewhere = frozenset[int]().union(*(other._ids for other in alive()))
         for optimizer in optimizers:
             held = {id(parameter): parameter for parameter in held_by(optimizer)}
             foreign = [p for i, p in held.items() if i not in known]
@@ -390,7 +407,6 @@ class Clipper:
         join_found_inf(scaler, optimizers, nonfinite)
         return outcome
 
-    @torch.no_grad()
     def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
         """Measure; raise ``fault`` where it is given, once all ranks have met."""
         gradients = gradients_of(self._holders)
@@ -448,7 +464,6 @@ class Clipper:
         self._skips = 0
         self._plan.compare_copies(norm, own, f"step {self._steps - 1}", warns=False)  # this call raises
 
-    @torch.no_grad()
     def _apply(self, outcome: Outcome, gradients: Sequence[Tensor]) -> None:
         """Scale and clamp ``gradients``; with numbers on the host, only where something changes."""
         if outcome.skip is True:

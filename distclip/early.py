@@ -128,7 +128,6 @@ class OnDevice:
         self._arrived: dict[Block, torch.cuda.Event | None] = {}  # blocks with norms in slots, and when they are there
         self._read: torch.cuda.Event | None = None  # when the latest step had read the slots
 
-    @torch.no_grad()
     def take(self, block: Block, gradients: Sequence[Tensor]) -> Seen | None:
         tensors = list(map(local_tensor, gradients))
         alike = all(map(_is_plain, tensors)) and all(t.device == self._device for t in tensors)

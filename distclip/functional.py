@@ -20,13 +20,14 @@ from .arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
 from .culprit import find_culprit
 from .errors import FAILURES, LayoutError, NonFiniteError
 from .group import Axis, has_float64, reads_are_free
-from .kernels import clamp_, scale_
+from .kernels import check_memory, clamp_, scale_
 from .layout import LayoutFn
 from .measured import Measured
 from .piece import held_gradient, holders_of
 from .plan import Plan
 from .policies.checks import bounds, positive
 from .report import Culprit
+from .shield import shielded
 from .words import Word, clip_coef, presented
 
 DISAGREE = (
@@ -35,7 +36,7 @@ DISAGREE = (
 )
 
 
-@torch.no_grad()
+@shielded
 def clip_grad_norm_(
     parameters: Parameters,
     max_norm: float,
@@ -100,7 +101,7 @@ def clip_grad_norm_(
     return presented(norm, measured.dtype)
 
 
-@torch.no_grad()
+@shielded
 def get_total_norm(
     tensors: Tensor | Iterable[Tensor],
     norm_type: float = 2.0,
@@ -133,7 +134,7 @@ def get_total_norm(
     return presented(norm, measured.dtype)
 
 
-@torch.no_grad()
+@shielded
 def clip_grads_with_norm_(
     parameters: Parameters, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
@@ -154,13 +155,17 @@ def clip_grads_with_norm_(
     if isinstance(total_norm, DTensor):
         raise ValueError("total_norm must be a plain tensor, got a DTensor: use distclip.get_total_norm")
     norm = torch.as_tensor(total_norm)
+    if norm.is_meta:
+        raise ValueError(
+            "total_norm is on the meta device, where it has no value: make it outside of torch.device('meta')"
+        )
     if not has_float64(norm.device):
         norm = norm.cpu()
     dtype = torch.float64 if norm.dtype == torch.float64 else torch.float32
     _scale(_gradients(holders_of(held(parameters))), norm.double(), bound, dtype)
 
 
-@torch.no_grad()
+@shielded
 def clip_grad_value_(
     parameters: Parameters, clip_value: float | tuple[float, float], foreach: bool | None = None
 ) -> None:
@@ -226,4 +231,5 @@ def _gradients(holders: Sequence[Tensor]) -> list[Tensor]:
             gradient = holder.grad = gradient.coalesce()
             gradient = gradient._values()
         found.append(gradient)
+    check_memory(found)
     return found

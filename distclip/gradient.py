@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .errors import LayoutError
-from .piece import Piece, local_tensor
+from .piece import Piece, local_tensor, same_ranks
 from .realign import cut_locally, is_candidate
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +40,12 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
         return Found(None, problem=f"is {kind[0]}, its parameter {kind[1]}: give both the same kind")
     if isinstance(gradient, DTensor):
         assert piece.spec is not None
+        if not same_ranks(gradient._spec.mesh, piece.spec.mesh):
+            return Found(
+                None,
+                problem=f"lies on {gradient._spec.mesh}, its parameter on {piece.spec.mesh}: redistribute the gradient "
+                "to the parameter's mesh and placements",
+            )
         if gradient._spec.placements != piece.spec.placements:
             instead = cut_locally(piece, gradient)
             if instead is None and is_candidate(piece):
@@ -52,6 +58,8 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
                 )
             gradient = instead
     local = local_tensor(gradient)
+    if local.is_meta:
+        return Found(None, problem="is on the meta device, where it has no values: move the model with to_empty()")
     if local.layout == torch.sparse_coo and not isinstance(gradient, DTensor):
         instead = None if local.is_coalesced() else local.coalesce()
         local = (local if instead is None else instead)._values()

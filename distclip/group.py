@@ -116,7 +116,7 @@ class ClippingGroup:
         if self.process_group is None:
             return home if has_float64(home) else torch.device("cpu")
         backends = dict(
-            pair.split(":") for pair in dist.get_backend_config(self.process_group).split(",") if ":" in pair
+            pair.split(":", 1) for pair in dist.get_backend_config(self.process_group).split(",") if ":" in pair
         )
         if home.type != "cpu" and backends.get(home.type) not in (None, "gloo", "fake") and has_float64(home):
             return home
@@ -154,6 +154,11 @@ def axis_ranks(axis: Axis) -> tuple[int, ...]:
         if axis.ndim != 1:
             raise ValueError(f"split_over takes 1-D mesh slices such as mesh['pp']; got a {axis.ndim}-D mesh {axis}")
         axis = axis.get_group()
+    if not isinstance(axis, dist.ProcessGroup):
+        raise ValueError(
+            f"split_over names a group that rank {dist.get_rank()} is no member of: give every rank the group that it "
+            "is in itself, as mesh['pp'] and dist.new_subgroups() do, or say layout="
+        )
     return tuple(dist.get_process_group_ranks(axis))
 
 

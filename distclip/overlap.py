@@ -25,6 +25,7 @@ from .early import Block, Early, OnDevice, OnHost, Seen
 from .fsdp2 import groups_of
 from .measured import Taken
 from .plan import Plan
+from .shield import shielded
 
 _first = itemgetter(0)
 
@@ -110,7 +111,7 @@ class Overlap:
         if len(block) == len(sources):
             self._sum(block)
 
-    @torch.no_grad()
+    @shielded
     def _sum(self, block: Block) -> None:
         found = [g for source in block if (g := self._holders[source].grad) is not None]
         self._blocks[block] = self._early.take(block, found) if len(found) == len(block) else None

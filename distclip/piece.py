@@ -123,6 +123,11 @@ def gradients_of(holders: Iterable[Tensor]) -> list[Tensor | None]:
         return [holder.grad for holder in holders]
 
 
+def same_ranks(mesh: DeviceMesh, other: DeviceMesh) -> bool:
+    """Whether both lay the same ranks out in the same way, whatever their axes are called."""
+    return mesh is other or torch.equal(mesh.mesh, other.mesh)
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """A DTensor's local tensor, or the tensor itself. ``to_local()`` takes 3.6 us, the attribute 10 ns."""
     local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -8,7 +8,7 @@ candidate, and a rank whose gradient is missing takes part with zeros.
 Private torch API, read in 2.13: ``compute_local_shape_and_global_offset``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .errors import LayoutError
-from .piece import Piece
+from .piece import Piece, same_ranks
 
 BASE = 64  # codes for a placement along one axis; 63 bits of an int64 hold 10 axes
 NOTHING_LOWER = -(1 << 63) + 1
@@ -55,7 +55,7 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
             by_mesh.setdefault(piece.spec.mesh, []).append(i)
     error: LayoutError | None = None
     for mesh, indices in by_mesh.items():
-        codes = [_code(gradients[i], mesh.ndim) for i in indices]
+        codes = [_code(gradients[i], mesh) for i in indices]
         try:
             agreed = _agreed(mesh, codes)
         except LayoutError as found:  # of this mesh: its ranks may be awaited in the next
@@ -74,11 +74,13 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
     return result
 
 
-def _code(gradient: Tensor | None, axes: int) -> int:
-    """The placements along ``axes`` axes as one number above 0, or 0 where there is no gradient."""
+def _code(gradient: Tensor | None, mesh: DeviceMesh) -> int:
+    """The placements along the axes of ``mesh`` as one number above 0, or 0 where there is no gradient."""
     if gradient is None:
         return 0
-    digits = map(_digit, gradient.placements) if isinstance(gradient, DTensor) else [UNKNOWN] * axes
+    digits: Iterable[int] = [UNKNOWN] * mesh.ndim
+    if isinstance(gradient, DTensor) and same_ranks(gradient.device_mesh, mesh):
+        digits = map(_digit, gradient.placements)
     code = 1
     for digit in digits:
         code = code * BASE + digit
@@ -101,7 +103,8 @@ def _decode(code: int) -> tuple[Placement, ...]:
         code, digit = divmod(code, BASE)
         if digit == UNKNOWN:
             raise LayoutError(
-                "the gradient of a DTensor is a plain tensor, or in a placement that cannot be summed: redistribute it"
+                "the gradient of a DTensor is a plain tensor, on another mesh, or in a placement that cannot be "
+                "summed: redistribute it"
             )
         placements.append(Replicate() if digit == 0 else Partial(SUMS[digit - 1]) if digit < 3 else Shard(digit - 3))
     return tuple(reversed(placements))

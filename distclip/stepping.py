@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from .folding import FOLDING, folded, may_skip_on_device
 from .group import reads_are_free
+from .shield import untraced
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 Begin: TypeAlias = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Arguments | None]
@@ -116,6 +117,7 @@ def guard(optimizer: Optimizer, over: Callable[[Optimizer], None], begin: Begin 
     """
     inner, reference, hearing = optimizer.step, ref(optimizer), _Hearing(over, begin)
 
+    @untraced
     @wraps(inner)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         hearing.inside, hearing.begun = True, False

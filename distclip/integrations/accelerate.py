@@ -20,7 +20,7 @@ import distclip
 
 from ..amp import is_unscaled, unscale_
 from ..arguments import Parameters
-from ..clipper import Clipper, Options, _alive
+from ..clipper import Clipper, Options, alive
 from ..fsdp1 import is_flattened
 from ..policies import MaxNorm, Policy
 from ..report import Report
@@ -183,7 +183,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         """The norm of the step in the latest backward; RuntimeError where another bound was in force."""
         self._refuse_accumulation("clip_grad_norm_")
         engine = getattr(getattr(self, "deepspeed_engine_wrapped", None), "engine", None)
-        clippers = [each for each in _alive if engine and getattr(each, "_optimizer", None) is engine.optimizer]
+        clippers = [each for each in alive() if engine and getattr(each, "_optimizer", None) is engine.optimizer]
         if not clippers:
             self._refuse_deepspeed("clip_grad_norm_")
         clipper = clippers[0]

@@ -39,6 +39,7 @@ from distclip.layout import Layout, LayoutFn
 from distclip.measured import Measured
 from distclip.outcome import Outcome
 from distclip.policies import Policy
+from distclip.shield import shielded
 
 Gradients: TypeAlias = Sequence[Tensor | None]
 Part: TypeAlias = tuple[Sequence[nn.Parameter], Callable[[], Gradients | None]]
@@ -131,6 +132,7 @@ class EngineClipper(Clipper):
         """0-d float32 on the host: what DeepSpeed takes for the norm and only looks at whether it is finite."""
         return torch.tensor(inf if self.skips else 0.0)
 
+    @shielded
     def finish(self, gradients: Sequence[Tensor]) -> None:
         """Unscale, scale and clamp ``gradients`` as this step's decision says."""
         assert self._outcome is not None
@@ -168,7 +170,7 @@ class EngineClipper(Clipper):
         optimizer._global_grad_norm = self.norm
         _forget_sums(optimizer, self._engine)
 
-    @torch.no_grad()
+    @shielded
     def _decide_step(self) -> None:
         """Measure, decide, and scale what DeepSpeed will not hand to :meth:`finish`. Keeps no gradient."""
         outcome = self._advance(skips_on_device=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import native, triton
 from .flat import flat_views
+from .memory import check_memory
 
 ROW = 64  # constant data, worst of 20000 values: 1.5e-7 off with rows of 64, 5.8e-7 with 512, in 0.9 of the time
 WINDOW = 1 << 14  # rows added in float64 at once: 64 KiB of fp32, 128 KiB of float64
@@ -149,6 +150,7 @@ def _joined(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
 
     The last comes first: whoever scales them afterwards, from the first on, finds those in the cache.
     """
+    check_memory(tensors)
     small: list[Tensor] = []
     waiting = 0
     for tensor in reversed(tensors):

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..memory import check_memory
 from .library import library
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as sums.c numbers them
 PORTABLE, AVX2 = 0, 1
 PLAIN = {Tensor, torch.nn.Parameter}  # other classes may keep their elements elsewhere
-LOW = 1 << 40  # an address below it may be an offset into memory that was freed
 
 dtype_of = attrgetter("dtype")
 on_cpu = attrgetter("is_cpu")
@@ -89,14 +89,7 @@ def _readable(tensors: list[Tensor]) -> list[Tensor]:
 def _sum_of(kind: int, tensors: Sequence[Tensor]) -> float:
     addresses = array("Q", map(Tensor.data_ptr, tensors))
     numels = array("Q", map(Tensor.numel, tensors))
-    if min(addresses) < LOW:
-        _check(tensors, addresses)
+    check_memory(tensors, addresses)
     assert kernel is not None
     where = addresses.buffer_info()[0], numels.buffer_info()[0]
     return kernel(*where, len(tensors), kind, instructions, torch.get_num_threads())
-
-
-def _check(tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
-    for tensor, address in zip(tensors, addresses, strict=True):
-        if address < LOW and tensor.numel() and not tensor.untyped_storage().data_ptr():
-            raise RuntimeError(f"a gradient of shape {tuple(tensor.shape)} has no memory: its storage was freed")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NoReturn, Unpack
+from typing import Any, Literal, NoReturn, Unpack
 from weakref import WeakSet, ref
 
 import torch
@@ -14,7 +14,8 @@ from .outcome import Stepping
 from .piece import local_tensor
 from .policies import Policy
 from .report import Report
-from .stepping import guard, held_by, withhold, without_others
+from .stepping import SKIP, Arguments, guard, held_by, withhold, without_others
+from .wrapped import applying, around, steps
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -29,19 +30,7 @@ class Attached(Clipper):
         policy: Policy | float,
         **options: Unpack[Options],
     ) -> None:
-        for index, optimizer in enumerate(optimizers):
-            if not isinstance(optimizer, Optimizer):
-                raise ValueError(
-                    f"attach takes torch optimizers, and then the model; got {type(optimizer).__name__} as optimizer "
-                    f"{index}: call attach(optimizer, model, policy), with one optimizer or a list of them"
-                )
-            if optimizer in _attached or optimizer in optimizers[:index]:
-                raise ValueError(
-                    "this optimizer has a Clipper attached already and would be clipped twice: call detach() on what "
-                    "attach() returned first"
-                )
-        if not optimizers:
-            raise ValueError("attach needs at least one optimizer")
+        optimizers = _to_attach_to(optimizers)
         super().__init__(model, policy, **options)
         self._driver = "optimizer.step()"
         self._optimizers = [ref(optimizer) for optimizer in optimizers]
@@ -50,9 +39,11 @@ class Attached(Clipper):
         self._waiting: dict[int, list[tuple[Tensor, int]]] = {}  # gradients of those not stepped yet, as they were left
         self._open: dict[int, ExitStack] = {}
         self._undo: list[Callable[[], Any]] = []
+        self._claimed: WeakSet[Optimizer] = WeakSet()  # those, and what is inside of them
         for optimizer in optimizers:
             self._undo += (guard(optimizer, self._after, self._before), _refuse_copies(optimizer))
-            _attached.add(optimizer)
+            self._claimed.update(around(optimizer))
+        _attached.update(self._claimed)
 
     def detach(self) -> None:
         """Take the hooks away: from now on the optimizers step as if they had never been attached."""
@@ -62,7 +53,8 @@ class Attached(Clipper):
             optimizer = reference()
             if optimizer is not None:
                 self._after(optimizer)
-                _attached.discard(optimizer)
+        _attached.difference_update(self._claimed)
+        self._claimed.clear()
         self._driver = None
 
     def measure(self) -> Report:
@@ -80,7 +72,7 @@ class Attached(Clipper):
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> Arguments | Literal["skip"] | None:
         if any(self._optimizers[index]() is optimizer for index in self._open):
             self._after(optimizer)
             raise RuntimeError(
@@ -89,26 +81,38 @@ class Attached(Clipper):
             )
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._enter(optimizer)
-            return None
+            return SKIP if self._enter(optimizer) else None
 
-        def clipped() -> Any:  # the gradients are made in there
+        def clipped() -> Any:  # the gradients are made in there, and the step cannot be left any more
             loss = closure()
-            self._enter(optimizer)
+            if self._enter(optimizer):
+                self._open[self._index(optimizer)].callback(withhold(held_by(optimizer)))
             return loss
 
         if len(args) > 1:
             return (args[0], clipped, *args[2:]), kwargs
         return args, {**kwargs, "closure": clipped}
 
-    def _enter(self, optimizer: Optimizer) -> None:
-        """The gradients of ``optimizer`` are there: decide or join the decision, and prepare its step."""
+    def _index(self, optimizer: Optimizer) -> int:
+        for index, reference in enumerate(self._optimizers):
+            if reference() is optimizer:
+                return index
+        raise RuntimeError(
+            f"{type(optimizer).__name__} calls the hooks of an optimizer that was attached, and is another: attach the "
+            "one whose step() is called"
+        )
+
+    def _enter(self, optimizer: Optimizer) -> bool:
+        """The gradients of ``optimizer`` are there: decide or join the decision, and prepare its step.
+
+        True where the step is to be skipped, and the host knows.
+        """
         if isinstance(getattr(optimizer, "grad_scale", None), Tensor):
             raise RuntimeError(
                 "the gradients are still multiplied by the GradScaler's scale, and their norm would be as well: call "
                 "scaler.unscale_(optimizer) before scaler.step(optimizer), or use Clipper.step(..., scaler=scaler)"
             )
-        index = next(i for i, reference in enumerate(self._optimizers) if reference() is optimizer)
+        index = self._index(optimizer)
         if index in self._open:
             raise RuntimeError(
                 f"{type(optimizer).__name__} runs its closure more than once a step, and each would be clipped by "
@@ -122,13 +126,13 @@ class Attached(Clipper):
         assert stepping is not None
         self._stepped.add(index)
         self._waiting.pop(index, None)
-        stack = self._open[index] = ExitStack()
-        if stepping.outcome.skip is True:
-            stack.callback(withhold(held_by(optimizer)))
-        else:
+        stack, skips = ExitStack(), stepping.outcome.skip is True
+        self._open[index] = stack
+        if not skips:
             stack.enter_context(_joined(stepping, optimizer).around(index, optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._stepping = None
+        return skips
 
     def _after(self, optimizer: Optimizer) -> None:
         for index, reference in enumerate(self._optimizers):
@@ -183,15 +187,21 @@ def attach(
     * ``model``, ``policy``, ``options``: those of :class:`Clipper`, which says what is compared at construction.
 
     Returns the Clipper, for ``report``, ``state_dict``, ``verify`` and ``detach()``; its ``clip_`` and ``step`` raise
-    RuntimeError, as the optimizers make these calls. A step that is skipped leaves parameters, state and gradients as
-    they were: fused optimizers on accelerators by ``found_inf``, others by having no gradients until the step is over,
-    also where it raises, so that a number that an optimizer keeps in its ``param_groups`` may count the step.
-    Collectives and waits: those of :meth:`Clipper.step`, once for all optimizers.
+    RuntimeError, as the optimizers make these calls. A step that is skipped is not made: parameters, state, counters
+    and gradients stay, and post hooks and later pre hooks of others do not hear of it (an LR scheduler sees a call of
+    ``optimizer.step``, which it does not count). torch's fused Adam, AdamW, SGD and Adagrad on accelerators make it,
+    without a wait for the decision, and change nothing by ``found_inf``. With a closure, or where the class's ``step``
+    is called past the instance's, it is under way, and has no gradients until it is over or has raised: a number of
+    steps that the optimizer keeps may go on, and one that demands gradients raises. Collectives and waits: those of
+    :meth:`Clipper.step`, once for all optimizers.
+
+    Of an optimizer around another (what Accelerate, Lightning, Fabric or torchft hand out, SAM, Opacus) the one that
+    applies the gradients is clipped, when it steps; a Lookahead or a schedule-free wrapper as a whole.
 
     A closure may make the gradients, once a step. RuntimeError for LBFGS, which runs it more often, for gradients that
     a GradScaler has not unscaled, and where the gradients of the second optimizer are not those that the first one's
-    step saw; ValueError for an optimizer that is attached already, and for what is none. Source:
-    ``torch.optim.Optimizer.register_step_pre_hook``.
+    step saw; ValueError for an optimizer that is attached already, for what is none, and where it cannot be told which
+    of two optimizers inside of one steps. Source: ``torch.optim.Optimizer.register_step_pre_hook``.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
@@ -221,6 +231,29 @@ def _refuse_copies(optimizer: Optimizer) -> Callable[[], None]:
 
     held["__getstate__"] = refuse
     return lambda: held.pop("__getstate__", None)
+
+
+def _to_attach_to(given: Sequence[Any]) -> list[Optimizer]:
+    """Those that apply the gradients of the optimizers ``given``; ValueError where that cannot be told, or is taken."""
+    if not given:
+        raise ValueError("attach needs at least one optimizer")
+    found: list[Optimizer] = []
+    for index, optimizer in enumerate(given):
+        if not steps(optimizer):
+            inside = [name for name, value in getattr(optimizer, "__dict__", {}).items() if steps(value)]
+            raise ValueError(
+                f"attach takes optimizers, and then the model; got {type(optimizer).__name__} as optimizer {index}: "
+                "call attach(optimizer, model, policy), with one optimizer or a list of them"
+                + (f" (this one has an optimizer in .{inside[0]})" if inside else "")
+            )
+        applies = applying(optimizer)
+        if any(applies is one for one in found) or any(one in _attached for one in around(applies)):
+            raise ValueError(
+                "this optimizer has a Clipper attached already and would be clipped twice: call detach() on what "
+                "attach() returned first"
+            )
+        found.append(applies)
+    return found
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

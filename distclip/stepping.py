@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from types import MethodType
-from typing import Any, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor
@@ -14,9 +14,14 @@ from torch.optim import LBFGS, Optimizer
 from .folding import FOLDING, folded, may_skip_on_device
 from .group import reads_are_free
 from .shield import untraced
+from .wrapped import refuse_before, refuse_proxy
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-Begin: TypeAlias = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Arguments | None]
+SKIP: Final = "skip"
+Begin: TypeAlias = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Arguments | Literal["skip"] | None]
+
+TORCH = {kind.__module__ for kind in (*FOLDING, LBFGS)}  # whose optimizers are looked at no further
+_PATCHED = Optimizer.profile_hook_step(Optimizer.step).__code__  # what torch puts in place of a class's step
 
 _flags: WeakKeyDictionary[Optimizer, ExitStack] = WeakKeyDictionary()
 _skipping: WeakKeyDictionary[Optimizer, ExitStack] = WeakKeyDictionary()  # what gives back, for the step to be skipped
@@ -42,7 +47,7 @@ def withhold(parameters: Iterable[Tensor]) -> Callable[[], None]:
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """ValueError for what ``step()`` cannot step."""
+    """ValueError for what ``step()`` cannot step, or would step with other gradients than were clipped."""
     if not optimizers:
         raise ValueError("step() needs the optimizers to step: step(optimizer), or call clip_() and step yourself")
     for index, optimizer in enumerate(optimizers):
@@ -54,6 +59,9 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
             raise ValueError(f"step() was given the same {type(optimizer).__name__} twice: give it once")
         if isinstance(optimizer, LBFGS):
             raise ValueError("LBFGS makes its gradients several times a step: call clip_() in its closure instead")
+        if type(optimizer).__module__ not in TORCH:
+            refuse_before(optimizer)
+            refuse_proxy(optimizer)
 
 
 @contextmanager
@@ -79,8 +87,9 @@ def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor) -> None:
 
     ``skip`` is a report's: 0-d bool. Call it between the last backward and the step, or inside the step's closure.
     Fused Adam, AdamW, SGD and Adagrad are told through ``found_inf`` where ``skip`` is on an accelerator, so that
-    nothing waits; from others the gradients are taken away until the step is over or has raised, and ``skip`` is
-    waited for.
+    nothing waits; ``skip`` is waited for otherwise, and the step then not made: its hooks and what it counts see none.
+    Inside the closure the step is under way, and an optimizer that nobody watched may be in it: gradients are taken
+    away until the step is over or has raised, and what it counts by itself may go on.
     """
     for optimizer in optimizers:
         _flags.pop(optimizer, ExitStack()).close()  # of a step that never came
@@ -100,8 +109,8 @@ def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor) -> None:
 def watch(optimizer: Optimizer) -> None:
     """Hear of the steps of ``optimizer`` from now on, for good: torch does not let a hook remove itself.
 
-    Whoever skips its steps later, and knows it now, says so: :func:`skip_next_step` then leaves gradients in place
-    until the step begins, and knows the end of the first step too that was under way when it was called.
+    Whoever skips its steps later, and knows it now, says so: :func:`skip_next_step` then leaves gradients in place,
+    and knows whether a step is under way, of the first one too that was when it was called.
     """
     if optimizer not in _watched:
         guard(optimizer, _end_of_skipping, _begin_skipping)
@@ -109,20 +118,42 @@ def watch(optimizer: Optimizer) -> None:
 
 
 def guard(optimizer: Optimizer, over: Callable[[Optimizer], None], begin: Begin | None = None) -> Callable[[], None]:
-    """Call ``over(optimizer)`` whenever a step of it has ended, by an exception too, and ``begin`` as a pre hook of it.
+    """Call ``begin`` once when a step of ``optimizer`` begins, and ``over(optimizer)`` when it has ended or raised.
 
-    The result takes that back and lets go of both, also where somebody has wrapped the step since. torch runs hooks
-    once for each class whose ``step`` calls that of its base, and post hooks not after an exception, so the instance's
-    ``step`` is wrapped, as LR schedulers do: inside of it the first pre hook is the beginning, and its end is the end.
+    ``begin(optimizer, args, kwargs)`` may return other arguments, ``optimizer`` first among them, or SKIP: then the
+    step is not made, and its later pre hooks and its post hooks are not called. The result takes all back and lets go
+    of both, also where somebody has wrapped the step since.
+
+    torch calls hooks only where ``Optimizer.__init__`` has patched the class, once for each class whose ``step`` calls
+    that of its base, and post hooks not after an exception. So the instance's ``step`` is wrapped, as LR schedulers do:
+    its beginning is the first pre hook inside, after those that others put in before, or, where the class has none, the
+    call; its end is the end. A step of the class past the wrapper is heard by the hooks alone, and gets no gradients
+    where it is to be skipped.
     """
-    inner, reference, hearing = optimizer.step, ref(optimizer), _Hearing(over, begin)
+    inner, reference = optimizer.step, ref(optimizer)
+    hearing, hooks = _Hearing(over, begin), "_optimizer_step_pre_hooks" in vars(optimizer)
+    called = hooks and _calls_hooks(optimizer)  # None: not known
 
     @untraced
     @wraps(inner)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         hearing.inside, hearing.begun = True, False
         try:
-            return inner(*args, **kwargs)
+            if called is False:
+                (_, *given), kwargs = hearing.before(self, (self, *args), kwargs) or ((self, *args), kwargs)
+                args = tuple(given)
+            versions = _versions(self) if called is None else 0
+            result = inner(*args, **kwargs)
+            if called is None and not hearing.begun and _versions(self) != versions:
+                raise RuntimeError(
+                    f"the step of this {type(self).__name__} was replaced by one that does not call that of its class, "
+                    "and nothing heard it begin: the step was not clipped; call the Clipper in that function instead"
+                )
+            return result
+        except _Skipped as skipped:
+            if skipped.hearing is not hearing:
+                raise
+            return None
         finally:
             hearing.inside = False
             hearing.after(self)
@@ -130,7 +161,9 @@ def guard(optimizer: Optimizer, over: Callable[[Optimizer], None], begin: Begin 
     wrapper = MethodType(step, optimizer)
     before = optimizer.__dict__.get("step")
     optimizer.step = wrapper  # type: ignore[method-assign]
-    handles = [optimizer.register_step_pre_hook(hearing.before), optimizer.register_step_post_hook(hearing.after)]
+    handles = []
+    if hooks:
+        handles = [optimizer.register_step_pre_hook(hearing.before), optimizer.register_step_post_hook(hearing.after)]
 
     def remove() -> None:
         hearing.over = hearing.begin = None
@@ -145,6 +178,14 @@ def guard(optimizer: Optimizer, over: Callable[[Optimizer], None], begin: Begin 
     return remove
 
 
+class _Skipped(Exception):
+    """Leaves a step that must not be made, from a pre hook of it to the guard that has put the hook in."""
+
+    def __init__(self, hearing: "_Hearing") -> None:
+        super().__init__("distclip skips this step")
+        self.hearing = hearing
+
+
 @dataclass(slots=True)
 class _Hearing:
     """Whom a guard tells, and where the step is: inside the wrapped one, and begun, by the hooks of the first class."""
@@ -153,26 +194,59 @@ class _Hearing:
     begin: Begin | None
     inside: bool = False
     begun: bool = False
+    withheld: ExitStack = field(default_factory=ExitStack)  # by a step past the wrapper
 
     def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if self.begin is None or (self.inside and self.begun):
             return None
         self.begun = True
-        return self.begin(optimizer, args, kwargs)
+        self.withheld.close()  # of a step past the wrapper that has raised
+        begun = self.begin(optimizer, args, kwargs)
+        if begun != SKIP:
+            return begun
+        if self.inside:
+            raise _Skipped(self)
+        self.withheld.callback(withhold(held_by(optimizer)))
+        return None
 
     def after(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.over is not None and not self.inside:
+        if self.inside:
+            return
+        self.withheld.close()
+        if self.over is not None:
             self.over(optimizer)
+
+
+def _calls_hooks(optimizer: Optimizer) -> bool | None:
+    """Whether the ``step`` that it has now is the one torch has patched, seen through what others put on the instance.
+
+    None where they hide it. The attribute ``hooked`` tells nothing: decorators copy it, and an LR scheduler or a guard
+    may hold a ``step`` from before the class was patched.
+    """
+    of_class = type(optimizer).step
+    own, found = (of_class, getattr(of_class, "__wrapped__", None)), _function(optimizer.step)
+    while found not in own and getattr(found, "__code__", None) is not _PATCHED:
+        if not hasattr(found, "__wrapped__"):
+            return None
+        found = _function(found.__wrapped__)
+    return getattr(found, "__code__", None) is _PATCHED
+
+
+def _function(method: Any) -> Any:
+    return getattr(method, "__func__", method)
+
+
+def _versions(optimizer: Optimizer) -> int:
+    return sum(parameter._version for parameter in held_by(optimizer))
 
 
 def _folds(optimizer: Optimizer) -> bool:
     return type(optimizer) in FOLDING and all(group.get("fused") for group in optimizer.param_groups)
 
 
-def _begin_skipping(optimizer: Optimizer, *_: Any) -> None:
+def _begin_skipping(optimizer: Optimizer, *_: Any) -> Literal["skip"] | None:
     _inside.add(optimizer)
-    if optimizer in _skipping:
-        _skipping[optimizer].callback(withhold(held_by(optimizer)))
+    return SKIP if optimizer in _skipping else None
 
 
 def _end_of_skipping(optimizer: Optimizer) -> None:

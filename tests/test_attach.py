@@ -111,9 +111,10 @@ class TestSkipping:
         assert model[0].weight.grad is kept
         assert not optimizer.state
 
-    def test_also_where_the_step_raises(self):
+    def test_also_where_a_step_with_a_closure_raises(self):
         class Failing(SGD):
             def step(self, closure=None):
+                closure()
                 assert all(p.grad is None for group in self.param_groups for p in group["params"])
                 raise OSError("disk")
 
@@ -123,25 +124,27 @@ class TestSkipping:
         loss_of(model).backward()
         model.bias.grad.fill_(torch.nan)
         with pytest.raises(OSError, match="disk"):
-            optimizer.step()
+            optimizer.step(lambda: None)
         assert model.weight.grad is not None
         assert model.bias.grad.isnan().all()
 
-    def test_also_where_a_later_hook_raises(self):
-        model, (optimizer,), _ = small()
+    def test_also_where_a_hook_raises_that_came_before(self):
+        model = torch.nn.Linear(3, 3)
+        optimizer = SGD(model.parameters(), lr=0.1)
 
         def fail(*_):
             raise OSError("disk")
 
         handle = optimizer.register_step_pre_hook(fail)
+        distclip.attach(optimizer, model, 0.5)
         loss_of(model).backward()
-        model[0].bias.grad.fill_(torch.nan)
+        model.bias.grad.fill_(torch.nan)
         with pytest.raises(OSError, match="disk"):
             optimizer.step()
-        assert model[0].bias.grad.isnan().all()
+        assert model.bias.grad.isnan().all()
         handle.remove()
         optimizer.step()
-        assert model[0].bias.grad.isnan().all()
+        assert model.bias.grad.isnan().all()
 
     def test_an_exception_leaves_no_factor_in_a_fused_optimizer(self):
         model = torch.nn.Linear(3, 3)
@@ -187,7 +190,8 @@ class TestSkipping:
         with pytest.raises(distclip.NonFiniteError, match="weight"):
             optimizer.step()
 
-    def test_what_an_optimizer_counts_in_its_groups_is_counted(self):
+    @pytest.mark.parametrize("closure", [False, True])
+    def test_what_an_optimizer_counts_in_its_groups_is_counted_with_a_closure_alone(self, closure):
         class Counting(SGD):
             def step(self, closure=None):
                 self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
@@ -199,9 +203,9 @@ class TestSkipping:
         loss_of(model).backward()
         model.bias.grad.fill_(torch.nan)
         before = copy.deepcopy(model.state_dict())
-        optimizer.step()
+        optimizer.step((lambda: None) if closure else None)
         assert same_bits([before, model.state_dict()])
-        assert optimizer.param_groups[0]["k"] == 1  # the docstring says so
+        assert optimizer.param_groups[0].get("k", 0) == closure  # the docstring says so
 
 
 def _all(optimizer: Optimizer) -> list[torch.Tensor]:

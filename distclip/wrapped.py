@@ -1,0 +1,140 @@
+"""Optimizers around optimizers: which of them applies the gradients, and what cannot be clipped before it steps.
+
+What is known of others, read in accelerate 1.15, lightning 2.6, torchft 2026.10, opacus 1.6, schedulefree 1.4, timm 1.0
+and pytorch_optimizer 4.1; none of them is imported.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import ProxyTypes
+
+PROXIES = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}  # of them, step() may be many things
+WHOLE = {  # take gradients as they are, and count or move parameters around the step inside
+    "LARC",
+    "Lookahead",
+    "OrthoGrad",
+    "ScheduleFreeWrapper",
+    "ScheduleFreeWrapperReference",
+    "TRAC",
+}
+TAKE_OVER = "call distclip.integrations.deepspeed.take_over(engine, policy)"
+ATTACH = "call distclip.attach(optimizer, model, policy) once, and optimizer.step(), which then clips"
+
+
+def steps(found: Any) -> bool:
+    """Whether this is an optimizer, of torch or not."""
+    return callable(getattr(found, "step", None)) and isinstance(getattr(found, "param_groups", None), (list, tuple))
+
+
+def around(optimizer: Any) -> Iterator[Any]:
+    """``optimizer``, then the one of the same parameters that it steps, and so on. ValueError where there are two."""
+    seen: list[Any] = []
+    while optimizer is not None and all(optimizer is not one for one in seen):
+        yield optimizer
+        seen.append(optimizer)
+        optimizer = _inner(optimizer)
+
+
+def applying(optimizer: Any) -> Any:
+    """The one whose gradients are final when its step begins, so that they are clipped then.
+
+    That is the innermost: what is around it may accumulate, ask, or make other gradients first. A skip that only the
+    innermost knows would count in a Lookahead, though, and move the average of a schedule-free wrapper: these are taken
+    as a whole. ValueError where it cannot be told, or where gradients go past the innermost.
+    """
+    if deepspeed_steps(optimizer):
+        raise ValueError(f"{_name(optimizer)} does not step itself, DeepSpeed's engine does: {TAKE_OVER}")
+    if "WSAM" in _names(optimizer):
+        raise ValueError("WSAM adds gradients to parameters itself, after the step inside: call clip_() in its closure")
+    applies = optimizer
+    for applies in around(optimizer):
+        names = _names(applies)
+        if "AcceleratedOptimizer" in names and applies.scaler is not None:
+            raise ValueError(
+                f"{_name(applies)} replaces the step inside at each of its own, for its GradScaler: use "
+                "Accelerator.clipper() of distclip.integrations.accelerate"
+            )
+        if names & WHOLE and not names & PROXIES:
+            break
+    return applies
+
+
+def refuse_before(optimizer: Any) -> None:
+    """ValueError for what must not be clipped before its ``step()``: the gradients it applies are not there yet."""
+    name = _name(optimizer)
+    if deepspeed_steps(optimizer):
+        raise ValueError(f"{name} does not step itself, DeepSpeed's engine does: {TAKE_OVER}")
+    if callable(getattr(getattr(optimizer, "manager", None), "should_commit", None)):
+        raise ValueError(
+            f"{name} asks its manager inside step() whether to commit and heals there, which a skipped step would "
+            f"lose: {ATTACH}"
+        )
+    if hasattr(optimizer, "original_optimizer") and hasattr(optimizer, "pre_step"):
+        raise ValueError(f"{name} makes its gradients inside step(), after a clip before it: {ATTACH}")
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise ValueError(f"{name} steps with second gradients, which a clip before step() does not see: {ATTACH}")
+
+
+def refuse_proxy(optimizer: Any) -> None:
+    """ValueError for a framework's proxy whose ``step()`` would do nothing now, or unscale gradients after a clip."""
+    names = _names(optimizer)
+    if "AcceleratedOptimizer" in names:
+        if optimizer.scaler is not None:
+            raise ValueError(_scaled(optimizer, "Accelerator.clipper() of distclip.integrations.accelerate"))
+        if not optimizer.gradient_state.sync_gradients:
+            raise ValueError(
+                f"{_name(optimizer)} does nothing in step() while accelerate accumulates gradients, which would be "
+                "clipped incomplete: call step() where accelerator.sync_gradients is true"
+            )
+    for proxy, clipper in (("LightningOptimizer", "ClipGradients"), ("_FabricOptimizer", "FabricClipper")):
+        if proxy in names:
+            strategy = optimizer._strategy
+            if "DeepSpeedStrategy" in _names(strategy):
+                raise ValueError(f"{_name(optimizer)} does not step itself, DeepSpeed's engine does: {TAKE_OVER}")
+            precision = getattr(strategy, "precision_plugin", None) or getattr(strategy, "precision", None)
+            if getattr(precision, "scaler", None) is not None:
+                raise ValueError(_scaled(optimizer, f"{clipper} of distclip.integrations.lightning"))
+
+
+def deepspeed_steps(optimizer: Any) -> bool:
+    """Whether an engine of DeepSpeed keeps its gradients and steps it: as ``engine.optimizer``, or accelerate's."""
+    kinds = type(optimizer).__mro__
+    return any(
+        kind.__module__.startswith("deepspeed.runtime.") or kind.__name__ == "DeepSpeedOptimizerWrapper"
+        for kind in kinds
+    )
+
+
+def _inner(optimizer: Any) -> Any:
+    """The one optimizer among its attributes that holds its parameters; None if there is none."""
+    if not steps(optimizer):
+        return None
+    held = _ids(optimizer)
+    found = {
+        id(value): (name, value)
+        for name, value in getattr(optimizer, "__dict__", {}).items()
+        if not isinstance(value, ProxyTypes) and value is not optimizer and steps(value) and _ids(value) == held
+    }
+    if len(found) > 1:
+        (first, _), (second, _), *_ = found.values()
+        raise ValueError(
+            f"{_name(optimizer)} holds two optimizers of the same parameters, .{first} and .{second}, and which of "
+            f"them steps is not known: call distclip.attach(optimizer.{first}, model, policy) with the one that does"
+        )
+    return next((value for _, value in found.values()), None)
+
+
+def _ids(optimizer: Any) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _names(found: Any) -> set[str]:
+    return {kind.__name__ for kind in type(found).__mro__}
+
+
+def _name(optimizer: Any) -> str:
+    return type(optimizer).__name__
+
+
+def _scaled(optimizer: Any, clipper: str) -> str:
+    return f"{_name(optimizer)} unscales inside step(), and the norm would be that of scaled gradients: use {clipper}"

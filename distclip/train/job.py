@@ -13,6 +13,7 @@ from rich.console import Console
 from distclip.presence import Presence
 from distclip.train import checkpoint
 from distclip.train.axes import Axes
+from distclip.train.begun import say_begun
 from distclip.train.config import Config
 from distclip.train.dataset import Batches, Dataset
 from distclip.train.folder import RunFolder, check_folder, open_folder
@@ -125,6 +126,7 @@ class Job:
 
     def train(self, metrics: MetricsFile | None) -> Signals | None:
         """Step until the end, or until a signal: then all ranks save after the same step."""
+        say_begun()
         settings, steps = self.config.train, self.trainer.steps
         look_every = settings.eval_every or (settings.epochs and self.trainer.batches.epoch_steps)
         for step in range(self.start + 1, steps + 1):

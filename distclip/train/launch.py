@@ -10,16 +10,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType, TracebackType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distclip.presence import MEETING_POINT
+from distclip.train.begun import has_begun
+from distclip.train.place import MEETING
 from distclip.train.problem import require
-from distclip.train.stop import exit_code, heeded
+from distclip.train.stop import STOP_SIGNALS, exit_code, heeded
 
 SHUTDOWN = 30.0  # seconds that ranks have to save and end, as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says
+LOOK = 0.1  # seconds between looks at ranks that are still starting
 MOST = max(8, os.cpu_count() or 1)  # processes on one machine: one a core, and 8 on the smallest for trying out
 
 # `python -m distclip`, but stop signals wait from the beginning until StopSignals heeds them: to import torch takes
@@ -43,8 +47,8 @@ def launch(processes: int, words: Sequence[str], *, restarts: int) -> int:
 
     When a rank has failed, all are started again, `restarts` times at most.
 
-    A stop signal to this process is passed on to the ranks, which save and end; those that have not after 30 s
-    (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) are killed.
+    A stop signal to this process is passed on to the ranks once they train; they save and end, and those that have not
+    after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) are killed.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores already
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
@@ -52,34 +56,76 @@ def launch(processes: int, words: Sequence[str], *, restarts: int) -> int:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with TemporaryDirectory(prefix="distclip-") as meeting:
         os.environ[MEETING_POINT] = f"file://{meeting}/ranks"
-        return launch_at(f"{meeting}/launcher", processes, words, restarts)
+        return launch_at(Path(meeting), processes, words, restarts)
 
 
-def launch_at(meeting: str, processes: int, words: Sequence[str], restarts: int) -> int:
+def launch_at(meeting: Path, processes: int, words: Sequence[str], restarts: int) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint=meeting,
+        rdzv_endpoint=str(meeting / "launcher"),
         rdzv_configs={"store_type": "file"},
         local_addr="127.0.0.1",
         max_restarts=restarts,
-        signals_to_handle=",".join(s.name for s in heeded()),
+        signals_to_handle="SIGQUIT",  # the others are for PatientStop; this one ends everything at once
     )
     try:
-        elastic_launch(config, sys.executable)("-c", RANK, *words)
+        with PatientStop(meeting):
+            elastic_launch(config, sys.executable)("-c", RANK, *words)
     except SignalException as error:
         received = signal.Signals(error.sigval)
         end_forgotten(received)
         return exit_code(received)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode in map(exit_code, STOP_SIGNALS):  # that was sent to the ranks as well, and they were faster
+            return failure.exitcode
         code = 2 if failure.exitcode == 2 else 1
         print(f"distclip: rank {rank} failed, {ending(failure.exitcode)}", file=sys.stderr)
         return code
     return 0
+
+
+class PatientStop:
+    """While entered, a stop signal ends torch's launcher as soon as no rank is starting any more.
+
+    torch's own handler does so at once, and the launcher then kills ranks after 30 s: on a busy machine before their
+    first step, which takes them 2 s of computing to come to.
+    """
+
+    def __init__(self, meeting: Path) -> None:
+        self.meeting = meeting
+        self.received: signal.Signals | None = None
+        self.limit = 0.0
+        self.previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> None:
+        for number in heeded():
+            self.previous[number] = signal.signal(number, self.receive)
+        self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.look)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self.limit = signal.Signals(number), time.monotonic() + MEETING
+        self.look(number, frame)
+
+    def look(self, number: int, frame: FrameType | None) -> None:
+        """Raise what torch's launcher ends by, or look again a moment later."""
+        assert self.received is not None
+        starting = [pid for pid in ranks_started() if not has_begun(pid, self.meeting)]
+        if not starting or time.monotonic() > self.limit:
+            raise SignalException(f"received {self.received.name}", self.received)
+        signal.setitimer(signal.ITIMER_REAL, LOOK)
 
 
 def end_forgotten(received: signal.Signals) -> None:

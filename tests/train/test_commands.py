@@ -15,11 +15,12 @@ from distclip import __version__
 from distclip.cli import main
 from distclip.train import launch
 from ranks import run_ranks
-from train.commands import CONFIGS, TINY, TORCHRUN, metrics, numbers, start, train_here
+from train.commands import CONFIGS, ROOT, TINY, TORCHRUN, metrics, numbers, start, train_here
 
 LONG = [*TINY, "train.steps=100000", "train.log_every=1000"]
 
 
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
 PATIENCE = 200  # seconds: what takes 3 on a quiet machine has taken 60 on a busy one
 
 
@@ -106,8 +107,9 @@ def blocked(pid: int) -> int:
     return next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks into /proc")
-def test_a_signal_waits_for_ranks_that_are_still_starting(run, tmp_path: Path):
+@linux
+@pytest.mark.parametrize("directly", [False, True], ids=["to the command", "to its ranks"])
+def test_a_signal_waits_for_ranks_that_are_still_starting(directly, run, tmp_path: Path):
     folder = tmp_path / "run"
     process = run("train", CONFIGS / "quickstart.yaml", *LONG, f"run.dir={folder}")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -115,11 +117,51 @@ def test_a_signal_waits_for_ranks_that_are_still_starting(run, tmp_path: Path):
     while len(ranks := children.read_text().split()) < 2 or not all(blocked(int(rank)) & bit for rank in ranks):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+    for pid in map(int, ranks) if directly else [process.pid]:
+        os.killpg(pid, signal.SIGINT)
     code, _, errors = finish(process)
-    assert code == 130
+    assert code == 130, errors
     assert "Traceback" not in errors
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+SLOW = """
+import os, signal, sys, time
+from distclip.train.begun import say_begun
+
+def save(*_):
+    open(f"{sys.argv[1]}/saved-{rank}", "w").close()
+    sys.exit(143)
+
+rank = os.environ["RANK"]
+open(f"{sys.argv[1]}/starting-{rank}", "w").close()
+while not os.path.exists(f"{sys.argv[1]}/go"):  # a signal would be the end of it
+    time.sleep(0.01)
+signal.signal(signal.SIGTERM, save)
+say_begun()
+while True:
+    time.sleep(0.01)
+"""
+LAUNCHER = (
+    "import sys; from distclip.train import launch; launch.RANK = sys.argv[1]; "
+    "sys.exit(launch.launch(2, sys.argv[2:], restarts=0))"
+)
+
+
+@linux
+def test_no_rank_is_killed_because_it_starts_slowly(tmp_path: Path):
+    """The launcher passed a signal on at once, and killed 30 s later what had not saved: at load 40, all ranks."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, SLOW, str(tmp_path)], env=environment)
+    while len(list(tmp_path.glob("starting-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    (tmp_path / "go").touch()
+    assert process.wait(timeout=PATIENCE) == 143
+    assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
 STUBBORN = (
@@ -128,7 +170,7 @@ STUBBORN = (
 WILLING = "import time; print('ready', flush=True); time.sleep(60) # rank"
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+@linux
 @pytest.mark.parametrize(("rank", "least", "most"), [(WILLING, 0.0, 1.5), (STUBBORN, 2.0, 5.0)])
 def test_ranks_that_the_launcher_does_not_know_of_yet_get_the_signal_too(rank, least, most, monkeypatch):
     """It forgot those that it was starting when the signal came: they trained on, and the command never ended."""

@@ -1,0 +1,22 @@
+"""Which ranks train by now: until then, a rank that is sent a stop signal can neither save nor end in good time."""
+
+import os
+from pathlib import Path
+
+from distclip.presence import MEETING_POINT
+
+
+def say_begun() -> None:
+    """Tell the launcher, if it is ours, that this rank has begun to train."""
+    meeting = os.environ.get(MEETING_POINT)
+    if meeting is not None:
+        Path(meeting.removeprefix("file://")).with_name(_name(os.getpid())).touch()
+
+
+def has_begun(pid: int, meeting: Path) -> bool:
+    """Whether the rank that is this process has said so; ``meeting``: the folder where ranks meet."""
+    return (meeting / _name(pid)).exists()
+
+
+def _name(pid: int) -> str:
+    return f"begun-{pid}"

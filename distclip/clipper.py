@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from .amp import claim, join_found_inf, skipping, unscale_
@@ -18,6 +19,7 @@ from .errors import FAILURES, LayoutError, NonFiniteError
 from .flags import Flags, in_capture
 from .folding import Folding, Folds, may_skip_on_device
 from .group import Axis, ClippingGroup, reads_are_free
+from .joining import Joining, Shadow
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
 from .measured import NOTHING, Measured
@@ -67,7 +69,7 @@ class Options(TypedDict, total=False):
     overlap: bool
 
 
-class Clipper:
+class Clipper(Joinable):
     """Clips by the true global norm, skips alike on all ranks, and keeps the policy's state.
 
     * ``model``: one module, or the parts this rank holds (pipeline stages). Parameters are read once, here.
@@ -169,6 +171,7 @@ class Clipper:
         compare_ranks(self._plan, listed, settings)
         self._reading = Reading(parts, holders_of(everything))
         self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
+        self._joining = Joining(parts)
         _alive[id(self)] = self
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
@@ -195,6 +198,7 @@ class Clipper:
         One all-reduce, waits as the class says. Ranks that disagree get a LayoutError at once where reading is free, a
         norm of NaN on accelerators.
         """
+        self._joining.refuse("measure()")
         self._read_late_flags()
         fault = self._reading.lost() or self._plan.memory.fault
         measured = self._measure(tag=self._steps + MEASURING, fault=fault)
@@ -251,6 +255,7 @@ class Clipper:
         add up to one (a tied weight on two stages does not). No other Clipper may hold the same parameters. Five
         all-reduces of a few words a parameter, and a wait; gradients are never gathered.
         """
+        self._joining.refuse("verify()")
         rivals = sum(1 for other in alive() if other is not self and other._ids & self._ids)
         fault = self._reading.lost()
         if rivals:
@@ -259,6 +264,34 @@ class Clipper:
                 "for each parameter"
             )
         verify(self._plan, self._holders, fault)
+
+    def join_hook(self, **_: Any) -> JoinHook:
+        """For torch's ``Join([model, clipper])``: what a rank that has run out of data does in steps of the others.
+
+        The model is DistributedDataParallel, and the Clipper makes one ``step`` or ``clip_`` after every backward that
+        reduces, which waits once and sends three float64 words more (none for inf). RuntimeError for what a rank
+        without data cannot shadow: ``measure``, ``verify`` and a scaler, and every call inside ``model.join()``, which
+        knows nothing of the Clipper.
+        """
+        return Shadow(self._joining, self._shadow)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where the words are reduced."""
+        return self._plan.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The clipping group, which must be that of the model."""
+        return self._plan.group.process_group
+
+    @property
+    def _join_config(self) -> Any:
+        return self._joining.config
+
+    @_join_config.setter
+    def _join_config(self, config: Any) -> None:
+        self._joining.enter(config, self._plan, self._overlap is not None)
 
     @shielded
     def state_dict(self) -> dict[str, Any]:
@@ -342,6 +375,11 @@ class Clipper:
                 )
         return None
 
+    @shielded
+    def _shadow(self) -> None:
+        """Make the step that ranks with data make, on one that has none left."""
+        self._advance(skips_on_device=True, present=False)
+
     def _refuse_a_second_owner(self) -> None:
         if self._driver is not None:
             raise RuntimeError(
@@ -349,19 +387,25 @@ class Clipper:
                 "looks without changing anything, and report says what the latest step did)"
             )
 
-    def _advance(self, skips_on_device: bool, fault: LayoutError | None = None) -> Outcome:
-        """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
+    def _advance(self, skips_on_device: bool, fault: LayoutError | None = None, present: bool | None = None) -> Outcome:
+        """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state.
+
+        ``present``: False on a rank that shadows a step of those that have gradients, which all look at it at once.
+        """
+        if present is None:
+            present = self._joining.step()
         self._read_late_flags()
         capturing = in_capture(self._plan.device)
         if capturing and self._plan.heeds:
             raise RuntimeError(CAPTURED)
         fault = self._reading.lost() or fault or self._plan.memory.take_fault()
-        measured = self._measure(tag=self._steps, fault=fault)
+        measured = self._measure(tag=self._steps, fault=fault, present=present)
         outcome, state = self._decide(measured)
         if (
             reads_are_free(self._plan.device)
             or self._nonfinite == "raise"
             or measured.can_overflow
+            or present is not None
             or (outcome.skip is not False and not skips_on_device)
         ):
             if capturing:
@@ -386,6 +430,7 @@ class Clipper:
         self, scaler: GradScaler, optimizers: Sequence[Optimizer], folds: Folds, skips_on_device: bool
     ) -> Outcome:
         """The same after unscaling, with what it found not finite made known to the scalers of all ranks."""
+        self._joining.refuse("a GradScaler")  # nothing moves the scale of a rank that has run out of data
         fault = self._foreign_to(folds, optimizers)
         for source, holder in enumerate(self._holders):
             if holder.grad is not None and id(holder) not in folds.held:
@@ -407,15 +452,15 @@ class Clipper:
         join_found_inf(scaler, optimizers, nonfinite)
         return outcome
 
-    def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
+    def _measure(self, tag: int, fault: LayoutError | None = None, present: bool | None = None) -> Measured:
         """Measure; raise ``fault`` where it is given, once all ranks have met."""
-        gradients = gradients_of(self._holders)
+        gradients = [None] * len(self._holders) if present is False else gradients_of(self._holders)
         taken = NOTHING if self._overlap is None else self._overlap.taken(gradients)
         call = f"step {self._steps}" if tag == self._steps else f"measure() in step {self._steps}"
         if self._loaded:
             tag, call = tag + self._loaded, f"{call} after loading a state (hash {self._loaded:x})"
         measured = self._plan.measure(
-            gradients, self._holders, tag, self._realigns, taken=taken, fault=fault, call=call
+            gradients, self._holders, tag, self._realigns, taken=taken, fault=fault, call=call, present=present
         )
         if measured.realigned and not self._realigns:  # where ranks disagree, some of them have raised before this line
             self._realigns = not measured.reduced.read()[1]

@@ -117,6 +117,7 @@ class Plan:
         taken: Taken = NOTHING,
         fault: LayoutError | None = None,
         call: str = "",
+        present: bool | None = None,
     ) -> Measured:
         """Measure ``gradients``, one for each source, None where there is none.
 
@@ -125,13 +126,14 @@ class Plan:
         every rank must then do. ``same``: they are the very tensors of the last time. ``taken``: sums of some of them.
         Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is mixed into the agreement
         word; ``call`` is what errors say of this rank where others do not agree. An error of this rank is raised after
-        it has taken part, and so is a ``fault`` that it is given, with what the others say.
+        it has taken part, and so is a ``fault`` that it is given, with what the others say. ``present``: as for
+        :func:`reduce_norm`.
         """
         error = fault
         if eager:
             gradients, found = self._realigned(gradients, holders)
             error = error or found
-        gathered, local, norms, reduced = self._reduced(gradients, error, tag, call, same, taken)
+        gathered, local, norms, reduced = self._reduced(gradients, error, tag, call, same, taken, present)
         wide = self.wide or gathered.wide
         if self.heeds:
             _, disagree, (misplaced, wide) = reduced.read()
@@ -201,6 +203,7 @@ class Plan:
         call: str,
         same: bool = False,
         taken: Taken = NOTHING,
+        present: bool | None = None,
     ) -> tuple[Gathered, Local | None, Norms | None, Reduced]:
         """Sum what this rank has and make it global; Local where the gradients had to be looked at one by one.
 
@@ -212,13 +215,14 @@ class Plan:
             norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices, taken)
             mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
         except FAILURES as failed:
-            tell_others(self.group, self.device, self.p, (False, self.wide) if self.asks else (), failed, call)
+            questions = (False, self.wide) if self.asks else ()
+            tell_others(self.group, self.device, self.p, questions, failed, call, present)
             raise
         misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
         questions = (misplaced, self.wide or gathered.wide) if self.asks else ()
-        missing = self._missing(gradients) if len(gathered.indices) < len(self.pieces) else ()
+        missing = self._missing(gradients) if len(gathered.indices) < len(self.pieces) and present is not False else ()
         code = self.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
-        reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions, self.copied, call)
+        reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions, self.copied, call, present)
         if reduced.disagree is True:
             mine_is = self._account(call, missing, None if local is None else local.error)
             reduced = replace(reduced, who=who_differs(self.group, self.device, mine_is))
@@ -327,14 +331,20 @@ class Plan:
 
 
 def tell_others(
-    group: ClippingGroup, device: torch.device, p: float, questions: Sequence[bool], error: Exception, call: str
+    group: ClippingGroup,
+    device: torch.device,
+    p: float,
+    questions: Sequence[bool],
+    error: Exception,
+    call: str,
+    present: bool | None = None,
 ) -> None:
     """Take part in the all-reduce of the others without an own sum, so that they raise as well: here it was ``error``.
 
-    ``device`` and the number of ``questions`` must be those of the others.
+    ``device`` and the number of ``questions`` must be those of the others. ``present``: as for :func:`reduce_norm`.
     """
     nothing: Word = 0.0 if device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=device)
-    reduced = reduce_norm(group, nothing, p, 0, True, questions, call=call)
+    reduced = reduce_norm(group, nothing, p, 0, True, questions, call=call, present=present)
     if reduced.disagree is True:
         who_differs(group, device, stopped_by(error))
 

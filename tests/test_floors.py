@@ -16,7 +16,7 @@ FLOORS = [
     {"neighbours"},
     {"plan"},
     {"early"},
-    {"cache", "culprit", "outcome", "overlap", "verify"},
+    {"cache", "culprit", "joining", "outcome", "overlap", "verify"},
     {"arguments"},
     {"clipper", "functional"},
     {"attached"},

@@ -19,14 +19,16 @@ from torch.distributed.tensor import DTensor
 from .arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
 from .culprit import find_culprit
 from .errors import FAILURES, LayoutError, NonFiniteError
+from .gradient import laid_out
 from .group import Axis, has_float64, reads_are_free
 from .kernels import check_memory, clamp_, scale_
 from .layout import LayoutFn
 from .measured import Measured
-from .piece import held_gradient, holders_of
+from .piece import held_gradient, holders_of, local_tensor
 from .plan import Plan
 from .policies.checks import bounds, positive
 from .report import Culprit
+from .sharing import first_shared, refused
 from .shield import shielded
 from .words import Word, clip_coef, presented
 
@@ -141,8 +143,8 @@ def clip_grads_with_norm_(
     """Scale the gradients of ``parameters`` in place by ``min(1, max_norm / (total_norm + 1e-6))``.
 
     ``total_norm``: 0-d, the same on every rank, for example from :func:`get_total_norm`. No collective; never waits
-    for an accelerator. Each parameter is scaled once; nothing is touched where the factor, float64 if ``total_norm`` is
-    and float32 otherwise, is 1 on the CPU.
+    for an accelerator. Each parameter is scaled once, and gradients that share memory are a LayoutError; nothing is
+    touched where the factor, float64 if ``total_norm`` is and float32 otherwise, is 1 on the CPU.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -162,7 +164,15 @@ def clip_grads_with_norm_(
     if not has_float64(norm.device):
         norm = norm.cpu()
     dtype = torch.float64 if norm.dtype == torch.float64 else torch.float32
-    _scale(_gradients(holders_of(held(parameters))), norm.double(), bound, dtype)
+    listed = held(parameters)
+    holders = [holder for holder in holders_of(listed) if holder.grad is not None]
+    gradients = _gradients(holders)
+    check_memory(gradients, shared=True)
+    pair = first_shared(gradients)
+    if pair is not None:
+        labels = {id(item.holder): item.piece.label(i) for i, item in enumerate(listed)}
+        raise refused(*(labels[id(holders[k])] for k in pair))
+    _scale(gradients, norm.double(), bound, dtype)
 
 
 @shielded
@@ -189,7 +199,9 @@ def clip_grad_value_(
                 f"a gradient is placed as {gradient.placements}, a sum not made yet, whose terms must not be clamped: "
                 "use Clipper(model, ValueClip(...)), or redistribute it"
             )
-    clamp_(_gradients(holders), low, high)
+    gradients = _gradients(holders)
+    check_memory(gradients, shared=True)
+    clamp_(gradients, low, high)
 
 
 def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tuple[Word, Culprit | None]:
@@ -219,17 +231,16 @@ def _scale(gradients: Sequence[Tensor], norm: Word, max_norm: float, dtype: torc
 
 
 def _gradients(holders: Sequence[Tensor]) -> list[Tensor]:
-    """The local gradients that exist, as they lie."""
+    """The local gradients that exist, as they lie; what cannot be changed in place is replaced by a copy."""
     found: list[Tensor] = []
     for holder in holders:
         gradient = holder.grad
         if gradient is None:
             continue
-        if isinstance(gradient, DTensor):
-            gradient = gradient._local_tensor
-        elif gradient.layout == torch.sparse_coo:
+        if gradient.layout == torch.sparse_coo:
             gradient = holder.grad = gradient.coalesce()
             gradient = gradient._values()
-        found.append(gradient)
-    check_memory(found)
+        elif (copy := laid_out(gradient)) is not None:
+            gradient = holder.grad = copy
+        found.append(local_tensor(gradient))
     return found

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from .errors import LayoutError
 from .piece import Piece, local_tensor, same_ranks
 from .realign import cut_locally, is_candidate
+from .sharing import overlaps_itself
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -30,8 +31,7 @@ class Found:
 def look_at(piece: Piece, gradient: Tensor) -> Found:
     """Look at the gradient of one piece; never talks.
 
-    Copies only a sparse gradient that is not coalesced, and what nothing can scale in place: an expanded gradient, or
-    one that is the conjugate or the negative of what lies in memory (``w.conj()`` gives ``w`` such a gradient).
+    Copies only a sparse gradient that is not coalesced, and what nothing can scale in place: see :func:`laid_out`.
     """
     instead: Tensor | None = None
     if isinstance(gradient, DTensor) != piece.is_dtensor:
@@ -63,13 +63,8 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
     if local.layout == torch.sparse_coo and not isinstance(gradient, DTensor):
         instead = None if local.is_coalesced() else local.coalesce()
         local = (local if instead is None else instead)._values()
-    elif local.layout == torch.strided and _is_lazy(local):
-        local = instead = local.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-        if isinstance(gradient, DTensor):
-            where, shape, stride = gradient._spec, gradient.shape, gradient.stride()
-            instead = DTensor.from_local(
-                local, where.mesh, where.placements, run_check=False, shape=shape, stride=stride
-            )
+    elif (copy := laid_out(gradient)) is not None:
+        instead, local = copy, local_tensor(copy)
     elif local.layout != torch.strided:
         return Found(None, problem=f"has layout {local.layout}, which is not supported: use strided or sparse_coo")
     if local.dtype not in NUMBERS:
@@ -91,13 +86,22 @@ def look_at(piece: Piece, gradient: Tensor) -> Found:
     return Found(local, instead)
 
 
-def _is_lazy(tensor: Tensor) -> bool:
-    """Whether its elements do not lie in memory one by one, as in what ``torch.autograd.grad(w.sum(), w)`` returns."""
-    if tensor.is_conj() or tensor.is_neg():
-        return True
-    return not tensor.is_contiguous() and any(
-        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+def laid_out(gradient: Tensor) -> Tensor | None:
+    """A copy of a strided ``gradient`` whose elements do not lie in memory one by one; None where they do.
+
+    As in what ``torch.autograd.grad(w.sum(), w)`` returns, which is expanded, or where it is the conjugate or the
+    negative of what lies in memory (``w.conj()`` gives ``w`` such a gradient).
+    """
+    local = local_tensor(gradient)
+    if local.layout != torch.strided:
+        return None
+    if not (local.is_conj() or local.is_neg() or (not local.is_contiguous() and overlaps_itself(local))):
+        return None
+    copy = local.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    if not isinstance(gradient, DTensor):
+        return copy
+    where, shape, stride = gradient._spec, gradient.shape, gradient.stride()
+    return DTensor.from_local(copy, where.mesh, where.placements, run_check=False, shape=shape, stride=stride)
 
 
 @dataclass(frozen=True, slots=True)

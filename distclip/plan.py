@@ -27,6 +27,7 @@ from .measured import NOTHING, Measured, Norms, Taken
 from .neighbours import WIDE, Gathered, Memory, shares_of
 from .piece import Held, Piece, holders_of, once
 from .realign import is_candidate, realign
+from .sharing import first_shared, refused
 from .words import Reduced, Word, reduce_norm, root
 
 REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
@@ -169,7 +170,14 @@ class Plan:
                 indices.append(i)
             if seen.instead is not None:
                 instead[source] = seen.instead
+        if error is None:
+            error = self._shared(parts, indices)
         return Local(parts, indices, misplaced, instead, error)
+
+    def _shared(self, parts: Sequence[Tensor], indices: Sequence[int]) -> LayoutError | None:
+        """What is wrong where two gradients have elements of memory in common."""
+        pair = first_shared(parts)
+        return None if pair is None else refused(*(self.label(indices[k]) for k in pair))
 
     def compare_copies(self, norm: float, own: Word | None, call: str, warns: bool = True) -> None:
         """Where every rank holds all gradients: remember it if those of this one were not those of all in ``call``.
@@ -215,9 +223,11 @@ class Plan:
             norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices, taken)
             mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
         except FAILURES as failed:
-            questions = (False, self.wide) if self.asks else ()
-            tell_others(self.group, self.device, self.p, questions, failed, call, present)
-            raise
+            found, questions = self._named(gradients, failed), (False, self.wide) if self.asks else ()
+            tell_others(self.group, self.device, self.p, questions, found, call, present)
+            if found is failed:
+                raise
+            raise found from failed
         misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
         questions = (misplaced, self.wide or gathered.wide) if self.asks else ()
         missing = self._missing(gradients) if len(gathered.indices) < len(self.pieces) and present is not False else ()
@@ -227,6 +237,13 @@ class Plan:
             mine_is = self._account(call, missing, None if local is None else local.error)
             reduced = replace(reduced, who=who_differs(self.group, self.device, mine_is))
         return gathered, local, norms, reduced
+
+    def _named(self, gradients: Sequence[Tensor | None], failed: Exception) -> Exception:
+        """What ``failed``, by the name of the gradient where a look at each of them tells."""
+        try:
+            return self.look(gradients).error or failed
+        except FAILURES:
+            return failed
 
     def _missing(self, gradients: Sequence[Tensor | None]) -> tuple[int, ...]:
         """Gradients that are not here, of parameters that every rank holds whole: they are on all ranks or on none.

@@ -1,20 +1,40 @@
-"""Memory that was freed under a tensor: kernels would read what is not there, and end the process."""
+"""Memory that no kernel may write: freed under a tensor, or also that of another."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 LOW = 1 << 40  # an address below it may be an offset into memory that was freed
 
 
-def check_memory(tensors: Sequence[Tensor], addresses: Sequence[int] | None = None) -> None:
-    """RuntimeError where the memory of one of the ``tensors`` on the CPU was freed. 50 ns each."""
+def check_memory(tensors: Sequence[Tensor], addresses: Sequence[int] | None = None, shared: bool = False) -> None:
+    """RuntimeError where the memory of one of the ``tensors`` was freed, or two begin at the same place. 60 ns each.
+
+    Those that begin inside of others are not seen. ``shared``: they may begin at the same place.
+    """
     found = list(map(Tensor.data_ptr, tensors)) if addresses is None else addresses
-    if found and min(found) >= LOW:
+    if not found:
         return
-    for tensor, address in zip(tensors, found, strict=True):
-        if address < LOW and tensor.is_cpu and tensor.numel() and not tensor.untyped_storage().data_ptr():
+    if min(found) < LOW:
+        for tensor, address in zip(tensors, found, strict=True):
+            if address < LOW and tensor.is_cpu and tensor.numel() and not tensor.untyped_storage().data_ptr():
+                raise RuntimeError(
+                    f"a gradient of shape {tuple(tensor.shape)} has no memory: its storage was freed, and must be "
+                    "there until its optimizer has stepped"
+                )
+    if not shared and len(set(found)) < len(found):
+        _check_apart(tensors, found)
+
+
+def _check_apart(tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    seen: set[tuple[int, torch.device]] = set()
+    for tensor, address in zip(tensors, addresses, strict=True):
+        if not address or not tensor.numel():
+            continue
+        if (address, tensor.device) in seen:
             raise RuntimeError(
-                f"a gradient of shape {tuple(tensor.shape)} has no memory: its storage was freed, and must be there "
-                "until its optimizer has stepped"
+                f"a gradient of shape {tuple(tensor.shape)} shares memory with another, whose elements would be scaled "
+                "twice: give each its own (p.grad = p.grad.clone())"
             )
+        seen.add((address, tensor.device))

@@ -39,6 +39,7 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
             return torch.tensor([largest([t]) for t in tensors], dtype=torch.float64)
         sums = torch.tensor([power_sum([t], p) for t in tensors], dtype=torch.float64)
         return sums.sqrt() if p == 2 else sums.pow(1 / p)
+    check_memory(tensors)
     if triton.chosen(tensors[0].device):
         return triton.local_norms(tensors, p)
     real = [torch.view_as_real(t) if t.is_complex() and p == 2 else t for t in tensors]

@@ -152,15 +152,6 @@ def test_neighbours_by_chance_in_storages_of_their_own_are_not_merged():
     assert true_norm([p.grad for p in parameters]) == pytest.approx(0.5, rel=1e-5)
 
 
-def test_one_gradient_of_two_parameters_counts_twice_as_it_is_listed_twice():
-    shared = torch.randn(50)
-    parameters = [Parameter(torch.zeros(50)) for _ in range(2)]
-    for p in parameters:
-        p.grad = shared
-    clip(parameters)
-    clip(parameters)
-
-
 def by_turns_split_and_copied() -> tuple[float, float, list[int]]:
     _, parameters = laid_out()
     layout = {id(p): distclip.Layout(1 + i % 2) for i, p in enumerate(parameters)}

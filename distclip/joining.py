@@ -70,7 +70,7 @@ class Joining:
     def inside(self) -> bool:
         """Whether a Join goes on that this takes part in; RuntimeError in one where calls would hang."""
         configs = [module._join_config for module in self._modules]
-        if not any(map(_shadows, configs)):
+        if not (configs and any(map(_shadows, configs))):
             return False
         known = len(configs) == len(self._configs) and all(a is b for a, b in zip(configs, self._configs, strict=True))
         if not (known and all(map(_shadows, configs))):

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .group import ClippingGroup, has_float64
+from .kernels.flat import bounded
 
+PART = 1 << 22  # elements whose bits torch converts to int64 at once: 32 MiB
 SAMPLE = 4096  # elements of a parameter that its checksum looks at
 HASHES = 1 << 20  # a checksum is below: times 2**32 ranks, still exact in float64
 TEXT_BYTES = 1024
@@ -67,8 +69,8 @@ def bit_sums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)
     for row, tensor in zip(sums, tensors, strict=True):
         if tensor.numel() and tensor.device.type != "meta":
-            bits = _real(tensor.detach()).view(INTEGERS[_real(tensor).element_size()])
-            row.copy_(bits.sum(dtype=torch.int64))
+            parts = bounded(_real(tensor.detach()), PART)
+            row.copy_(sum(part.view(INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts))
     return (_mixed(sums) % HASHES).double()
 
 

@@ -20,6 +20,11 @@ def sent(number: Tensor, device: torch.device) -> Tensor:
     return number.to(device, non_blocking=device.type != "cpu")
 
 
+def pinned_like(words: Tensor) -> Tensor:
+    """Memory of the host that a copy can be under way to."""
+    return torch.empty_like(words, device="cpu", pin_memory=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Flags:
     """A copy of a few numbers that was started without waiting for it."""
@@ -33,10 +38,10 @@ class Flags:
         words = torch.stack([number.double() for number in numbers])
         if words.device.type == "cpu":
             return cls(words, None)
-        host = torch.empty_like(words, device="cpu", pin_memory=True)
+        host = pinned_like(words)
         host.copy_(words, non_blocking=True)
         arrived = torch.Event(words.device.type)
-        arrived.record()
+        arrived.record(torch.accelerator.current_stream(words.device))  # by itself it takes the current device's
         return cls(host, arrived)
 
     def read(self) -> list[float]:

@@ -161,10 +161,14 @@ def clip_coef(norm: Word, max_norm: Word, dtype: torch.dtype = torch.float32) ->
 
     From float64 to float32, or to float64 where gradients are, whose norms leave the range of float32.
     """
-    if isinstance(norm, Tensor) or isinstance(max_norm, Tensor):
-        bound = torch.as_tensor(max_norm, dtype=torch.float64)
-        coef = (bound / (norm + 1e-6)).clamp(max=1.0)
-        return torch.where(bound == inf, 1.0, coef).to(dtype)
+    if isinstance(max_norm, Tensor):
+        coef = (max_norm.double() / (norm + 1e-6)).clamp(max=1.0)
+        return torch.where(max_norm == inf, 1.0, coef).to(dtype)
+    if isinstance(norm, Tensor):
+        if max_norm == inf:
+            return torch.ones((), dtype=dtype, device=norm.device)
+        bound = torch.scalar_tensor(max_norm, dtype=torch.float64)  # of the host: an argument of the kernel, no copy
+        return (bound / (norm + 1e-6)).clamp_(max=1.0).to(dtype)
     factor = max_norm / (norm + 1e-6)
     return torch.scalar_tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=dtype)
 

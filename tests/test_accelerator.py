@@ -8,22 +8,23 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import distclip
 from accelerator import (
     DEVICE,
     EXISTS,
+    Event,
     Wait,
     all_reduce,
     capture,
     capturing,
     counted_waits,
     no_waits,
+    pinned_like,
     raw,
     use_accelerator,
 )
-from distclip.flags import Flags
 from distclip.group import ClippingGroup
 from oracle import true_norm
 from ranks import run_ranks
@@ -41,21 +42,14 @@ EVERYBODY = pytest.mark.parametrize("size", [1, 2])
 EACH_POLICY = pytest.mark.parametrize("policy", POLICIES)
 
 
-class Sent:
-    """Numbers on their way to the host, in memory that is not pinned."""
-
-    @staticmethod
-    def send(*numbers: Tensor) -> Flags:
-        return Flags(torch.stack([raw(number).double() for number in numbers]), None)
-
-
 @contextmanager
 def on_the_accelerator(words_on_the_device: bool = True) -> Iterator[None]:
     """Words travel on the device as with NCCL, or on the host as with Gloo."""
     use_accelerator()
     device = torch.device(DEVICE, 0) if words_on_the_device else torch.device("cpu")
     with (
-        patch("distclip.clipper.Flags", Sent),
+        patch("torch.Event", Event),
+        patch("distclip.flags.pinned_like", pinned_like),
         patch("distclip.clipper.in_capture", capturing),
         patch("torch.distributed.all_reduce", all_reduce),
         patch.object(ClippingGroup, "device_for", lambda group, tensors: device),

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "distclip"
 FLOORS = [
     {"amp", "channel", "errors", "flags", "piece", "report", "roll_call", "shield", "wrapped"},
     {"group", "sharing"},
-    {"compare", "folding", "fsdp1", "fsdp2", "kernels", "layout", "policies", "realign", "words"},
-    {"gradient", "measured", "model", "stepping"},
+    {"folding", "fsdp1", "fsdp2", "kernels", "layout", "policies", "realign", "words"},
+    {"compare", "gradient", "measured", "model", "stepping"},
     {"neighbours"},
     {"plan"},
     {"early"},

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..flags import sent
-from . import triton
+from . import foreach, triton
 
 WIDE = (torch.float64, torch.complex128)
 device_of = attrgetter("device")
@@ -23,15 +23,16 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
     for device, group in _by_device(tensors).items():
         factor = torch.as_tensor(coef, dtype=None if isinstance(coef, Tensor) else torch.float32)
         factor = sent(factor, device)
+        multiply_ = torch._foreach_mul_ if device.type == "cpu" else foreach.multiply_
         narrow = group
         if factor.dtype == torch.float64:
             wide, narrow = [t for t in group if t.dtype in WIDE], [t for t in group if t.dtype not in WIDE]
             if wide:
-                torch._foreach_mul_(wide, factor)
+                multiply_(wide, factor)
         if narrow and triton.chosen(device):
             triton.scale_(narrow, factor.float())
         elif narrow:
-            torch._foreach_mul_(narrow, factor.float())
+            multiply_(narrow, factor.float())
 
 
 def clamp_(tensors: Sequence[Tensor], low: float, high: float, unless: Tensor | None = None) -> None:

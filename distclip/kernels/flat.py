@@ -1,10 +1,24 @@
-"""1-D views of tensors of any strides, without copying what can be viewed."""
+"""Views of tensors of any strides, without copying what can be viewed."""
 
 from collections.abc import Iterator
 
 from torch import Tensor
 
 COPY = 1 << 16  # elements of a copy where no view exists
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie side by side in memory, in any order of dimensions."""
+    return tensor.is_contiguous() or _in_order_of_memory(tensor).is_contiguous()
+
+
+def bounded(tensor: Tensor, most: int) -> Iterator[Tensor]:
+    """Yield views of at most ``most`` elements, of any strides, that hold each element once."""
+    if tensor.numel() <= most:
+        yield tensor
+    else:
+        for half in tensor.tensor_split(2, max(range(tensor.ndim), key=tensor.size)):
+            yield from bounded(half, most)
 
 
 def flat_views(tensor: Tensor) -> Iterator[Tensor]:
@@ -16,7 +30,7 @@ def flat_views(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.is_contiguous():
         yield tensor.view(-1)
         return
-    dense = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    dense = _in_order_of_memory(tensor)
     if dense.is_contiguous():
         yield dense.view(-1)
     elif tensor.numel() <= COPY:
@@ -25,3 +39,7 @@ def flat_views(tensor: Tensor) -> Iterator[Tensor]:
         dim = max(range(tensor.ndim), key=tensor.size)
         for half in tensor.tensor_split(2, dim):
             yield from flat_views(half)
+
+
+def _in_order_of_memory(tensor: Tensor) -> Tensor:
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))

@@ -5,7 +5,7 @@ x ** 2 of any finite fp32, bf16 or fp16 number is exact, from 1e-45 to 3e38. The
 so. Where it was not built, and for what it cannot read, torch's kernels add rows of 64 powers in fp32 and the rows in
 float64; rows that left the range of fp32 are added again in float64. Accelerators convert to float64.
 
-Private torch API, read in 2.13: ``_foreach_norm``, ``_C._nn.flatten_dense_tensors``.
+Private torch API, read in 2.13: ``_C._nn.flatten_dense_tensors``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from . import native, triton
+from . import foreach, native, triton
 from .flat import flat_views
 from .memory import check_memory
 
@@ -42,14 +42,7 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     check_memory(tensors)
     if triton.chosen(tensors[0].device):
         return triton.local_norms(tensors, p)
-    real = [torch.view_as_real(t) if t.is_complex() and p == 2 else t for t in tensors]
-    full = [i for i, t in enumerate(real) if t.numel()]
-    norms = [torch.zeros((), dtype=torch.float64, device=tensors[0].device)] * len(tensors)
-    if full:
-        moduli = [real[i].abs() if real[i].is_complex() else real[i] for i in full]
-        for i, norm in zip(full, torch._foreach_norm(moduli, p, torch.float64), strict=True):
-            norms[i] = norm
-    return torch.stack(norms)  # to write by a list of indices into one tensor would wait for these to be copied
+    return torch.stack(foreach.norms(tensors, p))  # to write by a list of indices would wait for these to be copied
 
 
 def power_sum(tensors: Sequence[Tensor], p: float) -> float:

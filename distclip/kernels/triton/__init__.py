@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import foreach
 from .choice import available as available, check_choice as check_choice, chosen as chosen
 from .slots import Slots as Slots
 from .table import Table, block_size, fits, table_of
@@ -67,7 +68,7 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     nothing is read or written.
 
     One launch a dtype. The product is made in fp32 (fp64 in float64) and rounded once, which gives the bits of
-    ``torch._foreach_mul_``; that does the tensors that :func:`local_norms` also leaves to torch. No tensor may be
+    ``foreach.multiply_``; that does the tensors that :func:`local_norms` also leaves to torch. No tensor may be
     listed twice. Never waits.
     """
     from . import device
@@ -84,7 +85,7 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
                 table.rows, table.row_of_block, coef, _triton_dtype(dtype), block_size(dtype), num_warps=WARPS
             )
     if others:
-        torch._foreach_mul_([parts[i] for i in others], coef)
+        foreach.multiply_([parts[i] for i in others], coef)
 
 
 def _put_norms(parts: Sequence[Tensor], p: float, norms: Tensor, places: Sequence[int], slots: Slots | None) -> None:
@@ -102,7 +103,7 @@ def _put_norms(parts: Sequence[Tensor], p: float, norms: Tensor, places: Sequenc
                 device.look[(len(indices),)](table.rows, *slots.kept(), _triton_dtype(dtype), True, num_warps=1)
             _launch_sums(table, dtype, p, norms, None if slots is None else slots.known)
     if others:
-        torch._foreach_copy_([norms[places[i]] for i in others], _torch_norms([parts[i] for i in others], p))
+        torch._foreach_copy_([norms[places[i]] for i in others], foreach.norms([parts[i] for i in others], p))
 
 
 def _launch_sums(table: Table, dtype: torch.dtype, p: float, norms: Tensor, known: Tensor | None) -> None:
@@ -144,14 +145,6 @@ def _groups(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[int]], li
         elif tensor.numel():
             others.append(i)
     return groups, others
-
-
-def _torch_norms(tensors: list[Tensor], p: float) -> list[Tensor]:
-    """float64 norms by torch's own kernels, without a copy; its foreach kernel knows no complex numbers."""
-    if not any(t.is_complex() for t in tensors):
-        return list(torch._foreach_norm(tensors, p, dtype=torch.float64))
-    wide = [torch.complex128 if t.is_complex() else torch.float64 for t in tensors]
-    return [torch.linalg.vector_norm(t, p, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
 
 
 def _triton_dtype(dtype: torch.dtype) -> Any:

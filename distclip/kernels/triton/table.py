@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..flat import is_dense
+
 LINE = 128  # bytes of a cache line
 BLOCK_BYTES = 1 << 15  # the work of one program: 8 loads of 16 bytes for each of 256 threads, enough to hide latency
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -42,9 +44,7 @@ def fits(tensor: Tensor) -> bool:
     """Whether the kernels can read it: a dtype they know, elements densely in memory, in any order of dimensions."""
     if tensor.dtype not in DTYPES or tensor.data_ptr() % tensor.element_size():
         return False
-    if tensor.is_contiguous():
-        return True
-    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()
+    return is_dense(tensor)
 
 
 def block_size(dtype: torch.dtype) -> int:

@@ -1,0 +1,123 @@
+"""Norms, scaling and clamping on accelerators by torch's own kernels, with few launches and no large copy.
+
+CUDA's foreach kernels take many tensors at once where all have one dtype, lie densely in memory and meet a factor of
+their own dtype. In any other call each tensor gets a kernel of its own, which converts a whole copy of it first where
+it sums in float64, and rounds a 0-d factor to the dtype of the tensor. Nothing here waits.
+
+Private torch API, read in 2.13 (docs/design.md has the places): ``_foreach_norm``, ``_foreach_mul_``,
+``_foreach_copy_``, ``_foreach_clamp_min_``, ``_foreach_clamp_max_``.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .flat import bounded, is_dense
+
+SMALL = 1 << 16  # elements: a kernel on larger ones takes longer than its launch
+LARGE = 1 << 22  # elements converted or joined at once: 32 MiB of float64
+FEW = 3  # joining takes three launches
+
+
+def norms(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
+    """The p-norm of each tensor: float64, 0-d, on its device."""
+    real = [torch.view_as_real(t) if t.is_complex() and p == 2 else t for t in tensors]
+    found: list[Tensor] = [torch.empty(0)] * len(real)
+    together: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(real):
+        if not tensor.numel():
+            found[i] = torch.zeros((), dtype=torch.float64, device=tensor.device)
+        elif p in (1, 2, inf) and not tensor.is_complex() and is_dense(tensor):
+            together.setdefault(tensor.dtype, []).append(i)
+        else:
+            found[i] = _norm(tensor, p)
+    for places in together.values():
+        for i, norm in zip(places, torch._foreach_norm([real[i] for i in places], p, torch.float64), strict=True):
+            found[i] = norm
+    return found
+
+
+def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply every tensor in place by ``factor``, 0-d float32 or float64 on their device.
+
+    The product is made in fp32 and rounded once, also where the tensor is bf16 or fp16; in float64 for float64.
+    """
+    for same in _alike(tensors):
+        dtype = same[0].dtype
+        if dtype.itemsize > 2:
+            torch._foreach_mul_(same, factor.to(dtype))
+            continue
+        # Of one dimension it takes part in type promotion, so that the product is fp32; a 0-d one would be rounded.
+        # GradScaler's kernel for many tensors does so too, but has no bf16 on CUDA (pytorch#127176).
+        wide = factor.float().view(1)
+        for tensor in _joined(same):
+            tensor.mul_(wide)
+
+
+def clamp_(tensors: Sequence[Tensor], low: float, high: float, unless: Tensor | None = None) -> None:
+    """Clamp every tensor in place to [low, high]; NaN stays NaN.
+
+    ``unless``: 0-d bool on their device; where it is true nothing changes.
+    """
+    for same in _alike(tensors):
+        dtype = same[0].dtype
+        if unless is None:
+            torch._foreach_clamp_min_(same, low)
+            torch._foreach_clamp_max_(same, high)
+            continue
+        floor = unless.new_full((), low, dtype=dtype).masked_fill_(unless, -inf)
+        ceiling = unless.new_full((), high, dtype=dtype).masked_fill_(unless, inf)
+        for tensor in _joined(same):
+            tensor.clamp_(floor, ceiling)
+
+
+def _norm(tensor: Tensor, p: float) -> Tensor:
+    """The norm of one tensor that no kernel for many takes, part by part: torch converts a copy of what it sums."""
+    dtype = torch.complex128 if tensor.is_complex() else torch.float64
+    parts: list[Tensor] = [torch.linalg.vector_norm(part, p, dtype=dtype) for part in bounded(tensor, LARGE)]
+    whole: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), p)
+    return whole
+
+
+def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    """Lists of one dtype, dense in memory or none of them, without empty tensors; complex ones as pairs."""
+    groups: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            groups.setdefault((real.dtype, is_dense(real)), []).append(real)
+    return groups.values()
+
+
+def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """``tensors`` of one dtype, to be changed in place: small ones as copies of many, written back when the next is
+    asked for.
+    """
+    small: list[Tensor] = []
+    waiting = 0
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            yield tensor
+        elif tensor.numel() > SMALL:
+            yield tensor.view(-1)
+        else:
+            small.append(tensor.view(-1))
+            waiting += tensor.numel()
+            if waiting > LARGE - SMALL:
+                yield from _as_one(small)
+                small, waiting = [], 0
+    yield from _as_one(small)
+
+
+def _as_one(tensors: list[Tensor]) -> Iterator[Tensor]:
+    if len(tensors) <= FEW:
+        yield from tensors
+        return
+    sizes = list(map(Tensor.numel, tensors))
+    copy = tensors[0].new_empty(sum(sizes))
+    parts = list(torch.split(copy, sizes))
+    torch._foreach_copy_(parts, tensors)
+    yield copy
+    torch._foreach_copy_(tensors, parts)

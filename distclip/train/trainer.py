@@ -42,7 +42,7 @@ class Trainer:
         for group in self.held.optimizer.param_groups:
             group["lr"] = lr
         self.seed(step)
-        inputs, targets = (t.to(self.place.device) for t in self.batches.at(step))
+        inputs, targets = (t.to(self.place.device, non_blocking=True) for t in self.batches.at(step))
         answer = self.passes.forward_backward(inputs, targets)
         report = self.held.step()
         seen = [0.0, 0.0, 0.0] if answer is None else [answer.loss, right(answer.logits, targets).double().mean(), 1.0]
@@ -66,8 +66,9 @@ class Trainer:
 
     def summed(self, numbers: list[Tensor | float]) -> list[float]:
         """Numbers added over all ranks, in float64, by one all-reduce."""
-        device = self.place.device
-        vector = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
+        known = [0.0 if isinstance(n, Tensor) else n for n in numbers]  # which travel to the device at once
+        sent = torch.tensor(known, dtype=torch.float64).to(self.place.device, non_blocking=True).unbind()
+        vector = torch.stack([n.double() if isinstance(n, Tensor) else k for n, k in zip(numbers, sent, strict=True)])
         dist.all_reduce(vector)
         return vector.tolist()
 

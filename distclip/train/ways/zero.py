@@ -124,9 +124,11 @@ class Zero:
     def fill(self) -> None:
         """Start the optimizer's state with zeros, as its first step would: only then is there one to load into."""
         optimizer = self.engine.optimizer
+        fused = any(group["fused"] for group in optimizer.optimizer.param_groups)
         for flat in self.flat():
             zeros = {key: torch.zeros_like(flat.detach()) for key in self.kept}
-            optimizer.optimizer.state[flat] = zeros | ({"step": torch.zeros(())} if self.counts else {})
+            step = torch.zeros((), device=flat.device if fused else None)  # where torch's own first step makes it
+            optimizer.optimizer.state[flat] = zeros | ({"step": step} if self.counts else {})
         if self.engine.zero_optimization_stage() < 3:
             optimizer._lazy_init_hp_params_optimizer_state()
 

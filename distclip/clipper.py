@@ -29,7 +29,8 @@ from .overlap import Overlap
 from .piece import gradients_of, holders_of, once
 from .plan import Plan
 from .policies import Policy, State
-from .policies.adopt import as_policy, fitting, hash_of, spelled, with_keys
+from .policies.adopt import as_policy, fitting, hash_of, made, spelled, with_keys
+from .policies.answer import refusal_of
 from .policies.checks import count, positive
 from .report import Culprit, Report
 from .shield import shielded, untraced
@@ -151,6 +152,7 @@ class Clipper(Joinable):
             everything = once(held_in(parts))
             listed = chosen(everything, only)
             self._plan = Plan.of(listed, p, where, split_over, layout)
+            self._state = made(self._policy, self._plan.device)
         except FAILURES as error:
             device = where.device_for(parameter for part in parts for parameter in part.parameters())
             tell_ranks(where, device, settings, error)
@@ -159,7 +161,6 @@ class Clipper(Joinable):
         self._ids = frozenset(map(id, self._holders))
         self._left_out = frozenset(id(item.holder) for item in everything) - self._ids
         self._folding = Folding(self._ids)
-        self._state = self._policy.init(self._plan.device)
         self._steps = 0
         self._loaded = 0  # hash of a state that no step was made with yet
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
@@ -307,7 +308,7 @@ class Clipper(Joinable):
         """
         state = with_keys(state, ("policy", "steps", "consecutive_skips"), "a Clipper's")
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
-        self._state = fitting(state["policy"], self._policy.init(self._plan.device))
+        self._state = fitting(state["policy"], made(self._policy, self._plan.device))
         self._steps, self._skips = steps, skips
         self._loaded = hash_of(self._state, skips)
         self._unread = None
@@ -415,9 +416,9 @@ class Clipper(Joinable):
             kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
             norm, disagree = measured.reduced.tensors(self._plan.device)
             own = norm if measured.reduced.own is None else torch.as_tensor(measured.reduced.own)
-            self._unread = Flags.send(norm, disagree, own), kept
-        copies = {name: value.clone() for name, value in state.items()}  # one may be what another was
-        for name, value in copies.items():
+            faults = [outcome.fault] if isinstance(outcome.fault, Tensor) else []
+            self._unread = Flags.send(norm, disagree, own, *faults), kept
+        for name, value in state.items():
             self._state[name].copy_(value)  # in place: a captured graph reads the next state where it wrote the last
         self._steps += 1
         self._loaded = 0
@@ -475,6 +476,8 @@ class Clipper(Joinable):
         outcome = outcome.read()
         if outcome.disagree:
             raise LayoutError(f"{DISAGREE}{outcome.measured.reduced.who}")
+        if outcome.fault:
+            raise refusal_of(float(outcome.fault), self._policy)
         if isfinite(outcome.norm):
             self._skips = 0
             self._plan.compare_copies(float(outcome.norm), outcome.measured.reduced.own, f"step {self._steps}")
@@ -500,7 +503,7 @@ class Clipper(Joinable):
         if self._unread is None or in_capture(self._plan.device):
             return
         (flags, measured), self._unread = self._unread, None
-        norm, disagree, own = flags.read()
+        norm, disagree, own, *faults = flags.read()
         if disagree:
             raise LayoutError(DISAGREE)
         if not isfinite(norm):
@@ -508,16 +511,19 @@ class Clipper(Joinable):
             return
         self._skips = 0
         self._plan.compare_copies(norm, own, f"step {self._steps - 1}", warns=False)  # this call raises
+        if any(faults):
+            raise refusal_of(faults[0], self._policy)
 
     def _apply(self, outcome: Outcome, gradients: Sequence[Tensor]) -> None:
         """Scale and clamp ``gradients``; with numbers on the host, only where something changes."""
         if outcome.skip is True:
             return
-        if outcome.scales:
-            scale_(gradients, outcome.report.coef)  # on the device, where that has computed it
+        for factor in outcome.factors:
+            scale_(gradients, factor)
         if outcome.bounds is not None:
             unless = outcome.skip if isinstance(outcome.skip, Tensor) else None
-            clamp_(gradients, *outcome.bounds, unless=unless)
+            low, high = outcome.bounds
+            clamp_(gradients, low, high, unless)
 
     def _not_folded(self, measured: Measured, folds: Folds) -> Sequence[Tensor]:
         """The gradients that no folding optimizer scales, those that no optimizer holds included."""

@@ -96,7 +96,8 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
     """Inside, ``optimizer.step()`` multiplies gradients by ``coef`` and does nothing where ``skip`` is true.
 
     Either may be None: no factor, never skipped. Both are 0-d, and copied to the parameters' device where they are
-    elsewhere. The gradients are left scaled; one that lies otherwise than its parameter is replaced by a copy.
+    elsewhere; ``coef`` is normal in float32, which keeps its inverse finite. The gradients are left scaled; one that
+    lies otherwise than its parameter is replaced by a copy.
     """
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), None)
     if device is None:  # a rank whose stage or experts have no parameters for it
@@ -104,7 +105,7 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
         return
     words: dict[str, Tensor] = {}
     if coef is not None:
-        words["grad_scale"] = sent(_divisor(coef.float()), device)
+        words["grad_scale"] = sent(coef.float().reciprocal(), device)
     if skip is not None:
         words["found_inf"] = sent(skip.float(), device)
     _straighten(optimizer)
@@ -137,9 +138,3 @@ def _straighten(optimizer: Optimizer) -> None:
             mesh, placements, shape = gradient.device_mesh, gradient.placements, gradient.shape
             copy = DTensor.from_local(copy, mesh, placements, shape=shape, stride=gradient.stride())
         parameter.grad = copy
-
-
-def _divisor(coef: Tensor) -> Tensor:
-    """``1 / coef``, which is finite for every ``coef`` above 0: else gradients would become zeros."""
-    divisor = coef.reciprocal()
-    return torch.where(coef > 0, divisor.clamp(max=torch.finfo(torch.float32).max), divisor)

@@ -30,7 +30,7 @@ from .policies.checks import bounds, positive
 from .report import Culprit
 from .sharing import first_shared, refused
 from .shield import shielded
-from .words import Word, clip_coef, presented
+from .words import Word, clip_coef, factors, least_normal, presented
 
 DISAGREE = (
     "the ranks of the clipping group passed other parameters or settings, lack a gradient that others have, or one of "
@@ -225,9 +225,12 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
 
 
 def _scale(gradients: Sequence[Tensor], norm: Word, max_norm: float, dtype: torch.dtype) -> None:
-    coef = clip_coef(norm, max_norm, dtype)
-    if not reads_are_free(coef.device) or coef.item() != 1.0:
-        scale_(gradients, coef)
+    if isinstance(norm, Tensor) and not reads_are_free(norm.device):
+        scale_(gradients, least_normal(clip_coef(norm, max_norm, torch.float64), norm).to(dtype))
+        return
+    number = norm.item() if isinstance(norm, Tensor) else norm
+    for factor in factors(number, max_norm, None, dtype)[1]:
+        scale_(gradients, factor)
 
 
 def _gradients(holders: Sequence[Tensor]) -> list[Tensor]:

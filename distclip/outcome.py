@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from math import isfinite, nan
+from math import inf, isfinite, nan
 
 import torch
 from torch import Tensor
@@ -11,57 +11,61 @@ from torch.optim import Optimizer
 from .folding import Folds, folded
 from .measured import Measured
 from .policies import Policy, State
+from .policies.answer import Numbers, Words, ask, is_trusted
 from .report import Culprit, Report
-from .words import clip_coef, presented
-
-LEAST_FOLDED = 2.95e-39  # below, 1 / coef is inf in float32
+from .words import clip_coef, factors, least_normal, presented
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One measured and decided step.
 
-    ``norm`` and what follows are numbers where the host knows them, 0-d tensors otherwise.
+    ``factors``: what gradients are multiplied by, one after the other. ``norm`` and what follows are numbers where the
+    host knows them, 0-d tensors otherwise: ``coef`` before it was rounded, and what is wrong with the policy's answer
+    that the host has not refused (see :meth:`.policies.answer.Words.fault`).
     """
 
     report: Report
     measured: Measured
-    bounds: tuple[float, float] | None
+    bounds: tuple[float, float] | tuple[Tensor, Tensor] | None
+    factors: tuple[Tensor, ...]
     norm: float | Tensor
     disagree: bool | Tensor
     coef: float | Tensor
     skip: bool | Tensor
-
-    @property
-    def scales(self) -> bool:
-        """Whether gradients may have to be scaled: false only where the host knows a coefficient of 1."""
-        return isinstance(self.coef, Tensor) or self.coef != 1.0
+    fault: float | Tensor | None = None
 
     @property
     def can_fold(self) -> bool:
-        """Whether an optimizer may do the scaling, by dividing by 1 / coef, which must be finite in float32.
+        """Whether an optimizer may do the scaling, by dividing by 1 / coef: one factor, and normal in float32.
 
         Elementwise bounds come after it, and no optimizer applies them.
         """
-        return self.scales and self.bounds is None and (isinstance(self.coef, Tensor) or self.coef > LEAST_FOLDED)
+        return len(self.factors) == 1 and self.bounds is None
 
     def read(self) -> "Outcome":
         """The same with numbers in place of tensors: one copy to the host, and a wait for it."""
         if not isinstance(self.norm, Tensor):
             return self
         reduced = self.measured.reduced
-        words = (self.norm, self.disagree, self.coef, self.skip, self.norm if reduced.own is None else reduced.own)
-        norm, disagree, coef, skip, own = torch.stack([torch.as_tensor(word).double() for word in words]).tolist()
+        own = self.norm if reduced.own is None else reduced.own
+        words = (self.norm, self.disagree, self.coef, self.skip, 0.0 if self.fault is None else self.fault, own)
+        norm, disagree, coef, skip, fault, own = torch.stack([_like(word, self.norm) for word in words]).tolist()
         if reduced.own is not None:
             reduced = replace(reduced, own=own)
         measured = replace(self.measured, reduced=reduced)
-        return replace(self, measured=measured, norm=norm, disagree=bool(disagree), coef=coef, skip=bool(skip))
+        found = factors(norm, inf, coef, measured.dtype)[1]
+        found = self.factors if len(found) == 1 else found  # which is where gradients are
+        known = replace(self, measured=measured, factors=found, norm=norm, disagree=bool(disagree), coef=coef)
+        return replace(known, skip=bool(skip), fault=fault)
 
     def blamed_on(self, culprit: Culprit) -> "Outcome":
         """The same with the culprit in its report. Finite gradients whose powers overflow are left as they are."""
-        coef = 1.0 if culprit.kind == "overflow" else self.coef
-        report = replace(self.report, coef=torch.full_like(self.report.coef, float(coef)), culprit=culprit)
-        return replace(self, report=report, coef=coef)
+        report = replace(self.report, culprit=culprit)
+        if culprit.kind == "overflow":
+            report = replace(report, coef=torch.ones_like(report.coef))
+            return replace(self, report=report, factors=(), coef=1.0)
+        return replace(self, report=report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,10 @@ class Stepping:
     def around(self, index: int, optimizer: Optimizer) -> AbstractContextManager[None]:
         """What the step of ``optimizer``, the one of this index, must run inside of."""
         return folded(optimizer, self.coef, self.skip) if self.folds.by_optimizer[index] else nullcontext()
+
+
+def _like(word: float | Tensor, other: Tensor) -> Tensor:
+    return word.double() if isinstance(word, Tensor) else torch.full_like(other, word)
 
 
 def decided(
@@ -94,28 +102,37 @@ def _with_numbers(
 ) -> tuple[Outcome, State]:
     norm, disagree, _ = measured.reduced.read()
     norm = nan if disagree else norm
-    decision, state = policy.decide(torch.scalar_tensor(norm, dtype=torch.float64, device=device), state)
-    skip = decision.skip is not None and bool(decision.skip)
-    skip = skip or (skips_nonfinite and not isfinite(norm))
-    bound = decision.max_norm.item()
-    dtype = measured.dtype
-    coef = torch.ones((), dtype=dtype) if skip else clip_coef(norm, bound, dtype)
+    decision, state = ask(policy, torch.scalar_tensor(norm, dtype=torch.float64, device=device), state)
+    answer, finite, dtype = Numbers.of(decision, policy), isfinite(norm), measured.dtype
+    if finite and not answer.skip:  # of a norm that is not finite a policy may have made what it cannot answer for
+        answer.check(policy)
+    skip, bound = answer.skip or (skips_nonfinite and not finite), answer.max_norm
+    coef, found = (torch.ones((), dtype=dtype), ()) if skip else factors(norm, bound, answer.coef, dtype)
     report = Report(presented(norm, dtype), presented(bound, dtype), coef, torch.scalar_tensor(skip, dtype=torch.bool))
-    return Outcome(report, measured, decision.bounds, norm, disagree, coef.item(), skip), state
+    return Outcome(report, measured, answer.bounds, found, norm, disagree, coef.item(), skip), state
 
 
 def _with_tensors(
     measured: Measured, policy: Policy, state: State, skips_nonfinite: bool, device: torch.device
 ) -> tuple[Outcome, State]:
     norm, disagree = measured.reduced.tensors(device)
-    norm = torch.where(disagree, torch.nan, norm)
-    decision, state = policy.decide(norm, state)
-    skip = torch.zeros_like(disagree) if decision.skip is None else decision.skip.clone()
+    norm, trusted = torch.where(disagree, torch.nan, norm), is_trusted(policy)
+    decision, state = ask(policy, norm if trusted else norm.clone(), state)
+    answer, dtype = Words.of(decision, policy, device), measured.dtype
+    skip = torch.zeros_like(disagree) if answer.skip is None else answer.skip
     if skips_nonfinite:
         skip = skip | ~norm.isfinite()
-    dtype = measured.dtype
-    coef = torch.where(skip, 1.0, clip_coef(norm, decision.max_norm, dtype))
-    bound = presented(decision.max_norm.clone(), dtype)  # a policy may answer with its state, which is about to change
-    report = Report(presented(norm, dtype), bound, coef, skip)
-    never = decision.skip is None and not skips_nonfinite
-    return Outcome(report, measured, decision.bounds, norm, disagree, coef, False if never else skip), state
+    shown: Tensor = norm
+    fault: Tensor | None = None
+    if not trusted:
+        fault = torch.where(skip | ~norm.isfinite(), 0.0, answer.fault())
+        skip = skip | (fault > 0)
+        shown = torch.where(fault > 0, torch.nan, norm)
+    exact = clip_coef(norm, answer.max_norm, torch.float64) if answer.coef is None else answer.coef
+    exact = torch.where(skip, 1.0, exact)
+    coef = least_normal(exact, None if skips_nonfinite else norm).to(dtype)
+    bound = presented(answer.max_norm.clone(), dtype)  # a policy may keep what it answers with, and change it
+    report = Report(presented(shown, dtype), bound, coef, skip)
+    never = answer.skip is None and not skips_nonfinite and trusted
+    known = False if never else skip
+    return Outcome(report, measured, answer.bounds, (coef,), norm, disagree, exact, known, fault), state

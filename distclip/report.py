@@ -35,7 +35,9 @@ class Report:
     * ``norm``: total norm before clipping, float32 (float64 when a parameter is float64). A finite norm beyond
       float32 is ``finfo.max``, so ``inf`` always means a gradient (or its power sum) that is not finite.
     * ``max_norm``: the bound the policy chose, same dtype; ``inf`` when nothing bounds the norm.
-    * ``coef``: the factor for every gradient, same dtype; exactly 1 when nothing is scaled.
+    * ``coef``: the factor for every gradient, same dtype; exactly 1 when nothing is scaled, above 0 for a finite norm.
+      Below float32's normal numbers gradients are scaled by the exact one, of which this has a few digits; on an
+      accelerator, where the host does not know it, by the least normal number, and this is that.
     * ``skip``: bool; the step must not be taken (``step`` did not take it).
 
     ``culprit`` says where a non-finite norm came from. With the decision on an accelerator it is ``None`` here, and

@@ -11,7 +11,7 @@ so that every rank sees the same one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf, isinf, isnan, nan, sqrt
+from math import frexp, inf, isfinite, isinf, isnan, ldexp, nan, sqrt
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,7 @@ from .group import ClippingGroup
 
 MODULUS = 2.0**36
 CODES = 1 << 16
+LEAST = torch.finfo(torch.float32).smallest_normal  # 2**-126; smaller ones lose precision, or are taken for 0
 
 Word: TypeAlias = Tensor | float
 """A number where the words are reduced on the host, a 0-d float64 tensor where that is an accelerator."""
@@ -171,6 +172,44 @@ def clip_coef(norm: Word, max_norm: Word, dtype: torch.dtype = torch.float32) ->
         return (bound / (norm + 1e-6)).clamp_(max=1.0).to(dtype)
     factor = max_norm / (norm + 1e-6)
     return torch.scalar_tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=dtype)
+
+
+def factors(norm: float, max_norm: float, coef: float | None, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The coefficient as a report shows it, 0-d, and what gradients are multiplied by, one after the other.
+
+    That is ``coef``, or :func:`clip_coef` for None: nothing where it is 1, the coefficient itself where it is normal in
+    float32. A smaller one would lose precision, or zero what is finite: it becomes several numbers that are normal, and
+    what is shown is never 0.
+    """
+    shown = clip_coef(norm, max_norm, dtype) if coef is None else torch.scalar_tensor(coef, dtype=dtype)
+    number = shown.item()
+    if number == 1.0:
+        return shown, ()
+    if not number < LEAST or not isfinite(norm):
+        return shown, (shown,)
+    over, under = (max_norm, norm + 1e-6) if coef is None else (coef, 1.0)
+    parts = tuple(torch.scalar_tensor(part, dtype=dtype) for part in _normal_parts(over, under))
+    return torch.full_like(shown, torch.finfo(dtype).smallest_normal) if number == 0.0 else shown, parts
+
+
+def _normal_parts(over: float, under: float) -> list[float]:
+    """Numbers from ``LEAST`` to 1 whose product is ``over / under``; powers of two, which round nothing, come first."""
+    (high, exponent), (low, taken) = frexp(over), frexp(under)
+    rest, exponent = high / low / 2, exponent - taken + 1  # the rest is between 1/4 and 1
+    parts = []
+    while exponent < -124:
+        parts.append(LEAST)
+        exponent += 126
+    return [*parts, ldexp(rest, exponent)]
+
+
+def least_normal(coef: Tensor, norm: Tensor | None = None) -> Tensor:
+    """``coef`` where the host does not know it, and so not whether several factors are needed: at least ``LEAST``.
+
+    ``norm``: where that may be inf, and 0 is right as torch has it.
+    """
+    least = coef.clamp(min=LEAST)
+    return least if norm is None else torch.where(norm == inf, coef, least)
 
 
 def presented(norm: Word, dtype: torch.dtype) -> Tensor:

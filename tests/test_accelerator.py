@@ -397,6 +397,183 @@ def test_what_has_to_read_the_norm_cannot_be_captured_and_says_so():
         assert all("CUDA graph" in line for line in said)
 
 
+class Answers:
+    """A policy that answers with numbers of the device, and of the host where they are no tensors."""
+
+    def __init__(self, **numbers) -> None:
+        self.numbers = numbers
+
+    def init(self, device):
+        return {"n": torch.zeros((), dtype=torch.float64, device=device)}
+
+    def decide(self, norm, state):
+        def here(number):
+            return torch.full_like(norm, number[0]) if isinstance(number, list) else number
+
+        answer = {name: tuple(map(here, n)) if name == "bounds" else here(n) for name, n in self.numbers.items()}
+        return distclip.Decision(**{"max_norm": here([inf]), **answer}), {"n": state["n"] + 1}
+
+
+BAD = {
+    "max_norm of -1": {"max_norm": [-1.0]},
+    "max_norm of NaN, not to be skipped": {"max_norm": [torch.nan], "skip": False},
+    "max_norm of the host": {"max_norm": 0.0},
+    "coef of 0": {"coef": [0.0]},
+    "coef of 2, of the host": {"coef": 2.0},
+    "bounds of the device": {"bounds": ([5.0], [6.0])},
+    "bounds of both": {"bounds": ([5.0], 6.0)},
+}
+
+
+def bad_answers() -> list[dict[str, object]]:
+    """A step that a policy's answer spoils, between good ones; what was told in the next, and where a step reads."""
+    seen = []
+    with on_the_accelerator():
+        for bad in BAD.values():
+            for nonfinite in ("skip", "propagate"):
+                model, policy = layers(), Answers(max_norm=[1.0])
+                clipper, optimizer = distclip.Clipper(model, policy, nonfinite=nonfinite), adamw(model)
+                fill(model, 0)
+                clipper.step(optimizer)
+                before, good = [raw(parameter).clone() for parameter in model], policy.numbers
+                policy.numbers = bad
+                fill(model, 1)
+                with no_waits():
+                    looked, report = clipper.measure(), clipper.step(optimizer)
+                same = all(torch.equal(raw(parameter), kept) for parameter, kept in zip(model, before, strict=True))
+                policy.numbers = good
+                fill(model, 2)
+                told = ""
+                try:
+                    clipper.step(optimizer)
+                except ValueError as error:
+                    told = str(error)
+                right = fill(model, 2)
+                norm = raw(clipper.step(optimizer).norm).item()
+                policy.numbers = bad
+                fill(model, 3)
+                plain, at_once = torch.optim.RMSprop(model.parameters(), foreach=False), ""
+                with counted_waits() as waits:
+                    try:
+                        clipper.step(plain)  # which cannot skip without knowing
+                    except ValueError as error:
+                        at_once = str(error)
+                norms = [raw(looked.norm).item(), raw(report.norm).item()]
+                skips = [raw(looked.skip).item(), raw(report.skip).item()]
+                steps = clipper.state_dict()["steps"]
+                seen.append((norms, skips, same, told, norm == pytest.approx(right, rel=2e-7), waits, at_once, steps))
+    return seen
+
+
+@EVERYBODY
+def test_a_bad_answer_skips_its_step_without_a_wait_and_the_next_call_names_it(size):
+    for seen in run_ranks(bad_answers, size, fresh=True):
+        names = [name for name in BAD for _ in range(2)]
+        for name, (norms, skips, same, told, goes_on, waits, at_once, steps) in zip(names, seen, strict=True):
+            assert all(map(isnan, norms)), name
+            assert skips == [True, True]
+            assert same
+            says = f"Answers.decide returned a {name.split()[0]} that no step can use, and no step was made: return "
+            assert told.startswith(says)
+            assert goes_on
+            assert waits == [1]
+            assert at_once.startswith(says)
+            assert steps == 3  # the bad one, which was skipped, and two good ones
+
+
+def known_at_once() -> list[str]:
+    """What needs no look at the device."""
+    said = []
+    with on_the_accelerator():
+        for answer in (
+            Answers(bounds=(5.0, 6.0)),
+            Answers(max_norm="1"),
+            Answers(max_norm=torch.ones(2).to(DEVICE)),
+            Answers(skip="no"),
+        ):
+            model = layers()
+            fill(model, 0)
+            clipper = distclip.Clipper(model, answer)
+            try:
+                with no_waits():
+                    clipper.clip_()
+            except ValueError as error:
+                said.append(str(error))
+            assert clipper.state_dict()["steps"] == 0
+        clipper._policy.decide = lambda norm, state: (distclip.Decision(norm), {"n": norm.float()})
+        try:
+            with no_waits():
+                clipper.measure()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_is_known_of_an_answer_without_a_wait_is_refused_at_once():
+    (said,) = run_ranks(known_at_once, 1, fresh=True)
+    assert [line.removeprefix("Answers.decide returned ").split()[0] for line in said] == [
+        *("bounds", "max_norm", "max_norm", "skip", "state")
+    ]
+
+
+def clamped() -> list[tuple[float, float]]:
+    """The largest and smallest element after clamping to bounds that the host does not know."""
+    seen = []
+    with on_the_accelerator():
+        for skip, nonfinite in ((None, "propagate"), ([0.0], "skip"), ([1.0], "skip")):
+            model = layers()
+            fill(model, 0)
+            answer = Answers(bounds=([-0.25], [0.5]), **({} if skip is None else {"skip": skip}))
+            clipper = distclip.Clipper(model, answer, nonfinite=nonfinite)
+            with no_waits():
+                clipper.clip_()
+            every = torch.cat([raw(parameter.grad).flatten() for parameter in model])
+            seen.append((every.min().item(), every.max().item()))
+    return seen
+
+
+def test_element_bounds_may_be_numbers_of_the_device():
+    (plain, told, skipped) = run_ranks(clamped, 1, fresh=True)[0]
+    assert plain == told == (-0.25, 0.5)
+    assert skipped[0] < -1 < 1 < skipped[1]
+
+
+def huge() -> list[tuple[float, float, float]]:
+    """Gradients of 1e38 under a tiny bound, folded and not: norm, coefficient, and what an element became or moved."""
+    seen = []
+    with on_the_accelerator():
+        for nonfinite in ("skip", "propagate"):
+            for how in ("clip_", "fused", "not fused", "function"):
+                model = model_of((2, 2))
+                model[0].grad = torch.full((2, 2), 1e38).to(DEVICE)
+                clipper = distclip.Clipper(model, 1e-3, nonfinite=nonfinite)
+                coef = torch.zeros(())
+                with counted_waits() as waits:
+                    if how == "clip_":
+                        coef = clipper.clip_().coef
+                    elif how == "function":
+                        distclip.clip_grad_norm_(model.parameters(), 1e-3)
+                    elif how == "fused":
+                        coef = clipper.step(adamw(model)).coef
+                    else:
+                        coef = clipper.step(torch.optim.SGD(model.parameters(), lr=0.0, foreach=False)).coef
+                seen.append((how, waits, raw(coef).item(), norm_of(model)))
+    return seen
+
+
+def test_a_coefficient_that_float32_cannot_hold_is_its_least_one_where_the_host_does_not_know_it():
+    """No gradient becomes zero; where the host has to wait for the norm anyway, nothing is lost either."""
+    least = torch.finfo(torch.float32).smallest_normal
+    for how, waits, coef, norm in run_ranks(huge, 1, fresh=True)[0]:
+        assert coef == (0.0 if how == "function" else pytest.approx(least))
+        if waits == [1]:
+            assert how == "not fused"
+            assert norm == pytest.approx(1e-3, rel=1e-6)
+        else:
+            assert waits == [0]
+            assert norm == pytest.approx(2e38 * least, rel=1e-6)
+
+
 def simulated() -> list[bool]:
     """Whether the accelerator tells what it should: copies, reads, and tensors of the host."""
     use_accelerator()

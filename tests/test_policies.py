@@ -69,12 +69,78 @@ def test_autoclip_never_clips_the_first_step_nor_a_constant_norm():
     assert decisions(AutoClip(37.7, window=9), [0.1] * 50) == [0.1] * 50
 
 
+def coefficients(policy: Policy, norms: list[float], state=None) -> list[float]:
+    """What a Clipper multiplies gradients of these norms by, one step after the other."""
+    weight = torch.nn.Linear(1, 1, bias=False)
+    clipper, coefs = Clipper(weight, policy), []
+    if state is not None:
+        clipper.load_state_dict({"policy": state, "steps": 0, "consecutive_skips": 0})
+    for norm in norms:
+        weight.weight.grad = before = torch.full((1, 1), norm)
+        kept = before.clone()
+        coefs.append(clipper.clip_().coef.item())
+        assert torch.equal(before, kept) == (coefs[-1] == 1.0 or norm == 0.0)
+    return coefs
+
+
 def test_autoclip_is_not_bound_to_zero_by_steps_without_gradients():
     """Its bound was 0, and with it all gradients, until the window had seen nine times as many others."""
     bounds = decisions(AutoClip(), [0.0, 0.0, 0.0, *[5.0] * 30])
-    assert min(bounds) > 0
-    assert bounds[3] == inf
-    assert bounds[-1] == 5.0
+    assert bounds == [inf] * 3 + [5.0] * 30
+
+
+def test_a_steady_share_of_norms_of_zero_does_not_turn_autoclip_off():
+    """One in five is more than its percentile of 10: the bound became 0, which was taken for none, for good."""
+    norms = [0.0 if step % 5 == 0 else 1.0 + step % 7 for step in range(200)]
+    bounds = decisions(AutoClip(window=50), norms)
+    assert bounds == pytest.approx(without_zeros(norms), rel=1e-12)
+    assert max(bounds[10:]) < 3
+    assert min(coefficients(AutoClip(window=50), norms)) < 0.5
+
+
+def without_zeros(norms: list[float], window: int = 50) -> list[float]:
+    """The bound is that of the norms above 0 so far."""
+    above = [[n for n in norms[: i + 1] if n > 0][-window:] for i in range(len(norms))]
+    return [float(np.percentile(kept, 10)) if kept else inf for kept in above]
+
+
+@pytest.mark.parametrize("norm", [1e-30, 1e-6, 1.0, 16.0, 3e38])
+@pytest.mark.parametrize("percentile", [0, 10, 100])
+def test_autoclip_keeps_the_bits_of_the_first_step_and_of_a_norm_that_stays(norm, percentile):
+    """By torch's formula a norm of 1e-6 was halved at its own bound, and norms below 16 were counted as clipped."""
+    assert coefficients(AutoClip(percentile), [norm] * 4) == [1.0] * 4
+
+
+def test_autoclip_at_percentile_100_never_clips():
+    norms = np.random.default_rng(2).lognormal(-8, 3, size=60).tolist()
+    assert coefficients(AutoClip(100, window=60), norms) == [1.0] * 60
+
+
+def test_autoclip_scales_a_larger_norm_to_its_bound_exactly():
+    norms = [1e-6, 3e-6]
+    assert coefficients(AutoClip(0), norms) == [1.0, pytest.approx(1 / 3, rel=1e-7)]
+
+
+def test_autoclip_goes_on_from_a_state_that_holds_zeros():
+    """As those saved when norms of zero were recorded."""
+    for zeros in (2, 4):
+        norms = torch.full((4,), inf, dtype=torch.float64)
+        norms[:zeros] = 0.0
+        state = {"norms": norms, "count": torch.tensor(zeros)}
+        assert coefficients(AutoClip(50, window=4), [2.0, 2.0, 8.0], state) == [1.0, 1.0, 0.25]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_autoclip_takes_a_coefficient_that_no_float64_holds_for_the_least(monkeypatch, late):
+    if late:
+        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    weight = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    clipper = Clipper(weight, AutoClip(0), norm_type=inf)
+    for norm in (1e-30, 1e300):
+        weight.weight.grad = torch.full((1, 1), norm, dtype=torch.float64)
+        coef = clipper.clip_().coef.item()
+    assert 0 < coef < 1e-37
+    assert 0 < weight.weight.grad.item() < 1e-7
 
 
 def test_autoclip_keeps_under_its_limit():

@@ -24,7 +24,7 @@ SIGNATURES = {
     "Clipper.state_dict": "(self)",
     "Clipper.step": "(self, *optimizers, scaler=None)",
     "Clipper.verify": "(self)",
-    "Decision": "(max_norm, skip=None, bounds=None)",
+    "Decision": "(max_norm, skip=None, bounds=None, coef=None)",
     "Layout": "(replicas)",
     "LayoutError": None,  # an exception: its arguments are Python's
     "MaxNorm": "(max_norm)",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,19 +36,23 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
             multiply_(narrow, factor.float())
 
 
-def clamp_(tensors: Sequence[Tensor], low: float, high: float, unless: Tensor | None = None) -> None:
+def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None = None) -> None:
     """Clamp every tensor in place to [low, high], real and imaginary parts each; NaN stays NaN.
 
-    ``unless``: 0-d bool read on its device; where it is true nothing changes.
+    Both bounds are numbers, or both 0-d tensors. ``unless``: 0-d bool; where it is true nothing changes. None is read.
     """
     parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     for device, group in _by_device(parts).items():
-        if unless is None:
+        floor, ceiling = low, high
+        if isinstance(low, Tensor):
+            floor, ceiling = sent(low, device), sent(high, device)
+        elif unless is None:
             torch._foreach_clamp_min_(group, low)
             torch._foreach_clamp_max_(group, high)
             continue
-        keep = sent(unless, device)
-        floor, ceiling = torch.where(keep, -torch.inf, low), torch.where(keep, torch.inf, high)
+        if unless is not None:
+            keep = sent(unless, device)
+            floor, ceiling = torch.where(keep, -torch.inf, floor), torch.where(keep, torch.inf, ceiling)
         for tensor in group:
             tensor.clamp_(floor.to(tensor.dtype), ceiling.to(tensor.dtype))
 

@@ -1,12 +1,15 @@
-"""What a Clipper asks of the policy that it is given: to be one, to be spelled, to take back a state."""
+"""What a Clipper asks of the policy that it is given: to be one, to be spelled, to make and to take back a state."""
 
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from numbers import Real
+from reprlib import repr as short
 from typing import Any
 from zlib import crc32
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .max_norm import MaxNorm
 from .policy import Policy, State
@@ -19,6 +22,23 @@ def as_policy(policy: Policy | float) -> Policy:
     if isinstance(policy, Real) and not isinstance(policy, bool):
         return MaxNorm(float(policy))
     raise ValueError(f"policy must be a number or have the methods of distclip.Policy, got {policy!r}")
+
+
+def made(policy: Policy, device: torch.device) -> State:
+    """The state before the first step, which nobody else holds; ValueError where that is no state."""
+    state = policy.init(device)
+    if not isinstance(state, dict) or not all(isinstance(n, str) and is_dense(v) for n, v in state.items()):
+        raise ValueError(
+            f"{type(policy).__qualname__}.init returned {short(state)}, and no Clipper was made: return a dictionary "
+            "of dense tensors by their names, empty for a policy without memory"
+        )
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def is_dense(value: Any) -> bool:
+    """Whether it is a tensor whose elements all lie in the memory of this rank."""
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return dense and not isinstance(value, DTensor)
 
 
 def spelled(value: Any, inside: tuple[int, ...] = ()) -> str:
@@ -60,7 +80,7 @@ def fitting(given: Any, made: State) -> State:
     given = with_keys(given, made, "this policy's")
     for name, own in made.items():
         value = given[name]
-        if not isinstance(value, Tensor) or value.is_meta or value.layout != own.layout:
+        if not is_dense(value):
             raise ValueError(f"policy state {name} must be a dense tensor with values, got {type(value).__name__}")
         if value.shape != own.shape or value.dtype != own.dtype:
             raise ValueError(

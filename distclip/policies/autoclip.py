@@ -9,6 +9,8 @@ from torch import Tensor
 from .checks import positive
 from .policy import Decision, State
 
+LEAST = torch.finfo(torch.float64).smallest_normal
+
 
 @dataclass(frozen=True, slots=True)
 class AutoClip:
@@ -18,8 +20,10 @@ class AutoClip:
     * ``window``: how many norms are kept. The paper keeps all; a bounded window costs the same at every step.
     * ``max_norm``: an upper limit on the bound, above 0; ``inf`` for none.
 
-    Norms that are NaN or inf never enter the window. State: ``norms`` (window,) float64 and ``count`` 0-d int64, the
-    number of norms ever recorded. The first step is never clipped, since the only norm known is its own.
+    Gradients with a norm up to the bound keep their bits, others are scaled by ``bound / norm``: the 1e-6 of torch's
+    formula would clip small norms at their own bound. The first step is clipped by ``max_norm`` alone, since the only
+    norm known is its own. Norms that are 0, NaN or inf never enter the window. State: ``norms`` (window,) float64 and
+    ``count`` 0-d int64, the number of norms ever recorded.
 
     Source: https://arxiv.org/abs/2007.14469
     """
@@ -42,14 +46,14 @@ class AutoClip:
         }
 
     def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
-        finite = norm.isfinite()
+        counts = (norm > 0) & (norm < inf)  # steps without gradients would bind all others to zero
         slot = torch.arange(self.window, device=norm.device) == state["count"] % self.window
-        norms = torch.where(slot & finite, norm, state["norms"])
-        # Unused slots hold inf and sort last. So does what was no norm: a damaged state must not turn gradients round.
-        ordered = torch.where(norms >= 0, norms, inf).sort().values
-        bound = _percentile(ordered, ordered.isfinite().sum(), self.percentile)
-        bound = torch.where(bound > 0, bound, inf)  # of steps without gradients: it would make all others zero
-        return Decision(bound.clamp(max=self.max_norm)), {"norms": norms, "count": state["count"] + finite}
+        norms = torch.where(slot & counts, norm, state["norms"])
+        # Unused slots hold inf and sort last. So do zeros, which older states hold, and what a damaged one may.
+        ordered = torch.where(norms > 0, norms, inf).sort().values
+        bound = _percentile(ordered, (ordered < inf).sum(), self.percentile).clamp(max=self.max_norm)
+        coef = torch.where(norm <= bound, 1.0, (bound / norm).clamp(min=LEAST))
+        return Decision(bound, coef=coef), {"norms": norms, "count": state["count"] + counts}
 
 
 def _percentile(ordered: Tensor, count: Tensor, percentile: float) -> Tensor:

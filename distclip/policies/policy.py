@@ -13,20 +13,29 @@ import torch
 from torch import Tensor
 
 State: TypeAlias = dict[str, Tensor]
+Number: TypeAlias = Tensor | float
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do with this step's gradients.
+    """What to do with this step's gradients. A number is a Python number, or a real tensor with one element.
 
-    * ``max_norm``: 0-d float64 bound on the total norm, ``inf`` for none.
-    * ``skip``: 0-d bool, do not take the step; None from a policy that never skips.
-    * ``bounds``: (low, high) for every element, applied after scaling; None for no elementwise clipping.
+    * ``max_norm``: the bound on the total norm, above 0; ``inf`` for none.
+    * ``skip``: do not take the step: a bool or a 0-d tensor; None from a policy that never skips.
+    * ``bounds``: (low, high) for every element, applied after scaling, ``low <= 0 <= high`` and not both 0; None for no
+      elementwise clipping.
+    * ``coef``: what gradients are multiplied by, above 0 and at most 1; None for torch's
+      ``min(1, max_norm / (norm + 1e-6))``. Where it is given, ``max_norm`` is only reported.
+
+    Anything else is a ValueError in the call that asked, and nothing has changed. A number may be anything in a step
+    that is skipped, or whose norm is not finite. On an accelerator, where the number would have to be waited for, the
+    step is skipped with a reported norm of NaN, and the next call raises.
     """
 
-    max_norm: Tensor
-    skip: Tensor | None = None
-    bounds: tuple[float, float] | None = None
+    max_norm: Number
+    skip: Tensor | bool | None = None
+    bounds: tuple[Number, Number] | None = None
+    coef: Number | None = None
 
 
 @runtime_checkable
@@ -40,7 +49,7 @@ class Policy(Protocol):
     def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
         """Decide on ``norm`` (0-d float64, before clipping, may be NaN or inf) and return the state after it.
 
-        Pure: neither argument is changed. Runs on the norm's device and reads nothing back to the host. The returned
-        state has the keys, shapes and dtypes of ``init``.
+        Pure: the same arguments give the same answer, on every rank. Both are copies. Runs on the norm's device and
+        reads nothing back to the host. The returned state has the keys, shapes and dtypes of ``init``.
         """
         ...

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from .cache import Planned, Plans, Terms, skeleton
 from .errors import LayoutError
-from .fsdp1 import is_flattened
+from .fsdp1 import is_flattened, is_whole
 from .fsdp2 import managed_anywhere, number_of_modules
 from .group import Axis, ClippingGroup
 from .layout import LayoutFn
@@ -72,13 +72,16 @@ def plan_of(
     layout: LayoutFn | None,
 ) -> Plan:
     """The plan for what is ``listed``: of all ranks if any of it is seen to be cut, else of this process alone."""
+    seen_cut = False
     for i, item in enumerate(listed):
-        if not item.piece.name and is_flattened(item.holder):
+        cut = is_flattened(item.holder) and (bool(item.piece.name) or not is_whole(item.holder))
+        if cut and not item.piece.name:
             raise LayoutError(
-                f"parameter {i} of shape {tuple(item.holder.shape)} is managed by FSDP1 (FullyShardedDataParallel) "
-                "and does not show of what it is a part: pass the FSDP1 module instead of its parameters"
+                f"parameter {i} of shape {tuple(item.holder.shape)} is managed by FSDP1 (FullyShardedDataParallel) and "
+                "does not show of what it is a part, nor, with use_orig_params=True, whether NO_SHARD leaves it whole: "
+                "pass the FSDP1 module instead of its parameters, as in clip_grad_norm_(model, max_norm)"
             )
-    seen_cut = any(item.piece.spec is not None or is_flattened(item.holder) for item in listed)
+        seen_cut = seen_cut or cut or item.piece.spec is not None
     talks = bool(group or split_over or layout) or seen_cut
     where = ClippingGroup.of(group) if talks else ClippingGroup.alone()
     return Plan.of(listed, p, where, split_over, layout, asks=group is not None)
@@ -102,8 +105,9 @@ def tell_ranks(
     """
     tensors = [t for item in listed for t in (item.parameters() if isinstance(item, nn.Module) else [item])]
     tensors = [t for t in tensors if isinstance(t, Tensor)]
+    bare = {id(item) for item in listed if isinstance(item, Tensor) and is_whole(item)}
     said = bool(group or split_over or layout)
-    if not said and not any(isinstance(t, DTensor) or is_flattened(t) for t in tensors):
+    if not said and not any(isinstance(t, DTensor) or (is_flattened(t) and id(t) not in bare) for t in tensors):
         return
     try:
         where = ClippingGroup.of(group)

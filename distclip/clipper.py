@@ -14,7 +14,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from .amp import claim, join_found_inf, skipping, unscale_
-from .culprit import find_culprit
+from .culprit import find_culprit, nonfinite
 from .errors import FAILURES, LayoutError, NonFiniteError
 from .flags import Flags, in_capture
 from .folding import Folding, Folds, may_skip_on_device
@@ -488,7 +488,7 @@ class Clipper(Joinable):
         """Name the culprit of a non-finite norm, count the skip, and raise where that was asked for."""
         self._culprit = find_culprit(self._plan, self._plan.norms(measured))
         if self._nonfinite == "raise":
-            raise NonFiniteError(f"the total norm is not finite: {self._culprit}; no gradient was changed")
+            raise nonfinite(self._plan.p, self._culprit, "To skip such steps on all ranks, say nonfinite='skip'")
         if self._nonfinite == "skip":
             self._skips += 1
             if self._max_consecutive_skips is not None and self._skips > self._max_consecutive_skips:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .compare import say
+from .errors import NonFiniteError
 from .kernels import local_norms
 from .measured import Norms
 from .plan import Plan
@@ -34,6 +35,14 @@ def find_culprit(plan: Plan, norms: Norms) -> Culprit:
     rank, index, kind = winner >> 34, winner >> 2 & 0xFFFFFFFF, KINDS[winner & 3]
     name = say(group, device, rank, plan.label(index) if group.rank == rank else "")
     return Culprit(kind, name, group.ranks[rank])
+
+
+def nonfinite(p: float, culprit: Culprit, what_to_do: str) -> NonFiniteError:
+    """What to raise; it begins as torch's error does, by which people know it."""
+    return NonFiniteError(
+        f"The total norm of order {p} for gradients from `parameters` is non-finite, so it cannot be clipped: "
+        f"{culprit}; no gradient was changed. {what_to_do}"
+    )
 
 
 def _first_bad(rank: int, norms: Norms) -> int:

@@ -5,6 +5,7 @@ or, with ``use_orig_params=True``, the part of each parameter that this rank has
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,19 @@ from .piece import Held, Piece, Spec
 def is_flattened(parameter: Tensor) -> bool:
     """Whether FSDP1 manages ``parameter``, flat or original."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def is_whole(parameter: Tensor) -> bool:
+    """Whether ``parameter`` is a flat one that every rank of its group holds all of, as with NO_SHARD.
+
+    Known once a forward has run. With ``use_orig_params=True`` no parameter tells.
+    """
+    flat: Any = parameter
+    if not getattr(flat, "_is_flat_param", False) or not hasattr(flat, "_local_shard"):
+        return False
+    if hasattr(flat, "_padded_unsharded_size") or any(flat._param_extensions):  # cut here, or by tensor parallel before
+        return False
+    return bool(flat._sharded_size == flat._unpadded_unsharded_size)
 
 
 def held_by_fsdp1(module: FullyShardedDataParallel, prefix: str) -> Iterator[Held]:

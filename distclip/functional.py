@@ -9,6 +9,8 @@ show is not seen: pipeline stages and experts held as plain tensors need ``split
 
 from collections.abc import Iterable, Sequence
 from math import inf, isnan
+from types import GeneratorType
+from warnings import warn
 from zlib import crc32
 
 import torch
@@ -17,8 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
-from .culprit import find_culprit
-from .errors import FAILURES, LayoutError, NonFiniteError
+from .culprit import find_culprit, nonfinite
+from .errors import FAILURES, LayoutError
 from .gradient import laid_out
 from .group import Axis, has_float64, reads_are_free
 from .kernels import check_memory, clamp_, scale_
@@ -56,7 +58,8 @@ def clip_grad_norm_(
     bits on every rank, on the device where the group reduces.
 
     * ``parameters``: an iterable of parameters, one tensor, one module or several. Each counts once, however often it
-      is listed. FSDP1 can be seen only from the module; its parameters without it are a LayoutError.
+      is listed. FSDP1 can be seen only from the module; its parameters without it are a LayoutError, but for the flat
+      ones of NO_SHARD, which are whole. A generator that is used up warns, as torch's does.
     * ``max_norm``: above 0; ``inf`` measures only. (torch accepts 0; it is a ValueError here.)
     * ``norm_type``: p > 0, or inf. Another one on some rank is an error, like another ``max_norm``; with inf beside a
       number ranks wait for each other until the group's timeout (four words never meet two), and are named then.
@@ -84,6 +87,8 @@ def clip_grad_norm_(
     tensor([0.6000, 0.8000])
     """
     listed = listed_of(parameters)
+    if not listed and isinstance(parameters, GeneratorType) and not (group or split_over or layout):
+        warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
     try:
         bound = positive("max_norm", max_norm, "inf measures only")
         known = planned(listed, norm_type, group, split_over, layout)
@@ -217,10 +222,8 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
         return reduced.norm, None
     culprit = find_culprit(plan, plan.norms(measured))
     if error_if_nonfinite:
-        raise NonFiniteError(
-            f"The total norm of order {plan.p} is not finite: {culprit}; no gradient was changed. "
-            "Pass error_if_nonfinite=False to go on as torch does"
-        )
+        what_to_do = "To disable this error and scale the gradients by the non-finite norm anyway, set "
+        raise nonfinite(plan.p, culprit, f"{what_to_do}`error_if_nonfinite=False`")
     return reduced.norm, culprit
 
 

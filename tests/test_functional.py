@@ -134,7 +134,7 @@ def test_an_overflowing_power_sum_is_said_and_zeroes_nothing():
     assert gradients(made) == [[2e200, 1.0]]
     with pytest.raises(distclip.NonFiniteError, match=r"every gradient is finite but the sum of powers overflows"):
         distclip.clip_grad_norm_(made, 1.0, error_if_nonfinite=True)
-    with pytest.raises(RuntimeError, match=r"The total norm of order 10\.0 is not finite: every gradient is finite"):
+    with pytest.raises(RuntimeError, match=r"The total norm of order 10\.0 for gradients .*: every gradient is finite"):
         distclip.clip_grad_norm_(parameters([3e38]), 1.0, 10.0, error_if_nonfinite=True)
 
 

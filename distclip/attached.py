@@ -80,7 +80,7 @@ class Attached(Clipper):
                 "called its base class there: call optimizer.step(), and replace it before attach(), not after"
             )
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        if not callable(closure):
             return SKIP if self._enter(optimizer) else None
 
         def clipped() -> Any:  # the gradients are made in there, and the step cannot be left any more

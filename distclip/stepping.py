@@ -117,9 +117,15 @@ def watch(optimizer: Optimizer) -> None:
         _watched.add(optimizer)
 
 
-def guard(optimizer: Optimizer, over: Callable[[Optimizer], None], begin: Begin | None = None) -> Callable[[], None]:
+def guard(
+    optimizer: Optimizer,
+    over: Callable[[Optimizer], None],
+    begin: Begin | None = None,
+    stepped: Callable[[Optimizer], None] | None = None,
+) -> Callable[[], None]:
     """Call ``begin`` once when a step of ``optimizer`` begins, and ``over(optimizer)`` when it has ended or raised.
 
+    ``stepped(optimizer)`` comes before ``over`` where it has not raised, was not left out, and may raise itself.
     ``begin(optimizer, args, kwargs)`` may return other arguments, ``optimizer`` first among them, or SKIP: then the
     step is not made, and its later pre hooks and its post hooks are not called. The result takes all back and lets go
     of both, also where somebody has wrapped the step since.
@@ -131,7 +137,7 @@ def guard(optimizer: Optimizer, over: Callable[[Optimizer], None], begin: Begin 
     where it is to be skipped.
     """
     inner, reference = optimizer.step, ref(optimizer)
-    hearing, hooks = _Hearing(over, begin), "_optimizer_step_pre_hooks" in vars(optimizer)
+    hearing, hooks = _Hearing(over, begin, stepped), "_optimizer_step_pre_hooks" in vars(optimizer)
     called = hooks and _calls_hooks(optimizer)  # None: not known
 
     @untraced
@@ -149,6 +155,7 @@ def guard(optimizer: Optimizer, over: Callable[[Optimizer], None], begin: Begin 
                     f"the step of this {type(self).__name__} was replaced by one that does not call that of its class, "
                     "and nothing heard it begin: the step was not clipped; call the Clipper in that function instead"
                 )
+            hearing.tell(self)
             return result
         except _Skipped as skipped:
             if skipped.hearing is not hearing:
@@ -163,10 +170,10 @@ def guard(optimizer: Optimizer, over: Callable[[Optimizer], None], begin: Begin 
     optimizer.step = wrapper  # type: ignore[method-assign]
     handles = []
     if hooks:
-        handles = [optimizer.register_step_pre_hook(hearing.before), optimizer.register_step_post_hook(hearing.after)]
+        handles = [optimizer.register_step_pre_hook(hearing.before), optimizer.register_step_post_hook(hearing.ended)]
 
     def remove() -> None:
-        hearing.over = hearing.begin = None
+        hearing.over = hearing.begin = hearing.stepped = None
         for handle in handles:
             handle.remove()
         found = reference()
@@ -192,6 +199,7 @@ class _Hearing:
 
     over: Callable[[Optimizer], None] | None
     begin: Begin | None
+    stepped: Callable[[Optimizer], None] | None
     inside: bool = False
     begun: bool = False
     withheld: ExitStack = field(default_factory=ExitStack)  # by a step past the wrapper
@@ -209,9 +217,18 @@ class _Hearing:
         self.withheld.callback(withhold(held_by(optimizer)))
         return None
 
-    def after(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.inside:
-            return
+    def tell(self, optimizer: Optimizer) -> None:
+        if self.stepped is not None:
+            self.stepped(optimizer)
+
+    def ended(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self.inside:
+            try:
+                self.tell(optimizer)
+            finally:
+                self.after(optimizer)
+
+    def after(self, optimizer: Optimizer) -> None:
         self.withheld.close()
         if self.over is not None:
             self.over(optimizer)

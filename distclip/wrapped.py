@@ -71,7 +71,7 @@ def refuse_before(optimizer: Any) -> None:
         )
     if hasattr(optimizer, "original_optimizer") and hasattr(optimizer, "pre_step"):
         raise ValueError(f"{name} makes its gradients inside step(), after a clip before it: {ATTACH}")
-    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+    if hasattr(optimizer, "second_step") or any("SAM" in kind for kind in _names(optimizer)):
         raise ValueError(f"{name} steps with second gradients, which a clip before step() does not see: {ATTACH}")
 
 

@@ -244,6 +244,12 @@ class TestRefused:
         assert same_bits([before, model.state_dict()])
         assert clipper.state_dict()["steps"] == 0
 
+    def test_sharpness_aware_optimizers_are_known_by_their_names_too(self):
+        model = build()
+        optimizer = type("GSAM", (SGD,), {})(model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="GSAM steps with second gradients"):
+            distclip.Clipper(model, 1.0).step(optimizer)
+
     def test_optimizers_that_the_engine_of_deepspeed_steps(self):
         model = build()
         engines = type("Stage2", (SGD,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
@@ -390,6 +396,20 @@ class TestSkippedSteps:
         assert clipper.report.skip
         assert same_bits([before, model.state_dict()])
         assert all(p.grad is not None for p in model.parameters())
+
+    def test_an_argument_of_step_that_is_no_closure_is_handed_on(self):
+        class Weighted(SGD):
+            def step(self, weight=1.0):
+                self.seen = weight
+                return super().step()
+
+        model = build()
+        optimizer = Weighted(model.parameters(), lr=0.1)
+        clipper = distclip.attach(optimizer, model, 1e-3)
+        backward(model)
+        optimizer.step(0.5)
+        assert optimizer.seen == 0.5
+        assert clipper.state_dict()["steps"] == 1
 
     def test_no_exception_of_ours_is_a_stop_iteration(self):
         model = build()

@@ -133,7 +133,7 @@ def fault_tolerant(base, commits=lambda step: True):
 
     class OptimizerWrapper(Optimizer):
         def __init__(self):
-            self.optim, self.manager = base, Manager()
+            self.optim, self.manager, self.defaults = base, Manager(), base.defaults
 
         param_groups = property(lambda self: self.optim.param_groups)
         state = property(lambda self: self.optim.state)
@@ -191,7 +191,7 @@ def private(base, scale: float = 7.0):
 
     class DPOptimizer(Optimizer):
         def __init__(self):
-            self.original_optimizer = base
+            self.original_optimizer, self.defaults = base, base.defaults
 
         param_groups = property(lambda self: self.original_optimizer.param_groups)
         state = property(lambda self: self.original_optimizer.state)

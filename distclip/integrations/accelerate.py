@@ -25,6 +25,7 @@ from ..fsdp1 import is_flattened
 from ..policies import MaxNorm, Policy
 from ..report import Report
 from ..stepping import guard, watch, without_others
+from ..wrapped import refuse_before
 
 UNSUPPORTED = (DistributedType.MEGATRON_LM, DistributedType.XLA)
 
@@ -48,12 +49,15 @@ class AcceleratedClipper(Clipper):
         waited for when it is looked at. With fp16, unscales first; a norm that is not finite on any rank lowers the
         scale of all, a skip for the policy's own reason does not. Gradients that no prepared optimizer holds are in no
         norm and stay as they are: nobody zeroes them. RuntimeError inside gradient accumulation, and where no prepared
-        optimizer holds the model. Collectives and waits: those of :meth:`Clipper.clip_`; one more wait a step with
-        fp16.
+        optimizer holds the model; ValueError for optimizers that make other gradients inside their step (SAM, Opacus);
+        RuntimeError from the step for a closure, which would. Collectives and waits: those of :meth:`Clipper.clip_`;
+        one more wait a step with fp16.
         """
         self._accelerator._refuse_to_clip("clip_()")
         prepared = self._accelerator._to_step(self._ids)
         inner = list(map(_inner, prepared))
+        for optimizer in inner:
+            refuse_before(optimizer)
         list(map(_hear, prepared))
         with without_others(self._holders, self._folding.of(inner).held):
             report = self._clip_before(inner, self._accelerator.scaler)
@@ -209,9 +213,14 @@ def _hear(optimizer: AcceleratedOptimizer) -> None:
         return
     _heard.add(optimizer)
 
-    def begin(*_: Any) -> None:
+    def begin(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if optimizer not in _decided:
             optimizer._is_overflow = False
+        elif any(map(callable, (*args[1:], *kwargs.values()))):
+            raise RuntimeError(
+                "optimizer.step(closure) makes gradients after clip_() has clipped: call distclip.attach(optimizer, "
+                "model, policy) once in place of clip_(), and the closure's are clipped"
+            )
 
     inner = _inner(optimizer)
     watch(inner)

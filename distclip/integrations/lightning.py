@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.wrappers import _FabricModule
+from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..policies import Policy
 from ..policies.adopt import as_policy
 from ..report import Report
 from ..stepping import guard, watch, without_others
+from ..wrapped import refuse_before
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
 SCALED = "the gradients are still multiplied by the GradScaler's scale: call "
@@ -47,8 +48,11 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
     optimizer that is not fused, or with a GradScaler, as the host must know whether to step.
 
     The norm is over what the optimizer holds, as with ``gradient_clip_val``: other gradients are zeroed by nobody.
-    ValueError where somebody else clips too, for other strategies (DeepSpeed has an integration of its own), several
-    optimizers, LBFGS, and fused optimizers under a GradScaler. RuntimeError after a step that went past Lightning.
+    The step is under way when the decision comes: one to skip goes on without gradients, and an optimizer that keeps
+    counts of its own may count it. ValueError where somebody else clips too, for other strategies (DeepSpeed has an
+    integration of its own), several optimizers, LBFGS, optimizers that make other gradients inside their step (SAM,
+    Opacus) or heal there (torchft), and fused optimizers under a GradScaler. RuntimeError after a step that went past
+    Lightning.
     """
 
     def __init__(self, policy: Policy | float, **options: Unpack[Options]) -> None:
@@ -81,9 +85,8 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         plugin = trainer.precision_plugin
         plugin.clip_gradients = _refuse_clip_gradients
         watch(optimizer)
-        handle = optimizer.register_step_post_hook(self._refuse_unexpected_step)
-        remove_guard = guard(optimizer, self._end_step)
-        self._undo = [handle.remove, remove_guard, lambda: vars(plugin).pop("clip_gradients", None)]
+        remove_guard = guard(optimizer, self._end_step, stepped=self._refuse_unexpected_step)
+        self._undo = [remove_guard, lambda: vars(plugin).pop("clip_gradients", None)]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Clip, and log when it is time."""
@@ -127,7 +130,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
                 logger.log_metrics(metrics, step=trainer.global_step)
         self._steps, self._clipped = 0, 0
 
-    def _refuse_unexpected_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _refuse_unexpected_step(self, optimizer: Optimizer) -> None:
         if not self._expected:
             raise RuntimeError(
                 f"{type(optimizer).__name__} was stepped past Lightning, where ClipGradients cannot clip: call step() "
@@ -135,7 +138,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
             )
 
     def _end_step(self, optimizer: Optimizer) -> None:
-        self._expected = False  # not in the hook, which torch runs once for each class that calls its base
+        self._expected = False
 
 
 class TrainerClipper(Clipper):
@@ -162,7 +165,8 @@ class TrainerClipper(Clipper):
 class FabricClipper(Clipper):
     """A :class:`distclip.Clipper` for loops with Fabric: ``clipper.step(optimizer)`` in place of ``optimizer.step()``.
 
-    * ``module``: what ``fabric.setup`` or ``fabric.setup_module`` returned.
+    * ``module``: what ``fabric.setup`` or ``fabric.setup_module`` returned, or the list of it where an optimizer, or
+      several that step together, have the parameters of several modules: one norm for all.
 
     ``step`` takes the optimizers that Fabric returned, uses the GradScaler of ``precision="16-mixed"`` and updates it,
     also where it raises, and calls Fabric's ``on_after_optimizer_step``, also after a skipped step. Do not call
@@ -171,12 +175,18 @@ class FabricClipper(Clipper):
     otherwise.
     """
 
-    def __init__(self, fabric: Fabric, module: nn.Module, policy: Policy | float, **options: Unpack[Options]) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        module: nn.Module | Sequence[nn.Module],
+        policy: Policy | float,
+        **options: Unpack[Options],
+    ) -> None:
         _refuse_strategy(fabric.strategy, "FabricClipper", "fabric.strategy.model")
         _refuse_other_ranks(fabric.world_size, options)
-        if not isinstance(module, _FabricModule):
-            raise ValueError(f"module must be what fabric.setup() returned, got {type(module).__name__}")
-        super().__init__(module._forward_module, policy, **options)
+        super().__init__(
+            _as_wrapped(module) if isinstance(module, nn.Module) else list(map(_as_wrapped, module)), policy, **options
+        )
         self._fabric = fabric
         self._scaler: GradScaler | None = getattr(fabric.strategy.precision, "scaler", None)
 
@@ -194,7 +204,7 @@ class FabricClipper(Clipper):
         """See :meth:`Clipper.step`; the scaler is Fabric's."""
         if scaler is not None:
             raise ValueError("the scaler is Fabric's: call step(optimizer), and Fabric(plugins=MixedPrecision(...))")
-        inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        inner = [each.optimizer if isinstance(each, _FabricOptimizer) else each for each in optimizers]
         try:
             report = super().step(*inner, scaler=self._scaler)
         finally:
@@ -212,6 +222,16 @@ class FabricClipper(Clipper):
         scaler = self._scaler
         if scaler is not None and any(_state(scaler, optimizer)["found_inf_per_device"] for optimizer in optimizers):
             scaler.update()
+
+
+def _as_wrapped(module: nn.Module) -> nn.Module:
+    """What the strategy made of a module that Fabric returned."""
+    if not isinstance(module, _FabricModule):
+        raise ValueError(
+            f"module must be what fabric.setup() returned, got {type(module).__name__}: pass that, or a list of it"
+        )
+    wrapped: nn.Module = module._forward_module
+    return wrapped
 
 
 def _refuse_strategy(strategy: Any, who: str, engine: str) -> None:
@@ -269,6 +289,7 @@ def _only_optimizer(trainer: Trainer) -> Optimizer:
     optimizer: Optimizer = trainer.optimizers[0]
     if isinstance(optimizer, LBFGS):
         raise ValueError("LBFGS takes the gradients several times a step, which no clipping suits: remove one of them")
+    refuse_before(optimizer)
     if trainer.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
             f"under precision={trainer.precision!r} Lightning leaves the gradients of a fused optimizer scaled: make "

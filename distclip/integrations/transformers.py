@@ -8,18 +8,23 @@ accelerate 1.15.0; written: its ``_is_overflow``, which ``step_was_skipped`` ret
 
 import os
 import warnings
-from typing import Any, Unpack
+from collections.abc import Callable
+from typing import Any, TypeAlias, Unpack
 from zipfile import is_zipfile
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from ..clipper import Clipper, Options
 from ..policies import Policy
+from ..stepping import watch
+from ..wrapped import refuse_before
 
 FILE = "distclip.pt"  # in a checkpoint, beside scheduler.pt
+EngineTakeOver: TypeAlias = Callable[..., Clipper]  # that of deepspeed.py, which is another integration
 STEPPED_BEFORE = ("lomo", "layerwise")  # optimizers that step inside the backward
 
 
@@ -30,9 +35,9 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
     tells of the latest step.
     """
 
-    def __init__(self, trainer: Trainer, policy: Policy | float, options: Options) -> None:
+    def __init__(self, trainer: Trainer, policy: Policy | float, engine: EngineTakeOver | None, options: Any) -> None:
         self.clipper: Clipper | None = None
-        self._trainer, self._policy, self._options = trainer, policy, options
+        self._trainer, self._policy, self._engine, self._options = trainer, policy, engine, options
         self._resumed: str | None = None  # the file, from the load to the beginning of this training
         self._clipped = False
         self._save, self._load = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler
@@ -41,9 +46,14 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
         trainer._load_optimizer_and_scheduler = self._load_with_ours
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        _refuse(self._trainer)
-        self.clipper = Clipper(self._trainer.model_wrapped, self._policy, **self._options)
-        self.clipper._driver = type(self._trainer).__name__
+        trainer = self._trainer
+        _refuse(trainer, self._engine)
+        if self._engine is not None:
+            self.clipper = self._engine(trainer.deepspeed, self._policy, **self._options)
+        else:
+            refuse_before(_inner(trainer.optimizer))
+            self.clipper = Clipper(trainer.model_wrapped, self._policy, **self._options)
+            self.clipper._driver = type(trainer).__name__
         resumed, self._resumed, self._clipped = self._resumed, None, False
         if resumed is not None:
             _load(self.clipper, resumed)
@@ -60,15 +70,17 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
         """Clip, and return the norm that Trainer logs."""
         if self.clipper is None or self not in self._trainer.callback_handler.callbacks:
             raise RuntimeError("the callback of distclip was removed from this Trainer: add it again before train()")
-        _refuse(self._trainer)
-        outer = inner = self._trainer.optimizer
-        while isinstance(inner, AcceleratedOptimizer):
-            inner = inner.optimizer
-        scaler = self._trainer.accelerator.scaler
+        _refuse(self._trainer, self._engine)
+        self._clipped = True
+        if self._engine is not None:  # which has stepped inside the backward
+            assert self.clipper.report is not None
+            return self.clipper.report.norm
+        outer, scaler = self._trainer.optimizer, self._trainer.accelerator.scaler
+        inner = _inner(outer)
+        watch(inner)
         report = self.clipper._clip_before([inner], scaler)
         if scaler is None:
             outer._is_overflow = report.skip
-        self._clipped = True
         return report.norm
 
     def _save_with_ours(self, output_dir: str) -> None:
@@ -88,25 +100,29 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
             warnings.warn(f"{checkpoint} has no {FILE}: the clipping policy starts anew", stacklevel=2)
 
 
-def take_over(trainer: Trainer, policy: Policy | float, **options: Unpack[Options]) -> Clipping:
+def take_over(
+    trainer: Trainer, policy: Policy | float, *, deepspeed: EngineTakeOver | None = None, **options: Unpack[Options]
+) -> Clipping:
     """Let ``trainer``, before its ``train()``, clip by ``policy`` in every optimizer step, and log that norm.
 
     * ``trainer``: a ``transformers.Trainer`` of any subclass, with ``max_grad_norm=0.0``, whatever wraps its model.
     * ``policy``, ``options``: those of :class:`Clipper`, which is made when training begins and says what it compares.
+    * ``deepspeed``: under DeepSpeed, ``distclip.integrations.deepspeed.take_over``, which is called with the engine
+      when training begins and says which ``options`` there are.
 
     ``grad_norm`` in the logs is the norm before clipping, also where nothing is clipped. A step that is skipped leaves
     parameters and optimizer as they were on all ranks, and the learning rate where it was, but counts as a step. The
     policy's state is saved in checkpoints as ``distclip.pt`` and goes on from there. Collectives and waits: those of
     :meth:`Clipper.clip_` once a step; on accelerators Trainer waits for the decision, to know of the learning rate.
 
-    ValueError for a second owner, DeepSpeed, XLA, optimizers that step inside the backward and a ``distclip.pt`` that
-    does not fit; RuntimeError from ``train()`` where a subclass does not ask for the norm. Source:
-    ``Trainer._run_epoch`` of transformers 5.23.0.
+    ValueError for a second owner, DeepSpeed without ``deepspeed`` and the reverse, XLA, optimizers that step inside the
+    backward or make other gradients inside their step, and a ``distclip.pt`` that does not fit; RuntimeError from
+    ``train()`` where a subclass does not ask for the norm. Source: ``Trainer._run_epoch`` of transformers 5.23.0.
     """
     if isinstance(getattr(trainer._get_grad_norm, "__self__", None), Clipping):
         raise ValueError("this Trainer was taken over before and would be clipped twice: call take_over() once")
-    _refuse(trainer)
-    clipping = Clipping(trainer, policy, options)
+    _refuse(trainer, deepspeed)
+    clipping = Clipping(trainer, policy, deepspeed, options)
     trainer.add_callback(clipping)
     return clipping
 
@@ -128,7 +144,13 @@ def _load(clipper: Clipper, file: str) -> None:
         raise ValueError(f"{file} does not fit: {error}; or delete the file, and the policy starts anew") from error
 
 
-def _refuse(trainer: Trainer) -> None:
+def _inner(optimizer: Optimizer) -> Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _refuse(trainer: Trainer, engine: EngineTakeOver | None) -> None:
     """ValueError for what would be clipped twice, or cannot be."""
     arguments = trainer.args
     if arguments.max_grad_norm and arguments.max_grad_norm > 0:
@@ -136,10 +158,14 @@ def _refuse(trainer: Trainer) -> None:
             f"TrainingArguments.max_grad_norm={arguments.max_grad_norm} (1.0 by default) clips as well: pass "
             "max_grad_norm=0.0"
         )
-    if trainer.is_deepspeed_enabled:
+    if trainer.is_deepspeed_enabled and engine is None:
         raise ValueError(
-            "DeepSpeed steps inside the backward, before Trainer would clip: in a callback's on_train_begin call "
-            "distclip.integrations.deepspeed.take_over(trainer.deepspeed, policy)"
+            "DeepSpeed steps inside the backward, before Trainer would clip: call take_over(trainer, policy, "
+            "deepspeed=distclip.integrations.deepspeed.take_over)"
+        )
+    if engine is not None and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "this Trainer has no DeepSpeed: leave deepspeed= out, or give it TrainingArguments(deepspeed=...)"
         )
     if trainer.accelerator.distributed_type in ("XLA", "MEGATRON_LM"):
         raise ValueError(f"clipping is not supported with {trainer.accelerator.distributed_type.value}")

@@ -250,6 +250,7 @@ def errors(folder):
     own = trainer_in(folder, kind=OwnLoop)
     take_over(own, 1.0)
     note("own loop", own.train)
+    note("no deepspeed", lambda: take_over(trainer_in(folder), 1.0, deepspeed=print))
     trainer.is_deepspeed_enabled = True
     trainer._get_grad_norm = None
     note("deepspeed", lambda: take_over(trainer, 1.0))
@@ -272,7 +273,7 @@ def everything(folder):
 
 
 def with_deepspeed(folder):
-    """The callback that the error names: DeepSpeed's integration, the norm in Trainer's log."""
+    """A run that saves, and one that starts from its checkpoint: DeepSpeed's integration, the norm in Trainer's log."""
     warnings.simplefilter("ignore")
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -282,16 +283,17 @@ def with_deepspeed(folder):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = {"train_micro_batch_size_per_gpu": ROWS // 2, "gradient_clipping": 0.0, "zero_optimization": {"stage": 2}}
     same = {"learning_rate": 1e-3, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant"}  # as adamw()
-    trainer = trainer_in(folder, bad=BAD, deepspeed=config, **same)
+    saved = {"save_strategy": "steps", "save_steps": 8}
 
-    class TakeOver(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            ours.take_over(trainer.deepspeed, POLICIES["autoclip"])
+    def go(resume_from):
+        trainer = trainer_in(folder, bad=BAD, deepspeed=config, **same, **saved)
+        clipping = take_over(trainer, AutoClip(50), deepspeed=ours.take_over)
+        trainer.train(resume_from_checkpoint=resume_from)
+        parameters = [p.detach().clone() for p in trainer.model.net.parameters()]
+        run = logged(trainer), trainer.lr_scheduler.last_epoch, parameters
+        return run, clipping.clipper.report.to_dict(), clipping.clipper.state_dict()
 
-    trainer.add_callback(TakeOver())
-    trainer.train()
-    parameters = [p.detach().clone() for p in trainer.model.net.parameters()]
-    return logged(trainer), trainer.lr_scheduler.last_epoch, parameters
+    return go(None), go(os.path.join(folder, "checkpoint-8"))
 
 
 @pytest.fixture(scope="module")
@@ -327,9 +329,14 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_by_the_sche
     assert alone("autoclip", bad=BAD)[1] == STEPS - 1
 
 
-def test_with_deepspeed_its_own_take_over_does_the_same(tmp_path):
+def test_with_deepspeed_its_own_take_over_does_the_same_and_a_policy_is_resumed(tmp_path):
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'distclip[deepspeed]'")
-    agrees(run_ranks(with_deepspeed, 2, str(tmp_path), fresh=True, timeout=120), alone("autoclip", bad=BAD))
+    results = run_ranks(with_deepspeed, 2, str(tmp_path), fresh=True, timeout=120)
+    agrees([whole[0] for whole, _ in results], alone("autoclip", bad=BAD))
+    for (run, report, state), (resumed, report_then, state_then) in results:
+        assert resumed[0][-4:] == run[0][-4:]
+        assert report_then == report, "the bound is that of a policy that knows all norms"
+        assert same_bits([state_then, state])
 
 
 def test_a_compiled_model_and_bf16(ranks):
@@ -377,8 +384,9 @@ def test_a_second_training_starts_anew(ranks):
         ("own loop", "RuntimeError: OwnLoop has a loop of its own, .* use distclip.attach in it"),
         (
             "deepspeed",
-            r"ValueError: DeepSpeed .*distclip.integrations.deepspeed.take_over\(trainer.deepspeed, policy\)",
+            r"ValueError: DeepSpeed .* deepspeed=distclip.integrations.deepspeed.take_over\)",
         ),
+        ("no deepspeed", "ValueError: this Trainer has no DeepSpeed: leave deepspeed= out"),
     ],
 )
 def test_what_raises(ranks, case, message):

@@ -44,6 +44,7 @@ class Attached(Clipper):
             self._undo += (guard(optimizer, self._after, self._before), _refuse_copies(optimizer))
             self._claimed.update(around(optimizer))
         _attached.update(self._claimed)
+        self._note(optimizers)
 
     def detach(self) -> None:
         """Take the hooks away: from now on the optimizers step as if they had never been attached."""

@@ -1,10 +1,10 @@
 """Clipper: a plan and a policy, the object that a training loop holds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any, Literal, SupportsIndex, TypedDict
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from .report import Culprit, Report
 from .shield import shielded, untraced
 from .stepping import check_optimizers, held_by, skip_next_step
 from .verify import compare_ranks, tell_ranks, verify
+from .wrapped import around
 
 NONFINITE = ("skip", "raise", "propagate")
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
@@ -168,6 +169,7 @@ class Clipper(Joinable):
         self._unread: tuple[Flags, Measured] | None = None
         self._culprit: Culprit | None = None
         self._report: Report | None = None
+        self._clips_for: WeakSet[Optimizer] = WeakSet()  # as far as known
         self._driver: str | None = None  # who calls, where it is not the user
         compare_ranks(self._plan, listed, settings)
         self._reading = Reading(parts, holders_of(everything))
@@ -253,18 +255,31 @@ class Clipper(Joinable):
         The norm's own sum, with 1 in place of |g|**p, must count every parameter's elements once. Copies of a parameter
         must hold the same bits, and copies of a gradient must be equal (inside ``no_sync`` they are not). Where
         ``split_over`` or ``layout`` say that ranks hold different parameters, gradients of the same shape and bits must
-        add up to one (a tied weight on two stages does not). No other Clipper may hold the same parameters. Five
+        add up to one (a tied weight on two stages does not). No other Clipper may hold the same parameters, unless both
+        are known to step other optimizers (DiLoCo's inner and outer): attached, or given them in a step before. Five
         all-reduces of a few words a parameter, and a wait; gradients are never gathered.
         """
         self._joining.refuse("verify()")
-        rivals = sum(1 for other in alive() if other is not self and other._ids & self._ids)
+        rivals = sum(1 for other in alive() if other is not self and self._may_clip_again(other))
         fault = self._reading.lost()
         if rivals:
             fault = LayoutError(
                 f"{rivals} other Clipper(s) hold parameters of this one and would clip them again: keep one Clipper "
-                "for each parameter"
+                "for each parameter; where optimizers share parameters on purpose (DiLoCo), attach() one to each, or "
+                "call verify() after each has made a step()"
             )
         verify(self._plan, self._holders, fault)
+
+    def _may_clip_again(self, other: "Clipper") -> bool:
+        """Whether ``other`` holds parameters of this one, and is not known to clip for other optimizers."""
+        apart = self._clips_for and other._clips_for and not set(self._clips_for) & set(other._clips_for)
+        return not apart and not self._ids.isdisjoint(other._ids)
+
+    def _note(self, optimizers: Iterable[Optimizer]) -> None:
+        """Know from now on that this Clipper clips for ``optimizers``, and for what is inside of them."""
+        for optimizer in optimizers:
+            if optimizer not in self._clips_for:
+                self._clips_for.update(around(optimizer))
 
     def join_hook(self, **_: Any) -> JoinHook:
         """For torch's ``Join([model, clipper])``: what a rank that has run out of data does in steps of the others.
@@ -340,6 +355,7 @@ class Clipper(Joinable):
     @shielded
     def _begin(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None = None) -> Stepping:
         """Advance, and scale the gradients that ``optimizers`` will not scale themselves."""
+        self._note(optimizers)
         folds = self._folding.of(optimizers)
         on_device = not reads_are_free(self._plan.device) and all(folds.by_optimizer)
         on_device = on_device and all(map(may_skip_on_device, optimizers))

@@ -4,7 +4,6 @@ What is known of others, read in accelerate 1.15, lightning 2.6, torchft 2026.10
 and pytorch_optimizer 4.1; none of them is imported.
 """
 
-from collections.abc import Iterator
 from typing import Any
 from weakref import ProxyTypes
 
@@ -26,13 +25,12 @@ def steps(found: Any) -> bool:
     return callable(getattr(found, "step", None)) and isinstance(getattr(found, "param_groups", None), (list, tuple))
 
 
-def around(optimizer: Any) -> Iterator[Any]:
-    """``optimizer``, then the one of the same parameters that it steps, and so on. ValueError where there are two."""
-    seen: list[Any] = []
-    while optimizer is not None and all(optimizer is not one for one in seen):
-        yield optimizer
-        seen.append(optimizer)
-        optimizer = _inner(optimizer)
+def around(optimizer: Any) -> list[Any]:
+    """``optimizer``, those inside of it that hold the same parameters, and those inside of these."""
+    found = [optimizer]
+    for one in found:
+        found += [value for value in _inside(one).values() if all(value is not known for known in found)]
+    return found
 
 
 def applying(optimizer: Any) -> Any:
@@ -46,8 +44,9 @@ def applying(optimizer: Any) -> Any:
         raise ValueError(f"{_name(optimizer)} does not step itself, DeepSpeed's engine does: {TAKE_OVER}")
     if "WSAM" in _names(optimizer):
         raise ValueError("WSAM adds gradients to parameters itself, after the step inside: call clip_() in its closure")
+    seen: list[Any] = []
     applies = optimizer
-    for applies in around(optimizer):
+    while all(applies is not one for one in seen):
         names = _names(applies)
         if "AcceleratedOptimizer" in names and applies.scaler is not None:
             raise ValueError(
@@ -56,6 +55,8 @@ def applying(optimizer: Any) -> Any:
             )
         if names & WHOLE and not names & PROXIES:
             break
+        seen.append(applies)
+        applies = _inner(applies)
     return applies
 
 
@@ -106,22 +107,26 @@ def deepspeed_steps(optimizer: Any) -> bool:
 
 
 def _inner(optimizer: Any) -> Any:
-    """The one optimizer among its attributes that holds its parameters; None if there is none."""
-    if not steps(optimizer):
-        return None
+    """The one inside of it, or itself where there is none; ValueError where there are two."""
+    found = list(_inside(optimizer).items())
+    if len(found) > 1:
+        (first, _), (second, _), *_ = found
+        raise ValueError(
+            f"{_name(optimizer)} holds two optimizers of the same parameters, .{first} and .{second}, and which of "
+            f"them steps is not known: call distclip.attach(optimizer.{first}, model, policy) with the one that does"
+        )
+    return found[0][1] if found else optimizer
+
+
+def _inside(optimizer: Any) -> dict[str, Any]:
+    """Its attributes that are optimizers of the same parameters, each once."""
     held = _ids(optimizer)
     found = {
         id(value): (name, value)
         for name, value in getattr(optimizer, "__dict__", {}).items()
         if not isinstance(value, ProxyTypes) and value is not optimizer and steps(value) and _ids(value) == held
     }
-    if len(found) > 1:
-        (first, _), (second, _), *_ = found.values()
-        raise ValueError(
-            f"{_name(optimizer)} holds two optimizers of the same parameters, .{first} and .{second}, and which of "
-            f"them steps is not known: call distclip.attach(optimizer.{first}, model, policy) with the one that does"
-        )
-    return next((value for _, value in found.values()), None)
+    return dict(found.values())
 
 
 def _ids(optimizer: Any) -> set[int]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.optim import SGD
 
 import distclip
 from distclip.compare import checksums
@@ -239,6 +240,42 @@ def test_a_second_clipper_on_the_same_parameters_is_found():
     del second
     gc.collect()
     first.verify()
+
+
+def local_sgd(way: str) -> tuple[list[str], list[str]]:
+    """DiLoCo: an inner and an outer optimizer of the same parameters, each with a Clipper; what verify() says."""
+    model = ddp() if dist.is_initialized() else build()
+    inner, outer = SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.7, momentum=0.9)
+    if way == "attach":
+        clippers = [distclip.attach(optimizer, model, 1.0) for optimizer in (inner, Lookahead(outer))]
+    else:
+        clippers = [distclip.Clipper(model, 1.0) for _ in range(2)]
+    backward(model)
+    first = [said_by(clipper.verify) for clipper in clippers]
+    for clipper, optimizer in zip(clippers, (inner, inner if way == "same" else outer), strict=True):
+        optimizer.step() if way == "attach" else clipper.step(optimizer)
+    return first, [said_by(clipper.verify) for clipper in clippers]
+
+
+class Lookahead:
+    """Holds the outer optimizer, whose step it calls."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.param_groups = base, base.param_groups
+
+    def step(self) -> None:
+        self.base.step()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_clippers_of_two_optimizers_may_hold_the_same_parameters(ranks):
+    rivals = "1 other Clipper(s) hold parameters of this one"
+    for way in ("attach", "step", "same"):
+        results = [local_sgd(way)] if ranks == 1 else run_ranks(local_sgd, ranks, way)
+        for first, then in results:
+            assert [said.startswith(rivals) for said in first] == [way != "attach"] * 2
+            assert [said.startswith(rivals) for said in then] == [way == "same"] * 2
+            assert way == "attach" or all("attach() one to each" in said for said in first)
 
 
 def flipped(dtype: torch.dtype, element: int) -> str:

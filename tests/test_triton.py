@@ -79,13 +79,6 @@ def test_kernels_compile_for_gpus_without_surprises():
     assert (done.returncode, faulty) == (0, []), done.stderr
 
 
-def test_the_gpu_check_knows_its_arguments():
-    command = [sys.executable, str(ROOT / "tests/gpu/check.py"), "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "--only" in done.stdout
-
-
 def test_triton_is_imported_only_where_it_runs():
     code = (
         "import sys, torch, distclip\n"

@@ -1,0 +1,150 @@
+"""The proof for a GPU, without one: its judge is fed wrong results, and its parts run with stand-ins."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu.judge import BYTES, BYTES_EACH, COPY, LAUNCHES, NOISE, RULES, STEP, fault_of, verdict
+
+ROOT = Path(__file__).parent.parent
+CHECK = ROOT / "tests" / "gpu" / "check.py"
+GOOD: list[dict[str, Any]] = [
+    {"kind": "norm", "what": "a norm", "got": 5.0 * (1 + 1e-7), "right": 5.0},
+    {"kind": "norm", "what": "of NaN", "got": nan, "right": nan},
+    {"kind": "norm", "what": "of inf", "got": inf, "right": inf},
+    {"kind": "left", "what": "what bf16 clipping leaves", "got": 1.0005, "right": 1.0, "dtype": "bfloat16"},
+    {"kind": "bits", "what": "elements unlike", "got": 0, "of": 1000},
+    {"kind": "true", "what": "the step was skipped", "got": True},
+    {"kind": "silent", "what": "waits for nothing", "got": ""},
+    {"kind": "lines", "what": "a case", "got": []},
+    {"kind": "launches", "what": "step()", "got": 20, "right": "step", "work": 6},
+    {"kind": "bytes", "what": "clip_()", "got": BYTES + 24 * BYTES_EACH, "parameters": 24},
+    {"kind": "bandwidth", "what": "norm", "got": 3600.0, "right": 4300.0},
+    {"kind": "times", "what": "plain-clipped", "got": 1.0, "right": 1.0},
+    {"kind": "step", "what": "FSDP2", "got": 100.0, "right": 99.0},
+    {"kind": "seconds", "what": "compiling", "got": 3.0},
+    {"kind": "fact", "what": "elements", "got": 7},
+]
+NEEDS = {"everything": {reading["kind"]: 1 for reading in GOOD}, "zero": {}}
+RUNS = {
+    "everything": {"ended": "well", "readings": GOOD},
+    "zero": {"ended": "well", "readings": [{"kind": "fact", "what": "DeepSpeed is not installed", "got": "left out"}]},
+}
+
+
+def place_of(kind: str) -> int:
+    return next(i for i, reading in enumerate(GOOD) if reading["kind"] == kind)
+
+
+def changed(kind: str, /, **values: Any) -> Callable[[dict[str, Any]], None]:
+    """The first reading of this kind, with other values."""
+    return lambda runs: runs["everything"]["readings"][place_of(kind)].update(values)
+
+
+def without(kind: str) -> Callable[[dict[str, Any]], None]:
+    def leave_out(runs: dict[str, Any]) -> None:
+        runs["everything"]["readings"] = [r for r in GOOD if r["kind"] != kind]
+
+    return leave_out
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], None]] = {
+    "a norm that is off in the seventh digit": changed("norm", got=5.0 * (1 + 3e-7)),
+    "a norm that is NaN where it is 5": changed("norm", got=nan),
+    "a norm that is finite where a gradient is not": changed("norm", right=inf),
+    "a number where a gradient is NaN": changed("norm", right=nan),
+    "a factor cast to bf16, 0.24 % off": changed("left", got=1.0024),
+    "gradients of zeros where a norm of 1 should be left": changed("left", got=0.0),
+    "a clipped norm that is NaN": changed("left", got=nan),
+    "one element unlike": changed("bits", got=1),
+    "no element compared": changed("bits", of=0),
+    "a NaN that was stepped": changed("true", got=False),
+    "an answer that is no bool": changed("true", got=1),
+    "a call that waited": changed("silent", got="RuntimeError: called a synchronizing CUDA operation"),
+    "a capture that failed": changed("silent", got="RuntimeError: operation not permitted when stream is capturing"),
+    "a case with a fault": changed("lines", got=["p=2.0: norm 1.0, should be 2.0"]),
+    "a launch too many": changed("launches", got=LAUNCHES["step"] + 1),
+    "no launch seen at all": changed("launches", got=0),
+    "a launch limit that nobody set": changed("launches", right="anything"),
+    "a byte too many": changed("bytes", got=BYTES + 24 * BYTES_EACH + 1),
+    "bandwidth below 0.8 of a copy's": changed("bandwidth", got=(COPY - 0.01) * 4300.0),
+    "bandwidth that is NaN": changed("bandwidth", got=nan),
+    "a copy that took no time": changed("bandwidth", right=0.0),
+    "slower than torch": changed("times", got=NOISE + 0.01),
+    "a time that is NaN": changed("times", got=nan),
+    "a time of zero": changed("times", got=0.0),
+    "a training step that takes a tenth more": changed("step", got=STEP * 99.0 + 1),
+    "a minute and more of compiling": changed("seconds", got=61.0),
+    "a kind that has no rule": changed("fact", kind="facts"),
+    "a reading without what it stands beside": lambda runs: runs["everything"]["readings"][0].pop("right"),
+    "text in place of a number": changed("norm", got="5.0"),
+    "a part that never began": lambda runs: runs.pop("everything"),
+    "a part that was cut off": lambda runs: runs["everything"].update(ended="cut off after 60 s"),
+    "a part that crashed after its last reading": lambda runs: runs["everything"].update(ended="with exit code 139"),
+    "a part that measured nothing": lambda runs: runs["everything"].update(readings=[]),
+    "a part that may be left out, and crashed": lambda runs: runs["zero"].update(ended="with exit code 1"),
+    **{f"a part without a reading of {kind}": without(kind) for kind in RULES},
+}
+
+
+def test_the_judge_finds_nothing_wrong_with_what_is_right():
+    assert verdict(RUNS, NEEDS) == {"everything": [], "zero": []}
+    assert {reading["kind"] for reading in GOOD} == set(RULES)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_judge_fails_what_is_wrong(name):
+    runs = deepcopy(RUNS)
+    WRONG[name](runs)
+    found = verdict(runs, NEEDS)
+    assert sum(map(bool, found.values())) == 1, found
+    assert verdict(json.loads(json.dumps(runs)), NEEDS) == found  # also after it was written to a file and read
+
+
+@pytest.mark.parametrize("kind", ["norm", "bits", "true", "silent", "lines"])
+def test_a_rehearsal_forgives_times_alone(kind):
+    slow = [changed("bandwidth", got=1.0), changed("times", got=9.0), changed("step", got=999.0)]
+    runs = deepcopy(RUNS)
+    for change in slow:
+        change(runs)
+    assert verdict(runs, NEEDS, rehearsal=True)["everything"] == []
+    changed(kind, got="wrong")(runs)
+    assert len(verdict(runs, NEEDS, rehearsal=True)["everything"]) == 1
+    assert fault_of({**GOOD[place_of("bandwidth")], "got": nan}, rehearsal=True) is not None
+
+
+def rehearse(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(CHECK), "--rehearse", "--side-by-side", "2", "--json", str(file), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def test_a_rehearsal_runs_parts_judges_them_and_writes_what_it_has(tmp_path):
+    file = tmp_path / "gpu.json"
+    done = rehearse(file, "--roads", "default", "--only", "functions", "graph_of_step", "bandwidth")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    document = json.loads(file.read_text())
+    assert document["faults"] == {f"{name} (default)": [] for name in ("functions", "graph_of_step", "bandwidth")}
+    assert "ok     functions (default)" in done.stdout
+    assert "3 parts hold, 0 do not" in done.stdout
+    assert "| bandwidth (default) | bfloat16: norm, GB/s by a copy's |" in done.stdout
+
+
+def test_a_run_without_time_fails_and_says_what_it_did_not_measure(tmp_path):
+    file = tmp_path / "gpu.json"
+    done = rehearse(file, "--roads", "default", "--only", "functions", "--minutes", "0.1")
+    assert done.returncode == 1
+    assert "ended: never began: no time was left" in done.stdout
+    assert json.loads(file.read_text())["faults"]["functions (default)"]
+
+
+def test_without_a_gpu_the_check_says_so():
+    done = subprocess.run([sys.executable, str(CHECK)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "no GPU here: --rehearse runs what a CPU can" in done.stderr

@@ -74,6 +74,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], None]] = {
     "no launch seen at all": changed("launches", got=0),
     "a launch limit that nobody set": changed("launches", right="anything"),
     "a byte too many": changed("bytes", got=BYTES + 24 * BYTES_EACH + 1),
+    "a whole copy of a gradient, which is more than a part": changed("bytes", got=1 << 27, converts=True),
     "bandwidth below 0.8 of a copy's": changed("bandwidth", got=(COPY - 0.01) * 4300.0),
     "bandwidth that is NaN": changed("bandwidth", got=nan),
     "a copy that took no time": changed("bandwidth", right=0.0),

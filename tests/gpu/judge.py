@@ -19,6 +19,7 @@ NOISE = 1.03  # "not slower": medians of interleaved rounds are known to so much
 STEP = 1.05  # a training step with clipping, by one without
 COMPILE = 60.0  # seconds until the first call of a kernel returns
 BYTES, BYTES_EACH = 1 << 20, 64  # that a call may allocate, and for each parameter more
+CONVERTED = 1 << 25  # of float64, where torch's kernels have to convert a part of a gradient
 LAUNCHES = {"clip_": 20, "step": 20, "autoclip": 35, "function": 15}  # small kernels beside the work on tensors
 
 
@@ -44,7 +45,7 @@ RULES: dict[str, Callable[[Reading], bool]] = {
     "silent": lambda r: r["got"] == "",  # what an error said
     "lines": lambda r: r["got"] == [],  # of a case that says what is wrong
     "launches": lambda r: 0 < r["got"] <= LAUNCHES[r["right"]],
-    "bytes": lambda r: 0 <= r["got"] <= BYTES + BYTES_EACH * r["parameters"] + r.get("more", 0),
+    "bytes": lambda r: 0 <= r["got"] <= BYTES + BYTES_EACH * r["parameters"] + CONVERTED * bool(r.get("converts")),
     "bandwidth": lambda r: r["got"] >= COPY * r["right"] > 0,
     "times": lambda r: 0 < r["got"] <= NOISE * r["right"],
     "step": lambda r: 0 < r["got"] <= STEP * r["right"],

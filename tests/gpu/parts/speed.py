@@ -128,7 +128,8 @@ def allocated(chip: Chip, name: str, model: nn.ParameterList, clipper: distclip.
     for what, call in calls.items():
         call()
         call()
-        yield reading("bytes", f"{what}: {name}", chip.peak(call), parameters=len(model))
+        converts = p == 3 and chip.road == "default"
+        yield reading("bytes", f"{what}: {name}", chip.peak(call), parameters=len(model), converts=converts)
 
 
 @part(roads=("triton",), needs={"seconds": 3}, seconds=30, alone=True)

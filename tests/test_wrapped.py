@@ -6,13 +6,14 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 import distclip
 import wrappers
 from distclip.stepping import guard, skip_next_step
-from layouts import backward, build, ddp
+from layouts import backward, build, ddp, fsdp2
 from ranks import run_ranks, same_bits
 from wrappers import ByHand
 
@@ -35,8 +36,12 @@ WHOLE = {  # which must not be called at all for a step that is skipped
 }
 
 
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def broken(model) -> None:
-    next(iter(model.parameters())).grad.view(-1)[0] = torch.nan
+    next(g for p in model.parameters() if (g := local(p.grad)).numel()).view(-1)[0] = torch.nan
 
 
 def run(model, optimizer, skips_whole=False, closure=False):
@@ -57,7 +62,7 @@ def run(model, optimizer, skips_whole=False, closure=False):
             if not (skips_whole and step in BROKEN):
                 optimizer.step()
         optimizer.zero_grad()
-    return [p.detach().clone() for p in model.parameters()]
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in model.parameters()]
 
 
 def pair(wrap, kind=build, momentum=0.9):
@@ -122,19 +127,19 @@ def test_sharpness_aware_minimisation_clips_its_second_gradients():
     assert clipper.state_dict()["steps"] == STEPS
 
 
-def on_ranks(name: str):
-    wrap = (INSIDE | WHOLE)[name]
-    model, optimizer, clipper, *_ = pair(wrap, kind=ddp)
+def on_ranks(name: str, layout):
+    model, optimizer, clipper, *_ = pair((INSIDE | WHOLE)[name], kind=layout)
     parameters = run(model, optimizer)
     return parameters, clipper.report.to_dict(), clipper.state_dict()["steps"]
 
 
 @pytest.mark.parametrize("name", ["accumulating", "torchft", "lookahead", "without hooks", "schedule-free"])
-def test_wrappers_on_two_ranks_are_one_process(name):
+@pytest.mark.parametrize(("layout", "size"), [(ddp, 2), (fsdp2, 4)], ids=["ddp", "fsdp2"])
+def test_wrappers_on_ranks_are_one_process(name, layout, size):
     one, by_hand = build(), (INSIDE | WHOLE)[name]
     ByHand.bound = BOUND
     expected = run(one, by_hand(ByHand(one.parameters(), lr=0.05, momentum=0.9)), skips_whole=name in WHOLE)
-    results = run_ranks(on_ranks, 2, name)
+    results = run_ranks(on_ranks, size, name, layout)
     assert same_bits(results)
     torch.testing.assert_close(results[0][0], expected, rtol=1e-4, atol=1e-6)
 

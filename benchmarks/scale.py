@@ -415,13 +415,14 @@ def constructed(placed: Placed) -> tuple[Clipper, Sent]:
 
 
 def stepped(clipper: Clipper) -> Sent:
-    """The collectives of ``clip_()``. No parameter has a gradient: they run all the same.
+    """The collectives of ``clip_()`` in a call that compares no copies. No parameter has a gradient: they run as ever.
 
     A fake group does not add the words of the other ranks, which therefore seem to disagree, except in the step whose
     number makes the agreement word 0.
     """
     step = -clipper._plan.code * pow(TAG_STEP, -1, CODES) % CODES
-    clipper._steps = step
+    clipper._steps, clipper._number, clipper._compare_in = step, 0, float("inf")
+    clipper._empty = True  # no word of the gradients that are missing
     with Collectives() as collectives:
         clipper.clip_()
     return collectives.sent

@@ -18,5 +18,6 @@ from .policies import (
     ValueClip as ValueClip,
 )
 from .report import Report as Report
+from .source import find_source as find_source
 
 __version__ = "0.1.0"

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, Literal, SupportsIndex, TypedDict
+from warnings import warn
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -35,15 +36,17 @@ from .policies.checks import count, positive
 from .report import Culprit, Report
 from .shield import shielded, untraced
 from .stepping import check_optimizers, held_by, skip_next_step
-from .verify import compare_ranks, tell_ranks, verify
+from .verify import ABSENT, compare_gradients, compare_ranks, has_copies, tell_ranks, verify
 from .wrapped import around
 
 NONFINITE = ("skip", "raise", "propagate")
+COMPARING = 1 << 12  # tag of a call in which copies of gradients are compared
+TURN = 45499  # odd, and its multiples lie far apart: no Clipper meets another one of its group, whatever their steps
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
 DISAGREE = (
     "the ranks of the clipping group do not agree: one of them stopped with an error of its own (see its message), "
-    "holds other parameters, lacks a gradient that others have, or made one call of Clipper more or less; let every "
-    "rank make the same calls"
+    "holds other parameters, lacks a gradient that others have, made one call of Clipper more or less, or called "
+    "another Clipper; let every rank make the same calls in the same order"
 )
 CAPTURED = (
     "no norm can be read inside the capture of a CUDA graph: leave out nonfinite='raise', p > 7, float64 gradients, "
@@ -91,21 +94,26 @@ class Clipper(Joinable):
       DTensors by torch, or rows written through ``.data``, are not seen.
 
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
-    two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all
-    ranks where not. Every ``measure``, ``clip_`` and ``step`` makes one all-reduce of two float64 words (four for
-    inf), DDP included, so that ranks decide alike even when one replica is corrupt: where every rank holds all
-    gradients and those of one have a norm that is 1e-6 off, that one warns and the next call raises on all. Two
-    words more travel with DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: they say whether some rank
-    holds float64, and whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending
-    sums), which are then redistributed into ``.grad``, from then on before the all-reduce. A call that raises leaves
-    gradients and policy state as they were, but for pending sums that were made by then.
+    two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all ranks
+    where not. Every ``measure``, ``clip_`` and ``step`` makes one all-reduce of two float64 words (four for inf), DDP
+    included, so that ranks decide alike even when one replica is corrupt. In calls 1, 2, 4, 8, ... of ``clip_`` and
+    ``step``, counted from when it was built or a state was loaded, gradients of which ranks should hold copies are
+    compared before anything is scaled: one all-reduce more, of two words for each such parameter, and a LayoutError on
+    all ranks where they differ (a reduction that was left out, experts taken for copies); after a norm that is not
+    finite in the next call. In other calls, where every rank holds all gradients and those of one have a norm that is
+    1e-6 off, that one warns and the next call raises on all. Two words more travel with DTensors that FSDP2 does not
+    manage, ``split_over`` or ``layout``: they say whether some rank holds float64, and whether gradients lie otherwise
+    than their parameters (sequence-parallel norms leave pending sums), which are then redistributed into ``.grad``,
+    from then on before the all-reduce. A call that raises leaves gradients and policy state as they were, but for
+    pending sums that were made by then.
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
     float64 gradients, p > 7, the extra words, and a group whose words travel on the host (Gloo); together they cost one
-    wait a step, with the extra words two. Gradients on the host beside those on an accelerator wait for their factor.
-    Without a wait, non-finite norms and disagreement are looked at when the next call starts, so an error and
-    :attr:`culprit` come one call late. Inside the capture of a CUDA graph nothing is looked at (RuntimeError where it
-    must be), and a replay is no call: it advances the policy, but counts no step.
+    wait a step, with the extra words two. So does comparing copies, in those few calls, two. Gradients on the host
+    beside those on an accelerator wait for their factor. Without a wait, non-finite norms and disagreement are looked
+    at when the next call starts, so an error and :attr:`culprit` come one call late. Inside the capture of a CUDA graph
+    nothing is looked at (RuntimeError where it must be), and a replay is no call: it advances the policy, but counts no
+    step.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
@@ -171,7 +179,11 @@ class Clipper(Joinable):
         self._report: Report | None = None
         self._clips_for: WeakSet[Optimizer] = WeakSet()  # as far as known
         self._driver: str | None = None  # who calls, where it is not the user
+        self._empty = False  # whether a step without any gradient was told of
         compare_ranks(self._plan, listed, settings)
+        self._number = self._plan.group.add_clipper()
+        self._calls = 0
+        self._compare_in = 1.0 if has_copies(self._plan) else inf  # the call in which copies of gradients are compared
         self._reading = Reading(parts, holders_of(everything))
         self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
         self._joining = Joining(parts)
@@ -186,13 +198,22 @@ class Clipper(Joinable):
 
     @property
     def culprit(self) -> Culprit | None:
-        """Where the latest non-finite norm came from; None if there was none."""
+        """Where the norm of the latest ``clip_`` or ``step`` came from if it was not finite; None if it was."""
         return self._culprit
 
     @property
     def report(self) -> Report | None:
-        """What the latest ``clip_`` or ``step`` did, also where a hook made the call; None before the first."""
+        """What the latest ``clip_`` or ``step`` did, also where a hook made the call; None before the first.
+
+        A GradScaler that skips an attached optimizer by itself makes no call, and this stays what it was: see
+        :attr:`steps`.
+        """
         return self._report
+
+    @property
+    def steps(self) -> int:
+        """How many times ``clip_`` or ``step`` were called: where it has not grown, ``report`` is of an older step."""
+        return self._steps
 
     @shielded
     def measure(self) -> Report:
@@ -216,7 +237,7 @@ class Clipper(Joinable):
 
         Call after the last backward of a step, after unscaling, before ``optimizer.step()``. Gradients keep their
         bits where the coefficient is 1 and where ``report.skip`` is true: then the caller must not step. One
-        all-reduce (on a non-finite norm two more); waits as the class says.
+        all-reduce (on a non-finite norm three more); waits as the class says.
         """
         self._refuse_a_second_owner()
         return self._clip()
@@ -227,7 +248,7 @@ class Clipper(Joinable):
 
         A fused Adam, AdamW, SGD or Adagrad applies the coefficient itself, without a pass over the gradients; for the
         others the gradients are scaled first. Afterwards the content of ``.grad`` is unspecified. One all-reduce (on
-        a non-finite norm two more). Waits once a step on an accelerator if any optimizer cannot fold.
+        a non-finite norm three more). Waits once a step on an accelerator if any optimizer cannot fold.
 
         ``scaler``: unscales every optimizer for which you did not, and steps it. A norm that is not finite on any rank
         lowers the scale of all ranks at your ``scaler.update()``; a skip for the policy's own reason does not.
@@ -268,7 +289,7 @@ class Clipper(Joinable):
                 "for each parameter; where optimizers share parameters on purpose (DiLoCo), attach() one to each, or "
                 "call verify() after each has made a step()"
             )
-        verify(self._plan, self._holders, fault)
+        verify(self._plan, self._holders, fault, TURN * self._number, self._named("verify()"))
 
     def _may_clip_again(self, other: "Clipper") -> bool:
         """Whether ``other`` holds parameters of this one, and is not known to clip for other optimizers."""
@@ -328,6 +349,7 @@ class Clipper(Joinable):
         self._loaded = hash_of(self._state, skips)
         self._unread = None
         self._plan.memory.take_fault()
+        self._calls, self._compare_in = 0, inf if self._compare_in == inf else 1.0
 
     @shielded
     def _clip(self, fault: LayoutError | None = None) -> Report:
@@ -416,6 +438,7 @@ class Clipper(Joinable):
         if capturing and self._plan.heeds:
             raise RuntimeError(CAPTURED)
         fault = self._reading.lost() or fault or self._plan.memory.take_fault()
+        self._calls += not capturing
         measured = self._measure(tag=self._steps, fault=fault, present=present)
         outcome, state = self._decide(measured)
         if (
@@ -473,15 +496,24 @@ class Clipper(Joinable):
         """Measure; raise ``fault`` where it is given, once all ranks have met."""
         gradients = [None] * len(self._holders) if present is False else gradients_of(self._holders)
         taken = NOTHING if self._overlap is None else self._overlap.taken(gradients)
-        call = f"step {self._steps}" if tag == self._steps else f"measure() in step {self._steps}"
+        steps = tag == self._steps
+        call = self._named(f"step {self._steps}" if steps else f"measure() in step {self._steps}")
         if self._loaded:
             tag, call = tag + self._loaded, f"{call} after loading a state (hash {self._loaded:x})"
+        compares = steps and self._calls >= self._compare_in and present is None and not in_capture(self._plan.device)
+        tag += TURN * self._number + COMPARING * compares
         measured = self._plan.measure(
             gradients, self._holders, tag, self._realigns, taken=taken, fault=fault, call=call, present=present
         )
+        if compares and compare_gradients(self._plan, measured):
+            self._compare_in = 2 * self._calls
         if measured.realigned and not self._realigns:  # where ranks disagree, some of them have raised before this line
             self._realigns = not measured.reduced.read()[1]
         return measured
+
+    def _named(self, call: str) -> str:
+        """What ``call`` is named where ranks do not agree: also by whom, where the group has built several Clippers."""
+        return f"{call} of Clipper {self._number + 1}" if self._plan.group.clippers > 1 else call
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
         device, skips_nonfinite = self._plan.device, self._nonfinite != "propagate"
@@ -495,10 +527,17 @@ class Clipper(Joinable):
         if outcome.fault:
             raise refusal_of(float(outcome.fault), self._policy)
         if isfinite(outcome.norm):
-            self._skips = 0
+            self._note_finite(float(outcome.norm), any(g is not None for g in outcome.measured.gradients))
             self._plan.compare_copies(float(outcome.norm), outcome.measured.reduced.own, f"step {self._steps}")
             return outcome
         return outcome.blamed_on(self._blame(outcome.measured))
+
+    def _note_finite(self, norm: float, has_gradients: bool) -> None:
+        """A step whose norm was finite; warn, once, of one that had no gradient at all."""
+        self._skips, self._culprit = 0, None
+        if norm == 0 and not has_gradients and not self._empty:
+            self._empty = True
+            warn(f"no gradient on this rank, and a norm of 0 over all: {ABSENT}", RuntimeWarning, stacklevel=4)
 
     def _blame(self, measured: Measured) -> Culprit:
         """Name the culprit of a non-finite norm, count the skip, and raise where that was asked for."""
@@ -525,7 +564,7 @@ class Clipper(Joinable):
         if not isfinite(norm):
             self._blame(measured)
             return
-        self._skips = 0
+        self._note_finite(norm, measured.norms is not None and len(measured.norms.indices) > 0)
         self._plan.compare_copies(norm, own, f"step {self._steps - 1}", warns=False)  # this call raises
         if any(faults):
             raise refusal_of(faults[0], self._policy)

@@ -1,4 +1,4 @@
-"""Who made the norm non-finite: named from the norms each rank already has, by two small all-reduces.
+"""Who made the norm non-finite: named from the norms each rank already has, by three small all-reduces.
 
 They run only after a reduced value said "not finite", hence on all ranks of the group or on none.
 """
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from .compare import say
 from .errors import NonFiniteError
+from .group import ClippingGroup
 from .kernels import local_norms
 from .measured import Norms
 from .plan import Plan
@@ -18,13 +19,14 @@ from .report import Culprit
 KINDS = {1: "NaN", 2: "inf", 3: "overflow"}
 NOBODY = 1 << 62
 OVERFLOW = 1 << 60  # added so that a NaN or inf anywhere comes before an overflow
+OWN, REDUCED, COPIED = "O", "R", "C"  # how the rank that is named came by its gradient
 
 
 def find_culprit(plan: Plan, norms: Norms) -> Culprit:
     """The first parameter of the lowest rank whose gradient is not finite, the same answer on every rank.
 
-    Two all-reduces, of one int64 and of 1024 bytes, and one wait. ``norms.parts`` may be empty where the gradients
-    have changed since; then an inf norm is taken for an inf gradient.
+    Three all-reduces, of one int64, of 1024 bytes and of a float64 a rank, and three waits. ``norms.parts`` may be
+    empty where the gradients have changed since; then an inf norm is taken for an inf gradient.
     """
     group, device = plan.group, plan.device
     word = torch.tensor([_first_bad(group.rank, norms)], device=device)
@@ -33,8 +35,37 @@ def find_culprit(plan: Plan, norms: Norms) -> Culprit:
         return Culprit("overflow", None, None)
     winner %= OVERFLOW
     rank, index, kind = winner >> 34, winner >> 2 & 0xFFFFFFFF, KINDS[winner & 3]
-    name = say(group, device, rank, plan.label(index) if group.rank == rank else "")
-    return Culprit(kind, name, group.ranks[rank])
+    here = f"{_made(plan, index)}{plan.label(index)}" if group.rank == rank else ""
+    told = say(group, device, rank, here)
+    made, name = told[:1], told[1:]
+    if kind == "overflow" or made == OWN:
+        return Culprit(kind, name, group.ranks[rank], (group.ranks[rank],))
+    bad = {plan.label(norms.indices[k]) for k in _bad(norms)}
+    ranks = ranks_that(group, device, name in bad or group.rank == rank)
+    return Culprit(kind, name, group.ranks[rank], ranks, reduced=made == REDUCED or len(ranks) > 1)
+
+
+def ranks_that(group: ClippingGroup, device: torch.device, say_so: bool) -> tuple[int, ...]:
+    """The global ranks that ``say_so``: one all-reduce of a float64 word a rank, and a wait."""
+    rows = torch.zeros(group.size, dtype=torch.float64, device=device)
+    rows[group.rank] = say_so
+    return tuple(group.ranks[k] for k, said in enumerate(group.all_reduce(rows).tolist()) if said)
+
+
+def _made(plan: Plan, index: int) -> str:
+    """Whether a gradient is its rank's own, was summed over ranks and cut, or is one of several copies.
+
+    Where only one of several copies is not finite, that rank is the one.
+    """
+    piece = plan.pieces[index]
+    if plan.replicas[index] > 1:
+        return COPIED
+    return REDUCED if piece.reduced or piece.flat_over else OWN
+
+
+def _bad(norms: Norms) -> list[int]:
+    positions: list[int] = (~norms.norms.isfinite()).nonzero().flatten().tolist()
+    return positions
 
 
 def nonfinite(p: float, culprit: Culprit, what_to_do: str) -> NonFiniteError:
@@ -47,7 +78,7 @@ def nonfinite(p: float, culprit: Culprit, what_to_do: str) -> NonFiniteError:
 
 def _first_bad(rank: int, norms: Norms) -> int:
     words = [NOBODY]
-    for position in (~norms.norms.isfinite()).nonzero().flatten().tolist():
+    for position in _bad(norms):
         norm = norms.norms[position]
         if norms.parts and norm == inf:  # a look at the gradient tells an inf from an overflow
             norm = local_norms([norms.parts[position]], inf)[0]

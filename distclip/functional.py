@@ -4,7 +4,9 @@ They talk if and only if they must: when a parameter is a DTensor or lies in an 
 ``split_over`` or ``layout`` is given (then also for an empty list), they make one all-reduce on every call, whatever
 gradients exist; otherwise they stay local, as torch, and every rank must hold all parameters. What plain tensors cannot
 show is not seen: pipeline stages and experts held as plain tensors need ``split_over`` or ``layout``, or a
-:class:`Clipper`, which compares the ranks.
+:class:`Clipper`, which compares the ranks. Two models whose parameters have the same names (bare tensors have none),
+shapes, dtypes and placements look alike: ranks that call for them in another order get one norm of both and no error.
+Names can tell them apart, as of ``nn.ModuleDict({"critic_1": critic})``, and Clippers always are.
 """
 
 from collections.abc import Iterable, Sequence
@@ -63,7 +65,7 @@ def clip_grad_norm_(
     * ``max_norm``: above 0; ``inf`` measures only. (torch accepts 0; it is a ValueError here.)
     * ``norm_type``: p > 0, or inf. Another one on some rank is an error, like another ``max_norm``; with inf beside a
       number ranks wait for each other until the group's timeout (four words never meet two), and are named then.
-    * ``error_if_nonfinite``: raise NonFiniteError on every rank, gradients untouched, naming parameter and rank. Two
+    * ``error_if_nonfinite``: raise NonFiniteError on every rank, gradients untouched, naming parameter and rank. Three
       more all-reduces when it raises, and one wait a call on accelerators. Otherwise a norm that is not finite goes
       through the formula as in torch, except that gradients that are all finite are left as they are.
     * ``foreach``: accepted for torch's sake; the kernels are chosen by device.

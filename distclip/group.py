@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Self, TypeAlias
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ WITHOUT_FLOAT64 = {"mps"}
 
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
+
+
+_clippers: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,21 @@ class ClippingGroup:
     @property
     def global_rank(self) -> int:
         return self.ranks[self.rank]
+
+    @property
+    def clippers(self) -> int:
+        """How many Clippers were built for it."""
+        process_group = self.process_group
+        return 1 if process_group is None else _clippers.get(process_group, 0)
+
+    def add_clipper(self) -> int:
+        """Count one more, which its ranks build together; how many there were, the same on all of them."""
+        process_group = self.process_group
+        if process_group is None:
+            return 0
+        number = _clippers.get(process_group, 0)
+        _clippers[process_group] = number + 1
+        return number
 
     def all_reduce(
         self,

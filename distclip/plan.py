@@ -6,7 +6,7 @@ lacks the gradient of a copy that all hold, ranks disagree. What a plan learns f
 rank's memory, which no other rank needs to know.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import inf, isnan, nan
@@ -196,12 +196,16 @@ class Plan:
             if warns:
                 warn(f"{self.memory.fault}. The next call raises on every rank", RuntimeWarning, stacklevel=3)
 
-    def norms(self, measured: Measured) -> Norms:
-        """The norm of each gradient that was measured: at hand on accelerators, made now on the host."""
+    def norms(self, measured: Measured, of: Collection[int] | None = None) -> Norms:
+        """The norm of each gradient that was measured: at hand on accelerators, made now on the host.
+
+        ``of``: the pieces that matter, all if None; there may be norms of others too.
+        """
         if measured.norms is not None:
             return measured.norms
         local = self.look(measured.gradients)
-        return self._norms(local.parts, local.indices)
+        kept = [(part, i) for part, i in zip(local.parts, local.indices, strict=True) if of is None or i in of]
+        return self._norms([part for part, _ in kept], [i for _, i in kept])
 
     def _reduced(
         self,

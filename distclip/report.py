@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FEW = 5  # ranks named in a text
+
 
 @dataclass(frozen=True, slots=True)
 class Culprit:
@@ -13,16 +15,28 @@ class Culprit:
     ``kind`` is ``"NaN"`` or ``"inf"`` for the gradient of ``parameter`` on global rank ``rank``, or ``"overflow"``
     when every gradient is finite and only the sum of powers left the range of float64 (then ``parameter`` is the one
     whose own sum did, or ``None``).
+
+    ``ranks``: all global ranks on which the gradient of ``parameter`` is not finite. ``reduced``: it was summed over
+    ranks before it was looked at (DDP, FSDP), so that any of these may have made it so: :func:`find_source` says which.
     """
 
     kind: str
     parameter: str | None
     rank: int | None
+    ranks: tuple[int, ...] = ()
+    reduced: bool = False
 
     def __str__(self) -> str:
         if self.kind == "overflow":
             which = "" if self.parameter is None else f", first in {self.parameter} on rank {self.rank}"
             return f"every gradient is finite but the sum of powers overflows float64{which}"
+        if self.reduced:
+            more = f" and {len(self.ranks) - FEW} more" if len(self.ranks) > FEW else ""
+            held = ", ".join(map(str, self.ranks[:FEW]))
+            return (
+                f"{self.parameter} has {self.kind} in its reduced gradient, held by rank {held}{more}; "
+                "distclip.find_source(model) says from which rank it came"
+            )
         return f"{self.parameter} on rank {self.rank} has {self.kind} in its gradient"
 
 

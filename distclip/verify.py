@@ -1,5 +1,7 @@
 """Proving a layout: that ranks said to hold copies do, at construction by values, after a backward by gradients.
 
+The gradients of copies are compared in the first call of a Clipper too, and at doubling intervals after it.
+
 Where all ranks know the same pieces, one word a piece is enough: the rank that speaks for the copies sends its number
 times ``1 - replicas``, every other rank its number, and the sum is 0 when copies are equal. Pieces that ``split_over``
 or ``layout`` describe are not the same list on every rank; their checksums are gathered (never gradients).
@@ -8,6 +10,7 @@ or ``layout`` describe are not the same list on every rank; their checksums are 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
+from math import isfinite
 from zlib import crc32
 
 import torch
@@ -16,9 +19,10 @@ from torch import Tensor
 
 from .compare import bit_sums, checksums, differing, say, who_differs
 from .errors import LayoutError
+from .flags import sent
 from .group import ClippingGroup
 from .layout import speaks
-from .measured import Norms
+from .measured import Measured, Norms
 from .piece import Held, gradients_of, once
 from .plan import Plan, stopped_by
 
@@ -26,7 +30,15 @@ SHOWN = 5  # names in an error
 ERROR = "an error of its own"
 VERIFYING = 1 << 13  # tag of its measurement
 TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a kernel adds in any order
+WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must differ, or noise around 0 would be told
 SAY_SO = "say split_over=[mesh['pp']] or layout=... where ranks hold different parameters"
+
+
+ABSENT = (
+    "an optimizer in the backward has used them up, the last synchronisation was left out "
+    "(set_requires_gradient_sync(False), set_requires_all_reduce(False)), or zero_grad came before; clip between the "
+    "last backward and zero_grad"
+)
 
 
 def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str]) -> None:
@@ -84,13 +96,19 @@ def _apart(plan: Plan, kept: Sequence[Held], sums: Callable[[Sequence[Tensor], t
     return [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
 
 
-def verify(plan: Plan, holders: Sequence[Tensor], fault: LayoutError | None = None) -> None:
+def verify(
+    plan: Plan,
+    holders: Sequence[Tensor],
+    fault: LayoutError | None = None,
+    tag: int = 0,
+    call: str = "verify()",
+) -> None:
     """Raise LayoutError, on every rank of the group, unless the layout holds for the gradients there are.
 
-    ``fault``: what this rank knows to be wrong already.
+    ``fault``: what this rank knows to be wrong already. ``tag``, ``call``: of who calls, as in :meth:`Plan.measure`.
     """
     gradients = gradients_of(holders)
-    measured = plan.measure(gradients, holders, tag=VERIFYING, fault=fault, call="verify()")
+    measured = plan.measure(gradients, holders, tag=VERIFYING + tag, fault=fault, call=call)
     if measured.reduced.read()[1]:
         raise LayoutError(
             f"the ranks do not agree: let every rank make the same calls with the same parameters{measured.reduced.who}"
@@ -107,8 +125,50 @@ def verify(plan: Plan, holders: Sequence[Tensor], fault: LayoutError | None = No
     _count_split(plan, norms)
 
 
+def has_copies(plan: Plan) -> bool:
+    """Whether there is anything to compare for :func:`compare_gradients`, the same on all ranks."""
+    return bool(_copied(plan))
+
+
+def compare_gradients(plan: Plan, measured: Measured) -> bool:
+    """Raise LayoutError, on every rank, where copies of a gradient differ; False where nothing can be said of that.
+
+    Copies differ whose norms are further apart than kernels that add in any order would bring them, and so far that the
+    norm of the model is another. Reads the reduced words, so that ranks that disagree part here; then one all-reduce of
+    two float64 words for each parameter that has copies. Two waits on accelerators.
+    """
+    norm, disagree, _ = measured.reduced.read()
+    if disagree or not isfinite(norm):
+        return False
+    copied = _copied(plan)
+    found = plan.norms(measured, frozenset(copied))
+    known, none = dict(zip(found.indices, found.norms.unbind(), strict=True)), plan.weights.new_zeros(())
+    mine = torch.stack([known.get(i, none) for i in copied])
+    drift, total = plan.group.all_reduce(torch.stack([mine * _signs(plan, copied), mine])).abs().tolist()
+    apart = []
+    for i, off, of_all in zip(copied, drift, total, strict=True):
+        tolerance = max(TOLERANCE, torch.finfo(plan.pieces[i].dtype).eps)
+        if off > tolerance * of_all and off > WEIGHTY * tolerance * norm:
+            apart.append(plan.label(i))
+    if apart:
+        raise _not_copies(apart)
+    return True
+
+
+def _not_copies(names: Sequence[str]) -> LayoutError:
+    return LayoutError(
+        f"ranks that should hold the same gradient do not: {_few(names)}; reduce gradients before clipping (leave "
+        "no_sync for the last backward; an optimizer that reduces them in its step() comes too late), or say "
+        "layout=lambda name, p: distclip.Layout(1) if ... else None for what each rank has for itself (experts), "
+        "split_over=[mesh['pp']] for stages, group=... for ranks that train apart (local SGD, DiLoCo)"
+    )
+
+
 def _count_common(plan: Plan, found: Norms) -> None:
-    """Every element counts once, and copies of a gradient are equal: one all-reduce of three words a piece."""
+    """There are gradients, every element counts once, and copies of a gradient are equal.
+
+    One all-reduce of three words a piece, and two.
+    """
     common = [i for i, is_common in enumerate(plan.common) if is_common]
     norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
     norms[list(found.indices)] = found.norms.nan_to_num(nan=0.0, posinf=0.0)
@@ -116,7 +176,12 @@ def _count_common(plan: Plan, found: Norms) -> None:
     counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[common]
     comparable = torch.tensor([float(plan.pieces[i].aligned) for i in common], device=plan.device)
     norms = norms[common] * comparable
-    counted, drift, total = plan.group.all_reduce(torch.stack([counted, norms * _signs(plan, common), norms])).cpu()
+    numbers = norms.new_tensor([len(found.indices), len(plan.pieces)])
+    words = plan.group.all_reduce(torch.cat([counted, norms * _signs(plan, common), norms, numbers])).cpu()
+    present, pieces = words[-2:].tolist()
+    if pieces and not present:
+        raise LayoutError(f"there is no gradient on any rank: {ABSENT}")
+    counted, drift, total = words[:-2].view(3, -1)
     whole = torch.tensor([float(plan.pieces[i].size or 0) for i in common], dtype=torch.float64)
     wrong = ((counted - whole).abs() > 0.5).nonzero().flatten().tolist()
     if wrong:
@@ -124,10 +189,7 @@ def _count_common(plan: Plan, found: Norms) -> None:
         raise LayoutError(f"elements are not counted once: {_few(listed)}; {SAY_SO}")
     apart = (drift.abs() > TOLERANCE * total).nonzero().flatten().tolist()
     if apart:
-        raise LayoutError(
-            f"ranks that should hold the same gradient do not: {_few([plan.label(common[k]) for k in apart])}; reduce "
-            f"gradients before clipping (leave no_sync for the last backward), or {SAY_SO}"
-        )
+        raise _not_copies([plan.label(common[k]) for k in apart])
 
 
 def _count_split(plan: Plan, found: Norms) -> None:
@@ -181,7 +243,7 @@ def _copied(plan: Plan) -> list[int]:
 def _signs(plan: Plan, indices: Sequence[int]) -> Tensor:
     """1 - replicas on the rank that speaks for the copies of a piece, 1 on the others."""
     signs = [1 - plan.replicas[i] if speaks(plan.group, plan.pieces[i]) else 1 for i in indices]
-    return torch.tensor(signs, dtype=torch.float64, device=plan.device)
+    return sent(torch.tensor(signs, dtype=torch.float64), plan.device)
 
 
 def _few(names: Sequence[str]) -> str:

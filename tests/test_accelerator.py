@@ -43,6 +43,23 @@ EACH_POLICY = pytest.mark.parametrize("policy", POLICIES)
 
 
 @contextmanager
+def as_promised(call: int) -> Iterator[None]:
+    """No wait inside, but two in calls 1, 2, 4, 8, ... of a Clipper, in which ranks compare their copies."""
+    if dist.get_world_size() == 1 or call & (call - 1):
+        with no_waits():
+            yield
+        return
+    with counted_waits() as waits:
+        yield
+    assert waits == [2]
+
+
+def more_in(calls: int, size: int) -> list[int]:
+    """The waits that comparing copies adds to each of so many calls."""
+    return [2 if size > 1 and call & (call - 1) == 0 else 0 for call in range(1, calls + 1)]
+
+
+@contextmanager
 def on_the_accelerator(words_on_the_device: bool = True) -> Iterator[None]:
     """Words travel on the device as with NCCL, or on the host as with Gloo."""
     use_accelerator()
@@ -91,14 +108,15 @@ def steps(policy: str) -> list[tuple[float, float]]:
     with on_the_accelerator():
         for options in OPTIONS:
             model = layers()
-            clipper, optimizer = distclip.Clipper(model, POLICIES[policy], **options), adamw(model)
+            clipper, optimizer, calls = distclip.Clipper(model, POLICIES[policy], **options), adamw(model), 0
             for step in range(6):
                 for clip in (clipper.clip_, lambda optimizer=optimizer, clipper=clipper: clipper.step(optimizer)):
                     fill(model, step, scale=10.0 ** -(step % 3))
                     if step == 2:
                         model[1].grad = None  # not used in this step
                     right = norm_of(model, options.get("norm_type", 2.0))
-                    with no_waits():
+                    calls += 1
+                    with as_promised(calls):
                         report = clip()
                     seen.append((raw(report.norm).item(), right))
     return seen
@@ -129,7 +147,7 @@ def functions() -> list[tuple[float, float]]:
         for step in range(3):
             right = fill(model, step) / scaler.get_scale() if step else fill(model, step) / 2**16
             scaler.scale(torch.ones(()).to(DEVICE))
-            with no_waits():
+            with as_promised(step + 1):
                 norm = clipper.step(optimizer, scaler=scaler).norm
                 scaler.update()
             seen.append((raw(norm).item(), right))
@@ -160,9 +178,11 @@ def attached(words_on_the_device: bool) -> list[list[int]]:
 
 
 @EVERYBODY
-@pytest.mark.parametrize(("words_on_the_device", "expected"), [(True, [[0]] * 3 + [[1]] * 3), (False, [[1]] * 6)])
+@pytest.mark.parametrize(("words_on_the_device", "expected"), [(True, [0] * 3 + [1] * 3), (False, [1] * 6)])
 def test_attached_steps_wait_for_the_words_alone_or_to_know_whether_to_step(words_on_the_device, expected, size):
-    assert run_ranks(attached, size, words_on_the_device, fresh=True)[0] == expected
+    more = more_in(3, size) * 2 if words_on_the_device else [0] * 6
+    counts = run_ranks(attached, size, words_on_the_device, fresh=True)[0]
+    assert counts == [[waits + extra] for waits, extra in zip(expected, more, strict=True)]
 
 
 def reading_steps(policy: str) -> list[int]:
@@ -204,13 +224,15 @@ def told_steps() -> list[int]:
 
 
 def test_words_that_have_to_be_read_cost_a_wait_of_their_own():
-    assert run_ranks(told_steps, 2, fresh=True) == [[1, 1, 2, 2]] * 2
+    expected = [1 + more for more in more_in(2, 2)] + [2 + more for more in more_in(2, 2)]
+    assert run_ranks(told_steps, 2, fresh=True) == [expected] * 2
 
 
 @EVERYBODY
 @EACH_POLICY
 def test_what_has_to_know_the_norm_waits_once(policy, size):
-    assert run_ranks(reading_steps, size, policy, fresh=True)[0] == [1] * 15
+    expected = [1 + more for more in (*more_in(6, size), *more_in(6, size), *more_in(3, size))]
+    assert run_ranks(reading_steps, size, policy, fresh=True)[0] == expected
 
 
 def on_two_devices() -> list[tuple[list[int], list[float]]]:
@@ -233,9 +255,10 @@ def on_two_devices() -> list[tuple[list[int], list[float]]]:
 def test_gradients_on_the_host_beside_those_on_the_accelerator(size):
     """They wait for the factor, and for whether to skip, neither of which may be read before it has arrived."""
     clipped, untouched, clamped = run_ranks(on_two_devices, size, fresh=True)[0]
-    assert clipped == ([1], [pytest.approx(0.05)] * 2)
-    assert untouched == ([1], [1.0] * 2)
-    assert clamped == ([2], [0.25] * 2)
+    (more,) = more_in(1, size)
+    assert clipped == ([1 + more], [pytest.approx(0.05)] * 2)
+    assert untouched == ([1 + more], [1.0] * 2)
+    assert clamped == ([2 + more], [0.25] * 2)
 
 
 def bad_steps() -> dict[str, object]:
@@ -292,6 +315,11 @@ def faults() -> list[tuple[str, str]]:
         expect("verify", clipper.verify)
         raw(model[0].grad).mul_(1.5 if last else 1.0)
         expect("verify, copies apart", clipper.verify)
+        expect("copies apart in a call that compares", clipper.clip_)
+        fill(model, 0)
+        clipper.clip_()  # the second call, which compares as well
+        fill(model, 0)
+        raw(model[0].grad).mul_(1.5 if last else 1.0)
         expect("copies apart", clipper.clip_)
         expect("after copies apart", clipper.clip_)
         clipper = distclip.Clipper(model, 1.0)
@@ -316,10 +344,11 @@ def test_ranks_that_do_not_agree_are_told_what_they_are_told_on_the_host():
             *("verify", "copies apart", "one gradient missing", "inf 0", "inf 1")
         ]
         assert "hold the same gradient do not: 0" in told["verify, copies apart"]
-        assert "LayoutError: copies of gradients differ between ranks since step 0" in told["after copies apart"]
+        assert "hold the same gradient do not: 0" in told["copies apart in a call that compares"]
+        assert "LayoutError: copies of gradients differ between ranks since step 1" in told["after copies apart"]
         assert "lacks a gradient" in told["after one was missing"]
         assert "NonFiniteError: 2 steps in a row" in told["inf 2"]
-        assert "2 on rank 0 has inf" in told["inf 2"]
+        assert "2 has inf in its reduced gradient, held by rank 0, 1; " in told["inf 2"]
         assert "has inf in its gradient" in told["function"]
         assert "rank 1: 2 parameters of 5 elements" in told["parameters"]
         assert "rank 1: policy MaxNorm(max_norm=2.0)" in told["policies"]
@@ -433,8 +462,9 @@ def bad_answers() -> list[dict[str, object]]:
             for nonfinite in ("skip", "propagate"):
                 model, policy = layers(), Answers(max_norm=[1.0])
                 clipper, optimizer = distclip.Clipper(model, policy, nonfinite=nonfinite), adamw(model)
-                fill(model, 0)
-                clipper.step(optimizer)
+                for _ in range(2):  # calls in which copies are compared
+                    fill(model, 0)
+                    clipper.step(optimizer)
                 before, good = [raw(parameter).clone() for parameter in model], policy.numbers
                 policy.numbers = bad
                 fill(model, 1)
@@ -478,7 +508,7 @@ def test_a_bad_answer_skips_its_step_without_a_wait_and_the_next_call_names_it(s
             assert goes_on
             assert waits == [1]
             assert at_once.startswith(says)
-            assert steps == 3  # the bad one, which was skipped, and two good ones
+            assert steps == 4  # the bad one, which was skipped, and three good ones
 
 
 def known_at_once() -> list[str]:

@@ -10,11 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 import distclip
 from distclip import roll_call
+from distclip.clipper import COMPARING, MEASURING, TURN
+from distclip.plan import REALIGNED
+from distclip.verify import VERIFYING
+from distclip.words import CODES
 from layouts import DenseNet, backward, build, ddp, fsdp2
 from ranks import run_ranks, same_bits
 
@@ -52,7 +58,8 @@ def corrupt_replica(layout, bad: float, norm_type: float, nonfinite: str) -> dic
 def test_a_bad_number_on_one_rank_is_the_same_decision_on_all(layout, bad, kind, norm_type, nonfinite):
     results = run_ranks(corrupt_replica, 3, layout, bad, norm_type, nonfinite)
     assert all(r == results[0] for r in results)
-    assert f"blocks.0.1.weight on rank 1 has {kind} in its gradient" in results[0]["said"]
+    own, reduced = f"on rank 1 has {kind} in its gradient", f"has {kind} in its reduced gradient, held by rank 1; "
+    assert f"blocks.0.1.weight {own if layout is ddp else reduced}" in results[0]["said"]
     assert results[0]["skip"] is (True if nonfinite == "skip" else None)
     assert results[0]["untouched"]
 
@@ -310,3 +317,84 @@ def came_late() -> str:
 def test_who_came_late_is_named():
     for message in run_ranks(came_late, 3, timeout=30, fresh=True):
         assert re.search(r"rank 1 came late to it, when others had waited for [123]\.\d s", message)
+
+
+# ---- two Clippers --------------------------------------------------------------------------------------------
+
+
+def in_another_order(steps_before: int, call: str) -> list[str]:
+    """Two FSDP2 models of equal shapes with a Clipper each; the last rank calls them the other way round."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    models = [nn.Linear(8, 8) for _ in range(2)]
+    clippers = []
+    for model in models:
+        fully_shard(model, mesh=mesh)
+        clippers.append(distclip.Clipper(model, 1.0))
+        model(torch.ones(4, 8) * 3).square().sum().backward()
+    for _ in range(steps_before):
+        clippers[0].clip_()
+    first = dist.get_rank() == dist.get_world_size() - 1
+    said = []
+    for index in (first, not first, 0, 1):
+        clipper = clippers[index]
+        calls = {"clip_": clipper.clip_, "measure": clipper.measure, "verify": clipper.verify}
+        try:
+            said.append(str(calls[call]()))
+        except distclip.LayoutError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize(("size", "steps_before"), [(2, 0), (2, 3), (4, 0)])
+@pytest.mark.parametrize("call", ["clip_", "measure", "verify"])
+def test_clippers_of_equal_models_called_in_another_order_are_an_error_on_all_ranks(call, size, steps_before):
+    for first, second, *alike in run_ranks(in_another_order, size, steps_before, call):
+        for said in (first, second):
+            assert " do not agree: " in said
+            assert re.search(r"; rank \d: [^;]* of Clipper [12]\b.*; rank \d: [^;]* of Clipper [12]\b", said)
+        assert not any("do not agree" in said for said in alike)
+
+
+def test_no_clipper_of_a_group_is_taken_for_another_whatever_their_steps():
+    """The tags of their calls, with which agreement words are made, differ modulo 2**16."""
+    kinds = [0, COMPARING, REALIGNED, REALIGNED + COMPARING, MEASURING, MEASURING + REALIGNED, VERIFYING]
+    apart = {(a - b) % CODES for a in kinds for b in kinds}
+    near = {(steps + kind) % CODES for steps in range(-400, 401) for kind in apart}
+    assert not near & {TURN * number % CODES for number in range(1, 9)}
+    assert len({(TURN * number) % CODES for number in range(CODES)}) == CODES
+
+
+def built_by_some() -> list[int]:
+    """Numbers of Clippers of the default group, of which one rank has built another one alone meanwhile."""
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    model = nn.Linear(2, 2)
+    numbers = [distclip.Clipper(model, 1.0)._number]
+    if dist.get_rank() == 0:
+        distclip.Clipper(model, 1.0, group=alone)
+    return [*numbers, distclip.Clipper(model, 1.0)._number]
+
+
+def test_clippers_are_counted_by_group():
+    assert run_ranks(built_by_some, 2) == [[0, 1]] * 2
+
+
+def by_functions_in_another_order(named: bool) -> list[str]:
+    """The same by the functions, whose two models have other names only where they are given some."""
+    mesh, said = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    models = [fully_shard(nn.Linear(8, 8), mesh=mesh) for _ in range(2)]
+    for scale, model in enumerate(models, 1):
+        model(torch.ones(4, 8) * scale).square().sum().backward()
+    for index in (0, 1) if dist.get_rank() == 0 else (1, 0):
+        model = nn.ModuleDict({f"critic_{index}": models[index]}) if named else models[index]
+        try:
+            said.append(f"{distclip.clip_grad_norm_(model, 1e9):.4g}")
+        except distclip.LayoutError as error:
+            said.append(str(error))
+    return said
+
+
+def test_functions_of_equal_models_called_in_another_order_are_told_apart_by_names_alone():
+    """The limit that their docstring tells."""
+    for said in run_ranks(by_functions_in_another_order, 2, True):
+        assert all(text.startswith("the ranks of the clipping group passed other parameters") for text in said)
+    assert not any("ranks" in text for said in run_ranks(by_functions_in_another_order, 2, False) for text in said)

@@ -272,3 +272,22 @@ def test_the_id_of_a_dropped_optimizer_is_not_given_to_another_before_update():
     scaler.update()
     gc.collect()
     assert dropped() is None
+
+
+def test_a_step_that_the_scaler_skips_by_itself_is_no_call_and_the_report_is_known_to_be_old():
+    """An attached optimizer is not stepped at all then: nothing can renew the report."""
+    model = net()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), GradScaler("cpu", init_scale=SCALE)
+    clipper = distclip.attach(optimizer, model, 1.0)
+    seen = []
+    for bad in (False, True, False):
+        backward(model, 0, scaler)
+        if bad:
+            next(model.parameters()).grad.view(-1)[0] = inf
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        seen.append((clipper.steps, clipper.report))
+    assert [steps for steps, _ in seen] == [1, 1, 2]
+    assert seen[0][1] is seen[1][1]

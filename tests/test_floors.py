@@ -17,7 +17,7 @@ FLOORS = [
     {"plan"},
     {"early"},
     {"cache", "culprit", "joining", "outcome", "overlap", "verify"},
-    {"arguments"},
+    {"arguments", "source"},
     {"clipper", "functional"},
     {"attached"},
     {"__init__"},  # `import distclip`: the public names; the core ends here

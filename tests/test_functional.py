@@ -352,7 +352,7 @@ def test_error_if_nonfinite_raises_on_every_rank(p, bad, kind):
     results = run_ranks(partial(bad_on_one_rank, p, bad), 3)
     assert len(set(results)) == 1
     message, untouched = results[0]
-    assert f"blocks.1.3.weight on rank 1 has {kind} in its gradient" in message
+    assert f"blocks.1.3.weight has {kind} in its reduced gradient, held by rank 1; " in message
     assert untouched
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import distclip
-from layouts import REPLICATED, SHARDED, backward
+from layouts import REPLICATED, SHARDED, backward, fsdp2_and_plain
 from oracle import same_tensors, true_norm, whole_gradients
 from ranks import count_collectives, run_ranks, same_bits
 
@@ -49,9 +49,12 @@ def measured(build: Callable[[], nn.Module]) -> dict[str, object]:
     with count_collectives() as function:
         distclip.clip_grad_norm_(model.parameters(), inf)
     clipper = distclip.Clipper(model, inf)
+    with count_collectives() as first:
+        clipper.clip_()
+    clipper.clip_()
     with count_collectives() as step:
         clipper.clip_()
-    result["collectives"] = {"function": dict(function), "clipper": dict(step)}
+    result["collectives"] = {"function": dict(function), "clipper": dict(step), "first": dict(first)}
     clipper.verify()
     return result
 
@@ -71,8 +74,10 @@ def test_the_norm_is_that_of_the_whole_model(build, size):
             assert results[0][use]["after"][p] == pytest.approx(1.0, rel=2**-8 if low_precision else 1e-6)
             assert all(r[use]["untouched"][p] for r in results)
     for r in results:
-        talks = build in SHARDED
-        assert r["collectives"] == {"function": {"allreduce": 1} if talks else {}, "clipper": {"allreduce": 1}}
+        talks, copies = build in SHARDED, build in REPLICATED or build is fsdp2_and_plain
+        assert r["collectives"]["function"] == ({"allreduce": 1} if talks else {})
+        assert r["collectives"]["clipper"] == {"allreduce": 1}
+        assert r["collectives"]["first"] == {"allreduce": 2 if copies else 1}, "the first call compares copies"
 
 
 def on_one_process() -> dict[str, object]:
@@ -84,7 +89,7 @@ def on_one_process() -> dict[str, object]:
 
 def test_one_process_without_torch_distributed():
     (r,) = run_ranks(on_one_process, 1, fresh=True)
-    assert r["collectives"] == {"function": {}, "clipper": {}}
+    assert r["collectives"] == {"function": {}, "clipper": {}, "first": {}}
     for p in P:
         assert r["clipper"]["norms"][p, True].item() == pytest.approx(r["oracle"][p], rel=2e-7)
         assert r["function"]["after"][p] == pytest.approx(1.0, rel=1e-6)

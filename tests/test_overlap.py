@@ -140,7 +140,7 @@ def test_ordinary_steps_sum_nothing_after_the_backward(make, p, where):
         assert s["norm"].item() == pytest.approx(s["oracle"], rel=2e-7)
         assert (s["coef"] < 1) == (step % 2 == 1)
         assert s["again"] == 0
-        assert s["counts"] == {"allreduce": 1}
+        assert s["counts"] == {"allreduce": 2 if make is ddp and step + 1 in (1, 2, 4) else 1}, "copies are compared"
 
 
 def collectives_of_a_backward(make, overlap: bool) -> dict[str, int]:

@@ -23,6 +23,7 @@ SIGNATURES = {
     "Clipper.measure": "(self)",
     "Clipper.state_dict": "(self)",
     "Clipper.step": "(self, *optimizers, scaler=None)",
+    "Clipper.steps": None,  # a property
     "Clipper.verify": "(self)",
     "Decision": "(max_norm, skip=None, bounds=None, coef=None)",
     "Layout": "(replicas)",
@@ -38,6 +39,7 @@ SIGNATURES = {
     " split_over=(), layout=None)",
     "clip_grad_value_": "(parameters, clip_value, foreach=None)",
     "clip_grads_with_norm_": "(parameters, max_norm, total_norm, foreach=None)",
+    "find_source": "(model, *, group=None)",
     "get_total_norm": "(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None, *, group=None, split_over=())",
 }
 

@@ -1,7 +1,9 @@
 """A wrong layout is an error: at construction where values show it, in verify() where only gradients do."""
 
 import gc
+import warnings
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -311,3 +313,58 @@ def cost() -> dict[str, int]:
 
 def test_proofs_cost_what_their_docstrings_say():
     assert run_ranks(cost, 2) == [{"built": 2, "verified": 5}] * 2
+
+
+# ---- no gradient on any rank ---------------------------------------------------------------------------------
+
+
+def without_gradients(how: str) -> list[Any]:
+    """What verify() says after a backward that left no gradient, and what three steps warn of."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    if how == "fsdp2":
+        fully_shard(model, mesh=mesh_of(("dp", dist.get_world_size())))
+        model.set_requires_gradient_sync(False)
+    elif how == "hsdp":
+        fully_shard(model, mesh=mesh_of(("replicate", 2), ("shard", dist.get_world_size() // 2)))
+        model.set_requires_all_reduce(False)
+    elif how == "used up":
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    clipper = distclip.Clipper(model, 1.0)
+    model(torch.ones(2, 4)).square().sum().backward()
+    if how == "zeroed too early":
+        model.zero_grad()
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        said = said_by(clipper.verify)
+        norms = [clipper.clip_().norm.item() for _ in range(3)]
+    return [said, norms, [f"{warning.category.__name__}: {warning.message}" for warning in warned]]
+
+
+@pytest.mark.parametrize(
+    ("how", "size"), [("used up", 1), ("zeroed too early", 1), ("zeroed too early", 2), ("fsdp2", 2), ("hsdp", 4)]
+)
+def test_no_gradient_on_any_rank_is_no_proof_and_is_told_of_once(how, size):
+    for said, norms, warned in run_ranks(without_gradients, size, how):
+        assert said.startswith("there is no gradient on any rank: an optimizer in the backward has used them up, ")
+        assert norms == [0.0] * 3
+        (once,) = warned
+        assert once.startswith("RuntimeWarning: no gradient on this rank, and a norm of 0 over all: an optimizer in ")
+
+
+def with_some_gradients(how: str) -> str:
+    """Stages, of which the last alone has a gradient, or gradients of zeros: nothing to warn of."""
+    stage = nn.Linear(3, 3)
+    clipper = distclip.Clipper(stage, 1.0, layout=lambda name, p: distclip.Layout(1))
+    if dist.get_rank() or how == "zeros":
+        filled(stage, dist.get_rank())
+        stage.weight.grad.mul_(how != "zeros")
+        stage.bias.grad.mul_(how != "zeros")
+    with warnings.catch_warnings(action="error"):
+        clipper.clip_()
+    return said_by(clipper.verify)
+
+
+@pytest.mark.parametrize("how", ["on one rank", "zeros"])
+def test_gradients_on_one_rank_or_of_zeros_are_gradients(how):
+    assert run_ranks(with_some_gradients, 2, how) == ["no error"] * 2

@@ -212,7 +212,8 @@ def not_finite(kind: str, anywhere: bool = False) -> Callable[[Case], Contract]:
         if anywhere and case.call == "function":
             name = r"parameter \d+ of shape \(.*\)"
         rank = r"\d" if anywhere else case.guilty
-        says = (f"{name} on rank {rank} has {kind} in its gradient",)
+        reduced = f"has {kind} in its reduced gradient, held by rank {rank}"  # where FSDP has summed and cut it
+        says = (f"{name} (on rank {rank} has {kind} in its gradient|{reduced})",)
         if case.nonfinite == "raise":
             return Contract(("NonFiniteError",), says=says)
         says = says if case.call == "step" else ()  # a function returns a norm and no culprit

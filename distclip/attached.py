@@ -13,6 +13,7 @@ from .clipper import Clipper, Options
 from .outcome import Stepping
 from .piece import local_tensor
 from .policies import Policy
+from .policies.adopt import bound_by_place
 from .report import Report
 from .stepping import SKIP, Arguments, guard, held_by, withhold, without_others
 from .wrapped import applying, around, steps
@@ -174,6 +175,7 @@ class Attached(Clipper):
             )
 
 
+@bound_by_place("attach(optimizer, model, {})")
 def attach(
     optimizers: Optimizer | Sequence[Optimizer],
     model: nn.Module | Sequence[nn.Module],

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from .amp import claim, join_found_inf, skipping, unscale_
+from .broken_off import BrokenOff
 from .culprit import find_culprit, nonfinite
 from .errors import FAILURES, LayoutError, NonFiniteError
 from .flags import Flags, in_capture
@@ -30,7 +31,7 @@ from .overlap import Overlap
 from .piece import gradients_of, holders_of, once
 from .plan import Plan
 from .policies import Policy, State
-from .policies.adopt import as_policy, fitting, hash_of, made, spelled, with_keys
+from .policies.adopt import as_policy, bound_by_place, fitting, hash_of, made, spelled, with_keys
 from .policies.answer import refusal_of
 from .policies.checks import count, positive
 from .report import Culprit, Report
@@ -51,6 +52,11 @@ DISAGREE = (
 CAPTURED = (
     "no norm can be read inside the capture of a CUDA graph: leave out nonfinite='raise', p > 7, float64 gradients, "
     "layout=, split_over= and DTensors that FSDP2 does not manage, and give step() fused optimizers"
+)
+
+FIXED = (
+    "a Clipper keeps the policy that its ranks have agreed on: build another for another bound, Clipper(model, 0.5), "
+    "or give it a policy whose bound changes with its own state"
 )
 
 _alive: WeakValueDictionary[int, "Clipper"] = WeakValueDictionary()
@@ -125,6 +131,7 @@ class Clipper(Joinable):
     (11.3578, 0.088)
     """
 
+    @bound_by_place("Clipper(model, {})")
     @shielded
     def __init__(
         self,
@@ -187,7 +194,16 @@ class Clipper(Joinable):
         self._reading = Reading(parts, holders_of(everything))
         self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
         self._joining = Joining(parts)
+        self._broken_off = BrokenOff(where.size > 1)
         _alive[id(self)] = self
+
+    def __repr__(self) -> str:
+        """Policy, parameters, ranks and steps; nothing is waited for."""
+        plan = self._plan
+        return (
+            f"{type(self).__name__}({self._policy!r}, norm_type={plan.p:g}, {len(plan.pieces)} parameters, "
+            f"{plan.group.size} rank{'s' if plan.group.size > 1 else ''}, {self._steps} steps)"
+        )
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """A Clipper is neither copied nor pickled: it would hold a model that the loop does not train."""
@@ -195,6 +211,25 @@ class Clipper(Joinable):
             f"{type(self).__name__} cannot be copied or pickled, since it clips the parameters of one model: save "
             "state_dict(), or build one for the copied model and load_state_dict() that"
         )
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that it was built with: no other takes its place, since all ranks have agreed on this one."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, value: object) -> None:
+        raise AttributeError(FIXED)
+
+    @property
+    def max_norm(self) -> float:
+        """The bound of a Clipper that was built with a number; AttributeError with another policy."""
+        bound: float = getattr(self._policy, "max_norm")  # noqa: B009
+        return bound
+
+    @max_norm.setter
+    def max_norm(self, value: object) -> None:
+        raise AttributeError(FIXED)
 
     @property
     def culprit(self) -> Culprit | None:
@@ -224,7 +259,7 @@ class Clipper(Joinable):
         """
         self._joining.refuse("measure()")
         self._read_late_flags()
-        fault = self._reading.lost() or self._plan.memory.fault
+        fault = self._broken_off.fault() or self._reading.lost() or self._plan.memory.fault
         measured = self._measure(tag=self._steps + MEASURING, fault=fault)
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
@@ -256,17 +291,18 @@ class Clipper(Joinable):
         self._refuse_a_second_owner()
         check_optimizers(optimizers)
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        stepping = self._begin(optimizers, scaler)
-        if stepping.outcome.skip is True:
-            return stepping.outcome.report
-        unless_scaled = stepping if scaler is None else replace(stepping, skip=None)
-        for index, optimizer in enumerate(optimizers):
-            with unless_scaled.around(index, optimizer):
-                if scaler is None:
-                    optimizer.step()
-                else:
-                    with skipping(optimizer, stepping.skip):
-                        scaler.step(optimizer)
+        with self._broken_off:
+            stepping = self._begin(optimizers, scaler)
+            if stepping.outcome.skip is True:
+                return stepping.outcome.report
+            unless_scaled = stepping if scaler is None else replace(stepping, skip=None)
+            for index, optimizer in enumerate(optimizers):
+                with unless_scaled.around(index, optimizer):
+                    if scaler is None:
+                        optimizer.step()
+                    else:
+                        with skipping(optimizer, stepping.skip):
+                            scaler.step(optimizer)
         return stepping.outcome.report
 
     @shielded
@@ -350,12 +386,14 @@ class Clipper(Joinable):
         self._unread = None
         self._plan.memory.take_fault()
         self._calls, self._compare_in = 0, inf if self._compare_in == inf else 1.0
+        self._broken_off.forget()
 
     @shielded
     def _clip(self, fault: LayoutError | None = None) -> Report:
         """Advance, and scale the gradients in place."""
-        outcome = self._advance(True, fault)
-        self._apply(outcome, outcome.measured.runs)
+        with self._broken_off:
+            outcome = self._advance(True, fault)
+            self._apply(outcome, outcome.measured.runs)
         return outcome.report
 
     @shielded
@@ -377,6 +415,10 @@ class Clipper(Joinable):
     @shielded
     def _begin(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None = None) -> Stepping:
         """Advance, and scale the gradients that ``optimizers`` will not scale themselves."""
+        with self._broken_off:
+            return self._begun(optimizers, scaler)
+
+    def _begun(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None) -> Stepping:
         self._note(optimizers)
         folds = self._folding.of(optimizers)
         on_device = not reads_are_free(self._plan.device) and all(folds.by_optimizer)
@@ -437,7 +479,7 @@ class Clipper(Joinable):
         capturing = in_capture(self._plan.device)
         if capturing and self._plan.heeds:
             raise RuntimeError(CAPTURED)
-        fault = self._reading.lost() or fault or self._plan.memory.take_fault()
+        fault = self._broken_off.fault() or self._reading.lost() or fault or self._plan.memory.take_fault()
         self._calls += not capturing
         measured = self._measure(tag=self._steps, fault=fault, present=present)
         outcome, state = self._decide(measured)

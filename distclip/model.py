@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from .errors import LayoutError
 from .fsdp1 import held_by_fsdp1, is_flattened
@@ -22,9 +23,20 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 
 def parts_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     """The modules that ``model`` is; ValueError for anything else."""
-    parts: Iterable[nn.Module] = [model] if isinstance(model, nn.Module) else model
-    parts = list(parts)
+    if isinstance(model, Optimizer):
+        raise ValueError(
+            f"model must be a module, got {type(model).__name__}: build Clipper(model, 1.0) and call "
+            "clipper.step(optimizer), or attach(optimizer, model, 1.0)"
+        )
+    if not isinstance(model, (nn.Module, Iterable)):
+        raise ValueError(f"model must be a module or a list of modules, got {type(model).__name__}")
+    parts: list[Any] = [model] if isinstance(model, nn.Module) else list(model)
     for part in parts:
+        if isinstance(part, (Tensor, tuple)):
+            raise ValueError(
+                "model must be a module, got its parameters, which tell neither their names nor how FSDP1 cuts them: "
+                "write Clipper(model, 1.0), or Clipper(torch.nn.ParameterList(parameters), 1.0) for bare ones"
+            )
         if not isinstance(part, nn.Module):
             raise ValueError(f"model must be a module or a list of modules, got {type(part).__name__} in it")
     return parts

@@ -70,7 +70,11 @@ class Report:
     culprit: Culprit | None = None
 
     def to_dict(self) -> dict[str, float | bool]:
-        """Return the four numbers as Python numbers: one copy to the host, the only wait of a report."""
+        """Return the four numbers as Python numbers: one copy to the host, the only wait of a report.
+
+        They may be NaN or inf, which JSON has not (``json.dumps(..., allow_nan=False)`` raises): write ``str(number)``
+        there, as ``metrics.jsonl`` does.
+        """
         words = torch.stack([t.double() for t in (self.norm, self.max_norm, self.coef, self.skip)])
         norm, max_norm, coef, skip = words.tolist()
         return {"norm": norm, "max_norm": max_norm, "coef": coef, "skip": bool(skip)}

@@ -10,7 +10,7 @@ import torch.distributed as dist
 PACKAGE = Path(__file__).parent.parent / "distclip"
 FLOORS = [
     {"amp", "channel", "errors", "flags", "piece", "report", "roll_call", "shield", "wrapped"},
-    {"group", "sharing"},
+    {"broken_off", "group", "sharing"},
     {"folding", "fsdp1", "fsdp2", "kernels", "layout", "policies", "realign", "words"},
     {"compare", "gradient", "measured", "model", "stepping"},
     {"neighbours"},

@@ -1,10 +1,11 @@
 """What a Clipper asks of the policy that it is given: to be one, to be spelled, to make and to take back a state."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
+from functools import wraps
 from numbers import Real
 from reprlib import repr as short
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from zlib import crc32
 
 import torch
@@ -14,6 +15,26 @@ from torch.distributed.tensor import DTensor
 from .max_norm import MaxNorm
 from .policy import Policy, State
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def bound_by_place(line: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A TypeError that has the ``line`` to write, where a bound is given by its name and not in its place."""
+
+    def checked(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in ("max_norm", "clip_value"):
+                if name in kwargs:
+                    policy = f"ValueClip({kwargs[name]!r})" if name == "clip_value" else repr(kwargs[name])
+                    raise TypeError(f"{name}= is not an argument, a policy has the bound: write {line.format(policy)}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return checked
+
 
 def as_policy(policy: Policy | float) -> Policy:
     """``policy`` itself, or MaxNorm of a number."""
@@ -21,6 +42,13 @@ def as_policy(policy: Policy | float) -> Policy:
         return policy
     if isinstance(policy, Real) and not isinstance(policy, bool):
         return MaxNorm(float(policy))
+    if (
+        isinstance(policy, Tensor)
+        and policy.numel() == 1
+        and policy.dtype is not torch.bool
+        and not policy.is_complex()
+    ):
+        return MaxNorm(float(policy.item()))
     raise ValueError(f"policy must be a number or have the methods of distclip.Policy, got {policy!r}")
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from math import inf, nan
@@ -121,9 +122,12 @@ def test_a_rehearsal_forgives_times_alone(kind):
     assert fault_of({**GOOD[place_of("bandwidth")], "got": nan}, rehearsal=True) is not None
 
 
+def command(file: Path, *words: str) -> list[str]:
+    return [sys.executable, str(CHECK), "--rehearse", "--side-by-side", "2", "--json", str(file), *words]
+
+
 def rehearse(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(CHECK), "--rehearse", "--side-by-side", "2", "--json", str(file), *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command(file, *words), cwd=file.parent, capture_output=True, text=True, timeout=280)
 
 
 def test_a_rehearsal_runs_parts_judges_them_and_writes_what_it_has(tmp_path):
@@ -135,6 +139,21 @@ def test_a_rehearsal_runs_parts_judges_them_and_writes_what_it_has(tmp_path):
     assert "ok     functions (default)" in done.stdout
     assert "3 parts hold, 0 do not" in done.stdout
     assert "| bandwidth (default) | bfloat16: norm, GB/s by a copy's |" in done.stdout
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path):
+    file = tmp_path / "gpu.json"
+    words = command(file, "--roads", "default", "--only", "graph_of_kernels", "training")
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as run:
+        for _ in range(2000):  # until the first part has ended, and the next begun
+            if file.exists():
+                break
+            time.sleep(0.1)
+        run.terminate()
+        said, _ = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert said.splitlines()[0].startswith("ok     graph_of_kernels (default)")
+    assert json.loads(file.read_text())["faults"] == {"graph_of_kernels (default)": []}
 
 
 def test_a_run_without_time_fails_and_says_what_it_did_not_measure(tmp_path):

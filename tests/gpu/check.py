@@ -83,6 +83,7 @@ class Session:
                 stderr=subprocess.STDOUT,
                 text=True,
                 env=self.environment(job, folder),
+                cwd=ROOT,
                 start_new_session=True,  # so that ranks that it has started end with it
             )
             ended = self.waited_for(process, limit)
@@ -173,16 +174,16 @@ def run_one(job: Job, rehearsal: bool) -> int:
 
 def run_all(session: Session, jobs: Sequence[Job], side_by_side: int) -> int:
     """Parts that measure no times side by side, then the others one by one; 1 if anything is wrong."""
-    together = [job for job in jobs if not job.part.alone]
+    pool = ThreadPoolExecutor(side_by_side)
     try:
-        with ThreadPoolExecutor(side_by_side) as pool:
-            futures = {pool.submit(session.run, job): job for job in together}
-            for future in as_completed(futures):
-                session.record(futures[future], future.result())
+        futures = {pool.submit(session.run, job): job for job in jobs if not job.part.alone}
+        for future in as_completed(futures):
+            session.record(futures[future], future.result())
         for job in jobs:
             if job.part.alone:
                 session.record(job, session.run(job))
-    finally:
+    finally:  # also where somebody ends us: nothing goes on without us
+        pool.shutdown(wait=False, cancel_futures=True)
         for process in list(session.alive):
             session.stop(process)
     return conclude(session)

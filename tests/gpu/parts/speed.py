@@ -1,7 +1,6 @@
 """Bandwidth beside a copy's, `distclip bench`, the peak of memory, and how long compiling takes."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from gpu.readings import Readings, reading
 
 from . import part
 
+ROOT = Path(__file__).resolve().parents[3]
 ROUNDS = 15
 BENCH = 150  # seconds for one call of `distclip bench`
 QUICK = ["ddp-small-clipper", "memory-fsdp2-small-function"]  # for a rehearsal
@@ -79,7 +79,7 @@ def cases(chip: Chip, rounds: int, names: list[str]) -> Readings:
         words = ["bench", *names, "--processes", "1", "--rounds", str(rounds), "--json", str(file)]
         command = [sys.executable, "-m", "distclip", *words, "--device", chip.device.type]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BENCH, env=os.environ)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BENCH, cwd=ROOT)
             said = done.stderr[-500:] if done.returncode else ""
         except subprocess.TimeoutExpired:
             said = f"took longer than {BENCH} s"

@@ -140,7 +140,7 @@ def test_a_policy_knows_the_same_on_all_ranks():
 
 
 def with_nan(nonfinite: str, road: str) -> dict[str, Any]:
-    """Rank 1 has four batches, the third of which is bad; rank 0 has one."""
+    """Rank 1 has four batches, the last of which is bad; rank 0 has one."""
     model = ddp()
     optimizer = SGD(model.parameters(), lr=LR)
     with patch("distclip.clipper.reads_are_free", lambda device: road == HOST):
@@ -150,7 +150,7 @@ def with_nan(nonfinite: str, road: str) -> dict[str, Any]:
             with Join([model, clipper]):
                 for i in range(1 + 3 * dist.get_rank()):
                     optimizer.zero_grad()
-                    (loss_of(model, dist.get_rank(), i) * (torch.nan if i == 2 else 1)).backward()
+                    (loss_of(model, dist.get_rank(), i) * (torch.nan if i == 3 else 1)).backward()
                     clipper.step(optimizer)
         except distclip.NonFiniteError as error:
             raised = str(error)
@@ -159,12 +159,12 @@ def with_nan(nonfinite: str, road: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("road", [HOST, DEVICE])
 def test_a_step_that_is_not_finite_is_skipped_or_raised_on_all_ranks(road):
-    for nonfinite, steps in [("skip", 4), ("raise", 2)]:
+    for nonfinite, steps in [("skip", 4), ("raise", 3)]:
         results = run_ranks(with_nan, 2, nonfinite, road)
         assert same_bits(results)
         assert results[0]["steps"] == steps
         assert "embed.weight on rank 1" in results[0]["culprit"]
-        assert ("not finite" in results[0]["raised"]) == (nonfinite == "raise")
+        assert ("non-finite" in results[0]["raised"]) == (nonfinite == "raise")
 
 
 def with_a_damaged_copy() -> str:

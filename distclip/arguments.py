@@ -77,9 +77,9 @@ def plan_of(
         cut = is_flattened(item.holder) and (bool(item.piece.name) or not is_whole(item.holder))
         if cut and not item.piece.name:
             raise LayoutError(
-                f"parameter {i} of shape {tuple(item.holder.shape)} is managed by FSDP1 (FullyShardedDataParallel) and "
-                "does not show of what it is a part, nor, with use_orig_params=True, whether NO_SHARD leaves it whole: "
-                "pass the FSDP1 module instead of its parameters, as in clip_grad_norm_(model, max_norm)"
+                f"parameter {i} of shape {tuple(item.holder.shape)} is managed by FSDP1 (FullyShardedDataParallel) "
+                "and does not show of what it is a part: pass the FSDP1 module instead of its parameters, as in "
+                "clip_grad_norm_(model, max_norm); with use_orig_params=True those of NO_SHARD do not tell either"
             )
         seen_cut = seen_cut or cut or item.piece.spec is not None
     talks = bool(group or split_over or layout) or seen_cut

@@ -41,6 +41,25 @@ class Layout:
 
     replicas: int
 
+    @classmethod
+    def cut(cls, over: Sequence[Axis], *, group: dist.ProcessGroup | None = None) -> "Layout":
+        """That of a parameter which is cut over the axes ``over``, of whose pieces all other ranks hold copies.
+
+        * ``over``: 1-D mesh slices or process groups that this rank is in, such as ``[mesh["tp"]]``; none for a copy on
+          every rank. Ranks along each hold different elements.
+        * ``group``: the clipping group, as for :class:`Clipper`.
+
+        ValueError where the pieces do not tile the group. No collective.
+        """
+        ranks = ClippingGroup.of(group).ranks
+        sizes = [len(_axis_in(frozenset(ranks), axis, "over")) for axis in over]
+        if len(ranks) % prod(sizes):
+            raise ValueError(
+                f"over names axes of {sizes} ranks, whose {prod(sizes)} pieces do not tile the {len(ranks)} ranks of "
+                "the clipping group: name each axis once, and the group they are in"
+            )
+        return cls(len(ranks) // prod(sizes))
+
     def __post_init__(self) -> None:
         if isinstance(self.replicas, bool) or not isinstance(self.replicas, int) or self.replicas < 1:
             raise ValueError(f"replicas must be a positive whole number, got {self.replicas!r}")
@@ -159,10 +178,10 @@ def speaks(group: ClippingGroup, piece: Piece) -> bool:
     return origin == group.ranks[0]
 
 
-def _axis_in(everyone: frozenset[int], axis: Axis) -> tuple[int, ...]:
+def _axis_in(everyone: frozenset[int], axis: Axis, argument: str = "split_over") -> tuple[int, ...]:
     ranks = axis_ranks(axis)
     if not everyone.issuperset(ranks):
-        raise ValueError(f"split_over names ranks {list(ranks)}, not all of which are in the clipping group")
+        raise ValueError(f"{argument} names ranks {list(ranks)}, not all of which are in the clipping group")
     return ranks
 
 

@@ -31,7 +31,10 @@ ERROR = "an error of its own"
 VERIFYING = 1 << 13  # tag of its measurement
 TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a kernel adds in any order
 WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must differ, or noise around 0 would be told
-SAY_SO = "say split_over=[mesh['pp']] or layout=... where ranks hold different parameters"
+SAY_SO = (
+    "say layout=... (distclip.Layout.cut(over=[tp])) where ranks hold different parts of these parameters, or "
+    "split_over=[mesh['pp']] where all that they hold is different"
+)
 
 
 ABSENT = (

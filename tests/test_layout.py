@@ -181,7 +181,8 @@ def test_fsdp1_experts_that_nobody_told_about_are_refused_at_construction(layout
     results = run_ranks(inner_group_untold, 4, layout)
     for said, counts in results:
         assert said.startswith("ranks that should hold copies hold other values of inner.0.weight, inner.0.bias, ")
-        assert "say split_over=[mesh['pp']] or layout=... where ranks hold different parameters" in said
+        assert "say layout=... (distclip.Layout.cut(over=[tp])) where ranks hold different parts" in said
+        assert said.index("layout=") < said.index("split_over=[mesh['pp']]")
         assert counts == {"allreduce": 2}
 
 
@@ -271,3 +272,42 @@ def test_a_rank_without_parameters_takes_part(how, size, empty, p, dtype):
     assert norms[0].item() == pytest.approx(oracle, rel=2e-7)
     assert {norm.dtype for norm in norms} == {dtype}
     assert all(counts == [{"allreduce": 1}] * 3 for _, _, counts in results)
+
+
+def cut_by_hand() -> tuple[list[object], torch.Tensor, float]:
+    """Two rows of ranks, in each of which a weight is cut by hand and a norm layer is copied."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
+    rank = mesh["tp"].get_local_rank()
+    net = torch.nn.ModuleDict({"weight": torch.nn.Linear(3, 2, bias=False), "norm": torch.nn.LayerNorm(3)})
+    torch.nn.init.constant_(net["weight"].weight, float(rank))
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 1.0 + rank if p.shape == (2, 3) else 5.0)
+    cut = distclip.Layout.cut(over=[mesh["tp"]])
+    said: list[object] = [
+        cut.replicas,
+        distclip.Layout.cut(over=[]).replicas,
+        distclip.Layout.cut(over=[mesh.get_group("dp"), mesh["tp"]]).replicas,
+        distclip.Layout.cut(over=[], group=mesh.get_group("tp")).replicas,
+    ]
+    for wrong in ({"over": [mesh["tp"]] * 3}, {"over": [mesh["dp"]], "group": mesh.get_group("tp")}):
+        try:
+            distclip.Layout.cut(**wrong)
+        except ValueError as error:
+            said.append(str(error))
+    clipper = distclip.Clipper(net, torch.inf, layout=lambda name, p: cut if name.startswith("weight") else None)
+    clipper.verify()
+    pieces = [torch.full((2, 3), 1.0 + k) for k in range(size // 2)]
+    return said, clipper.measure().norm, true_norm([*pieces, torch.full((6,), 5.0)])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_layout_is_said_by_the_axes_it_is_cut_over(size):
+    results = run_ranks(cut_by_hand, size)
+    assert same_bits([norm for _, norm, _ in results])
+    for said, norm, oracle in results:
+        assert norm.item() == pytest.approx(oracle, rel=2e-7)
+        assert said[:4] == [2, size, 1, size // 2]
+        assert any("not all of which are in the clipping group" in each for each in said[4:])
+    if size == 4:
+        assert "do not tile the 4 ranks of the clipping group" in results[0][0][4]

@@ -27,6 +27,7 @@ SIGNATURES = {
     "Clipper.verify": "(self)",
     "Decision": "(max_norm, skip=None, bounds=None, coef=None)",
     "Layout": "(replicas)",
+    "Layout.cut": "(over, *, group=None)",
     "LayoutError": None,  # an exception: its arguments are Python's
     "MaxNorm": "(max_norm)",
     "NonFiniteError": None,

@@ -50,7 +50,7 @@ def stages_with_equal_names(values: str) -> str:
 
 def test_stages_with_equal_names_are_found_by_their_values():
     for said in run_ranks(stages_with_equal_names, 2, "other"):
-        assert said.startswith("ranks that should hold copies hold other values of weight, bias: say split_over=")
+        assert said.startswith("ranks that should hold copies hold other values of weight, bias: say layout=")
 
 
 def test_stages_that_begin_alike_are_found_by_their_gradients():
@@ -79,7 +79,7 @@ def drifted_apart(count: int) -> str:
 )
 def test_an_error_names_five_parameters_and_counts_the_others(count, names):
     for said in run_ranks(drifted_apart, 2, count):
-        assert said.startswith(f"ranks that should hold copies hold other values of {names}say split_over=")
+        assert said.startswith(f"ranks that should hold copies hold other values of {names}say layout=")
 
 
 CONSTANTS = (0.0, 0.02, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0, -0.1, -1.0, -2.0)

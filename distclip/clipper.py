@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from .amp import claim, join_found_inf, skipping, unscale_
@@ -21,7 +20,7 @@ from .errors import FAILURES, LayoutError, NonFiniteError
 from .flags import Flags, in_capture
 from .folding import Folding, Folds, may_skip_on_device
 from .group import Axis, ClippingGroup, reads_are_free
-from .joining import Joining, Shadow
+from .joining import joinable_in, refuse_join
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
 from .measured import NOTHING, Measured
@@ -80,7 +79,7 @@ class Options(TypedDict, total=False):
     overlap: bool
 
 
-class Clipper(Joinable):
+class Clipper:
     """Clips by the true global norm, skips alike on all ranks, and keeps the policy's state.
 
     * ``model``: one module, or the parts this rank holds (pipeline stages). Parameters are read once, here.
@@ -193,7 +192,7 @@ class Clipper(Joinable):
         self._compare_in = 1.0 if has_copies(self._plan) else inf  # the call in which copies of gradients are compared
         self._reading = Reading(parts, holders_of(everything))
         self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
-        self._joining = Joining(parts)
+        self._joinable = joinable_in(parts)
         self._broken_off = BrokenOff(where.size > 1)
         _alive[id(self)] = self
 
@@ -257,7 +256,7 @@ class Clipper(Joinable):
         One all-reduce, waits as the class says. Ranks that disagree get a LayoutError at once where reading is free, a
         norm of NaN on accelerators.
         """
-        self._joining.refuse("measure()")
+        refuse_join(self._joinable)
         self._read_late_flags()
         fault = self._broken_off.fault() or self._reading.lost() or self._plan.memory.fault
         measured = self._measure(tag=self._steps + MEASURING, fault=fault)
@@ -316,7 +315,7 @@ class Clipper(Joinable):
         are known to step other optimizers (DiLoCo's inner and outer): attached, or given them in a step before. Five
         all-reduces of a few words a parameter, and a wait; gradients are never gathered.
         """
-        self._joining.refuse("verify()")
+        refuse_join(self._joinable)
         rivals = sum(1 for other in alive() if other is not self and self._may_clip_again(other))
         fault = self._reading.lost()
         if rivals:
@@ -337,34 +336,6 @@ class Clipper(Joinable):
         for optimizer in optimizers:
             if optimizer not in self._clips_for:
                 self._clips_for.update(around(optimizer))
-
-    def join_hook(self, **_: Any) -> JoinHook:
-        """For torch's ``Join([model, clipper])``: what a rank that has run out of data does in steps of the others.
-
-        The model is DistributedDataParallel, and the Clipper makes one ``step`` or ``clip_`` after every backward that
-        reduces, which waits once and sends three float64 words more (none for inf). RuntimeError for what a rank
-        without data cannot shadow: ``measure``, ``verify`` and a scaler, and every call inside ``model.join()``, which
-        knows nothing of the Clipper.
-        """
-        return Shadow(self._joining, self._shadow)
-
-    @property
-    def join_device(self) -> torch.device:
-        """Where the words are reduced."""
-        return self._plan.device
-
-    @property
-    def join_process_group(self) -> Any:
-        """The clipping group, which must be that of the model."""
-        return self._plan.group.process_group
-
-    @property
-    def _join_config(self) -> Any:
-        return self._joining.config
-
-    @_join_config.setter
-    def _join_config(self, config: Any) -> None:
-        self._joining.enter(config, self._plan, self._overlap is not None)
 
     @shielded
     def state_dict(self) -> dict[str, Any]:
@@ -456,11 +427,6 @@ class Clipper(Joinable):
                 )
         return None
 
-    @shielded
-    def _shadow(self) -> None:
-        """Make the step that ranks with data make, on one that has none left."""
-        self._advance(skips_on_device=True, present=False)
-
     def _refuse_a_second_owner(self) -> None:
         if self._driver is not None:
             raise RuntimeError(
@@ -468,26 +434,21 @@ class Clipper(Joinable):
                 "looks without changing anything, and report says what the latest step did)"
             )
 
-    def _advance(self, skips_on_device: bool, fault: LayoutError | None = None, present: bool | None = None) -> Outcome:
-        """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state.
-
-        ``present``: False on a rank that shadows a step of those that have gradients, which all look at it at once.
-        """
-        if present is None:
-            present = self._joining.step()
+    def _advance(self, skips_on_device: bool, fault: LayoutError | None = None) -> Outcome:
+        """Measure, decide, look at the flags or leave them for the next call, and commit the policy's state."""
+        refuse_join(self._joinable)
         self._read_late_flags()
         capturing = in_capture(self._plan.device)
         if capturing and self._plan.heeds:
             raise RuntimeError(CAPTURED)
         fault = self._broken_off.fault() or self._reading.lost() or fault or self._plan.memory.take_fault()
         self._calls += not capturing
-        measured = self._measure(tag=self._steps, fault=fault, present=present)
+        measured = self._measure(tag=self._steps, fault=fault)
         outcome, state = self._decide(measured)
         if (
             reads_are_free(self._plan.device)
             or self._nonfinite == "raise"
             or measured.can_overflow
-            or present is not None
             or (outcome.skip is not False and not skips_on_device)
         ):
             if capturing:
@@ -512,7 +473,6 @@ class Clipper(Joinable):
         self, scaler: GradScaler, optimizers: Sequence[Optimizer], folds: Folds, skips_on_device: bool
     ) -> Outcome:
         """The same after unscaling, with what it found not finite made known to the scalers of all ranks."""
-        self._joining.refuse("a GradScaler")  # nothing moves the scale of a rank that has run out of data
         fault = self._foreign_to(folds, optimizers)
         for source, holder in enumerate(self._holders):
             if holder.grad is not None and id(holder) not in folds.held:
@@ -534,18 +494,18 @@ class Clipper(Joinable):
         join_found_inf(scaler, optimizers, nonfinite)
         return outcome
 
-    def _measure(self, tag: int, fault: LayoutError | None = None, present: bool | None = None) -> Measured:
+    def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
         """Measure; raise ``fault`` where it is given, once all ranks have met."""
-        gradients = [None] * len(self._holders) if present is False else gradients_of(self._holders)
+        gradients = gradients_of(self._holders)
         taken = NOTHING if self._overlap is None else self._overlap.taken(gradients)
         steps = tag == self._steps
         call = self._named(f"step {self._steps}" if steps else f"measure() in step {self._steps}")
         if self._loaded:
             tag, call = tag + self._loaded, f"{call} after loading a state (hash {self._loaded:x})"
-        compares = steps and self._calls >= self._compare_in and present is None and not in_capture(self._plan.device)
+        compares = steps and self._calls >= self._compare_in and not in_capture(self._plan.device)
         tag += TURN * self._number + COMPARING * compares
         measured = self._plan.measure(
-            gradients, self._holders, tag, self._realigns, taken=taken, fault=fault, call=call, present=present
+            gradients, self._holders, tag, self._realigns, taken=taken, fault=fault, call=call
         )
         if compares and compare_gradients(self._plan, measured):
             self._compare_in = 2 * self._calls

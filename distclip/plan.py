@@ -118,7 +118,6 @@ class Plan:
         taken: Taken = NOTHING,
         fault: LayoutError | None = None,
         call: str = "",
-        present: bool | None = None,
     ) -> Measured:
         """Measure ``gradients``, one for each source, None where there is none.
 
@@ -127,14 +126,13 @@ class Plan:
         every rank must then do. ``same``: they are the very tensors of the last time. ``taken``: sums of some of them.
         Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is mixed into the agreement
         word; ``call`` is what errors say of this rank where others do not agree. An error of this rank is raised after
-        it has taken part, and so is a ``fault`` that it is given, with what the others say. ``present``: as for
-        :func:`reduce_norm`.
+        it has taken part, and so is a ``fault`` that it is given, with what the others say.
         """
         error = fault
         if eager:
             gradients, found = self._realigned(gradients, holders)
             error = error or found
-        gathered, local, norms, reduced = self._reduced(gradients, error, tag, call, same, taken, present)
+        gathered, local, norms, reduced = self._reduced(gradients, error, tag, call, same, taken)
         wide = self.wide or gathered.wide
         if self.heeds:
             _, disagree, (misplaced, wide) = reduced.read()
@@ -215,7 +213,6 @@ class Plan:
         call: str,
         same: bool = False,
         taken: Taken = NOTHING,
-        present: bool | None = None,
     ) -> tuple[Gathered, Local | None, Norms | None, Reduced]:
         """Sum what this rank has and make it global; Local where the gradients had to be looked at one by one.
 
@@ -228,15 +225,15 @@ class Plan:
             mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
         except FAILURES as failed:
             found, questions = self._named(gradients, failed), (False, self.wide) if self.asks else ()
-            tell_others(self.group, self.device, self.p, questions, found, call, present)
+            tell_others(self.group, self.device, self.p, questions, found, call)
             if found is failed:
                 raise
             raise found from failed
         misplaced, faulty = (False, False) if local is None else (local.misplaced > 0, local.error is not None)
         questions = (misplaced, self.wide or gathered.wide) if self.asks else ()
-        missing = self._missing(gradients) if len(gathered.indices) < len(self.pieces) and present is not False else ()
+        missing = self._missing(gradients) if len(gathered.indices) < len(self.pieces) else ()
         code = self.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
-        reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions, self.copied, call, present)
+        reduced = reduce_norm(self.group, mine, self.p, code, faulty, questions, self.copied, call)
         if reduced.disagree is True:
             mine_is = self._account(call, missing, None if local is None else local.error)
             reduced = replace(reduced, who=who_differs(self.group, self.device, mine_is))
@@ -358,14 +355,13 @@ def tell_others(
     questions: Sequence[bool],
     error: Exception,
     call: str,
-    present: bool | None = None,
 ) -> None:
     """Take part in the all-reduce of the others without an own sum, so that they raise as well: here it was ``error``.
 
-    ``device`` and the number of ``questions`` must be those of the others. ``present``: as for :func:`reduce_norm`.
+    ``device`` and the number of ``questions`` must be those of the others.
     """
     nothing: Word = 0.0 if device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=device)
-    reduced = reduce_norm(group, nothing, p, 0, True, questions, call=call, present=present)
+    reduced = reduce_norm(group, nothing, p, 0, True, questions, call=call)
     if reduced.disagree is True:
         who_differs(group, device, stopped_by(error))
 

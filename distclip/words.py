@@ -72,20 +72,18 @@ def reduce_norm(
     questions: Sequence[bool],
     copied: bool = False,
     call: str = "",
-    present: bool | None = None,
 ) -> Reduced:
     """Make ``local``, this rank's sum of powers over replicas (p = inf: its largest norm), global.
 
     One all-reduce of two float64 words (p = inf: four) and one for each of ``questions``, made by every rank of the
     group whatever it holds; none in one process. A ``faulty`` rank, which is about to raise, takes part so that the
     others do not wait for it. ``copied``: every rank of the group holds a copy of all that is summed.
-    ``call``: what it is for, as errors say. ``present``: whether this rank has gradients where some may have run out of
-    data, and with them of their share and code; three words more for p < inf. None elsewhere, on all ranks.
+    ``call``: what it is for, as errors say.
     """
     reduce = _reduce_max if p == inf else _reduce_sum
     fault, said = inf if faulty else 0.0, list(map(float, questions))
-    norm, disagree, *answers = reduce(group, local, p, code % CODES, fault, said, call, present)
-    own = local if copied and present is not False else None
+    norm, disagree, *answers = reduce(group, local, p, code % CODES, fault, said, call)
+    own = local if copied else None
     return Reduced(norm, disagree, tuple(answer > 0 for answer in answers), own)
 
 
@@ -97,16 +95,10 @@ def _reduce_sum(
     fault: float,
     said: list[float],
     call: str,
-    present: bool | None,
 ) -> tuple[Any, ...]:
-    if present is None:
-        word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
-        total, agreement, *answers = _all_reduce(group, [local], [word + fault, *said], dist.ReduceOp.SUM, call)
-        return root(total, p), agreement % MODULUS != 0, *answers
-    known = [float(present), float(present * code), float(present * code**2) + fault, *said]
-    total, ranks, codes, squares, *answers = _all_reduce(group, [local], known, dist.ReduceOp.SUM, call)
-    # shares are equal, and some are missing; codes are where their number times the sum of squares is the sum squared
-    return root(total * (group.size / ranks), p), codes * codes != ranks * squares, *answers
+    word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
+    total, agreement, *answers = _all_reduce(group, [local], [word + fault, *said], dist.ReduceOp.SUM, call)
+    return root(total, p), agreement % MODULUS != 0, *answers
 
 
 def _reduce_max(
@@ -117,9 +109,8 @@ def _reduce_max(
     fault: float,
     said: list[float],
     call: str,
-    present: bool | None,
 ) -> tuple[Any, ...]:
-    known = [fault or -inf, -inf, *said] if present is False else [code + fault, -float(code), *said]
+    known = [code + fault, -float(code), *said]
     if not isinstance(local, Tensor):
         flag = 2.0 if isnan(local) else 1.0 if isinf(local) else 0.0
         own = [0.0 if flag else local, flag]

@@ -119,27 +119,6 @@ def test_reduced_norms_are_the_same_from_numbers_and_from_tensors(sums, p, odd, 
         assert norm == pytest.approx(sum(sums) ** (1 / p), rel=1e-14)
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, inf])
-@pytest.mark.parametrize("gone", [(), (0,), (1,), (0, 1), (0, 2), (1, 2)], ids=str)
-@pytest.mark.parametrize(("odd", "faulty"), [(None, None), (1, None), (None, 0), (None, 2)])
-@pytest.mark.parametrize("total", [2.0, 0.0, inf, nan])
-def test_ranks_without_data_change_neither_norm_nor_verdict(total, p, gone, odd, faulty):
-    """Each of three ranks has an equal share; those in ``gone`` have none, and no code either."""
-
-    def use(group, made) -> tuple[float, bool, list[bool]]:
-        here = group.rank not in gone
-        share = (total if p == inf else total / 3) if here else 0.0
-        code = (8 if group.rank == odd else 65535) if here else 0
-        return reduce_norm(group, made(share), p, code, group.rank == faulty, [], present=here).read()
-
-    results = [r for made in (float, word) for r in simulate(lambda group, made=made: use(group, made), 3, words=1)]
-    disagree = faulty is not None or (odd == 1 and 1 not in gone and len(gone) < 2)
-    assert [verdict for _, verdict, _ in results] == [disagree] * 6
-    expected = total if p == inf or isnan(total) else total ** (1 / p)
-    assert all(norm == pytest.approx(expected, rel=1e-14, nan_ok=True) for norm, _, _ in results)
-    assert same_bits([norm for norm, _, _ in results[:3]])
-
-
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, inf])
 @pytest.mark.parametrize("total", [0.0, 5e-324, 1e-300, 0.3, 2.0, 1e100, 1.7e308, inf, nan])
 def test_the_norm_of_one_process_is_the_same_from_a_number_and_from_a_tensor(total, p):

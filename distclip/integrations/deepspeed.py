@@ -178,14 +178,14 @@ class EngineClipper(Clipper):
         if not self.skips and not hasattr(self._optimizer, "unscale_and_clip_grads"):
             self.finish(outcome.measured.runs)
 
-    def _measure(self, tag: int, fault: LayoutError | None = None, present: bool | None = None) -> Measured:
+    def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
         gradients = self._gradients()
         self._scale = float(getattr(self._optimizer, "loss_scale", 1.0))
         if self._of_parts:
             for holder, gradient in zip(self._holders, gradients, strict=True):
                 holder.grad = gradient
         try:
-            measured = super()._measure(tag, fault, present)
+            measured = super()._measure(tag, fault)
         finally:
             if self._of_parts:
                 for holder in self._holders:

@@ -25,7 +25,7 @@ from .culprit import find_culprit, nonfinite
 from .errors import FAILURES, LayoutError
 from .gradient import laid_out
 from .group import Axis, has_float64, reads_are_free
-from .kernels import check_memory, clamp_, scale_
+from .kernels import check_memory, clamp_, scale_, triton
 from .layout import LayoutFn
 from .measured import Measured
 from .piece import held_gradient, holders_of, local_tensor
@@ -174,6 +174,7 @@ def clip_grads_with_norm_(
     listed = held(parameters)
     holders = [holder for holder in holders_of(listed) if holder.grad is not None]
     gradients = _gradients(holders)
+    triton.check_choice(gradient.device for gradient in gradients)
     check_memory(gradients, shared=True)
     pair = first_shared(gradients)
     if pair is not None:

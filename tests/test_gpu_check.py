@@ -5,8 +5,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
+from importlib.util import find_spec
 from math import inf, nan
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from gpu.judge import BYTES, BYTES_EACH, COPY, LAUNCHES, NOISE, RULES, STEP, fau
 
 ROOT = Path(__file__).parent.parent
 CHECK = ROOT / "tests" / "gpu" / "check.py"
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None or find_spec("numpy") is None,
+    reason="Triton and numpy are not installed (CPU builds of torch bring neither): pip install triton numpy",
+)
 GOOD: list[dict[str, Any]] = [
     {"kind": "norm", "what": "a norm", "got": 5.0 * (1 + 1e-7), "right": 5.0},
     {"kind": "norm", "what": "of NaN", "got": nan, "right": nan},
@@ -162,6 +169,32 @@ def test_a_run_without_time_fails_and_says_what_it_did_not_measure(tmp_path):
     assert done.returncode == 1
     assert "ended: never began: no time was left" in done.stdout
     assert json.loads(file.read_text())["faults"]["functions (default)"]
+
+
+PARTS_OF = {
+    "default": ("nccl", "huge", "streams", "launches", "memory", "training"),
+    "triton": ("scalers", "graph_of_clip_", "nccl", "overlap", "huge", "streams", "cases_4", "compiling"),
+}
+
+
+def rehearsed(road: str) -> dict[str, list[str]]:
+    """What the judge says of parts that start no processes, one after the other in this one, on the CPU."""
+    from gpu.check import PARTS, Host
+
+    runs = {name: {"ended": "well", "readings": list(PARTS[name].measure(Host(road)))} for name in PARTS_OF[road]}
+    return verdict(runs, {name: PARTS[name].needs for name in runs}, rehearsal=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("road", PARTS_OF)
+def test_parts_hold_on_the_host_and_measure_what_they_must(road, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # numpy warns of the overflows that the kernels are written for
+    monkeypatch.setenv("DISTCLIP_TRITON", "1" if road == "triton" else "0")
+    if road == "triton":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert pool.submit(rehearsed, road).result(timeout=280) == {name: [] for name in PARTS_OF[road]}
 
 
 def test_without_a_gpu_the_check_says_so():

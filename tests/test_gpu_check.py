@@ -11,10 +11,14 @@ from importlib.util import find_spec
 from math import inf, nan
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from torch.autograd import DeviceType
 
+from gpu.chip import Gpu
 from gpu.judge import BYTES, BYTES_EACH, COPY, LAUNCHES, NOISE, RULES, STEP, fault_of, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +131,36 @@ def test_a_rehearsal_forgives_times_alone(kind):
     changed(kind, got="wrong")(runs)
     assert len(verdict(runs, NEEDS, rehearsal=True)["everything"]) == 1
     assert fault_of({**GOOD[place_of("bandwidth")], "got": nan}, rehearsal=True) is not None
+
+
+def test_what_a_gpu_is_asked_is_spelled_right():
+    """Every method of a Gpu, with a ``torch.cuda`` that is not there."""
+    with patch("torch.cuda", autospec=True) as cuda:
+        chip = Gpu("default")
+        cuda.Event.return_value.elapsed_time.side_effect = [3.0, 5.0, 1.0, 6.0, 2.0, 4.0]
+        assert chip.milliseconds({"a": lambda: None, "b": lambda: None}, 3) == {"a": 2.0, "b": 5.0}
+        outputs, replay = chip.captured(lambda: ["tensors"])
+        assert (outputs, replay) == (["tensors"], cuda.CUDAGraph.return_value.replay)
+        cuda.memory_allocated.return_value, cuda.max_memory_allocated.return_value = 100, 164
+        assert chip.peak(lambda: None) == 64
+        with pytest.raises(RuntimeError, match="a wait"), chip.no_waits():
+            raise RuntimeError("a wait")
+        assert [call.args for call in cuda.set_sync_debug_mode.mock_calls] == [("error",), ("default",)]
+
+
+def test_kernels_are_counted_apart_from_the_work_on_tensors():
+    names = [
+        "void multi_tensor_apply_kernel",
+        "block_sums",
+        "void elementwise_kernel",
+        "Memcpy HtoD",
+        "cudaLaunchKernel",
+    ]
+    kinds = [DeviceType.CUDA] * 4 + [DeviceType.CPU]
+    events = [SimpleNamespace(name=name, device_type=kind) for name, kind in zip(names, kinds, strict=True)]
+    with patch("torch.cuda", autospec=True), patch("torch.profiler.profile", autospec=True) as profile:
+        profile.return_value.__enter__.return_value.events.return_value = events
+        assert Gpu("default").launches(lambda: None) == (2, 2)
 
 
 def command(file: Path, *words: str) -> list[str]:

@@ -157,6 +157,14 @@ def test_an_old_gpu_another_build_and_no_gpu_at_all_are_told(asking):
     assert told(CPU) == []
 
 
+def test_a_wish_for_triton_in_other_words_is_told_how_to_say_it(asking):
+    asking.setenv("DISTCLIP_TRITON", "true")
+    assert told(GPU) == ["DISTCLIP_TRITON=true has no effect: set it to 1; torch's kernels are used"]
+    for silent in ("0", ""):
+        asking.setenv("DISTCLIP_TRITON", silent)
+        assert told(CPU) == []
+
+
 def test_a_wish_for_triton_that_is_met_or_was_not_made_says_nothing(asking):
     assert told(GPU) == []
     assert triton.chosen(GPU)

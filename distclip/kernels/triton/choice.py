@@ -47,14 +47,15 @@ def check_choice(devices: Iterable[torch.device]) -> None:
     torch's kernels are taken instead. The first call for a device launches both kinds of kernels on four numbers, which
     compiles them in some seconds: what fails later than here would fail in the middle of a step.
     """
-    if not asked():
+    wish = os.environ.get("DISTCLIP_TRITON")
+    if not wish or wish == "0":
         return
     here = set(devices)
     for device in {d for d in here if d.type not in ("cpu", "meta")} or here:
-        reason = why_not(device) or _first_launch(device)
+        reason = "set it to 1" if wish != "1" else why_not(device) or _first_launch(device)
         if reason and reason not in _told:
             _told.add(reason)
-            warn(f"DISTCLIP_TRITON=1 has no effect: {reason}; torch's kernels are used", RuntimeWarning, stacklevel=2)
+            warn(f"DISTCLIP_TRITON={wish} has no effect: {reason}; torch's kernels are used", RuntimeWarning, 2)
 
 
 def _first_launch(device: torch.device) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .compare import bit_sums, checksums, differing, say, who_differs
 from .errors import LayoutError
 from .flags import sent
+from .gradient import NUMBERS
 from .group import ClippingGroup
 from .layout import speaks
 from .measured import Measured, Norms
@@ -150,7 +151,8 @@ def compare_gradients(plan: Plan, measured: Measured) -> bool:
     drift, total = plan.group.all_reduce(torch.stack([mine * _signs(plan, copied), mine])).abs().tolist()
     apart = []
     for i, off, of_all in zip(copied, drift, total, strict=True):
-        tolerance = max(TOLERANCE, torch.finfo(plan.pieces[i].dtype).eps)
+        dtype = plan.pieces[i].dtype  # of whole numbers for the frozen weights of a quantised model
+        tolerance = max(TOLERANCE, torch.finfo(dtype).eps) if dtype in NUMBERS else TOLERANCE
         if off > tolerance * of_all and off > WEIGHTY * tolerance * norm:
             apart.append(plan.label(i))
     if apart:

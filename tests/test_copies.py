@@ -356,3 +356,15 @@ def nearly_equal(kind: str) -> str:
 @pytest.mark.parametrize("kind", ["bf16", "fp32", "noise around 0"])
 def test_the_last_bits_of_copies_may_differ(kind):
     assert run_ranks(nearly_equal, 2, kind) == ["no error"] * 2
+
+
+def beside_whole_numbers() -> str:
+    model = nn.Linear(4, 2)
+    model.quantised = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+    model.weight.grad = torch.ones(2, 4) * (1 + dist.get_rank())
+    return said_by(distclip.Clipper(model, 1.0).clip_)
+
+
+def test_frozen_whole_numbers_are_no_reason_to_fail():
+    for said in run_ranks(beside_whole_numbers, 2):
+        assert said.startswith("ranks that should hold the same gradient do not: weight; ")

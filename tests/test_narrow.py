@@ -122,3 +122,37 @@ def test_a_group_that_reduces_only_where_there_is_no_float64_is_refused(monkeypa
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with pytest.raises(ValueError, match=r"float64, which cuda:0 has not.*'cpu:gloo,cuda:nccl'"):
         ClippingGroup(None, (0, 1), 0).device_for([])
+
+
+def steps_on(device: str) -> list[tuple[float, float, float]]:
+    """Norm, factor and what is left of each step of fused AdamW, of policies, dtypes, and gradients on two devices."""
+    seen = []
+    for policy in (distclip.AutoClip(percentile=50, window=3), distclip.ValueClip((-0.2, 0.1)), 1.0):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            values = [noise(n, dtype=dtype).to(device) for n in (3, 640, 1001)] + [noise(5)]
+            model = nn.ParameterList(map(nn.Parameter, values))
+            clipper = distclip.Clipper(model, policy)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+            for step in range(6):
+                for parameter in model:
+                    parameter.grad = noise(parameter.numel(), 1.0 + step, parameter.dtype).to(parameter.device)
+                if step == 2:
+                    raw(model[1].grad)[7] = nan
+                report = clipper.step(optimizer) if step % 2 else clipper.clip_()
+                left = true_norm([raw(q.grad).nan_to_num() for q in model])
+                seen.append((report.norm.nan_to_num(-1.0).item(), report.coef.item(), left))
+    return seen
+
+
+def on_both() -> list[list[tuple[float, float, float]]]:
+    with patch.object(groups, "WITHOUT_FLOAT64", {DEVICE}), patch.object(accelerator, "wrapped", refusing):
+        use_accelerator()
+        return [steps_on(DEVICE), steps_on("cpu")]
+
+
+@pytest.mark.skipif(not EXISTS, reason="this torch has no backend for devices written in Python")
+def test_policies_decide_without_float64_as_they_do_on_the_host():
+    here, host = run_ranks(on_both, 1, fresh=True)[0]
+    assert len({coef for _, coef, _ in host}) > 6
+    for got, right in zip(here, host, strict=True):
+        assert got == pytest.approx(right, rel=3e-7)

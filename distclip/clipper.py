@@ -36,7 +36,7 @@ from .policies.checks import count, positive
 from .report import Culprit, Report
 from .shield import shielded, untraced
 from .stepping import check_optimizers, held_by, skip_next_step
-from .verify import ABSENT, compare_gradients, compare_ranks, has_copies, tell_ranks, verify
+from .verify import ABSENT, compare_axes, compare_gradients, compare_ranks, has_copies, tell_ranks, verify
 from .wrapped import around
 
 NONFINITE = ("skip", "raise", "propagate")
@@ -104,7 +104,8 @@ class Clipper:
     included, so that ranks decide alike even when one replica is corrupt. In calls 1, 2, 4, 8, ... of ``clip_`` and
     ``step``, counted from when it was built or a state was loaded, gradients of which ranks should hold copies are
     compared before anything is scaled: one all-reduce more, of two words for each such parameter, and a LayoutError on
-    all ranks where they differ (a reduction that was left out, experts taken for copies); after a norm that is not
+    all ranks where they differ (a reduction that was left out, experts taken for copies), or where ranks along
+    ``split_over`` hold the same values and gradients of a parameter (three all-reduces more); after a norm that is not
     finite in the next call. In other calls, where every rank holds all gradients and those of one have a norm that is
     1e-6 off, that one warns and the next call raises on all. Two words more travel with DTensors that FSDP2 does not
     manage, ``split_over`` or ``layout``: they say whether some rank holds float64, and whether gradients lie otherwise
@@ -162,7 +163,8 @@ class Clipper:
             "policy": spelled(self._policy),
             "nonfinite": nonfinite,
             "max_consecutive_skips": str(max_consecutive_skips),
-            "split_over or layout": "given" if split_over or layout else "not given",
+            "split_over": "given" if split_over else "not given",
+            "layout": "given" if layout else "not given",
             "only": "given" if only else "not given",
         }
         try:
@@ -191,7 +193,8 @@ class Clipper:
         compare_ranks(self._plan, listed, settings)
         self._number = self._plan.group.add_clipper()
         self._calls = 0
-        self._compare_in = 1.0 if has_copies(self._plan) else inf  # the call in which copies of gradients are compared
+        self._compares_axes = bool(split_over) and where.size > 1
+        self._compare_in = 1.0 if self._compares_axes or has_copies(self._plan) else inf  # the next call that compares
         self._reading = Reading(parts, holders_of(everything))
         self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
         self._joinable = joinable_in(parts)
@@ -510,6 +513,8 @@ class Clipper:
             gradients, self._holders, tag, self._realigns, taken=taken, fault=fault, call=call
         )
         if compares and compare_gradients(self._plan, measured):
+            if self._compares_axes:
+                compare_axes(self._plan, self._holders, measured)
             self._compare_in = 2 * self._calls
         if measured.realigned and not self._realigns:  # where ranks disagree, some of them have raised before this line
             self._realigns = not measured.reduced.read()[1]

@@ -76,11 +76,12 @@ class Holding:
     """What the plan keeps of one parameter: its layout, and whether every rank must know the same parameter.
 
     ``common`` is False where `split_over` or `layout` said that ranks hold different parameters, which therefore
-    cannot be compared between ranks.
+    cannot be compared between ranks. ``by_axis``: it was `split_over`, which speaks of all parameters at once.
     """
 
     layout: Layout
     common: bool
+    by_axis: bool = False
 
 
 class LayoutReader:
@@ -155,7 +156,7 @@ class LayoutReader:
                 f"{name} is cut into {pieces} pieces, which do not tile the {self._group.size} ranks of the clipping "
                 "group: pass the `group` that these pieces live in, or say its `layout`"
             )
-        return Holding(Layout(self._group.size // pieces), common=not axes)
+        return Holding(Layout(self._group.size // pieces), common=not axes, by_axis=bool(axes))
 
 
 def speaks(group: ClippingGroup, piece: Piece) -> bool:

@@ -56,6 +56,7 @@ class Plan:
     on_host: bool  # whether all gradients and the words are on the CPU
     wide: bool  # whether this rank has float64 parameters
     common: tuple[bool, ...]  # which pieces every rank of the group must know
+    by_axis: tuple[int, ...]  # pieces that other ranks do not hold only because split_over says so
     code: int  # hash of the common pieces
     asks: bool  # whether two words more ask all ranks for misplaced gradients and float64: the same on all ranks
     heeds: bool  # whether the answers can be yes on a rank other than this one, so that they must be read
@@ -98,6 +99,7 @@ class Plan:
             on_host=all(d.type == "cpu" for d in (device, *(piece.device for piece in pieces))),
             wide=any(piece.dtype in WIDE for piece in pieces),
             common=tuple(holding.common for holding in holdings),
+            by_axis=tuple(i for i, holding in enumerate(holdings) if holding.by_axis),
             code=int.from_bytes(digest.digest()),
             asks=asks or heeds,
             heeds=heeds,

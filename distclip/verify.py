@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .compare import bit_sums, checksums, differing, say, who_differs
+from .compare import HASHES, bit_sums, checksums, differing, say, who_differs
 from .errors import LayoutError
 from .flags import sent
 from .gradient import NUMBERS
@@ -28,6 +28,7 @@ from .piece import Held, gradients_of, once
 from .plan import Plan, stopped_by
 
 SHOWN = 5  # names in an error
+SMALLEST = 256  # parameters of a rank that are compared along split_over: norm layers and biases are among them
 ERROR = "an error of its own"
 VERIFYING = 1 << 13  # tag of its measurement
 TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a kernel adds in any order
@@ -145,6 +146,8 @@ def compare_gradients(plan: Plan, measured: Measured) -> bool:
     if disagree or not isfinite(norm):
         return False
     copied = _copied(plan)
+    if not copied:
+        return True
     found = plan.norms(measured, frozenset(copied))
     known, none = dict(zip(found.indices, found.norms.unbind(), strict=True)), plan.weights.new_zeros(())
     mine = torch.stack([known.get(i, none) for i in copied])
@@ -202,20 +205,50 @@ def _count_split(plan: Plan, found: Norms) -> None:
     split = [k for k, i in enumerate(found.indices) if not plan.common[i]]
     sums = checksums([found.parts[k] for k in split], plan.device).long().tolist()
     keys = [_key(found.parts[k], found.norms[k], total) for k, total in zip(split, sums, strict=True)]
-    shares = [1 / plan.replicas[found.indices[k]] for k in split]
-    counted = _gathered(plan, keys, shares)
+    counted = _gathered(plan, keys, [1 / plan.replicas[found.indices[k]] for k in split])
     wrong = [
         f"{plan.label(found.indices[k])} ({counted[key]:.3g}x)"
         for k, key in zip(split, keys, strict=True)
         if found.norms[k] > 0 and abs(counted[key] - 1) > TOLERANCE
     ]
+    _raise_if_counted(plan, wrong)
+
+
+def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> None:
+    """Raise LayoutError, on every rank, where ranks along ``split_over`` hold one parameter, and count it twice.
+
+    Norm layers of hand-made tensor parallelism do. Parameters are the same whose values and gradients have the same
+    shape and bits; the smallest ``SMALLEST`` of each rank are looked at. Three all-reduces, of a word twice and of two
+    words a parameter and rank, and waits.
+    """
+    pieces, sources = plan.pieces, plan.sources
+    here = [i for i in plan.by_axis if pieces[i].here and isinstance(holders[sources[i]], Tensor)]  # not DeepSpeed's
+    chosen = frozenset(sorted(here, key=lambda i: pieces[i].here)[:SMALLEST])
+    norms = plan.norms(measured, chosen)
+    found = zip(norms.indices, norms.parts, norms.norms.tolist(), strict=True)
+    shown = [(i, part, norm) for i, part, norm in found if i in chosen and norm > 0]
+    values = [Held(pieces[i], holders[sources[i]]).values() for i, _, _ in shown]
+    sums = checksums([part for _, part, _ in shown], plan.device) + HASHES * checksums(values, plan.device)
+    keys = [_key(part, norm, int(total)) for (_, part, norm), total in zip(shown, sums.tolist(), strict=True)]
+    counted = _gathered(plan, keys, [1 / plan.replicas[i] for i, _, _ in shown])
+    wrong = [
+        f"{plan.label(i)} ({counted[key]:.3g}x)"
+        for (i, _, _), key in zip(shown, keys, strict=True)
+        if counted[key] > 1 + TOLERANCE
+    ]
+    _raise_if_counted(plan, wrong)
+
+
+def _raise_if_counted(plan: Plan, wrong: Sequence[str]) -> None:
+    """Raise on every rank what the first of them has found ``wrong``: one all-reduce, and another where some has."""
     first = torch.tensor([plan.group.rank if wrong else plan.group.size], device=plan.device)
     speaker = int(plan.group.all_reduce(first, dist.ReduceOp.MIN).item())
     if speaker < plan.group.size:
         listed = say(plan.group, plan.device, speaker, _few(wrong))
         raise LayoutError(
             f"gradients are not counted once: on rank {plan.group.ranks[speaker]} {listed}; return "
-            "distclip.Layout(number of ranks that hold it) from layout= (a tied weight on two stages: Layout(2))"
+            "distclip.Layout(number of ranks that hold it) from layout= (a tied weight on two stages: Layout(2); norm "
+            "layers that tensor-parallel ranks share: all of these)"
         )
 
 
@@ -235,7 +268,7 @@ def _gathered(plan: Plan, keys: Sequence[int], shares: Sequence[float]) -> Count
     return counted
 
 
-def _key(gradient: Tensor, norm: Tensor, total: int) -> int:
+def _key(gradient: Tensor, norm: Tensor | float, total: int) -> int:
     text = f"{tuple(gradient.shape)}|{gradient.dtype}|{float(norm).hex()}|{total}"
     return int.from_bytes(blake2b(text.encode(), digest_size=6).digest())
 

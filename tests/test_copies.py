@@ -280,6 +280,88 @@ def test_experts_that_start_alike_and_are_taken_for_copies_are_an_error_in_the_f
         assert norms == [pytest.approx(true, rel=1e-6)]
 
 
+class ByHand(nn.Module):
+    """Tensor parallelism by hand: a column and a row of a layer, reduced once, between norm layers that all share."""
+
+    def __init__(self, group: Any, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(8)
+        nn.init.normal_(self.norm.weight, 1.0, 0.1)
+        torch.manual_seed(seed)
+        self.column, self.row = nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False)
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.norm(x)
+        seen.register_hook(lambda g: functional_all_reduce(g, self.group))
+        return functional_all_reduce(self.row(self.column(seen).relu()), self.group, keep=True)
+
+
+def functional_all_reduce(x: torch.Tensor, group: Any, keep: bool = False) -> torch.Tensor:
+    """The sum over ``group``; ``keep``: with the gradient of the identity, as Megatron's reduce."""
+    total = x.detach().clone()
+    dist.all_reduce(total, group=group)
+    return x + (total - x).detach() if keep else total
+
+
+def by_hand(fsdp: bool, how: str) -> list[Any]:
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
+    tp = mesh["tp"]
+    model = ByHand(tp.get_group(), 1 + tp.get_local_rank())
+    if fsdp:
+        fully_shard(model, mesh=mesh["dp"])
+    layout = None
+    if how == "declared":
+        replicas = 2 if fsdp else size  # of the norm's elements
+        layout = lambda name, p: distclip.Layout(replicas) if "norm" in name else None  # noqa: E731
+    clipper = distclip.Clipper(model, 1.0, split_over=[tp], layout=layout)
+    torch.manual_seed(7)
+    model(torch.randn(4, 8)).square().sum().backward()
+    squares = 0.0
+    for name, p in model.named_parameters():
+        part = local_tensor(p.grad).double().square().sum() / (1 if fsdp else size // 2)
+        dist.all_reduce(part)
+        squares += part.item() / (2 if "norm" in name else 1)
+    before = [local_tensor(p.grad).clone() for p in model.parameters()]
+    norms: list[float] = []
+    said = said_by(lambda: norms.append(clipper.clip_().norm.item()))
+    untouched = all(map(torch.equal, before, (local_tensor(p.grad) for p in model.parameters())))
+    return [said, norms, squares**0.5, untouched]
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_norm_layers_that_split_over_counts_twice_are_an_error_in_the_first_call(size, fsdp):
+    for said, norms, _, untouched in run_ranks(by_hand, size, fsdp, "undeclared"):
+        assert "gradients are not counted once: " in said
+        assert "norm." in said
+        assert "norm layers that tensor-parallel ranks share" in said
+        assert norms == []
+        assert untouched
+    for said, norms, true, _ in run_ranks(by_hand, size, fsdp, "declared"):
+        assert said == "no error"
+        assert norms == [pytest.approx(true, rel=1e-6)]
+
+
+def stages_alike() -> list[Any]:
+    """Stages whose parameters have the same names and start with the same values, as one seed on all ranks gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    clipper = distclip.Clipper(model, 1.0, split_over=[dist.group.WORLD])
+    said = []
+    for step in range(4):
+        model.zero_grad()
+        (model(torch.ones(2, 8) * torch.arange(8)) * (step + dist.get_rank())).sum().backward()
+        said.append(said_by(clipper.clip_))
+    return said
+
+
+def test_stages_that_start_alike_are_not_taken_for_copies():
+    assert run_ranks(stages_alike, 2) == [["no error"] * 4] * 2
+
+
 def trains_apart(grouped: bool) -> str:
     """Local SGD: each rank trains a copy for itself, and they are averaged now and then."""
     torch.manual_seed(0)

@@ -55,8 +55,8 @@ def test_a_layout_that_no_rank_can_read_is_the_same_error_on_all():
 def test_layout_given_on_one_rank_only_is_refused_at_construction():
     """The others would send two words where that one sends four: a norm of 0 there, and a hang here."""
     for said in run_ranks(built, 2, "layout on one rank", timeout=20):
-        assert said.startswith("ValueError: split_over or layout must be the same on every rank")
-        assert "rank 1: split_over or layout not given; rank 0: split_over or layout given" in said
+        assert said.startswith("ValueError: layout must be the same on every rank")
+        assert "rank 1: layout not given; rank 0: layout given" in said
 
 
 class Above:

@@ -282,7 +282,7 @@ def masters_of(engine: Any) -> list[Tensor]:
 def train(case: Case, policy: Any, nan_at: int | None = None) -> dict[str, Any]:
     engine = engine_of(case.config, accumulate=case.accumulate)
     clipper = taken(engine, policy)
-    reports, norms, true, unchanged = [], [], [], None
+    reports, norms, true, unchanged, culprit = [], [], [], None, None
     for step in range(STEPS):
         feed(engine, step, case.accumulate, spoil=step == nan_at)
         if case.bf16 and engine.managed_gradient_accumulation():
@@ -293,6 +293,7 @@ def train(case: Case, policy: Any, nan_at: int | None = None) -> dict[str, Any]:
             unchanged = all(torch.equal(p, before[name]) for name, p in parameters_of(engine).items())
         reports.append(clipper.report.to_dict())
         norms.append(float(engine.get_global_grad_norm()))
+        culprit = clipper.culprit or culprit
     return {
         "reports": reports,
         "norms": norms,
@@ -300,7 +301,7 @@ def train(case: Case, policy: Any, nan_at: int | None = None) -> dict[str, Any]:
         "parameters": parameters_of(engine),
         "unchanged": unchanged,
         "skipped": engine.skipped_steps,
-        "culprit": str(clipper.culprit),
+        "culprit": str(culprit),
     }
 
 
@@ -420,7 +421,7 @@ def collectives(config: dict[str, Any]) -> list[dict[str, int]]:
         engine = engine_of({**config, "gradient_clipping": 0.0 if ours else BOUND})
         if ours:
             taken(engine)
-        for step in range(2):
+        for step in range(3):  # copies are compared in the first two
             feed(engine, step)
             with count_collectives() as counts:
                 engine.step()

@@ -22,6 +22,7 @@ BOUND, NAN_AT = runs.BOUND, runs.NAN_AT
 PLACES = ["0", "1", "2", "2 offloaded", "3", "3 offloaded"]
 ON_TWO = [(2, name) for name in runs.CASES]
 ON_FOUR = [(4, name) for name in runs.ON_FOUR]
+REDUCED = "embed.weight has NaN in its reduced gradient, held by rank 0, 1"
 NONFINITE = (
     "NonFiniteError: The total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot be clipped"
 )
@@ -111,7 +112,8 @@ def test_autoclip_goes_on_after_a_spoiled_batch_of_one_rank(launched, alone, siz
     close(found["parameters"], expected["parameters"], atol=1e-2 if bf16 else 1e-5)
     assert [rank["unchanged"] for rank in ranks] == [True] * size
     assert [rank["skipped"] for rank in ranks] == [1] * size
-    assert {rank["culprit"] for rank in ranks} == {"embed.weight on rank 0 has NaN in its gradient"}
+    (culprit,) = {rank["culprit"] for rank in ranks}
+    assert culprit.startswith(("embed.weight on rank 0 has NaN in its gradient", REDUCED)), "a part, or a copy of all"
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -224,7 +226,7 @@ def test_experts_count_once(launched, stage, split):
         ("autocast", 'NotImplementedError: take_over does not support "torch_autocast" in float16'),
         ("mpu", "NotImplementedError: take_over does not support ranks that hold different parts of the model (mpu"),
         ("pipeline", "NotImplementedError: take_over does not support PipelineModule"),
-        ("nonfinite 0", f"{NONFINITE}: embed.weight on rank 0 has NaN"),
+        ("nonfinite 0", f"{NONFINITE}: {REDUCED}"),
         ("nonfinite 1", f"{NONFINITE}: embed.weight on rank 0 has NaN"),
     ],
 )

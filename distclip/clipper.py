@@ -114,14 +114,14 @@ class Clipper:
     pending sums that were made by then. A policy's answer that no step can use is a ValueError (see :class:`Decision`).
 
     Nothing here waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
-    float64 gradients, p > 7, the extra words, and a group whose words travel on the host (Gloo); together they cost one
-    wait a step, with the extra words two. So does comparing copies, in those few calls, two. Gradients on the host
-    beside those on an accelerator wait for their factor. Without a wait, non-finite norms, disagreement and bad answers
-    of a policy are looked at when the next call starts, so an error and :attr:`culprit` come one call late. A bad
-    answer skips its step, for which a policy of your own waits under ``"propagate"`` too where an optimizer cannot
-    fold. A coefficient below float32's normal numbers, exact elsewhere, is the least of them where nobody waits for it.
-    Inside the capture of a CUDA graph nothing is looked at (RuntimeError where it must be), and a replay is no call: it
-    advances the policy, but counts no step.
+    float64 gradients, p > 7, the extra words, and words that travel on the host (Gloo, and devices without float64);
+    together they cost one wait a step, with the extra words two. So does comparing copies, in those few calls, two.
+    Gradients on the host beside those on an accelerator wait for their factor. Without a wait, non-finite norms,
+    disagreement and bad answers of a policy are looked at when the next call starts, so an error and :attr:`culprit`
+    come one call late. A bad answer skips its step, for which a policy of your own waits under ``"propagate"`` too
+    where an optimizer cannot fold. A coefficient below float32's normal numbers, exact elsewhere, is the least of them
+    where nobody waits for it. Inside the capture of a CUDA graph nothing is looked at (RuntimeError where it must be),
+    and a replay is no call: it advances the policy, but counts no step.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)

@@ -193,21 +193,22 @@ def conclude(session: Session) -> int:
     faults = verdict(session.document["runs"], session.asked, session.rehearsal)
     session.document["faults"] = faults
     session.write()
-    for line in figures(session.document["runs"]):
+    for line in figures(session.document["runs"], session.rehearsal):
         print(line)
     wrong = [name for name, found in faults.items() if found]
     print(f"{len(faults) - len(wrong)} parts hold, {len(wrong)} do not{': ' if wrong else ''}{', '.join(wrong)}")
     return int(bool(wrong))
 
 
-def figures(runs: dict[str, Any]) -> list[str]:
-    """The measured numbers, as a table for a document."""
+def figures(runs: dict[str, Any], rehearsal: bool) -> list[str]:
+    """The measured numbers, as a table for a document; in a rehearsal they decide nothing."""
     rows = ["| part | what | got | beside | |", "|---|---|---|---|---|"]
     for name, run in runs.items():
         for one in run["readings"]:
             if one["kind"] in FIGURES:
                 got, right = (f"{x:.4g}" if isinstance(x, float) else x for x in (one["got"], one.get("right", "")))
-                rows.append(f"| {name} | {one['what']} | {got} | {right} | {'missed' if fault_of(one) else 'met'} |")
+                met = "rehearsed" if rehearsal else "missed" if fault_of(one) else "met"
+                rows.append(f"| {name} | {one['what']} | {got} | {right} | {met} |")
     return rows
 
 

@@ -16,8 +16,10 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 
+from accelerator import EXISTS
 from gpu.chip import Gpu
 from gpu.judge import BYTES, BYTES_EACH, COPY, LAUNCHES, NOISE, RULES, STEP, fault_of, verdict
 
@@ -229,6 +231,41 @@ def test_parts_hold_on_the_host_and_measure_what_they_must(road, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         assert pool.submit(rehearsed, road).result(timeout=280) == {name: [] for name in PARTS_OF[road]}
+
+
+def broken(name: str) -> list[str]:
+    """What the check finds wrong with a library that was broken in one place, on the device that is not there."""
+    from distclip import plan
+    from distclip.kernels import foreach
+    from gpu.check import PARTS, NotThere
+
+    norms = plan.local_norms
+
+    def cast(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
+        for same in foreach._alike(tensors):
+            torch._foreach_mul_(same, factor.to(same[0].dtype))
+
+    def waiting(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
+        found = norms(tensors, p)
+        found.sum().item()
+        return found
+
+    chip, part = NotThere("default"), PARTS["functions"]
+    with (
+        patch.object(foreach, "multiply_", cast if name == "factor" else foreach.multiply_),
+        patch.object(plan, "local_norms", waiting if name == "wait" else norms),
+    ):
+        return verdict({name: {"ended": "well", "readings": list(part.measure(chip))}}, {name: part.needs}, True)[name]
+
+
+@pytest.mark.skipif(not EXISTS, reason="this torch has no backend for devices written in Python")
+def test_the_check_finds_a_factor_that_is_rounded_and_a_call_that_waits():
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        right, rounded, waits = pool.map(broken, ("nothing", "factor", "wait"), timeout=280)
+    assert right == []
+    assert rounded
+    assert all(line.startswith(("bits: ", "left: ")) for line in rounded)
+    assert any("Wait: " in line for line in waits)
 
 
 def test_without_a_gpu_the_check_says_so():

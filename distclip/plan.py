@@ -300,9 +300,12 @@ class Plan:
             left = [k for k, owners in enumerate(gathered.owners) if not owners <= taken.sources]
             if all(gathered.owners[k].isdisjoint(taken.sources) for k in left):  # no run goes across blocks
                 amounts, rest = list(taken.amounts), left
-        wanted = set(rest)
+        wanted = set(rest) if taken.sources else None
         for replicas, these in gathered.shares:
-            amounts.append(self.sum_on_host([gathered.runs[k] for k in these if k in wanted], replicas))
+            runs = gathered.runs
+            if wanted is not None or len(these) < len(runs):
+                runs = [runs[k] for k in these if wanted is None or k in wanted]
+            amounts.append(self.sum_on_host(runs, replicas))
         if self.p == inf:
             return nan if any(map(isnan, amounts)) else max(amounts, default=0.0)
         return sum(amounts, 0.0)

@@ -137,7 +137,7 @@ def test_any_address(dtype):
 @built
 def test_it_reads_what_it_can_and_leaves_the_rest():
     base = noise(60, torch.float32).view(6, 10)
-    read = [base, torch.nn.Parameter(base), torch.zeros(0), noise(5, torch.bfloat16), noise(5, torch.float16)]
+    read = [base, torch.nn.Parameter(base.clone()), torch.zeros(0), noise(5, torch.bfloat16), noise(5, torch.float16)]
     read.append(base.view(1, 3, 4, 5).to(memory_format=torch.channels_last))
     left = [
         base.double(),

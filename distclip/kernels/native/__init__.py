@@ -64,8 +64,9 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
         return 0.0, tensors
     total, others = 0.0, list[Tensor]()
     dtypes = list(map(dtype_of, tensors))
-    for dtype in dict.fromkeys(dtypes):
-        same = [t for t, its in zip(tensors, dtypes, strict=True) if its is dtype]
+    kinds = dict.fromkeys(dtypes)
+    for dtype in kinds:
+        same = tensors if len(kinds) == 1 else [t for t, its in zip(tensors, dtypes, strict=True) if its is dtype]
         read = _readable(same) if dtype in KINDS else []
         if read:
             total += _sum_of(KINDS[dtype], read)
@@ -75,7 +76,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
     return total, others
 
 
-def _readable(tensors: list[Tensor]) -> list[Tensor]:
+def _readable(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Those whose elements lie side by side in the memory of this process."""
     if set(map(type, tensors)) <= PLAIN and all(map(on_cpu, tensors)) and all(map(Tensor.is_contiguous, tensors)):
         return tensors  # 0.1 us each; one by one 0.5

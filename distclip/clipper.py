@@ -7,7 +7,6 @@ from typing import Any, Literal, SupportsIndex, TypedDict
 from warnings import warn
 from weakref import WeakSet, WeakValueDictionary
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -31,7 +30,7 @@ from .piece import gradients_of, holders_of, once
 from .plan import Plan
 from .policies import Policy, State
 from .policies.adopt import as_policy, bound_by_place, fitting, hash_of, made, spelled, with_keys
-from .policies.answer import refusal_of
+from .policies.answer import is_trusted, refusal_of
 from .policies.checks import count, positive
 from .report import Culprit, Report
 from .shield import shielded, untraced
@@ -184,6 +183,7 @@ class Clipper:
         self._loaded = 0  # hash of a state that no step was made with yet
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._skips = 0
+        self._captured = False  # whether a call was, so that a CUDA graph holds the state's memory
         self._unread: tuple[Flags, Measured] | None = None
         self._culprit: Culprit | None = None
         self._report: Report | None = None
@@ -461,18 +461,24 @@ class Clipper:
             outcome = self._looked_at(outcome)
         elif not capturing:
             kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
-            norm, disagree = measured.reduced.tensors(self._plan.device)
-            own = norm if measured.reduced.own is None else torch.as_tensor(measured.reduced.own)
             faults = [outcome.fault] if isinstance(outcome.fault, Tensor) else []
-            self._unread = Flags.send(norm, disagree, own, *faults), kept
-        for name, value in state.items():
-            self._state[name].copy_(value)  # in place: a captured graph reads the next state where it wrote the last
+            self._unread = Flags.send(measured.reduced.to_send(self._plan.device), *faults), kept
+        self._captured = self._captured or capturing
+        self._remember(state)
         self._steps += 1
         self._loaded = 0
         self._report = outcome.report
         if self._overlap is not None:
             self._overlap.forget()
         return outcome
+
+    def _remember(self, state: State) -> None:
+        """Commit the policy's state: in place where a captured graph reads the next one where it wrote the last."""
+        if is_trusted(self._policy) and not self._captured:
+            self._state = state
+            return
+        for name, value in state.items():
+            self._state[name].copy_(value)
 
     def _advance_unscaled(
         self, scaler: GradScaler, optimizers: Sequence[Optimizer], folds: Folds, skips_on_device: bool
@@ -526,7 +532,8 @@ class Clipper:
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
         device, skips_nonfinite = self._plan.device, self._nonfinite != "propagate"
-        return decided(measured, self._policy, self._state, skips_nonfinite, device, reads_are_free(device))
+        last = None if self._captured else self._report  # whose memory may be that of a graph
+        return decided(measured, self._policy, self._state, skips_nonfinite, device, reads_are_free(device), last)
 
     def _looked_at(self, outcome: Outcome) -> Outcome:
         """The outcome in numbers; raise, on all ranks alike, what must be raised."""
@@ -567,7 +574,7 @@ class Clipper:
         if self._unread is None or in_capture(self._plan.device):
             return
         (flags, measured), self._unread = self._unread, None
-        norm, disagree, own, *faults = flags.read()
+        own, norm, disagree, faults = measured.reduced.sent(flags.read())
         if disagree:
             raise LayoutError(DISAGREE)
         if not isfinite(norm):

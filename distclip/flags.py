@@ -33,9 +33,9 @@ class Flags:
     arrived: torch.Event | None  # None where the words already are on the host
 
     @classmethod
-    def send(cls, *numbers: Tensor) -> Self:
-        """Start copying 0-d ``numbers``, as float64; never waits."""
-        words = torch.stack([number.double() for number in numbers])
+    def send(cls, row: Tensor, *more: Tensor) -> Self:
+        """Start copying ``row``, 1-D float64, and 0-d numbers after it; never waits."""
+        words = torch.cat([row, *(number.double().view(1) for number in more)]) if more else row
         if words.device.type == "cpu":
             return cls(words, None)
         host = pinned_like(words)

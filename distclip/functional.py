@@ -34,7 +34,7 @@ from .policies.checks import bounds, positive
 from .report import Culprit
 from .sharing import first_shared, refused
 from .shield import shielded
-from .words import Word, clip_coef, factors, least_normal, presented
+from .words import Word, clip_coef_on_device, factors, presented, presented_on_device
 
 DISAGREE = (
     "the ranks of the clipping group passed other parameters or settings, lack a gradient that others have, or one of "
@@ -105,9 +105,10 @@ def clip_grad_norm_(
     norm, culprit = _total_norm(known.plan, measured, error_if_nonfinite)
     if not isinstance(norm, Tensor):
         known.plan.compare_copies(norm, measured.reduced.own, "the call before")
+    finite = norm < inf if isinstance(norm, Tensor) else None
     if culprit is None or culprit.kind != "overflow":
-        _scale(measured.runs, norm, bound, measured.dtype)
-    return presented(norm, measured.dtype)
+        _scale(measured.runs, norm, bound, measured.dtype, finite)
+    return _presented(norm, finite, measured.dtype)
 
 
 @shielded
@@ -140,7 +141,7 @@ def get_total_norm(
     call = f"get_total_norm(norm_type={plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
     measured = plan.measure(holders_of(listed), tag=crc32(call.encode()), call=call)
     norm, _ = _total_norm(plan, measured, error_if_nonfinite)
-    return presented(norm, measured.dtype)
+    return _presented(norm, None, measured.dtype)
 
 
 @shielded
@@ -216,8 +217,7 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
     """The float64 norm, and the culprit where a wait was allowed to look for one."""
     reduced = measured.reduced
     if not (error_if_nonfinite or measured.can_overflow or reads_are_free(plan.device)):
-        norm, disagree = reduced.tensors(plan.device)
-        return torch.where(disagree, torch.nan, norm), None
+        return reduced.tensor(plan.device), None
     number, disagrees, _ = reduced.read()
     if disagrees:
         raise LayoutError(f"{DISAGREE}{reduced.who}")
@@ -230,9 +230,19 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
     return reduced.norm, culprit
 
 
-def _scale(gradients: Sequence[Tensor], norm: Word, max_norm: float, dtype: torch.dtype) -> None:
+def _presented(norm: Word, finite: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if not isinstance(norm, Tensor):
+        return presented(norm, dtype)
+    return presented_on_device(norm, norm < inf if finite is None else finite, dtype)
+
+
+def _scale(
+    gradients: Sequence[Tensor], norm: Word, max_norm: float, dtype: torch.dtype, finite: Tensor | None = None
+) -> None:
     if isinstance(norm, Tensor) and not reads_are_free(norm.device):
-        scale_(gradients, least_normal(clip_coef(norm, max_norm, torch.float64), norm).to(dtype))
+        if max_norm < inf:
+            finite = norm < inf if finite is None else finite
+            scale_(gradients, clip_coef_on_device(norm, max_norm, dtype).mul_(finite))  # 0 of inf, as in torch
         return
     number = norm.item() if isinstance(norm, Tensor) else norm
     for factor in factors(number, max_norm, None, dtype)[1]:

@@ -13,7 +13,7 @@ from .measured import Measured
 from .policies import Policy, State
 from .policies.answer import Numbers, Words, ask, is_trusted
 from .report import Culprit, Report
-from .words import clip_coef, factors, least_normal, presented
+from .words import clip_coef_on_device, factors, presented, presented_on_device, rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,9 @@ class Outcome:
     """One measured and decided step.
 
     ``factors``: what gradients are multiplied by, one after the other. ``norm`` and what follows are numbers where the
-    host knows them, 0-d tensors otherwise: ``coef`` before it was rounded, and what is wrong with the policy's answer
-    that the host has not refused (see :meth:`.policies.answer.Words.fault`).
+    host knows them, 0-d tensors otherwise: ``coef`` before it was rounded where no number bounds the norm, and what is
+    wrong with the policy's answer that the host has not refused (see :meth:`.policies.answer.Words.fault`).
+    ``bound``: the number that torch's formula clips to, where the host knows it.
     """
 
     report: Report
@@ -34,6 +35,7 @@ class Outcome:
     coef: float | Tensor
     skip: bool | Tensor
     fault: float | Tensor | None = None
+    bound: float | None = None
 
     @property
     def can_fold(self) -> bool:
@@ -54,7 +56,10 @@ class Outcome:
         if reduced.own is not None:
             reduced = replace(reduced, own=own)
         measured = replace(self.measured, reduced=reduced)
-        found = factors(norm, inf, coef, measured.dtype)[1]
+        found: tuple[Tensor, ...] = ()
+        if coef != 1.0:
+            known_to, told = (inf, coef) if self.bound is None else (self.bound, None)
+            found = factors(norm, known_to, told, measured.dtype)[1]
         found = self.factors if len(found) == 1 else found  # which is where gradients are
         known = replace(self, measured=measured, factors=found, norm=norm, disagree=bool(disagree), coef=coef)
         return replace(known, skip=bool(skip), fault=fault)
@@ -87,14 +92,22 @@ def _like(word: float | Tensor, other: Tensor) -> Tensor:
 
 
 def decided(
-    measured: Measured, policy: Policy, state: State, skips_nonfinite: bool, device: torch.device, on_host: bool
+    measured: Measured,
+    policy: Policy,
+    state: State,
+    skips_nonfinite: bool,
+    device: torch.device,
+    on_host: bool,
+    last: Report | None = None,
 ) -> tuple[Outcome, State]:
     """What ``policy`` decides, and its state after it. Where ranks disagree the norm is NaN.
 
-    ``on_host``: with numbers, since reading them costs nothing; otherwise nothing waits for ``device``.
+    ``on_host``: with numbers, since reading them costs nothing; otherwise nothing waits for ``device``. ``last``: the
+    report before, with a bound that need not be made again where it is a number.
     """
-    decide = _with_numbers if on_host else _with_tensors
-    return decide(measured, policy, state, skips_nonfinite, device)
+    if on_host:
+        return _with_numbers(measured, policy, state, skips_nonfinite, device)
+    return _with_tensors(measured, policy, state, skips_nonfinite, device, last)
 
 
 def _with_numbers(
@@ -113,26 +126,70 @@ def _with_numbers(
 
 
 def _with_tensors(
-    measured: Measured, policy: Policy, state: State, skips_nonfinite: bool, device: torch.device
+    measured: Measured,
+    policy: Policy,
+    state: State,
+    skips_nonfinite: bool,
+    device: torch.device,
+    last: Report | None,
 ) -> tuple[Outcome, State]:
-    norm, disagree = measured.reduced.tensors(device)
-    norm, trusted = torch.where(disagree, torch.nan, norm), is_trusted(policy)
+    """The same in a few kernels on one number each: one asks whether the norm is finite."""
+    norm, dtype, trusted = measured.reduced.tensor(device), measured.dtype, is_trusted(policy)
     decision, state = ask(policy, norm if trusted else norm.clone(), state)
-    answer, dtype = Words.of(decision, policy, device), measured.dtype
-    skip = torch.zeros_like(disagree) if answer.skip is None else answer.skip
-    if skips_nonfinite:
-        skip = skip | ~norm.isfinite()
+    answer, finite = Words.of(decision, policy, device), norm < inf  # false for NaN too
+    skip = _skipped(answer.skip, finite, skips_nonfinite)
     shown: Tensor = norm
     fault: Tensor | None = None
     if not trusted:
-        fault = torch.where(skip | ~norm.isfinite(), 0.0, answer.fault())
+        fault = torch.where(skip | ~finite, 0.0, answer.fault())
         skip = skip | (fault > 0)
         shown = torch.where(fault > 0, torch.nan, norm)
-    exact = clip_coef(norm, answer.max_norm, torch.float64) if answer.coef is None else answer.coef
-    exact = torch.where(skip, 1.0, exact)
-    coef = least_normal(exact, None if skips_nonfinite else norm).to(dtype)
-    bound = presented(answer.max_norm.clone(), dtype)  # a policy may keep what it answers with, and change it
-    report = Report(presented(shown, dtype), bound, coef, skip)
     never = answer.skip is None and not skips_nonfinite and trusted
-    known = False if never else skip
-    return Outcome(report, measured, answer.bounds, (coef,), norm, disagree, exact, known, fault), state
+    bound = answer.max_norm if isinstance(answer.max_norm, float) and answer.coef is None else None
+    exact, coef = _coefs(answer, norm, finite, skip, dtype, skips_nonfinite)
+    report = Report(presented_on_device(shown, finite, dtype), _shown(answer.max_norm, dtype, device, last), coef, skip)
+    found, known = () if bound == inf else (coef,), False if never else skip
+    return Outcome(
+        report, measured, answer.bounds, found, norm, measured.reduced.disagree, exact, known, fault, bound
+    ), state
+
+
+def _skipped(wanted: Tensor | None, finite: Tensor, skips_nonfinite: bool) -> Tensor:
+    if not skips_nonfinite:
+        return torch.zeros_like(finite) if wanted is None else wanted
+    return ~finite if wanted is None else wanted | ~finite
+
+
+def _coefs(
+    answer: Words, norm: Tensor, finite: Tensor, skip: Tensor, dtype: torch.dtype, skips_nonfinite: bool
+) -> tuple[Tensor, Tensor]:
+    """The coefficient as exactly as it is known here, and as a report shows it; 1 where the step is skipped.
+
+    Of a norm that is inf it is 0 where something bounds it, as in torch.
+    """
+    if answer.coef is None and isinstance(answer.max_norm, float):
+        if answer.max_norm == inf:
+            coef = torch.ones((), dtype=dtype, device=norm.device)
+        else:
+            coef = clip_coef_on_device(norm, answer.max_norm, dtype)
+            coef = (coef if skips_nonfinite else coef.mul_(finite)).masked_fill_(skip, 1.0)
+        return coef, coef
+    exact = _exact(norm, answer).masked_fill_(skip, 1.0)
+    coef = rounded(exact, dtype)
+    return exact, coef if skips_nonfinite else torch.where(norm == inf, exact.to(dtype), coef)
+
+
+def _exact(norm: Tensor, answer: Words) -> Tensor:
+    """In memory of its own."""
+    if answer.coef is not None:
+        return answer.coef if answer.trusted else answer.coef.clone()
+    assert isinstance(answer.max_norm, Tensor)
+    return (answer.max_norm / (norm + 1e-6)).clamp_(max=1.0).masked_fill_(answer.max_norm == inf, 1.0)
+
+
+def _shown(bound: Tensor | float, dtype: torch.dtype, device: torch.device, last: Report | None) -> Tensor:
+    if isinstance(bound, Tensor):
+        return presented_on_device(bound, bound < inf, dtype)
+    if last is not None and last.max_norm.dtype == dtype:
+        return last.max_norm
+    return torch.full((), presented(bound, dtype).item(), dtype=dtype, device=device)

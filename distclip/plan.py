@@ -55,6 +55,7 @@ class Plan:
     device: torch.device
     on_host: bool  # whether all gradients and the words are on the CPU
     wide: bool  # whether this rank has float64 parameters
+    unweighted: bool  # whether nothing is held twice, so that all weights are 1
     common: tuple[bool, ...]  # which pieces every rank of the group must know
     by_axis: tuple[int, ...]  # pieces that other ranks do not hold only because split_over says so
     code: int  # hash of the common pieces
@@ -98,6 +99,7 @@ class Plan:
             device=device,
             on_host=all(d.type == "cpu" for d in (device, *(piece.device for piece in pieces))),
             wide=any(piece.dtype in WIDE for piece in pieces),
+            unweighted=all(number == 1 for number in replicas),
             common=tuple(holding.common for holding in holdings),
             by_axis=tuple(i for i, holding in enumerate(holdings) if holding.by_axis),
             code=int.from_bytes(digest.digest()),
@@ -314,6 +316,8 @@ class Plan:
         """The same from the norms of all gradients, where the words are reduced."""
         if self.p == inf:
             mine = norms.norms.max() if len(norms.indices) else norms.norms.new_zeros(())
+        elif self.p == 2 and self.unweighted:
+            mine = torch.dot(norms.norms, norms.norms)
         else:
             weights = self.weights
             if len(norms.indices) < len(self.pieces):  # a list of indices would be copied to the device, and waited for

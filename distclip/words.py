@@ -32,35 +32,66 @@ Word: TypeAlias = Tensor | float
 class Reduced:
     """What the reduced words say, the same on every rank: numbers on the host, 0-d tensors on an accelerator.
 
-    * ``norm``: the total norm, float64.
+    * ``norm``: the total norm, float64; a tensor is NaN where ranks disagree.
     * ``disagree``: whether ranks sent different codes or reported a fault.
-    * ``answers``: for each question, whether some rank said yes.
+    * ``answers``: for each question, whether some rank said yes: a number above 0.
     * ``own``: what this rank alone has put in, where every rank holds a copy of every gradient; else None.
     * ``who``: after what an error says of the disagreement, which ranks it is; empty where that was not asked.
+    * ``row``: own word, norm and disagreement as they lie side by side in memory, float64, where they do.
     """
 
     norm: Word
     disagree: Tensor | bool
-    answers: tuple[Tensor | bool, ...]
+    answers: tuple[Word, ...]
     own: Word | None = None
     who: str = ""
+    row: Tensor | None = None
 
     def unscaled(self, scale: float, p: float) -> "Reduced":
         """The same of gradients that are ``scale`` times smaller."""
         power = scale if p == inf else scale**p
-        return replace(self, norm=self.norm / scale, own=None if self.own is None else self.own / power)
+        return replace(self, norm=self.norm / scale, own=None if self.own is None else self.own / power, row=None)
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Norm and disagreement as 0-d tensors on ``device``, where they are."""
-        return torch.as_tensor(self.norm, dtype=torch.float64, device=device), torch.as_tensor(self.disagree)
+    def tensor(self, device: torch.device) -> Tensor:
+        """The norm as a 0-d tensor on ``device``, where it is; NaN where ranks disagree."""
+        if isinstance(self.norm, Tensor):
+            return self.norm
+        return torch.scalar_tensor(nan if self.disagree else self.norm, dtype=torch.float64, device=device)
+
+    def to_send(self, device: torch.device) -> Tensor:
+        """What the host wants to know of these words on ``device``, 1-D float64, for :meth:`sent`."""
+        if self.row is not None:
+            return self.row
+        norm = self.tensor(device)
+        if self._is_of_one():
+            return norm.view(1)
+        return torch.stack(
+            [_beside(norm, word) for word in (norm if self.own is None else self.own, norm, self.disagree)]
+        )
+
+    def sent(self, numbers: Sequence[float]) -> tuple[float, float, float, Sequence[float]]:
+        """Own word, norm, disagreement and what was sent after them."""
+        if self._is_of_one():
+            return numbers[0], numbers[0], 0.0, numbers[1:]
+        own, norm, disagree, *more = numbers
+        return own, norm, disagree, more
+
+    def _is_of_one(self) -> bool:
+        """Whether there is nothing but the norm: nobody to disagree with, and no copies."""
+        return self.disagree is False and self.own is None
 
     def read(self) -> tuple[float, bool, list[bool]]:
         """Norm, disagreement and answers as numbers: one wait if they are on an accelerator."""
         if not isinstance(self.norm, Tensor):
-            return self.norm, bool(self.disagree), list(map(bool, self.answers))
-        words = torch.stack([torch.as_tensor(word).double() for word in (self.norm, self.disagree, *self.answers)])
+            return self.norm, bool(self.disagree), [float(answer) > 0 for answer in self.answers]
+        words = torch.stack([_beside(self.norm, word) for word in (self.norm, self.disagree, *self.answers)])
         norm, disagree, *answers = words.tolist()
-        return norm, bool(disagree), list(map(bool, answers))
+        return norm, bool(disagree), [answer > 0 for answer in answers]
+
+
+def _beside(norm: Tensor, word: Word) -> Tensor:
+    """``word`` in float64 where ``norm`` is."""
+    return word.double() if isinstance(word, Tensor) else torch.full_like(norm, word)
 
 
 def reduce_norm(
@@ -80,11 +111,15 @@ def reduce_norm(
     others do not wait for it. ``copied``: every rank of the group holds a copy of all that is summed.
     ``call``: what it is for, as errors say.
     """
+    if isinstance(local, Tensor) and group.process_group is None:  # nobody to disagree with, and no words to be made
+        return Reduced(local if p == inf else root(local, p), False, tuple(questions))
     reduce = _reduce_max if p == inf else _reduce_sum
     fault, said = inf if faulty else 0.0, list(map(float, questions))
-    norm, disagree, *answers = reduce(group, local, p, code % CODES, fault, said, call)
+    row, norm, disagree, *answers = reduce(group, local, p, code % CODES, fault, said, call)
     own = local if copied else None
-    return Reduced(norm, disagree, tuple(answer > 0 for answer in answers), own)
+    if isinstance(norm, Tensor):
+        norm.masked_fill_(disagree, nan)
+    return Reduced(norm, disagree, tuple(answers), own, row=row)
 
 
 def _reduce_sum(
@@ -97,8 +132,11 @@ def _reduce_sum(
     call: str,
 ) -> tuple[Any, ...]:
     word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
-    total, agreement, *answers = _all_reduce(group, [local], [word + fault, *said], dist.ReduceOp.SUM, call)
-    return root(total, p), agreement % MODULUS != 0, *answers
+    row, (total, agreement, *answers) = _all_reduce(group, [local], [word + fault, *said], dist.ReduceOp.SUM, call)
+    if row is None:
+        return None, root(total, p), agreement % MODULUS != 0, *answers
+    norm = total.sqrt_() if p == 2 else total.pow_(1 / p)  # where they lie, for the host to have them as they do
+    return row, norm, agreement.remainder_(MODULUS) != 0, *answers
 
 
 def _reduce_max(
@@ -114,29 +152,33 @@ def _reduce_max(
     if not isinstance(local, Tensor):
         flag = 2.0 if isnan(local) else 1.0 if isinf(local) else 0.0
         own = [0.0 if flag else local, flag]
-        norm, flag, high, low, *answers = _all_reduce(group, own, known, dist.ReduceOp.MAX, call)
-        return nan if flag == 2 else inf if flag == 1 else norm, high != -low, *answers
+        _, (norm, flag, high, low, *answers) = _all_reduce(group, own, known, dist.ReduceOp.MAX, call)
+        return None, nan if flag == 2 else inf if flag == 1 else norm, high != -low, *answers
     flags = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
     finite = torch.where(flags == 0, local, 0.0)
-    norm, flags, high, low, *answers = _all_reduce(group, [finite, flags], known, dist.ReduceOp.MAX, call)
-    return torch.where(flags == 2, nan, torch.where(flags == 1, inf, norm)), high != -low, *answers
+    _, (norm, flags, high, low, *answers) = _all_reduce(group, [finite, flags], known, dist.ReduceOp.MAX, call)
+    return None, torch.where(flags == 2, nan, torch.where(flags == 1, inf, norm)), high != -low, *answers
 
 
 def _all_reduce(
     group: ClippingGroup, own: Sequence[Word], known: Sequence[float], op: dist.ReduceOp.RedOpType, call: str
-) -> list[Any]:
-    """The reduced words, ``own`` ones first: numbers if these are, 0-d tensors on their device otherwise."""
+) -> tuple[Tensor | None, Sequence[Any]]:
+    """The reduced words, ``own`` ones first: numbers if these are, 0-d tensors on their device otherwise.
+
+    There they lie side by side, the first of ``own`` as it was before them: a row of that and two reduced words.
+    """
     first, number = own[0], len(own) + len(known)
     if op != dist.ReduceOp.SUM:
         number = -number  # as many words to be added up may say the opposite: the two must not meet
     if isinstance(first, Tensor):
-        words = torch.stack([*own, *(torch.full_like(first, word) for word in known)])  # type: ignore[list-item]
-        return list(group.all_reduce(words, op, number, call).unbind())
+        made = {word: torch.full_like(first, word) for word in known}
+        words = torch.stack([first, *own, *(made[word] for word in known)])  # type: ignore[list-item]
+        group.all_reduce(words[1:], op, number, call)
+        return words[:3], words[1:].unbind()
     if group.process_group is None:
-        return [*own, *known]
+        return None, [*own, *known]
     words = torch.tensor([*own, *known], dtype=torch.float64)
-    reduced: list[Any] = group.all_reduce(words, op, number, call).tolist()
-    return reduced
+    return None, group.all_reduce(words, op, number, call).tolist()
 
 
 def root(total: Word, p: float) -> Word:
@@ -148,21 +190,28 @@ def root(total: Word, p: float) -> Word:
     return torch.tensor(total, dtype=torch.float64).pow(1 / p).item()  # Python's own raises where it overflows
 
 
-def clip_coef(norm: Word, max_norm: Word, dtype: torch.dtype = torch.float32) -> Tensor:
+def clip_coef(norm: float, max_norm: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """``min(1, max_norm / (norm + 1e-6))`` as torch has it, 0-d; 1 when max_norm is inf.
 
     From float64 to float32, or to float64 where gradients are, whose norms leave the range of float32.
     """
-    if isinstance(max_norm, Tensor):
-        coef = (max_norm.double() / (norm + 1e-6)).clamp(max=1.0)
-        return torch.where(max_norm == inf, 1.0, coef).to(dtype)
-    if isinstance(norm, Tensor):
-        if max_norm == inf:
-            return torch.ones((), dtype=dtype, device=norm.device)
-        bound = torch.scalar_tensor(max_norm, dtype=torch.float64)  # of the host: an argument of the kernel, no copy
-        return (bound / (norm + 1e-6)).clamp_(max=1.0).to(dtype)
     factor = max_norm / (norm + 1e-6)
     return torch.scalar_tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=dtype)
+
+
+def clip_coef_on_device(norm: Tensor, max_norm: float, dtype: torch.dtype) -> Tensor:
+    """The same for a norm on an accelerator and a bound that is not inf; at least ``LEAST``, since the host does not
+    know whether several factors are needed (:func:`factors`).
+    """
+    bound = torch.scalar_tensor(max_norm, dtype=torch.float64)  # of the host: an argument of the kernel, never a copy
+    coef = torch.empty((), dtype=dtype, device=norm.device)
+    return torch.div(bound, norm + 1e-6, out=coef).clamp_(LEAST, 1.0)
+
+
+def rounded(coef: Tensor, dtype: torch.dtype) -> Tensor:
+    """A coefficient on an accelerator in ``dtype``, at least ``LEAST``."""
+    least = torch.scalar_tensor(LEAST, dtype=torch.float64)
+    return torch.maximum(coef, least, out=torch.empty((), dtype=dtype, device=coef.device))
 
 
 def factors(norm: float, max_norm: float, coef: float | None, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -194,18 +243,14 @@ def _normal_parts(over: float, under: float) -> list[float]:
     return [*parts, ldexp(rest, exponent)]
 
 
-def least_normal(coef: Tensor, norm: Tensor | None = None) -> Tensor:
-    """``coef`` where the host does not know it, and so not whether several factors are needed: at least ``LEAST``.
-
-    ``norm``: where that may be inf, and 0 is right as torch has it.
-    """
-    least = coef.clamp(min=LEAST)
-    return least if norm is None else torch.where(norm == inf, coef, least)
-
-
-def presented(norm: Word, dtype: torch.dtype) -> Tensor:
+def presented(norm: float, dtype: torch.dtype) -> Tensor:
     """``norm`` in ``dtype`` (float32 or float64); finite stays finite: beyond float32 it is ``finfo.max``."""
     most = torch.finfo(dtype).max
-    if isinstance(norm, Tensor):
-        return norm if dtype == torch.float64 else torch.where(norm.isfinite(), norm.clamp(max=most), norm).to(dtype)
     return torch.scalar_tensor(most if most < norm < inf else norm, dtype=dtype)
+
+
+def presented_on_device(norm: Tensor, finite: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same on an accelerator, in memory of its own; ``finite``: 0-d bool, whether the norm is."""
+    most = torch.scalar_tensor(torch.finfo(dtype).max, dtype=torch.float64)
+    shown = torch.minimum(norm, most, out=torch.empty((), dtype=dtype, device=norm.device))
+    return shown.div_(finite)  # by 1, or by 0 what was inf and is the largest number now

@@ -48,7 +48,17 @@ FILLING = {"fill", "masked_fill"}
 SUMMING = {"linalg_vector_norm", "sum"}
 VIEWS = {
     *("view", "alias", "detach", "select", "slice", "unbind", "split", "expand", "permute", "transpose", "t"),
-    *("unsqueeze", "squeeze", "as_strided", "_reshape_alias", "view_as_real", "view_as_complex", "set", "resize"),
+    *(
+        "unsqueeze",
+        "squeeze",
+        "unfold",
+        "as_strided",
+        "_reshape_alias",
+        "view_as_real",
+        "view_as_complex",
+        "set",
+        "resize",
+    ),
     *("empty", "empty_strided"),
 }
 OURS = (  # torch has one kernel for all devices, which asks the device for nothing, resizes, or reckons with strides
@@ -68,6 +78,7 @@ OURS = (  # torch has one kernel for all devices, which asks the device for noth
     torch.ops.aten.squeeze.dim,
     torch.ops.aten.abs.default,
     torch.ops.aten.bitwise_not.default,
+    torch.ops.aten.logical_and.default,
     torch.ops.aten.arange.default,
     torch.ops.aten.arange.start,
 )
@@ -150,7 +161,7 @@ def wrapped(tensor: Tensor) -> Tensor:
 def _run(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """An operation of the device, as the CPU does it."""
     name, base = op.name(), op.name().removeprefix("aten::").partition(".")[0].removesuffix("_")
-    if name in READS:
+    if name in READS or (name.startswith("aten::masked_fill") and is_here(args[2])):  # its value is an item
         _device.wait(name)
     if base not in VIEWS and not base.startswith(("_foreach", "_fused", "_amp")):
         _device.launches.append(name)
@@ -220,8 +231,8 @@ def _at_their_precision(left: Any, right: Any, *more: Any) -> tuple[Any, ...]:
     """The operands with 0-d ones of the device cast to the common dtype; a number of the host keeps its own."""
     if not (is_here(left) and is_here(right)) or left.dtype == right.dtype:
         return left, right, *more
-    common = torch.result_type(raw(left), raw(right))
-    cast = [raw(x).to(common) if not x.ndim and x.dtype != common else x for x in (left, right)]
+    common, to = torch.result_type(raw(left), raw(right)), torch.ops.aten._to_copy.default
+    cast = [x if x.ndim or x.dtype == common else _record(to, (raw(x),), {"dtype": common}) for x in (left, right)]
     return *cast, *more
 
 

@@ -6,9 +6,11 @@ docs/design.md lists the rules, each with its place in torch's source.
 from math import inf
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import distclip
@@ -27,12 +29,13 @@ from accelerator import (
     use_accelerator,
 )
 from distclip.flags import Flags
+from distclip.group import ClippingGroup
 from distclip.kernels import foreach, scale_
 from distclip.train.trainer import Trainer
 from distclip.train.ways.zero import Zero
 from oracle import true_norm
 from ranks import run_ranks
-from test_accelerator import model_of, on_the_accelerator
+from test_accelerator import POLICIES, adamw, fill, model_of, on_the_accelerator
 
 pytestmark = pytest.mark.skipif(not EXISTS, reason="this torch has no backend for devices written in Python")
 
@@ -223,7 +226,7 @@ def late_flags() -> list[list[float]]:
     with on_the_accelerator():
         for current in (0, 1):
             with current_device(current):
-                found.append(Flags.send(here(torch.tensor(3.0)), here(torch.tensor(True))).read())
+                found.append(Flags.send(here(torch.tensor([3.0])).double(), here(torch.tensor(True))).read())
     return found
 
 
@@ -302,6 +305,67 @@ def test_clipped_norms_of_bf16_and_fp16_are_the_bound(seen):
     assert seen["tiny_factors"] == [pytest.approx(1.0, rel=2e-4)] * len(seen["tiny_factors"])
 
 
+def launched() -> dict[str, int]:
+    """Kernels on one number or one tensor each, of calls for 48 gradients like those before; none of them waits."""
+    found: dict[str, int] = {}
+
+    def count(name, call) -> None:
+        with no_waits(), counted_launches() as launches:
+            call()
+        found[name] = len(launches)
+
+    with on_the_accelerator():
+        for name, policy in POLICIES.items():
+            model = model_of(*[(4, 4)] * 48)
+            optimizer, clipper = adamw(model), distclip.Clipper(model, policy)
+            for step in range(4):  # in calls 1, 2 and 4 copies are compared
+                fill(model, step)
+                clipper.step(optimizer)
+            fill(model, 5)
+            count(f"clip_, {name}", clipper.clip_)
+            fill(model, 6)
+            count(f"step, {name}", lambda c=clipper, o=optimizer: c.step(o))
+        model = model_of(*[(4, 4)] * 48)
+        parameters = list(model.parameters())
+        for group in (None, dist.group.WORLD if dist.is_initialized() else None):
+            for step in range(3):
+                fill(model, step)
+                count("clip_grad_norm_", lambda g=group: distclip.clip_grad_norm_(parameters, 1.0, group=g))
+                count("clip_grad_norm_, inf", lambda: distclip.clip_grad_norm_(parameters, inf))
+                gradients = [parameter.grad for parameter in parameters]
+                count("get_total_norm", lambda gs=gradients, g=group: distclip.get_total_norm(gs, group=g))
+                norm = distclip.get_total_norm(gradients)
+                count("clip_grads_with_norm_", lambda n=norm: distclip.clip_grads_with_norm_(parameters, 1.0, n))
+                count("clip_grad_value_", lambda: distclip.clip_grad_value_(parameters, 0.1))
+    return found
+
+
+def launched_alone() -> dict[str, int]:
+    with patch.object(ClippingGroup, "of", lambda group: ClippingGroup.alone()):
+        return launched()
+
+
+LAUNCHES = {"max_norm": 20, "autoclip": 35, "values": 20}
+
+
+def too_many(found: dict[str, int], more: int = 0) -> dict[str, int]:
+    """Calls that launch more than they may."""
+    most = dict.fromkeys(found, 15 + more)
+    most |= {f"{call}, {policy}": n + more for policy, n in LAUNCHES.items() for call in ("clip_", "step")}
+    return {name: count for name, count in found.items() if count > most[name]}
+
+
+def test_a_step_launches_few_kernels_beside_the_work_on_tensors(seen):
+    """They were 43 to 88, and one a tensor for elementwise bounds."""
+    assert too_many(seen["launched_alone"]) == {}
+
+
+def test_words_of_ranks_cost_a_few_kernels_more():
+    found = run_ranks(launched, 2, fresh=True)[0]
+    assert too_many(found, more=6) == {}
+    assert max(found["clip_, max_norm"], found["step, max_norm"]) <= 20
+
+
 def whole_copies() -> int:
     """The largest tensor that verify() makes beside a parameter of 20 MB."""
     with on_the_accelerator():
@@ -358,7 +422,7 @@ def test_zero_counts_its_steps_where_the_optimizer_reads_them(seen):
 
 ALONE = (
     *(products, routes, waiting, events, unscaled, converted),
-    *(late_flags, norms, clipped, tiny_factors, zero_steps),
+    *(late_flags, norms, clipped, tiny_factors, zero_steps, launched_alone),
 )
 
 

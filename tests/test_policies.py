@@ -28,8 +28,9 @@ def test_the_protocol(policy):
     norm = torch.tensor(2.0, dtype=torch.float64)
     decision, after = policy.decide(norm, state)
     assert isinstance(decision, Decision)
-    assert decision.max_norm.shape == ()
-    assert decision.max_norm.dtype == torch.float64
+    bound = torch.as_tensor(decision.max_norm, dtype=torch.float64)  # a number where the host knows it
+    assert bound.shape == ()
+    assert bound > 0
     assert {n: (v.shape, v.dtype) for n, v in after.items()} == {n: (v.shape, v.dtype) for n, v in state.items()}
     assert all(torch.equal(kept[name], state[name]) for name in kept), "decide changed its argument"
     with pytest.raises(AttributeError):
@@ -229,15 +230,15 @@ def test_a_state_may_hand_its_tensors_on(monkeypatch, late):
     assert bounds == [inf, inf, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_the_state_stays_where_it_is(monkeypatch, late):
+def test_the_state_stays_where_it_was_captured(monkeypatch):
     """A captured CUDA graph reads and writes the same memory at every replay."""
-    if late:
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
     model = torch.nn.Linear(2, 1)
-    clipper = Clipper(model, AutoClip(window=3))
-    addresses = {name: value.data_ptr() for name, value in clipper._state.items()}
+    clipper, addresses = Clipper(model, AutoClip(window=3)), {}
     for step in range(5):
+        monkeypatch.setattr("distclip.clipper.in_capture", lambda device, step=step: step == 1)
+        if step == 1:
+            addresses = {name: value.data_ptr() for name, value in clipper._state.items()}
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, step + 1.0)
         clipper.clip_()

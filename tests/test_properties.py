@@ -139,7 +139,7 @@ def clip(world: World, ranks: list[Rank], bound: float, p: float) -> float:
 
 
 def coefficient(norm: Tensor, bound: float) -> float:
-    return clip_coef(norm, torch.tensor(bound, dtype=torch.float64)).item()
+    return clip_coef(norm.item(), bound).item()
 
 
 # ---- the norm -----------------------------------------------------------------------------------------------

@@ -43,15 +43,16 @@ def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None
     """
     parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     for device, group in _by_device(parts).items():
-        floor, ceiling = low, high
-        if isinstance(low, Tensor):
-            floor, ceiling = sent(low, device), sent(high, device)
-        elif unless is None:
+        floor, ceiling = (sent(b, device) if isinstance(b, Tensor) else b for b in (low, high))
+        keep = None if unless is None else sent(unless, device)
+        if device.type != "cpu":
+            foreach.clamp_(group, floor, ceiling, keep)
+            continue
+        if keep is None and not isinstance(low, Tensor):
             torch._foreach_clamp_min_(group, low)
             torch._foreach_clamp_max_(group, high)
             continue
-        if unless is not None:
-            keep = sent(unless, device)
+        if keep is not None:
             floor, ceiling = torch.where(keep, -torch.inf, floor), torch.where(keep, torch.inf, ceiling)
         for tensor in group:
             tensor.clamp_(floor.to(tensor.dtype), ceiling.to(tensor.dtype))

@@ -10,6 +10,7 @@ Private torch API, read in 2.13 (docs/design.md has the places): ``_foreach_norm
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,21 +57,25 @@ def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
             tensor.mul_(wide)
 
 
-def clamp_(tensors: Sequence[Tensor], low: float, high: float, unless: Tensor | None = None) -> None:
-    """Clamp every tensor in place to [low, high]; NaN stays NaN.
+def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None = None) -> None:
+    """Clamp every tensor in place to [low, high], both numbers or both 0-d on their device; NaN stays NaN.
 
     ``unless``: 0-d bool on their device; where it is true nothing changes.
     """
     for same in _alike(tensors):
-        dtype = same[0].dtype
-        if unless is None:
+        if unless is None and not isinstance(low, Tensor):
             torch._foreach_clamp_min_(same, low)
             torch._foreach_clamp_max_(same, high)
             continue
-        floor = unless.new_full((), low, dtype=dtype).masked_fill_(unless, -inf)
-        ceiling = unless.new_full((), high, dtype=dtype).masked_fill_(unless, inf)
+        floor, ceiling = _bound(low, same[0], unless, -inf), _bound(high, same[0], unless, inf)
         for tensor in _joined(same):
             tensor.clamp_(floor, ceiling)
+
+
+def _bound(bound: Any, like: Tensor, unless: Tensor | None, free: float) -> Tensor:
+    """``bound`` in the dtype of ``like``, and ``free`` where nothing may change."""
+    number = bound.to(like.dtype, copy=True) if isinstance(bound, Tensor) else like.new_full((), bound)
+    return number if unless is None else number.masked_fill_(unless, free)
 
 
 def _norm(tensor: Tensor, p: float) -> Tensor:

@@ -63,27 +63,31 @@ class Numbers:
 class Words:
     """A decision in 0-d tensors on an accelerator, float64 or bool, which is not waited for.
 
-    Elementwise bounds that are numbers stay so. ``skip`` is None where no step is skipped.
+    Elementwise bounds that are numbers stay so, and so does the bound of a policy that is trusted. ``skip`` is None
+    where no step is skipped.
     """
 
-    max_norm: Tensor
+    max_norm: Tensor | float
     skip: Tensor | None
     bounds: tuple[float, float] | tuple[Tensor, Tensor] | None
     coef: Tensor | None
+    trusted: bool
 
     @classmethod
     def of(cls, decision: Decision, policy: Policy, device: torch.device) -> "Words":
         """Bring ``decision`` to ``device``; ValueError for what is no number, and for bounds that are bad ones."""
-        skip, coef = decision.skip, decision.coef
+        skip, coef, bound, trusted = decision.skip, decision.coef, decision.max_norm, is_trusted(policy)
         return cls(
-            _on(device, decision.max_norm, "max_norm", policy),
+            bound if isinstance(bound, float) and trusted else _on(device, bound, "max_norm", policy),
             None if skip is None or skip is False else _on(device, skip, "skip", policy) != 0,
             _bounds_on(device, decision.bounds, policy),
             None if coef is None else _on(device, coef, "coef", policy),
+            trusted,
         )
 
     def fault(self) -> Tensor:
         """What no step can use: 0-d float64, 0 for nothing or a number that :func:`refusal_of` knows."""
+        assert isinstance(self.max_norm, Tensor), "policies that are trusted are not asked"
         fault = torch.where(self.max_norm > 0, 0.0, 1.0)  # of NaN too
         if self.coef is not None:
             fault = torch.where((self.coef > 0) & (self.coef <= 1), fault, 2.0)
@@ -99,11 +103,12 @@ def is_trusted(policy: Policy) -> bool:
 
 
 def ask(policy: Policy, norm: Tensor, state: State) -> tuple[Decision, State]:
-    """What ``policy`` decides on ``norm``, and the state after it. It is handed copies of the state's tensors.
+    """What ``policy`` decides on ``norm``, and the state after it. Unless trusted it is handed copies of the state.
 
     ValueError for what is no decision, or a state whose keys, shapes and dtypes are not those of ``state``.
     """
-    answer = policy.decide(norm, {name: value.clone() for name, value in state.items()})
+    handed = state if is_trusted(policy) else {name: value.clone() for name, value in state.items()}
+    answer = policy.decide(norm, handed)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not isinstance(answer[0], Decision):
         got = [type(part).__name__ for part in answer] if isinstance(answer, (tuple, list)) else type(answer).__name__
         raise ValueError(

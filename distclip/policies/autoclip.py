@@ -10,6 +10,7 @@ from .checks import positive
 from .policy import Decision, State
 
 LEAST = torch.finfo(torch.float64).smallest_normal
+MOST = torch.finfo(torch.float64).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +47,26 @@ class AutoClip:
         }
 
     def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
-        counts = (norm > 0) & (norm < inf)  # steps without gradients would bind all others to zero
-        slot = torch.arange(self.window, device=norm.device) == state["count"] % self.window
-        norms = torch.where(slot & counts, norm, state["norms"])
-        # Unused slots hold inf and sort last. So do zeros, which older states hold, and what a damaged one may.
-        ordered = torch.where(norms > 0, norms, inf).sort().values
-        bound = _percentile(ordered, (ordered < inf).sum(), self.percentile).clamp(max=self.max_norm)
-        coef = torch.where(norm <= bound, 1.0, (bound / norm).clamp(min=LEAST))
+        counts = torch.logical_and(norm, norm < inf)  # not 0: steps without gradients would bind all others to zero
+        norms = torch.where(counts, torch.cat([state["norms"][1:], norm.view(1)]), state["norms"])
+        norms.masked_fill_(norms <= 0, inf)  # which older states hold, and what a damaged one may
+        bound = _percentile(norms, self.percentile)
+        bound = bound.clamp(max=self.max_norm) if self.max_norm < inf else bound
+        coef = (bound / torch.minimum(norm, _number(MOST))).clamp_(LEAST, 1.0)  # exactly 1 up to the bound
         return Decision(bound, coef=coef), {"norms": norms, "count": state["count"] + counts}
 
 
-def _percentile(ordered: Tensor, count: Tensor, percentile: float) -> Tensor:
-    """The percentile of the first ``count`` of ``ordered``; inf when there are none. No number goes to the host."""
-    position = (count - 1).clamp(min=0).double() * (percentile / 100)
-    below = position.floor()
-    low = ordered.gather(0, below.long().view(1)).squeeze(0)
-    high = ordered.gather(0, position.ceil().long().view(1)).squeeze(0)
-    return torch.where(low == high, low, torch.lerp(low, high, position - below))
+def _percentile(norms: Tensor, percentile: float) -> Tensor:
+    """The percentile of those that are finite; inf when none is. No number goes to the host."""
+    ordered = norms.sort().values  # unused places hold inf
+    if len(norms) == 1:
+        return ordered[0]
+    place = (ordered[1:] < inf).sum() * _number(percentile / 100)  # that many lie between the first and the last
+    below = place.long().clamp_(max=len(norms) - 2)
+    low, high = ordered.unfold(0, 2, 1).index_select(0, below.view(1))[0]
+    return torch.fmax(torch.lerp(low, high, place - below), low)  # NaN where ``high`` is unused
+
+
+def _number(value: float) -> Tensor:
+    """Of the host: an argument of the kernel, never a copy."""
+    return torch.scalar_tensor(value, dtype=torch.float64)

@@ -33,4 +33,4 @@ class MaxNorm:
         return {}
 
     def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
-        return Decision(torch.full_like(norm, self.max_norm)), state
+        return Decision(float(self.max_norm)), state

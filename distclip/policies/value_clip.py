@@ -35,4 +35,4 @@ class ValueClip:
         return {}
 
     def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
-        return Decision(torch.full_like(norm, inf), bounds=bounds("clip_value", self.clip_value)), state
+        return Decision(inf, bounds=bounds("clip_value", self.clip_value)), state

@@ -23,8 +23,8 @@ class AutoClip:
 
     Gradients with a norm up to the bound keep their bits, others are scaled by ``bound / norm``: the 1e-6 of torch's
     formula would clip small norms at their own bound. The first step is clipped by ``max_norm`` alone, since the only
-    norm known is its own. Norms that are 0, NaN or inf never enter the window. State: ``norms`` (window,) float64 and
-    ``count`` 0-d int64, the number of norms ever recorded.
+    norm known is its own. Norms that are 0, NaN or inf never enter the window. State: ``norms`` (window,) float64, the
+    newest last, and ``count`` 0-d int64, the number of norms ever recorded.
 
     Source: https://arxiv.org/abs/2007.14469
     """

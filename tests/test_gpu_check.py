@@ -85,7 +85,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], None]] = {
     "a capture that failed": changed("silent", got="RuntimeError: operation not permitted when stream is capturing"),
     "a case with a fault": changed("lines", got=["p=2.0: norm 1.0, should be 2.0"]),
     "a launch too many": changed("launches", got=LAUNCHES["step"] + 1),
-    "no launch seen at all": changed("launches", got=0),
+    "no launch seen at all": changed("launches", got=0, work=0),
     "a launch limit that nobody set": changed("launches", right="anything"),
     "a byte too many": changed("bytes", got=BYTES + 24 * BYTES_EACH + 1),
     "a whole copy of a gradient, which is more than a part": changed("bytes", got=1 << 27, converts=True),

@@ -25,7 +25,7 @@ from distclip.words import CODES, clip_coef, reduce_norm
 from oracle import same_tensors, true_norm
 from parallel import mesh_of
 from ranks import count_collectives, run_ranks, same_bits
-from simulated import SimulatedGroup, simulate
+from simulated import SimulatedGroup, Waits, simulate
 
 P = (0.5, 1.0, 2.0, 3.0, inf)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -401,8 +401,14 @@ def test_two_norm_types_are_refused_on_all_ranks(size, types, odd):
 def call(clippers: list[distclip.Clipper], group: SimulatedGroup, name: str) -> object:
     """Call a method of a Clipper whose group was another run's."""
     clipper = clippers[group.rank]
+    before = dict(vars(clipper))
     with patch.object(clipper._plan.group, "past", group.past), patch.object(clipper._plan.group, "calls", 0):
-        return getattr(clipper, name)()
+        try:
+            return getattr(clipper, name)()
+        except Waits:  # it is called again from the beginning, and counts once
+            vars(clipper).update(before)
+            clipper._broken_off.forget()
+            raise
 
 
 @both

@@ -64,6 +64,22 @@ def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return (_mixed(_mixed(totals) + squares) % HASHES).double()
 
 
+def projections(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """A float64 for each tensor: at most ``SAMPLE`` of its elements along a direction that depends on their number."""
+    found = [torch.zeros((), dtype=torch.float64, device=device)]
+    for tensor in tensors:
+        values = _sample(tensor).to(device).double()
+        direction = torch.arange(1, len(values) + 1, dtype=torch.float64, device=device).cos_()
+        found.append(values.dot(direction / direction.norm().clamp_(min=1e-3)))
+    return torch.stack(found)[1:]
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether all of its elements are one number, by at most ``SAMPLE`` of them. Waits for an accelerator."""
+    values = _sample(tensor)
+    return not values.numel() or bool((values == values[0]).all())
+
+
 def bit_sums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The same from every bit of every element: any change of one element is seen, at the price of reading all."""
     sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)

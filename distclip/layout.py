@@ -179,6 +179,15 @@ def speaks(group: ClippingGroup, piece: Piece) -> bool:
     return origin == group.ranks[0]
 
 
+def part_of(group: ClippingGroup, piece: Piece) -> tuple[int, ...]:
+    """Which part of its parameter a piece is, by where this rank is along the axes that cut it."""
+    places = [piece.flat_over.index(group.global_rank)] if piece.flat_over else []
+    if piece.spec is not None:
+        coordinate = piece.spec.mesh.get_coordinate() or ()
+        places += [k for k, p in zip(coordinate, piece.spec.placements, strict=True) if not isinstance(p, Replicate)]
+    return tuple(places)
+
+
 def _axis_in(everyone: frozenset[int], axis: Axis, argument: str = "split_over") -> tuple[int, ...]:
     ranks = axis_ranks(axis)
     if not everyone.issuperset(ranks):

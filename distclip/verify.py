@@ -17,21 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .compare import HASHES, bit_sums, checksums, differing, say, who_differs
+from .compare import HASHES, bit_sums, checksums, differing, is_constant, projections, say, who_differs
 from .errors import LayoutError
 from .flags import sent
-from .gradient import NUMBERS
 from .group import ClippingGroup
-from .layout import speaks
+from .layout import part_of, speaks
 from .measured import Measured, Norms
 from .piece import Held, gradients_of, once
 from .plan import Plan, stopped_by
 
 SHOWN = 5  # names in an error
-SMALLEST = 256  # parameters of a rank that are compared along split_over: norm layers and biases are among them
+FEW_SMALL, FEW_LARGE = 192, 64  # parameters of a rank that are compared along split_over: norm layers and embeddings
 ERROR = "an error of its own"
 VERIFYING = 1 << 13  # tag of its measurement
 TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a kernel adds in any order
+ALIKE = 1e-2  # copies that were computed in bf16, each for itself, may be so far apart
 WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must differ, or noise around 0 would be told
 SAY_SO = (
     "say layout=... (distclip.Layout.cut(over=[tp])) where ranks hold different parts of these parameters, or "
@@ -138,29 +138,51 @@ def has_copies(plan: Plan) -> bool:
 def compare_gradients(plan: Plan, measured: Measured) -> bool:
     """Raise LayoutError, on every rank, where copies of a gradient differ; False where nothing can be said of that.
 
-    Copies differ whose norms are further apart than kernels that add in any order would bring them, and so far that the
-    norm of the model is another. Reads the reduced words, so that ranks that disagree part here; then one all-reduce of
-    two float64 words for each parameter that has copies. Two waits on accelerators.
+    Copies differ whose norms, or projections on one direction, are further apart than the arithmetic of bf16 would
+    bring them, and so far that the norm of the model is another. Squares of the norms travel too: differences that
+    cancel in a sum do not in both. Reads the reduced words, so that ranks that disagree part here; then one all-reduce
+    of five float64 words for each parameter that has copies. Two waits on accelerators.
     """
     norm, disagree, _ = measured.reduced.read()
     if disagree or not isfinite(norm):
         return False
     copied = _copied(plan)
-    if not copied:
+    if not copied or norm == 0:
         return True
     found = plan.norms(measured, frozenset(copied))
-    known, none = dict(zip(found.indices, found.norms.unbind(), strict=True)), plan.weights.new_zeros(())
-    mine = torch.stack([known.get(i, none) for i in copied])
-    drift, total = plan.group.all_reduce(torch.stack([mine * _signs(plan, copied), mine])).abs().tolist()
-    apart = []
-    for i, off, of_all in zip(copied, drift, total, strict=True):
-        dtype = plan.pieces[i].dtype  # of whole numbers for the frozen weights of a quantised model
-        tolerance = max(TOLERANCE, torch.finfo(dtype).eps) if dtype in NUMBERS else TOLERANCE
-        if off > tolerance * of_all and off > WEIGHTY * tolerance * norm:
-            apart.append(plan.label(i))
+    words = plan.group.all_reduce(_told(plan, _numbers(plan, found, copied) / norm, copied)).cpu()
+    apart = _differ(words, ALIKE, WEIGHTY * ALIKE).nonzero().flatten().tolist()
     if apart:
-        raise _not_copies(apart)
+        raise _not_copies([plan.label(copied[k]) for k in apart])
     return True
+
+
+def _numbers(plan: Plan, found: Norms, indices: Sequence[int]) -> Tensor:
+    """Two numbers of the gradient of each of these pieces, norm and projection: (2, len(indices)); 0 where none is."""
+    place = {i: k for k, i in enumerate(indices)}
+    kept = [k for k, i in enumerate(found.indices) if i in place]
+    rows = torch.zeros(2, len(indices), dtype=torch.float64, device=plan.device)
+    rows[:, [place[found.indices[k]] for k in kept]] = torch.stack(
+        [found.norms[kept], projections([found.parts[k] for k in kept], plan.device)]
+    )
+    return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _told(plan: Plan, numbers: Tensor, indices: Sequence[int]) -> Tensor:
+    """What ranks add up to see whether copies of these pieces are equal, by :func:`_differ`: (5, len(indices)).
+
+    Of norms, their squares and projections the sum over copies less that of the one that speaks for them; differences
+    that cancel in the first do not in the second. And the sums themselves, for the scale.
+    """
+    (size, along), signs = numbers, _signs(plan, indices)
+    return torch.stack([size * signs, size.square() * signs, along * signs, size, size.square()])
+
+
+def _differ(words: Tensor, tolerance: float, least: float = 0.0) -> Tensor:
+    """For which pieces the reduced words of :func:`_told` say that copies are further apart: (pieces,) bool."""
+    drift, of_squares, along, total, squares = words.abs()
+    far = [(drift, total), (of_squares, squares), (along, total)]
+    return torch.stack([(off > tolerance * scale) & (off > least) for off, scale in far]).any(0)
 
 
 def _not_copies(names: Sequence[str]) -> LayoutError:
@@ -175,27 +197,25 @@ def _not_copies(names: Sequence[str]) -> LayoutError:
 def _count_common(plan: Plan, found: Norms) -> None:
     """There are gradients, every element counts once, and copies of a gradient are equal.
 
-    One all-reduce of three words a piece, and two.
+    One all-reduce of six words a piece, and two.
     """
     common = [i for i, is_common in enumerate(plan.common) if is_common]
-    norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
-    norms[list(found.indices)] = found.norms.nan_to_num(nan=0.0, posinf=0.0)
     sizes = [float(plan.pieces[i].here) for i in common]
     counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[common]
     comparable = torch.tensor([float(plan.pieces[i].aligned) for i in common], device=plan.device)
-    norms = norms[common] * comparable
-    numbers = norms.new_tensor([len(found.indices), len(plan.pieces)])
-    words = plan.group.all_reduce(torch.cat([counted, norms * _signs(plan, common), norms, numbers])).cpu()
+    told = _told(plan, _numbers(plan, found, common) * comparable, common)
+    numbers = counted.new_tensor([len(found.indices), len(plan.pieces)])
+    words = plan.group.all_reduce(torch.cat([counted, told.flatten(), numbers])).cpu()
     present, pieces = words[-2:].tolist()
     if pieces and not present:
         raise LayoutError(f"there is no gradient on any rank: {ABSENT}")
-    counted, drift, total = words[:-2].view(3, -1)
+    counted, *rest = words[:-2].view(6, -1)
     whole = torch.tensor([float(plan.pieces[i].size or 0) for i in common], dtype=torch.float64)
     wrong = ((counted - whole).abs() > 0.5).nonzero().flatten().tolist()
     if wrong:
         listed = [f"{plan.label(common[k])} ({counted[k] / whole[k]:.3g}x)" for k in wrong]
         raise LayoutError(f"elements are not counted once: {_few(listed)}; {SAY_SO}")
-    apart = (drift.abs() > TOLERANCE * total).nonzero().flatten().tolist()
+    apart = _differ(torch.stack(rest), TOLERANCE).nonzero().flatten().tolist()
     if apart:
         raise _not_copies([plan.label(common[k]) for k in apart])
 
@@ -204,7 +224,10 @@ def _count_split(plan: Plan, found: Norms) -> None:
     """Gradients of the same shape and bits are one gradient: its shares on all ranks must add up to 1."""
     split = [k for k, i in enumerate(found.indices) if not plan.common[i]]
     sums = checksums([found.parts[k] for k in split], plan.device).long().tolist()
-    keys = [_key(found.parts[k], found.norms[k], total) for k, total in zip(split, sums, strict=True)]
+    keys = [
+        _key(plan, found.indices[k], found.parts[k], found.norms[k], total)
+        for k, total in zip(split, sums, strict=True)
+    ]
     counted = _gathered(plan, keys, [1 / plan.replicas[found.indices[k]] for k in split])
     wrong = [
         f"{plan.label(found.indices[k])} ({counted[key]:.3g}x)"
@@ -217,25 +240,29 @@ def _count_split(plan: Plan, found: Norms) -> None:
 def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> None:
     """Raise LayoutError, on every rank, where ranks along ``split_over`` hold one parameter, and count it twice.
 
-    Norm layers of hand-made tensor parallelism do. Parameters are the same whose values and gradients have the same
-    shape and bits; the smallest ``SMALLEST`` of each rank are looked at. Three all-reduces, of a word twice and of two
-    words a parameter and rank, and waits.
+    Norm layers of hand-made tensor parallelism do, and weights that are tied across stages. Parameters are the same
+    whose values and gradients have the same shape and bits, on ranks that hold the same part of them. Values that are
+    all one number, as zeros at the start, tell nothing: a later call does. The ``FEW_SMALL`` smallest and ``FEW_LARGE``
+    largest of each rank are looked at. Three all-reduces, of a word twice and of two words a parameter and rank, and
+    waits.
     """
     pieces, sources = plan.pieces, plan.sources
     here = [i for i in plan.by_axis if pieces[i].here and isinstance(holders[sources[i]], Tensor)]  # not DeepSpeed's
-    chosen = frozenset(sorted(here, key=lambda i: pieces[i].here)[:SMALLEST])
+    here.sort(key=lambda i: pieces[i].here)
+    chosen = frozenset([*here[:FEW_SMALL], *here[-FEW_LARGE:]])
     norms = plan.norms(measured, chosen)
     found = zip(norms.indices, norms.parts, norms.norms.tolist(), strict=True)
     shown = [(i, part, norm) for i, part, norm in found if i in chosen and norm > 0]
     values = [Held(pieces[i], holders[sources[i]]).values() for i, _, _ in shown]
+    told = [not is_constant(each) for each in values]
     sums = checksums([part for _, part, _ in shown], plan.device) + HASHES * checksums(values, plan.device)
-    keys = [_key(part, norm, int(total)) for (_, part, norm), total in zip(shown, sums.tolist(), strict=True)]
-    counted = _gathered(plan, keys, [1 / plan.replicas[i] for i, _, _ in shown])
-    wrong = [
-        f"{plan.label(i)} ({counted[key]:.3g}x)"
-        for (i, _, _), key in zip(shown, keys, strict=True)
-        if counted[key] > 1 + TOLERANCE
-    ]
+    keys = {
+        i: _key(plan, i, part, norm, int(total))
+        for (i, part, norm), total, tells in zip(shown, sums.tolist(), told, strict=True)
+        if tells
+    }
+    counted = _gathered(plan, list(keys.values()), [1 / plan.replicas[i] for i in keys])
+    wrong = [f"{plan.label(i)} ({counted[key]:.3g}x)" for i, key in keys.items() if counted[key] > 1 + TOLERANCE]
     _raise_if_counted(plan, wrong)
 
 
@@ -253,12 +280,14 @@ def _raise_if_counted(plan: Plan, wrong: Sequence[str]) -> None:
 
 
 def _gathered(plan: Plan, keys: Sequence[int], shares: Sequence[float]) -> Counter[int]:
-    """The sum of the shares of each key over the group: two collectives of a number a split piece and rank."""
-    group = plan.group
-    most = int(group.all_reduce(torch.tensor([len(keys)], device=plan.device), dist.ReduceOp.MAX).item())
+    """The sum over the group of the share of each key, once a rank: two collectives of a number a key and rank.
+
+    One rank may hold twins, such as biases that are added to the same stream, which no other has.
+    """
+    group, mine = plan.group, dict(zip(keys, shares, strict=True))
+    most = int(group.all_reduce(torch.tensor([len(mine)], device=plan.device), dist.ReduceOp.MAX).item())
     rows = torch.zeros(group.size, 2, most, dtype=torch.float64, device=plan.device)
-    rows[group.rank, 0, : len(keys)] = torch.tensor(keys, dtype=torch.float64)
-    rows[group.rank, 1, : len(keys)] = torch.tensor(shares, dtype=torch.float64)
+    rows[group.rank, :, : len(mine)] = torch.tensor([list(mine), list(mine.values())], dtype=torch.float64)
     if most:
         group.all_reduce(rows)
     counted: Counter[int] = Counter()
@@ -268,8 +297,9 @@ def _gathered(plan: Plan, keys: Sequence[int], shares: Sequence[float]) -> Count
     return counted
 
 
-def _key(gradient: Tensor, norm: Tensor | float, total: int) -> int:
-    text = f"{tuple(gradient.shape)}|{gradient.dtype}|{float(norm).hex()}|{total}"
+def _key(plan: Plan, index: int, gradient: Tensor, norm: Tensor | float, total: int) -> int:
+    where = part_of(plan.group, plan.pieces[index])
+    text = f"{where}|{tuple(gradient.shape)}|{gradient.dtype}|{float(norm).hex()}|{total}"
     return int.from_bytes(blake2b(text.encode(), digest_size=6).digest())
 
 

@@ -362,6 +362,114 @@ def test_stages_that_start_alike_are_not_taken_for_copies():
     assert run_ranks(stages_alike, 2) == [["no error"] * 4] * 2
 
 
+class Stream(nn.Module):
+    """Blocks of a stage that add to one stream, whose last biases start at zero: parallel, or behind a zero weight."""
+
+    def __init__(self, parallel: bool, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner, self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.parallel = parallel
+        for layer in (self.left, self.right):
+            nn.init.zeros_(layer.bias)
+            if not parallel:
+                nn.init.zeros_(layer.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x).tanh()
+        if self.parallel:
+            return x + self.left(y) + self.right(x.sin())
+        x = x + self.left(y)
+        return x + self.right(self.inner(x).sin())
+
+
+def twins_on_stages(parallel: bool) -> list[Any]:
+    """Two stages, of which every rank runs both and keeps the gradients of its own."""
+    stages = [Stream(parallel, seed) for seed in (1, 2)]
+    mine = stages[dist.get_rank()]
+    optimizer = SGD(mine.parameters(), lr=0.1)
+    clipper, came = distclip.Clipper(mine, 1.0, split_over=[dist.group.WORLD]), []
+    others = SGD(stages[1 - dist.get_rank()].parameters(), lr=0.0)
+    for step in range(5):
+        torch.manual_seed(step)
+        stages[1](stages[0](torch.randn(4, 8))).square().sum().backward()
+        squares = sum(p.grad.double().square().sum() for p in mine.parameters())
+        dist.all_reduce(squares)
+        norms: list[float] = []
+        said = said_by(lambda norms=norms: norms.append(clipper.step(optimizer).norm.item()))
+        came.append((said, norms, [pytest.approx(squares.sqrt().item(), rel=1e-6)]))
+        for each in (optimizer, others):
+            each.zero_grad()
+    return [(said, norms == want) for said, norms, want in came]
+
+
+@pytest.mark.parametrize("parallel", [True, False], ids=["parallel blocks", "zero weights"])
+def test_biases_of_one_stream_are_no_copies(parallel):
+    assert run_ranks(twins_on_stages, 2, parallel) == [[("no error", True)] * 5] * 2
+
+
+def uniform_on_stages() -> list[str]:
+    """Pipeline stages cut by FSDP2, with a loss that gives all elements of a bias the same gradient."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    torch.manual_seed(1 + mesh["pp"].get_local_rank())
+    model = fully_shard(nn.Linear(8, 8), mesh=mesh["dp"])
+    clipper = distclip.Clipper(model, 1.0, split_over=[mesh["pp"]])
+    (model(torch.randn(4, 8)) * (1 + mesh["pp"].get_local_rank())).sum().backward()
+    return [said_by(clipper.verify), said_by(clipper.clip_)]
+
+
+def test_equal_shards_of_one_bias_are_no_copies():
+    assert run_ranks(uniform_on_stages, 4) == [["no error"] * 2] * 4
+
+
+def tied_beside_many(small: int) -> str:
+    """A weight on two stages whose gradient was summed by hand, beside many smaller ones of each stage."""
+    torch.manual_seed(0)
+    model = nn.ParameterDict({"embed": torch.randn(40, 8)})
+    torch.manual_seed(1 + dist.get_rank())
+    model.update({f"small{k}": torch.randn(4) for k in range(small)})
+    clipper = distclip.Clipper(model, 1.0, split_over=[dist.group.WORLD])
+    for p in model.values():
+        p.grad = torch.randn_like(p)
+    dist.all_reduce(model["embed"].grad)
+    return said_by(clipper.clip_)
+
+
+@pytest.mark.parametrize("small", [3, 300])
+def test_a_weight_tied_across_stages_is_seen_beside_any_number_of_others(small):
+    for said in run_ranks(tied_beside_many, 2, small):
+        assert "gradients are not counted once: on rank 0 embed (2x)" in said
+
+
+def never_reduced(kind: str) -> list[str]:
+    """Gradients of each rank's own whose norms, or the sum of whose differences, are alike."""
+    rank = dist.get_rank()
+    model = nn.ParameterDict({"weight": torch.ones(3, 4), "scale": torch.ones(1)})
+    clipper = distclip.Clipper(model, 1.0)
+    torch.manual_seed(rank)
+    weight, scale = torch.randn(3, 4), torch.ones(1)
+    if kind == "signs":
+        weight = weight.sign()
+    elif kind == "normalised":
+        weight /= weight.norm()
+    elif kind == "one element":
+        weight, scale = torch.zeros(3, 4), torch.ones(1) * (-1) ** rank
+    else:  # those of the others add up to twice that of the first
+        weight = torch.ones(3, 4) * (2.0, 1.0, 3.0)[rank]
+    model["weight"].grad, model["scale"].grad = weight, scale
+    return [said_by(clipper.clip_), said_by(clipper.verify)]
+
+
+@pytest.mark.filterwarnings("ignore:copies of gradients differ")
+@pytest.mark.parametrize(
+    ("kind", "size"), [("signs", 2), ("signs", 4), ("normalised", 2), ("one element", 2), ("differences cancel", 3)]
+)
+def test_copies_that_differ_and_have_equal_norms_are_an_error_in_the_first_call(kind, size):
+    for clipped, verified in run_ranks(never_reduced, size, kind):
+        assert clipped.startswith("ranks that should hold the same gradient do not: ")
+        assert verified.startswith("ranks that should hold the same gradient do not: ")
+
+
 def trains_apart(grouped: bool) -> str:
     """Local SGD: each rank trains a copy for itself, and they are averaged now and then."""
     torch.manual_seed(0)

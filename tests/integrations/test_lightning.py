@@ -148,7 +148,7 @@ def test_a_second_fit_goes_on_with_the_state_of_the_first(more, layout):
     for norms, state in more[(runs.fit_again, layout)]:
         policy = state["clipper"]["policy"]
         assert len(norms) == state["clipper"]["steps"] == policy["count"] == STEPS
-        assert policy["norms"][: len(norms)].tolist() == pytest.approx(norms, rel=1e-6)
+        assert policy["norms"][-len(norms) :].tolist() == pytest.approx(norms, rel=1e-6)
 
 
 def test_loggers_get_norm_coefficient_and_clip_share(more):

@@ -143,7 +143,7 @@ def resume(folder):
         clipping = take_over(trainer, AutoClip(50), max_consecutive_skips=3)
         trainer.train(resume_from_checkpoint=resume_from)
         state = clipping.clipper.state_dict()
-        return logged(trainer)[8:], clipping.clipper.report.to_dict(), state["policy"]["norms"][:13], state["steps"]
+        return logged(trainer)[8:], clipping.clipper.report.to_dict(), state["policy"]["norms"][-13:], state["steps"]
 
     whole = go(None)
     names = sorted(os.listdir(os.path.join(folder, "checkpoint-8")))

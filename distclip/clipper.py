@@ -6,6 +6,7 @@ from math import inf, isfinite
 from typing import Any, Literal, SupportsIndex, TypedDict
 from warnings import warn
 from weakref import WeakSet, WeakValueDictionary
+from zlib import crc32
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -44,8 +45,8 @@ TURN = 45499  # odd, and its multiples lie far apart: no Clipper meets another o
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
 DISAGREE = (
     "the ranks of the clipping group do not agree: one of them stopped with an error of its own (see its message), "
-    "holds other parameters, lacks a gradient that others have, made one call of Clipper more or less, or called "
-    "another Clipper; let every rank make the same calls in the same order"
+    "holds other parameters, lacks a gradient that others have, made one call of Clipper more or less, called another "
+    "Clipper, or has a policy that decided otherwise in the step before; let every rank make the same calls in order"
 )
 CAPTURED = (
     "no norm can be read inside the capture of a CUDA graph: leave out nonfinite='raise', p > 7, float64 gradients, "
@@ -181,6 +182,7 @@ class Clipper:
         self._folding = Folding(self._ids)
         self._steps = 0
         self._loaded = 0  # hash of a state that no step was made with yet
+        self._decided = 0  # hash of the latest decision, where the host knows it
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._skips = 0
         self._captured = False  # whether a call was, so that a CUDA graph holds the state's memory
@@ -358,7 +360,7 @@ class Clipper:
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
         self._state = fitting(state["policy"], made(self._policy, self._plan.device))
         self._steps, self._skips = steps, skips
-        self._loaded = hash_of(self._state, skips)
+        self._loaded, self._decided = hash_of(self._state, skips), 0
         self._unread = None
         self._plan.memory.take_fault()
         self._calls, self._compare_in = 0, inf if self._compare_in == inf else 1.0
@@ -463,6 +465,8 @@ class Clipper:
             kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
             faults = [outcome.fault] if isinstance(outcome.fault, Tensor) else []
             self._unread = Flags.send(measured.reduced.to_send(self._plan.device), *faults), kept
+        if reads_are_free(self._plan.device):  # where the words are reduced, so on all ranks or on none
+            self._decided = crc32(f"{outcome.coef:.6g} {outcome.skip} {outcome.bounds}".encode())
         self._captured = self._captured or capturing
         self._remember(state)
         self._steps += 1
@@ -514,7 +518,7 @@ class Clipper:
         if self._loaded:
             tag, call = tag + self._loaded, f"{call} after loading a state (hash {self._loaded:x})"
         compares = steps and self._calls >= self._compare_in and not in_capture(self._plan.device)
-        tag += TURN * self._number + COMPARING * compares
+        tag += TURN * self._number + COMPARING * compares + self._decided
         measured = self._plan.measure(
             gradients, self._holders, tag, self._realigns, taken=taken, fault=fault, call=call
         )

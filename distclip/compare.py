@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .flags import sent
 from .group import ClippingGroup, has_float64
 from .kernels.flat import bounded
 
@@ -64,14 +65,25 @@ def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return (_mixed(_mixed(totals) + squares) % HASHES).double()
 
 
-def projections(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """A float64 for each tensor: at most ``SAMPLE`` of its elements along a direction that depends on their number."""
-    found = [torch.zeros((), dtype=torch.float64, device=device)]
-    for tensor in tensors:
-        values = _sample(tensor).to(device).double()
-        direction = torch.arange(1, len(values) + 1, dtype=torch.float64, device=device).cos_()
-        found.append(values.dot(direction / direction.norm().clamp_(min=1e-3)))
-    return torch.stack(found)[1:]
+def projections(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """A 0-d float64 for each tensor: at most ``SAMPLE`` elements along a direction that depends on their number.
+
+    On ``device``; one copy from each other one, which waits where it goes to the host.
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(k)
+    found: dict[int, Tensor] = {}
+    for home, places in by_device.items():
+        at = home if has_float64(home) else device
+        row = torch.stack([_along(_sample(tensors[k]).to(at).double()) for k in places])
+        found |= zip(places, sent(row, device).unbind(), strict=True)
+    return [found[k] for k in range(len(tensors))]
+
+
+def _along(values: Tensor) -> Tensor:
+    direction = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).cos_()
+    return values.dot(direction / direction.norm().clamp_(min=1e-3))
 
 
 def is_constant(tensor: Tensor) -> bool:

@@ -159,12 +159,14 @@ def compare_gradients(plan: Plan, measured: Measured) -> bool:
 
 def _numbers(plan: Plan, found: Norms, indices: Sequence[int]) -> Tensor:
     """Two numbers of the gradient of each of these pieces, norm and projection: (2, len(indices)); 0 where none is."""
-    place = {i: k for k, i in enumerate(indices)}
-    kept = [k for k, i in enumerate(found.indices) if i in place]
-    rows = torch.zeros(2, len(indices), dtype=torch.float64, device=plan.device)
-    rows[:, [place[found.indices[k]] for k in kept]] = torch.stack(
-        [found.norms[kept], projections([found.parts[k] for k in kept], plan.device)]
-    )
+    if not indices:
+        return plan.weights.new_zeros(2, 0)
+    wanted = frozenset(indices)
+    shown = [(i, part) for i, part in zip(found.indices, found.parts, strict=True) if i in wanted]
+    norms = dict(zip(found.indices, found.norms.unbind(), strict=True))
+    along = dict(zip((i for i, _ in shown), projections([part for _, part in shown], plan.device), strict=True))
+    none = plan.weights.new_zeros(())  # no list of indices, which would be copied to the device
+    rows = torch.stack([numbers.get(i, none) for numbers in (norms, along) for i in indices]).view(2, -1)
     return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 

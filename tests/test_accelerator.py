@@ -180,7 +180,9 @@ def attached(words_on_the_device: bool) -> list[list[int]]:
 @EVERYBODY
 @pytest.mark.parametrize(("words_on_the_device", "expected"), [(True, [0] * 3 + [1] * 3), (False, [1] * 6)])
 def test_attached_steps_wait_for_the_words_alone_or_to_know_whether_to_step(words_on_the_device, expected, size):
-    more = more_in(3, size) * 2 if words_on_the_device else [0] * 6
+    more = more_in(3, size) * 2
+    if not words_on_the_device:  # numbers of copies are brought there too
+        more = [min(each, 1) for each in more]
     counts = run_ranks(attached, size, words_on_the_device, fresh=True)[0]
     assert counts == [[waits + extra] for waits, extra in zip(expected, more, strict=True)]
 

@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from math import inf, nan
+from typing import Any
 
 import pytest
 import torch
@@ -398,3 +399,53 @@ def test_functions_of_equal_models_called_in_another_order_are_told_apart_by_nam
     for said in run_ranks(by_functions_in_another_order, 2, True):
         assert all(text.startswith("the ranks of the clipping group passed other parameters") for text in said)
     assert not any("ranks" in text for said in run_ranks(by_functions_in_another_order, 2, False) for text in said)
+
+
+class OfItsRank:
+    """A policy that is not the same function on every rank."""
+
+    def __init__(self, answer: str) -> None:
+        self.answer = answer
+
+    def init(self, device: torch.device) -> distclip.policies.State:
+        return {}
+
+    def decide(self, norm: torch.Tensor, state: distclip.policies.State) -> tuple[distclip.Decision, Any]:
+        mine = dist.get_rank() == 1
+        decisions = {
+            "bound": distclip.Decision(0.5 if mine else 0.25),
+            "coef": distclip.Decision(1.0, coef=0.5 if mine else 0.25),
+            "skip": distclip.Decision(1.0, skip=mine),
+            "bounds": distclip.Decision(inf, bounds=(-1.0, 0.5 if mine else 0.25)),
+            "alike": distclip.Decision(0.5 * (1 + mine * 1e-12)),
+        }
+        return decisions[self.answer], state
+
+
+def steps_with(answer: str, attached: bool) -> list[str]:
+    model = ddp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    policy = OfItsRank(answer)
+    make = distclip.attach if attached else lambda _, *arguments: distclip.Clipper(*arguments)
+    clipper, said = make(optimizer, model, policy), []
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        try:
+            optimizer.step() if attached else clipper.step(optimizer)
+            said.append("made")
+        except distclip.LayoutError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("answer", ["bound", "coef", "skip", "bounds", "alike"])
+def test_a_policy_that_decides_otherwise_on_one_rank_is_an_error_in_the_next_call(answer, size, attached):
+    for first, *others in run_ranks(steps_with, size, answer, attached):
+        assert first == "made"
+        if answer == "alike":
+            assert others == ["made", "made"]
+        else:
+            assert all("has a policy that decided otherwise in the step before" in said for said in others)

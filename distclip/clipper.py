@@ -103,7 +103,7 @@ class Clipper:
     where not. Every ``measure``, ``clip_`` and ``step`` makes one all-reduce of two float64 words (four for inf), DDP
     included, so that ranks decide alike even when one replica is corrupt. In calls 1, 2, 4, 8, ... of ``clip_`` and
     ``step``, counted from when it was built or a state was loaded, gradients of which ranks should hold copies are
-    compared before anything is scaled: one all-reduce more, of two words for each such parameter, and a LayoutError on
+    compared before anything is scaled: one all-reduce more, of five words for each such parameter, and a LayoutError on
     all ranks where they differ (a reduction that was left out, experts taken for copies), or where ranks along
     ``split_over`` hold the same values and gradients of a parameter (three all-reduces more); after a norm that is not
     finite in the next call. In other calls, where every rank holds all gradients and those of one have a norm that is
@@ -288,7 +288,9 @@ class Clipper:
         """Clip and step every optimizer, or skip on all ranks alike; advance the policy once.
 
         A fused Adam, AdamW, SGD or Adagrad applies the coefficient itself, without a pass over the gradients; for the
-        others the gradients are scaled first. Afterwards the content of ``.grad`` is unspecified. One all-reduce (on
+        others the gradients are scaled first. Afterwards the content of ``.grad`` is unspecified. Gradients that none
+        of them holds are in the norm and scaled too: a discriminator's, in a step of the generator, unless they were
+        set to None or it has a Clipper of its own (``attach`` leaves them out). One all-reduce (on
         a non-finite norm three more). Waits once a step on an accelerator if any optimizer cannot fold.
 
         ``scaler``: unscales every optimizer for which you did not, and steps it. A norm that is not finite on any rank

@@ -71,8 +71,8 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
     apart = _apart(plan, once(listed), checksums)
     if apart:
         raise LayoutError(
-            f"ranks that should hold copies hold other values of {_few(apart)}: {SAY_SO}, and build the Clipper after "
-            "parameters are loaded or broadcast"
+            f"ranks that should hold copies hold other values of {_few(apart)}: {SAY_SO}, only=... where nobody trains "
+            "them, and build the Clipper after parameters are loaded or broadcast"
         )
 
 

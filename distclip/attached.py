@@ -42,7 +42,7 @@ class Attached(Clipper):
         self._undo: list[Callable[[], Any]] = []
         self._claimed: WeakSet[Optimizer] = WeakSet()  # those, and what is inside of them
         for optimizer in optimizers:
-            self._undo += (guard(optimizer, self._after, self._before), _refuse_copies(optimizer))
+            self._undo += (guard(optimizer, self._after, self._before, raised=self._raised), _refuse_copies(optimizer))
             self._claimed.update(around(optimizer))
         _attached.update(self._claimed)
         self._note(optimizers)
@@ -140,6 +140,11 @@ class Attached(Clipper):
         for index, reference in enumerate(self._optimizers):
             if reference() is optimizer and index in self._open:
                 self._open.pop(index).close()
+
+    def _raised(self, optimizer: Optimizer, kind: type[BaseException]) -> None:
+        """Its step was left by an exception: where the ranks had decided, those of the others are made."""
+        if any(self._optimizers[index]() is optimizer for index in self._open):
+            self._broken_off.note(kind)
 
     def _decide_for_all(self) -> None:
         """The first step since all have stepped: measure, scale, and remember what the others will step with."""

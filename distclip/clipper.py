@@ -1,6 +1,7 @@
 """Clipper: a plan and a policy, the object that a training loop holds."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import inf, isfinite
 from typing import Any, Literal, SupportsIndex, TypedDict
@@ -40,6 +41,7 @@ from .verify import ABSENT, compare_axes, compare_gradients, compare_ranks, has_
 from .wrapped import around
 
 NONFINITE = ("skip", "raise", "propagate")
+SETTINGS = ("norm_type", "policy", "nonfinite", "max_consecutive_skips", "split_over", "layout", "only")
 COMPARING = 1 << 12  # tag of a call in which copies of gradients are compared
 TURN = 45499  # odd, and its multiples lie far apart: no Clipper meets another one of its group, whatever their steps
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
@@ -149,32 +151,28 @@ class Clipper:
         max_consecutive_skips: int | None = None,
         overlap: bool = False,
     ) -> None:
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
-        if max_consecutive_skips is not None and max_consecutive_skips < 1:
-            raise ValueError(f"max_consecutive_skips must be at least 1 or None, got {max_consecutive_skips!r}")
-        self._policy = as_policy(policy)
-        self._nonfinite = nonfinite
-        self._max_consecutive_skips = max_consecutive_skips
-        parts = parts_of(model)
-        p, where = positive("norm_type", norm_type), ClippingGroup.of(group)
-        settings = {
-            "norm_type": str(p),
-            "policy": spelled(self._policy),
-            "nonfinite": nonfinite,
-            "max_consecutive_skips": str(max_consecutive_skips),
-            "split_over": "given" if split_over else "not given",
-            "layout": "given" if layout else "not given",
-            "only": "given" if only else "not given",
-        }
+        where = ClippingGroup.of(group)
+        parts: list[nn.Module] = []
         try:
+            parts = parts_of(model)
+            if nonfinite not in NONFINITE:
+                raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
+            if max_consecutive_skips is not None and max_consecutive_skips < 1:
+                raise ValueError(f"max_consecutive_skips must be at least 1 or None, got {max_consecutive_skips!r}")
+            self._policy = as_policy(policy)
+            self._nonfinite = nonfinite
+            self._max_consecutive_skips = max_consecutive_skips
+            p = positive("norm_type", norm_type)
+            given = ("given" if each else "not given" for each in (split_over, layout, only))
+            said = (str(p), spelled(self._policy), nonfinite, str(max_consecutive_skips), *given)
+            settings = dict(zip(SETTINGS, said, strict=True))
             everything = once(held_in(parts))
             listed = chosen(everything, only)
             self._plan = Plan.of(listed, p, where, split_over, layout)
             self._state = made(self._policy, self._plan.device)
         except FAILURES as error:
             device = where.device_for(parameter for part in parts for parameter in part.parameters())
-            tell_ranks(where, device, settings, error)
+            tell_ranks(where, device, dict.fromkeys(SETTINGS, ""), error)
             raise
         self._holders = holders_of(listed)
         self._ids = frozenset(map(id, self._holders))
@@ -297,7 +295,11 @@ class Clipper:
         lowers the scale of all ranks at your ``scaler.update()``; a skip for the policy's own reason does not.
         """
         self._refuse_a_second_owner()
-        check_optimizers(optimizers)
+        try:
+            check_optimizers(optimizers)
+        except ValueError as error:
+            self._tell(error)
+            raise
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         with self._broken_off:
             stepping = self._begin(optimizers, scaler)
@@ -368,6 +370,12 @@ class Clipper:
         self._calls, self._compare_in = 0, inf if self._compare_in == inf else 1.0
         self._broken_off.forget()
 
+    def _tell(self, error: ValueError) -> None:
+        """Take part in the call of the others, who raise as well, where this rank is about to raise ``error``."""
+        if self._plan.group.size > 1:
+            with suppress(LayoutError):
+                self._clip(LayoutError(str(error)))
+
     @shielded
     def _clip(self, fault: LayoutError | None = None) -> Report:
         """Advance, and scale the gradients in place."""
@@ -387,8 +395,9 @@ class Clipper:
             report = self._clip(self._foreign_to(folds, optimizers))
             skip_next_step(optimizers, report.skip)
             return report
-        outcome = self._advance_unscaled(scaler, optimizers, folds, skips_on_device=False)
-        self._apply(outcome, outcome.measured.runs)
+        with self._broken_off:
+            outcome = self._advance_unscaled(scaler, optimizers, folds, skips_on_device=False)
+            self._apply(outcome, outcome.measured.runs)
         skip_next_step(optimizers, (outcome.report.skip & outcome.report.norm.isfinite()).cpu())
         return outcome.report
 
@@ -472,6 +481,7 @@ class Clipper:
         self._captured = self._captured or capturing
         self._remember(state)
         self._steps += 1
+        self._broken_off.decided()
         self._loaded = 0
         self._report = outcome.report
         if self._overlap is not None:

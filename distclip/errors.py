@@ -1,6 +1,17 @@
 """The two errors of the library: each says what, which parameter, rank or field, and what to do about it."""
 
-FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What a user's ``layout``, tensor subclasses and torch itself may raise on one rank while the others go on."""
 
 

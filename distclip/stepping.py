@@ -122,22 +122,24 @@ def guard(
     over: Callable[[Optimizer], None],
     begin: Begin | None = None,
     stepped: Callable[[Optimizer], None] | None = None,
+    raised: Callable[[Optimizer, type[BaseException]], None] | None = None,
 ) -> Callable[[], None]:
     """Call ``begin`` once when a step of ``optimizer`` begins, and ``over(optimizer)`` when it has ended or raised.
 
-    ``stepped(optimizer)`` comes before ``over`` where it has not raised, was not left out, and may raise itself.
+    ``stepped(optimizer)`` comes before ``over`` where it has not raised, was not left out, and may raise itself;
+    ``raised(optimizer, kind)`` where it has, by an exception of that kind, and was called as ``optimizer.step``.
     ``begin(optimizer, args, kwargs)`` may return other arguments, ``optimizer`` first among them, or SKIP: then the
     step is not made, and its later pre hooks and its post hooks are not called. The result takes all back and lets go
     of both, also where somebody has wrapped the step since.
 
     torch calls hooks only where ``Optimizer.__init__`` has patched the class, once for each class whose ``step`` calls
     that of its base, and post hooks not after an exception. So the instance's ``step`` is wrapped, as LR schedulers do:
-    its beginning is the first pre hook inside, after those that others put in before, or, where the class has none, the
-    call; its end is the end. A step of the class past the wrapper is heard by the hooks alone, and gets no gradients
-    where it is to be skipped.
+    its beginning is the first pre hook inside, after those that others put in before, or the call, where the class has
+    none or ``optimizer.__init__`` was called again, which drops all hooks; its end is the end. A step of the class past
+    the wrapper is heard by the hooks alone, and gets no gradients where it is to be skipped.
     """
     inner, reference = optimizer.step, ref(optimizer)
-    hearing, hooks = _Hearing(over, begin, stepped), "_optimizer_step_pre_hooks" in vars(optimizer)
+    hearing, hooks = _Hearing(over, begin, stepped, raised), "_optimizer_step_pre_hooks" in vars(optimizer)
     called = hooks and _calls_hooks(optimizer)  # None: not known
 
     @untraced
@@ -145,7 +147,7 @@ def guard(
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         hearing.inside, hearing.begun = True, False
         try:
-            if called is False:
+            if called is False or (handles and handles[0].id not in self._optimizer_step_pre_hooks):
                 (_, *given), kwargs = hearing.before(self, (self, *args), kwargs) or ((self, *args), kwargs)
                 args = tuple(given)
             versions = _versions(self) if called is None else 0
@@ -161,6 +163,10 @@ def guard(
             if skipped.hearing is not hearing:
                 raise
             return None
+        except BaseException as error:
+            if hearing.raised is not None:
+                hearing.raised(self, type(error))
+            raise
         finally:
             hearing.inside = False
             hearing.after(self)
@@ -173,7 +179,7 @@ def guard(
         handles = [optimizer.register_step_pre_hook(hearing.before), optimizer.register_step_post_hook(hearing.ended)]
 
     def remove() -> None:
-        hearing.over = hearing.begin = hearing.stepped = None
+        hearing.over = hearing.begin = hearing.stepped = hearing.raised = None
         for handle in handles:
             handle.remove()
         found = reference()
@@ -200,6 +206,7 @@ class _Hearing:
     over: Callable[[Optimizer], None] | None
     begin: Begin | None
     stepped: Callable[[Optimizer], None] | None
+    raised: Callable[[Optimizer, type[BaseException]], None] | None
     inside: bool = False
     begun: bool = False
     withheld: ExitStack = field(default_factory=ExitStack)  # by a step past the wrapper

@@ -485,6 +485,26 @@ class TestClosures:
         assert clipper.state_dict()["steps"] == 1
 
 
+def test_an_optimizer_that_is_initialised_again_is_clipped_still():
+    """Its hooks are gone then, and with them nothing clipped."""
+    model, (optimizer,), clipper = small()
+    for step in range(2):
+        if step:
+            optimizer.__init__(model.parameters(), lr=0.1)
+        optimizer.zero_grad()
+        (1e3 * loss_of(model)).backward()
+        expected = clipper.measure()
+        before = [p.detach().clone() for p in model.parameters()]
+        gradients_before = [expected.coef * p.grad for p in model.parameters()]
+        optimizer.step()
+        for p, was, gradient in zip(model.parameters(), before, gradients_before, strict=True):
+            assert torch.allclose(was - p, 0.1 * gradient, rtol=1e-4, atol=1e-6)
+    assert clipper.steps == 2
+    assert clipper.report.coef < 1
+    clipper.detach()
+    assert "step" not in vars(optimizer)
+
+
 class TestDetach:
     @pytest.mark.parametrize("scheduled", ["never", "before", "after"])
     def test_the_optimizer_is_as_it_was(self, scheduled):

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from math import inf, nan
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -443,6 +444,70 @@ def test_a_layout_that_raises_on_one_rank_leaves_none_waiting_for_its_clipper():
     first, second = run_ranks(built_where_layout_raises, 2, timeout=20)
     assert "rank 1: stopped: KeyError 'embed.weight'" in first
     assert second == "KeyError: 'embed.weight'"
+
+
+class Raising(Above):
+    """A policy that cannot make its state."""
+
+    def init(self, device: torch.device) -> dict[str, torch.Tensor]:
+        raise OSError("disk")
+
+
+WRONG = {
+    "nonfinite": {"nonfinite": "no"},
+    "skips": {"max_consecutive_skips": 0},
+    "norm_type": {"norm_type": "x"},
+    "no policy": {"policy": "x"},
+    "below 0": {"policy": -1.0},
+    "policy": {"policy": Raising(1.0)},
+    "model": {"model": [3]},
+    "layout": {"layout": lambda name, parameter: Path("/nowhere/layout").read_text()},
+    "lacking": {"layout": lambda name, parameter: __import__("nowhere")},
+}
+
+
+def built_with_something_wrong(what: str, ranks: list[int]) -> list[str]:
+    right = {"model": build(), "policy": 1.0}
+    if what in ("layout", "lacking"):
+        right["layout"] = lambda name, parameter: None
+    settings = {**right, **WRONG[what]} if dist.get_rank() in ranks else right
+    return [outcome(lambda each=each: str(distclip.Clipper(**each))) for each in (settings, right)]
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_on_one_rank_only_leaves_none_waiting_for_its_clipper(what):
+    (told, after), (own, own_after) = run_ranks(built_with_something_wrong, 2, what, [1], timeout=20)
+    assert told.startswith("LayoutError: a rank of the clipping group could not make its Clipper; ")
+    assert "rank 1: stopped: " in told
+    assert not own.startswith("LayoutError")
+    assert after == own_after
+    assert after.startswith("Clipper(")
+
+
+def test_what_is_wrong_on_all_ranks_is_the_same_error_on_all_clippers():
+    for said, after in run_ranks(built_with_something_wrong, 2, "norm_type", [0, 1], timeout=20):
+        assert said.startswith("ValueError: norm_type must be ")
+        assert after.startswith("Clipper(")
+
+
+def stepped_with_wrong_optimizers(what: str) -> list[str]:
+    model = ddp()
+    clipper, optimizer = distclip.Clipper(model, 1.0), torch.optim.SGD(model.parameters(), lr=0.1)
+    wrong = {"none": [], "twice": [optimizer] * 2, "a list": [[optimizer]]}[what]
+    said = []
+    for given in (wrong if dist.get_rank() else [optimizer], [optimizer]):
+        backward(model)
+        said.append(outcome(lambda given=given: str(clipper.step(*given)) and "right"))
+    return [*said, str(clipper.steps)]
+
+
+@pytest.mark.parametrize("what", ["none", "twice", "a list"])
+def test_wrong_optimizers_on_one_rank_only_leave_none_waiting_for_the_step(what):
+    told, own = run_ranks(stepped_with_wrong_optimizers, 2, what, timeout=20)
+    assert told[0].startswith("LayoutError: the ranks of the clipping group do not agree")
+    assert "rank 1: stopped: step() " in told[0]
+    assert own[0].startswith("ValueError: step() ")
+    assert told[1:] == own[1:] == ["right", "1"]
 
 
 def with_a_gradient_that_cannot_be_read(how: str, by: str) -> list[str]:

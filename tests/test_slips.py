@@ -104,27 +104,30 @@ class Stopped(BaseException):
     """What a signal handler raises."""
 
 
-class Breaking(torch.optim.SGD):
-    """An optimizer in whose step a handler raises, once."""
+BROKEN = (KeyboardInterrupt, OSError, torch.OutOfMemoryError, AssertionError)
 
-    broken = False
+
+class Breaking(torch.optim.SGD):
+    """An optimizer whose step raises, once."""
+
+    broken: type[BaseException] | None = None
 
     def step(self, closure=None):
         if self.broken:
-            self.broken = False
-            raise Stopped
+            kind, self.broken = self.broken, None
+            raise kind
         return super().step(closure)
 
 
 def outcome(call: Callable[[], object]) -> str:
     try:
         call()
-    except (distclip.LayoutError, Stopped, KeyboardInterrupt) as error:
+    except (distclip.LayoutError, Stopped, *BROKEN) as error:
         return f"{type(error).__name__}: {error}"
     return "right"
 
 
-def broken_off_on(ranks: list[int], where: str, road: str) -> list[str]:
+def broken_off_on(ranks: list[int], where: str, road: str, kind: type[BaseException] = Stopped) -> list[str]:
     torch.manual_seed(0)
     net = model()
     optimizer = Breaking(net.parameters(), lr=0.1)
@@ -152,7 +155,7 @@ def broken_off_on(ranks: list[int], where: str, road: str) -> list[str]:
 
             clipper._decide = handled
         else:
-            optimizer.broken = True
+            optimizer.broken = kind
     said += [outcome(step), outcome(step), outcome(clipper.measure)]
     net.load_state_dict(weights)
     clipper.load_state_dict(state)
@@ -170,7 +173,10 @@ def broken_off_on(ranks: list[int], where: str, road: str) -> list[str]:
     ],
 )
 def test_a_step_that_a_signal_handler_broke_off_is_told_to_all_ranks_with_the_way_to_go_on(where, road, ranks):
-    results = run_ranks(broken_off_on, 3, ranks, where, road)
+    expect_all_told(run_ranks(broken_off_on, 3, ranks, where, road), ranks)
+
+
+def expect_all_told(results: list[list[str]], ranks: list[int]) -> None:
     for rank, (first, broken, after, looked, again, at_last) in enumerate(results):
         assert first == again == at_last == "right"
         assert (broken == "right") == (rank not in ranks)
@@ -183,11 +189,60 @@ def test_a_step_that_a_signal_handler_broke_off_is_told_to_all_ranks_with_the_wa
                 assert "rank 1: stopped: " in told
 
 
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("road", ["step", "attach"])
+def test_an_exception_inside_the_optimizer_on_one_rank_is_told_to_all_so_that_replicas_do_not_drift(road, kind):
+    expect_all_told(run_ranks(broken_off_on, 2, [1], "in the optimizer", road, kind, timeout=20), [1])
+
+
+def raising_before_the_decision() -> list[str]:
+    """A closure that raises on every rank, before the ranks have met."""
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    distclip.attach(optimizer, net, 1.0)
+
+    def step(fails: bool) -> None:
+        def closure() -> None:
+            if fails:
+                raise OSError
+            for parameter in net.parameters():
+                parameter.grad = torch.ones_like(parameter)
+
+        optimizer.step(closure)
+
+    return [outcome(lambda fails=fails: step(fails)) for fails in (True, False)]
+
+
+def test_a_closure_that_raises_before_the_decision_breaks_no_step_off():
+    assert run_ranks(raising_before_the_decision, 2) == [["OSError: ", "right"]] * 2
+
+
+def alarmed() -> list[str]:
+    """A handler raises TimeoutError on one rank while the ranks meet."""
+    net = model()
+    clipper = distclip.Clipper(net, 1.0)
+    decide = clipper._decide
+    if dist.get_rank():
+
+        def handled(measured):
+            clipper._decide = decide
+            raise TimeoutError
+
+        clipper._decide = handled
+    return [outcome(clipper.clip_), outcome(clipper.clip_)]
+
+
+def test_a_timeout_error_of_an_alarm_is_no_error_of_the_call():
+    (_, told), (_, own) = run_ranks(alarmed, 2, timeout=20)
+    assert "rank 1: stopped: an earlier call was broken off by TimeoutError" in told
+    assert "load one checkpoint on every rank" in own
+
+
 def test_one_process_goes_on_after_a_step_that_was_broken_off():
     net = model()
     optimizer = Breaking(net.parameters(), lr=0.1)
     clipper = distclip.Clipper(net, 1.0)
-    optimizer.broken = True
+    optimizer.broken = Stopped
     with pytest.raises(Stopped):
         clipper.step(optimizer)
     assert outcome(lambda: clipper.step(optimizer)) == "right"

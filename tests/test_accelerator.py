@@ -570,6 +570,24 @@ def test_element_bounds_may_be_numbers_of_the_device():
     assert skipped[0] < -1 < 1 < skipped[1]
 
 
+def clamped_beyond_the_range(bounds: tuple[object, object]) -> list[list[float]]:
+    """fp16 and fp32 gradients of inf and 3 after clamping by a policy whose bounds no fp16 number can be."""
+    with on_the_accelerator():
+        model = nn.ParameterList(nn.Parameter(torch.zeros(3, dtype=d).to(DEVICE)) for d in (torch.half, torch.float))
+        for parameter in model:
+            parameter.grad = torch.tensor([inf, 3.0, -inf]).to(raw(parameter).dtype).to(DEVICE)
+        clipper = distclip.Clipper(model, Answers(bounds=bounds), nonfinite="propagate")
+        with no_waits():
+            clipper.clip_()
+        return [raw(parameter.grad).tolist() for parameter in model]
+
+
+@pytest.mark.parametrize("bounds", [(-1e5, inf), ([-1e5], [inf])], ids=["of the host", "of the device"])
+def test_element_bounds_beyond_the_range_of_a_dtype_are_its_largest_numbers(bounds):
+    (found,) = run_ranks(clamped_beyond_the_range, 1, bounds, fresh=True)
+    assert found == [[inf, 3.0, -65504.0], [inf, 3.0, -1e5]]
+
+
 def huge() -> list[tuple[float, float, float]]:
     """Gradients of 1e38 under a tiny bound, folded and not: norm, coefficient, and what an element became or moved."""
     seen = []

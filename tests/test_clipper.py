@@ -227,6 +227,57 @@ def test_value_clipping_clamps_and_steps(decided_on):
         torch.testing.assert_close(p.detach(), b - e)
 
 
+LARGE = torch.tensor([-inf, -3e4, -1.0, 0.0, 2.0, 3e4, inf, nan])
+
+
+class Bounds:
+    """Element bounds, and a count of the steps that were decided."""
+
+    def __init__(self, *bounds: float) -> None:
+        self.bounds = bounds
+
+    def init(self, device):
+        return {"n": torch.zeros(())}
+
+    def decide(self, norm, state):
+        return distclip.Decision(inf, bounds=self.bounds), {"n": state["n"] + 1}
+
+
+@pytest.mark.parametrize("bounds", [(-1e5, 1e5), (-1.0, 1e39), (-1e300, 1.0), (-1e300, inf), (-65504.0, 65505.0)])
+@pytest.mark.parametrize("how", ["ValueClip", "Decision", "function"])
+def test_element_bounds_beyond_the_range_of_a_dtype_are_its_largest_numbers(how, bounds, decided_on):
+    low, high = bounds
+    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+    model = nn.ParameterList(nn.Parameter(torch.zeros(len(LARGE), dtype=dtype)) for dtype in dtypes)
+    for p in model:
+        parts = LARGE.to(p.dtype.to_real(), copy=True)
+        p.grad = torch.complex(parts, -parts) if p.is_complex() else parts
+    if how == "function":
+        distclip.clip_grad_value_(model, bounds)
+    else:
+        policy = distclip.ValueClip(bounds) if how == "ValueClip" else Bounds(low, high)
+        distclip.Clipper(model, policy, nonfinite="propagate").clip_()
+    for p in model:
+        most = torch.finfo(p.dtype).max
+        least = low if low == -inf else max(low, -most)
+        largest = high if high == inf else min(high, most)
+        expected = LARGE.to(p.dtype.to_real()).double().clamp(least, largest)
+        grads = [p.grad.real, -p.grad.imag] if p.is_complex() else [p.grad]
+        want = [expected, -(-LARGE.double()).clamp(least, largest)][: len(grads)]
+        for grad, wanted in zip(grads, want, strict=True):
+            assert torch.equal(grad.double().nan_to_num(7.0), wanted.to(grad.dtype).double().nan_to_num(7.0))
+
+
+def test_a_step_with_bounds_beyond_the_range_counts_once(decided_on):
+    model = small().half()
+    fill(model, 0)
+    clipper = distclip.Clipper(model, Bounds(-1e300, 1e5))
+    before = whole_gradients(model.parameters())
+    clipper.step(SGD(model.parameters(), lr=0.1))
+    assert (clipper.steps, clipper.state_dict()["policy"]["n"].item()) == (1, 1.0)
+    assert same_bits([before, whole_gradients(model.parameters())])
+
+
 def test_measure_changes_nothing():
     model = small()
     clipper = distclip.Clipper(model, distclip.AutoClip(window=4, max_norm=0.5))

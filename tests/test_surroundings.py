@@ -87,6 +87,48 @@ def test_values_are_clamped_wherever_it_is_asked(where):
     assert all(gradient.abs().max() <= 0.5 for gradient in gradients(net))
 
 
+@pytest.mark.parametrize("use", ROADS, ids=lambda use: use.__name__)
+@pytest.mark.parametrize("made", [0, 1, 2, 3])
+def test_gradients_made_in_inference_mode_are_scaled(use, made):
+    net, same = model(), model()
+    use(same, 2.0)
+    with torch.inference_mode():
+        for parameter in list(net.parameters())[made:]:
+            parameter.grad = parameter.grad.clone()
+        use(net, 2.0)
+    assert gradients(net)[-1].is_inference()
+    assert all(map(torch.equal, gradients(net), gradients(same)))
+
+
+def test_values_of_gradients_made_in_inference_mode_are_clamped():
+    for policy in (None, distclip.ValueClip(0.5)):
+        with torch.inference_mode():
+            net = model()
+            assert gradients(net)[0].is_inference()
+            if policy is None:
+                distclip.clip_grad_value_(net.parameters(), 0.5)
+            else:
+                distclip.Clipper(net, policy).clip_()
+        assert max(gradient.abs().max().item() for gradient in gradients(net)) == 0.5
+
+
+def test_what_is_kept_of_a_step_in_inference_mode_is_ordinary():
+    net = model()
+    clipper = distclip.Clipper(net, distclip.AutoClip(percentile=50, window=4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for scale in (1.0, 1.0, 9.0):
+        with torch.inference_mode():
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, scale)
+            clipper.step(optimizer)
+    assert not any(value.is_inference() for value in clipper.state_dict()["policy"].values())
+    for parameter in net.parameters():
+        parameter.grad = torch.full(parameter.shape, 9.0)
+    want = true_norm(gradients(net)) / 9
+    assert clipper.step(optimizer).max_norm.item() == pytest.approx(5 * want, rel=1e-6)  # between 1, 1, 9 and 9
+    assert int(clipper.state_dict()["policy"]["count"]) == 4
+
+
 @pytest.mark.parametrize("where", SURROUNDINGS)
 def test_a_clipper_made_in_surroundings_steps_outside_of_them(where):
     net, policy = model(), distclip.AutoClip(percentile=50, max_norm=0.5)

@@ -9,7 +9,7 @@ Private torch API, read in 2.13 (docs/design.md has the places): ``_foreach_norm
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from math import inf
+from math import inf, isinf
 from typing import Any
 
 import torch
@@ -58,14 +58,15 @@ def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None = None) -> None:
-    """Clamp every tensor in place to [low, high], both numbers or both 0-d on their device; NaN stays NaN.
+    """Clamp every tensor in place to [low, high], both numbers or both 0-d float64 on their device; NaN stays NaN.
 
-    ``unless``: 0-d bool on their device; where it is true nothing changes.
+    Bounds that a dtype cannot hold become the largest numbers that it can; inf is no bound. ``unless``: 0-d bool on
+    their device; where it is true nothing changes.
     """
     for same in _alike(tensors):
         if unless is None and not isinstance(low, Tensor):
-            torch._foreach_clamp_min_(same, low)
-            torch._foreach_clamp_max_(same, high)
+            torch._foreach_clamp_min_(same, _held(low, same[0].dtype))
+            torch._foreach_clamp_max_(same, _held(high, same[0].dtype))
             continue
         floor, ceiling = _bound(low, same[0], unless, -inf), _bound(high, same[0], unless, inf)
         for tensor in _joined(same):
@@ -74,8 +75,17 @@ def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None
 
 def _bound(bound: Any, like: Tensor, unless: Tensor | None, free: float) -> Tensor:
     """``bound`` in the dtype of ``like``, and ``free`` where nothing may change."""
-    number = bound.to(like.dtype, copy=True) if isinstance(bound, Tensor) else like.new_full((), bound)
+    held = _held(bound, like.dtype)
+    number = held.to(like.dtype, copy=True) if isinstance(held, Tensor) else like.new_full((), held)
     return number if unless is None else number.masked_fill_(unless, free)
+
+
+def _held(bound: Any, dtype: torch.dtype) -> Any:
+    """``bound`` as ``dtype`` can hold it: where it is finite, within the range of its finite numbers."""
+    most = torch.finfo(dtype).max
+    if isinstance(bound, Tensor):
+        return bound if dtype.itemsize == 8 else torch.where(bound.isinf(), bound, bound.clamp(-most, most))
+    return bound if isinf(bound) else min(max(bound, -most), most)
 
 
 def _norm(tensor: Tensor, p: float) -> Tensor:

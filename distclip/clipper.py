@@ -434,7 +434,7 @@ class Clipper:
         elsewhere = frozenset[int]().union(*(other._ids for other in alive()))
         for optimizer in optimizers:
             held = {id(parameter): parameter for parameter in held_by(optimizer)}
-            foreign = [p for i, p in held.items() if i not in known]
+            foreign = [p for i, p in held.items() if i not in known and p.requires_grad]  # frozen ones are not stepped
             if len(foreign) < len(held):
                 foreign = [p for p in foreign if id(p) not in elsewhere]
             if foreign:

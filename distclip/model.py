@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -70,18 +70,22 @@ def chosen(listed: Sequence[Held], only: ParameterFilter | None) -> Sequence[Hel
     return kept
 
 
+requires_grad = attrgetter("requires_grad")
+
+
 class Reading:
     """The parameters that some modules held when they were read, to see in each call whether they still do.
 
-    Keeps the modules alive: their parameters are kept by the Clipper anyway.
+    Frozen ones may come and go, as a target network that is copied anew, while they stay frozen. Keeps the modules and
+    parameters alive: a Clipper keeps most of them anyway.
     """
 
-    __slots__ = ("_empty", "_ids", "_models", "_shown", "_tables")
+    __slots__ = ("_empty", "_frozen", "_known", "_models", "_shown", "_tables")
 
     def __init__(self, models: Iterable[nn.Module], holders: Iterable[Tensor]) -> None:
-        """``holders`` are kept alive by the caller, so that no other tensor gets the id of one."""
         self._models = list(models)
-        self._ids = frozenset(map(id, holders))
+        self._known = {id(holder): holder for holder in holders}
+        self._frozen: list[Tensor] = []  # that have come or gone since
         self._tables: list[dict[str, Any]] | None = None
         self._empty: list[dict[str, Any]] = []  # tables too: to see that they are still empty takes a third of the time
         self._shown: list[Any] = []
@@ -92,15 +96,19 @@ class Reading:
         Where no module has got or lost a parameter or a child since the latest look that found nothing, that is all
         there is to see: 0.1 us a parameter.
         """
-        if self._tables is not None and not any(self._empty):
+        if self._tables is not None and not any(self._empty) and not any(map(requires_grad, self._frozen)):
             shown = list(chain.from_iterable(map(dict.values, self._tables)))
             if len(shown) == len(self._shown) and all(map(is_, shown, self._shown)):
                 return None
         found = once(held_in(self._models))
         copies = managed_anywhere()[1]  # which FSDP2 may show, and of which nothing is known here
         shown = [item for item in found if id(item.holder) not in copies]
-        new = next((item for item in shown if id(item.holder) not in self._ids), None)
-        if new is None and (len(shown) < len(found) or len(holders_of(found)) == len(self._ids)):
+        came = [item for item in shown if id(item.holder) not in self._known]
+        new = next((item for item in came if item.holder.requires_grad), None)
+        here = {id(item.holder) for item in found}
+        gone = [] if len(shown) < len(found) else [p for number, p in self._known.items() if number not in here]
+        if new is None and not any(p.requires_grad or p.grad is not None for p in gone):
+            self._frozen = [*(item.holder for item in came), *gone]
             self._remember()
             return None
         what = "lost parameters" if new is None else f"has another {new.piece.name}"

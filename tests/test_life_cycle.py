@@ -158,6 +158,65 @@ def test_what_leaves_the_parameters_in_place_is_no_change(way):
     assert loop.clipper.report.norm.item() == pytest.approx(want, rel=1e-6)
 
 
+def frozen_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+@pytest.mark.parametrize("way", ["step", "clip_", "attach"])
+def test_frozen_modules_come_and_go_while_they_stay_frozen(way):
+    loop = Loop(way)
+    loop.model.zero_grad()
+    loop.model[0].target = frozen_copy(loop.model[0])
+    loop.clipper.measure()
+    for _ in range(3):
+        loop.model[0].target = frozen_copy(loop.model[0].target)  # as DQN and BYOL do
+        loop.optimizer.zero_grad()
+        back(loop.model)
+        want = true_norm(whole_gradients(p for p in loop.model.parameters() if p.grad is not None))
+        before = values(loop.model)
+        loop.step()
+        assert loop.clipper.report.norm.item() == pytest.approx(want, rel=1e-6)
+        moved = [a - b for a, b in zip(values(loop.model), before, strict=True)]
+        assert true_norm(moved) == pytest.approx(1.0, rel=1e-5)
+    loop.model[0].target.weight.requires_grad_(True)
+    with pytest.raises(distclip.LayoutError, match=r"the model has another 0\.target\.weight"):
+        loop.step()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("way", ["step", "attach"])
+def test_a_module_that_was_frozen_from_the_start_may_be_replaced_by_a_frozen_one(way, trains):
+    model = small()
+    model[0].teacher = frozen_copy(model[1])
+    optimizer = SGD(model.parameters(), lr=1.0)
+    clipper = distclip.attach(optimizer, model, 1.0) if way == "attach" else distclip.Clipper(model, 1.0)
+    step = optimizer.step if way == "attach" else lambda: clipper.step(optimizer)
+    back(model)
+    step()
+    old, model[0].teacher = model[0].teacher, frozen_copy(model[1]).requires_grad_(trains)
+    if trains:
+        with pytest.raises(distclip.LayoutError, match=r"the model has another 0\.teacher"):
+            step()
+        return
+    step()
+    old.requires_grad_(True)  # elsewhere, and its gradient would be in the norm
+    with pytest.raises(distclip.LayoutError, match="the model lost parameters"):
+        step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_may_hold_frozen_parameters_that_are_new(fused):
+    model = small()
+    clipper = distclip.Clipper(model, 1.0)
+    model[0].target = frozen_copy(model[0])
+    optimizer = SGD(model.parameters(), lr=1.0, fused=fused)
+    back(model)
+    assert clipper.step(optimizer).coef.item() < 1
+    model[0].target.bias.requires_grad_(True)
+    with pytest.raises(distclip.LayoutError, match="the model has another"):
+        clipper.step(optimizer)
+
+
 def test_a_model_in_which_nothing_has_changed_is_not_walked_through(monkeypatch):
     loop = Loop("step")
     monkeypatch.setattr("distclip.model.held_in", lambda models: pytest.fail("walked through again"))

@@ -135,6 +135,43 @@ def test_gradients_that_come_to_share_memory_in_a_later_step_are_refused_by_name
             clip()
 
 
+def apart_from(block: Tensor) -> list[Tensor]:
+    return [torch.ones(4), block[:4].clone(), torch.ones(4), block[:4].clone()]
+
+
+def neighbours_in(block: Tensor) -> list[Tensor]:
+    """The first two in one run."""
+    return [block[:4], block[4:8], torch.ones(4), torch.ones(4)]
+
+
+OVERLAPS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "by half": lambda block: (block[8:12], block[10:14]),
+    "by one element": lambda block: (block[8:12], block[11:15]),
+}
+
+
+@pytest.mark.parametrize("use", ["function", "clipper"])
+@pytest.mark.parametrize("lie", [apart_from, neighbours_in])
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("after", [1, 2, 4, 6])
+def test_views_that_come_to_overlap_in_a_later_step_are_refused_by_name(after, overlap, lie, use):
+    parameters = [Parameter(torch.zeros(4)) for _ in range(4)]
+    clipper = distclip.Clipper(ParameterList(parameters), 1.0)
+    clip = clipper.clip_ if use == "clipper" else lambda: distclip.clip_grad_norm_(parameters, 1.0)
+    for k in range(after + 1):
+        block = torch.ones(16)
+        gradients = lie(block)
+        if k == after:
+            gradients[2:] = OVERLAPS[overlap](block)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if k < after:
+            clip()
+            continue
+        with pytest.raises(distclip.LayoutError, match=r"gradients of (parameter )?2.* and (parameter )?3.* share"):
+            clip()
+
+
 def test_gradients_whose_data_comes_to_be_that_of_another_are_refused():
     parameters = [Parameter(torch.zeros(5)) for _ in range(3)]
     for parameter in parameters:

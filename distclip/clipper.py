@@ -24,10 +24,9 @@ from .group import Axis, ClippingGroup, reads_are_free
 from .joining import joinable_in, refuse_join
 from .kernels import clamp_, scale_
 from .layout import LayoutFn
-from .measured import NOTHING, Measured
+from .measured import Measured
 from .model import ParameterFilter, Reading, chosen, held_in, parts_of
 from .outcome import Outcome, Stepping, decided
-from .overlap import Overlap
 from .piece import gradients_of, holders_of, once
 from .plan import Plan
 from .policies import Policy, State
@@ -78,7 +77,6 @@ class Options(TypedDict, total=False):
     norm_type: float
     nonfinite: Literal["skip", "raise", "propagate"]
     max_consecutive_skips: int | None
-    overlap: bool
 
 
 class Clipper:
@@ -95,10 +93,6 @@ class Clipper:
     * ``nonfinite``: what a norm that is not finite does. ``"skip"``: no rank steps and gradients stay as they are.
       ``"raise"``: NonFiniteError on every rank, gradients untouched. ``"propagate"``: scale and step, as torch does.
     * ``max_consecutive_skips``: so many non-finite steps in a row are skipped; the next raises NonFiniteError.
-    * ``overlap``: take the sums during the backward, from FSDP2's and DDP's hooks (on GPUs only where DISTCLIP_TRITON=1
-      asks for kernels that have not run on one yet). DDP must have ``gradient_as_bucket_view=True`` and no
-      communication hook of its own. Until the call nothing but a factor may change gradients: value clipping of
-      DTensors by torch, or rows written through ``.data``, are not seen.
 
     The parameters of all ranks, ``norm_type`` and the policy are compared once, here, by two all-reduces of a word or
     two a parameter, and ranks that should hold copies must hold the same values: LayoutError or ValueError on all ranks
@@ -149,7 +143,6 @@ class Clipper:
         norm_type: float = 2.0,
         nonfinite: Literal["skip", "raise", "propagate"] = "skip",
         max_consecutive_skips: int | None = None,
-        overlap: bool = False,
     ) -> None:
         where = ClippingGroup.of(group)
         parts: list[nn.Module] = []
@@ -196,7 +189,6 @@ class Clipper:
         self._compares_axes = bool(split_over) and where.size > 1
         self._compare_in = 1.0 if self._compares_axes or has_copies(self._plan) else inf  # the next call that compares
         self._reading = Reading(parts, holders_of(everything))
-        self._overlap = Overlap(parts, self._plan, self._holders) if overlap else None
         self._joinable = joinable_in(parts)
         self._broken_off = BrokenOff(where.size > 1)
         _alive[id(self)] = self
@@ -484,8 +476,6 @@ class Clipper:
         self._broken_off.decided()
         self._loaded = 0
         self._report = outcome.report
-        if self._overlap is not None:
-            self._overlap.forget()
         return outcome
 
     def _remember(self, state: State) -> None:
@@ -510,8 +500,6 @@ class Clipper:
                 )
         claim(scaler, optimizers, self)
         unscale_(scaler, optimizers)
-        if self._overlap is not None:
-            self._overlap.forget()
         try:
             outcome = self._advance(skips_on_device, fault)
         except NonFiniteError:
@@ -524,16 +512,13 @@ class Clipper:
     def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
         """Measure; raise ``fault`` where it is given, once all ranks have met."""
         gradients = gradients_of(self._holders)
-        taken = NOTHING if self._overlap is None else self._overlap.taken(gradients)
         steps = tag == self._steps
         call = self._named(f"step {self._steps}" if steps else f"measure() in step {self._steps}")
         if self._loaded:
             tag, call = tag + self._loaded, f"{call} after loading a state (hash {self._loaded:x})"
         compares = steps and self._calls >= self._compare_in and not in_capture(self._plan.device)
         tag += TURN * self._number + COMPARING * compares + self._decided
-        measured = self._plan.measure(
-            gradients, self._holders, tag, self._realigns, taken=taken, fault=fault, call=call
-        )
+        measured = self._plan.measure(gradients, self._holders, tag, self._realigns, fault=fault, call=call)
         if compares and compare_gradients(self._plan, measured):
             if self._compares_axes:
                 compare_axes(self._plan, self._holders, measured)

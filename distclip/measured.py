@@ -1,4 +1,4 @@
-"""What a plan finds when it measures gradients, and what it was told of them before."""
+"""What a plan finds when it measures gradients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .kernels.triton import Slots
 from .words import Reduced
 
 
@@ -20,22 +19,6 @@ class Norms:
     norms: Tensor
     indices: Sequence[int]
     parts: Sequence[Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What was summed of blocks of gradients before, and the sources in these blocks.
-
-    ``amounts``: what :meth:`Plan.sum_on_host` gave for each. ``slots``: norms on an accelerator, which knows itself
-    whether they still hold.
-    """
-
-    amounts: Sequence[float] = ()
-    sources: frozenset[int] = frozenset()
-    slots: Slots | None = None
-
-
-NOTHING = Taken()
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,11 +43,7 @@ class Run:
 
     def order(self) -> tuple[int, int]:
         """Runs are summed in the order of the parameters, not of addresses, which differ from process to process."""
-        return min(self.tensors()), self.start
-
-    def tensors(self) -> list[int]:
-        """The tensors that it goes through."""
-        return [self.first, *(k for k, _ in self.others)] if self.others else [self.first]
+        return min((self.first, *(k for k, _ in self.others))), self.start
 
 
 Shares: TypeAlias = Sequence[tuple[int, Sequence[int]]]
@@ -81,7 +77,6 @@ class Gathered:
     * ``shares``: how many ranks hold the same elements, and which of ``runs`` those are.
     * ``tensors``: one for each gradient that exists, and ``spans``: which of them, and what of it, each piece is.
     * ``indices``: which pieces these are.
-    * ``owners``: the sources that each of ``runs`` is made of.
     * ``wide``: whether some of them are float64, which their parameters need not be.
     """
 
@@ -90,7 +85,6 @@ class Gathered:
     tensors: Sequence[Tensor]
     spans: Sequence[tuple[int, slice | None]]
     indices: Sequence[int]
-    owners: Sequence[frozenset[int]]
     wide: bool
 
     def parts(self) -> list[Tensor]:
@@ -111,7 +105,6 @@ class Runs:
         "_gaps",
         "_indices",
         "_numels",
-        "_owners",
         "_runs",
         "_shares",
         "_spans",
@@ -132,8 +125,6 @@ class Runs:
         indices: list[int],
     ) -> None:
         present = [g for g in gradients if g is not None]
-        sources = [source for source, g in enumerate(gradients) if g is not None]
-        self._owners = [frozenset(map(sources.__getitem__, run.tensors())) for run in runs]
         self._types = list(map(type, gradients))
         self._gaps = len(present) < len(gradients)
         self._specs: list[Any] | None = None
@@ -199,7 +190,7 @@ class Runs:
         runs = None if tensors is None else self._found_in(tensors, same)
         if runs is None:
             return None
-        return Gathered(runs, self._shares, tensors, self._spans, self._indices, self._owners, self._wide)
+        return Gathered(runs, self._shares, tensors, self._spans, self._indices, self._wide)
 
     def are_there(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these are the very tensors, at the same addresses: what changes one of them in place moves it.

@@ -9,7 +9,7 @@ rank's memory, which no other rank needs to know.
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from math import inf, isnan, nan
+from math import inf
 from warnings import warn
 from zlib import crc32
 
@@ -23,7 +23,7 @@ from .gradient import Local, look_at
 from .group import Axis, ClippingGroup, has_float64
 from .kernels import largest, local_norms, norms_on_host, power_sum, triton
 from .layout import Holding, LayoutFn, LayoutReader
-from .measured import NOTHING, Measured, Norms, Taken
+from .measured import Measured, Norms
 from .neighbours import WIDE, Gathered, Memory, shares_of
 from .piece import Held, Piece, holders_of, once
 from .realign import is_candidate, realign
@@ -119,7 +119,6 @@ class Plan:
         tag: int = 0,
         eager: bool = False,
         same: bool = False,
-        taken: Taken = NOTHING,
         fault: LayoutError | None = None,
         call: str = "",
     ) -> Measured:
@@ -127,7 +126,7 @@ class Plan:
 
         One all-reduce if the group has one. Where its answers say that gradients wait to be realigned, that is done,
         stored in the ``.grad`` of ``holders`` if they are given, and measured again; ``eager`` realigns first, which
-        every rank must then do. ``same``: they are the very tensors of the last time. ``taken``: sums of some of them.
+        every rank must then do. ``same``: they are the very tensors of the last time.
         Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is mixed into the agreement
         word; ``call`` is what errors say of this rank where others do not agree. An error of this rank is raised after
         it has taken part, and so is a ``fault`` that it is given, with what the others say.
@@ -136,7 +135,7 @@ class Plan:
         if eager:
             gradients, found = self._realigned(gradients, holders)
             error = error or found
-        gathered, local, norms, reduced = self._reduced(gradients, error, tag, call, same, taken)
+        gathered, local, norms, reduced = self._reduced(gradients, error, tag, call, same)
         wide = self.wide or gathered.wide
         if self.heeds:
             _, disagree, (misplaced, wide) = reduced.read()
@@ -216,7 +215,6 @@ class Plan:
         tag: int,
         call: str,
         same: bool = False,
-        taken: Taken = NOTHING,
     ) -> tuple[Gathered, Local | None, Norms | None, Reduced]:
         """Sum what this rank has and make it global; Local where the gradients had to be looked at one by one.
 
@@ -225,8 +223,8 @@ class Plan:
         """
         try:
             gathered, local = self._gathered(gradients, error, same)
-            norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices, taken)
-            mine = self._sum_gathered(gathered, taken) if norms is None else self._sum_of(norms)
+            norms = None if self.on_host else self._norms(gathered.parts(), gathered.indices)
+            mine = self._sum_gathered(gathered) if norms is None else self._sum_of(norms)
         except FAILURES as failed:
             found, questions = self._named(gradients, failed), (False, self.wide) if self.asks else ()
             tell_others(self.group, self.device, self.p, questions, found, call)
@@ -286,30 +284,18 @@ class Plan:
             return gathered, local
         spans = [(k, None) for k in range(len(local.parts))]
         shares = shares_of(self.replicas[i] for i in local.indices)
-        owners = [frozenset([self.sources[i]]) for i in local.indices]
         wide = any(part.dtype in WIDE for part in local.parts)
-        return Gathered(local.parts, shares, local.parts, spans, local.indices, owners, wide), local
+        return Gathered(local.parts, shares, local.parts, spans, local.indices, wide), local
 
-    def sum_on_host(self, tensors: Sequence[Tensor], replicas: int) -> float:
-        """The sum of powers over replicas, or the largest norm, of tensors on the CPU."""
-        return largest(tensors) if self.p == inf else power_sum(tensors, self.p) / replicas
-
-    def _sum_gathered(self, gathered: Gathered, taken: Taken) -> float:
-        """The same of all gradients, of which some were summed before."""
-        amounts: list[float] = []
-        rest: Sequence[int] = range(len(gathered.runs))
-        if taken.sources:
-            left = [k for k, owners in enumerate(gathered.owners) if not owners <= taken.sources]
-            if all(gathered.owners[k].isdisjoint(taken.sources) for k in left):  # no run goes across blocks
-                amounts, rest = list(taken.amounts), left
-        wanted = set(rest) if taken.sources else None
-        for replicas, these in gathered.shares:
-            runs = gathered.runs
-            if wanted is not None or len(these) < len(runs):
-                runs = [runs[k] for k in these if wanted is None or k in wanted]
-            amounts.append(self.sum_on_host(runs, replicas))
+    def _sum_gathered(self, gathered: Gathered) -> float:
+        """The sum of powers over replicas, or the largest norm, of gradients on the CPU."""
+        runs = gathered.runs
         if self.p == inf:
-            return nan if any(map(isnan, amounts)) else max(amounts, default=0.0)
+            return largest(runs)
+        amounts = []
+        for replicas, these in gathered.shares:
+            alike = runs if len(these) == len(runs) else [runs[k] for k in these]
+            amounts.append(power_sum(alike, self.p) / replicas)
         return sum(amounts, 0.0)
 
     def _sum_of(self, norms: Norms) -> Word:
@@ -326,23 +312,21 @@ class Plan:
             mine = torch.dot(norms.norms.pow(self.p), weights)
         return mine.item() if self.device.type == "cpu" else mine
 
-    def _norms(self, parts: Sequence[Tensor], indices: Sequence[int], taken: Taken = NOTHING) -> Norms:
-        """Norms of ``parts``, of which some were ``taken`` before."""
+    def _norms(self, parts: Sequence[Tensor], indices: Sequence[int]) -> Norms:
+        """Norms of ``parts``, which are those of the pieces ``indices``."""
         devices = {t.device for t in parts}
         if len(devices) == 1:
-            return Norms(self._norms_on(devices.pop(), parts, indices, taken), indices, parts)
+            return Norms(self._norms_on(devices.pop(), parts), indices, parts)
         found: dict[int, Tensor] = {}
         for device in devices:
             here = [i for i, t in enumerate(parts) if t.device == device]
-            norms = self._norms_on(device, [parts[i] for i in here], [indices[i] for i in here], taken)
+            norms = self._norms_on(device, [parts[i] for i in here])
             found |= zip(here, norms.unbind(), strict=True)
         every = [found[i] for i in range(len(parts))]
         return Norms(torch.stack(every) if every else self.weights.new_zeros(0), indices, parts)
 
-    def _norms_on(self, device: torch.device, parts: Sequence[Tensor], indices: Sequence[int], taken: Taken) -> Tensor:
+    def _norms_on(self, device: torch.device, parts: Sequence[Tensor]) -> Tensor:
         """Norms of ``parts``, all of them on ``device``, brought to the plan's own."""
-        if taken.slots is not None and taken.slots.device == device:
-            return sent(triton.remaining_norms(parts, self.p, taken.slots, indices), self.device)
         norms = local_norms(parts, self.p) if has_float64(device) else norms_on_host(parts, self.p)
         return sent(norms, self.device)
 

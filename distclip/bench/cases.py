@@ -155,16 +155,7 @@ CASES = [
     Case(
         name="train-step-clipper",
         what="a training step of a GPT of 4 layers of width 256 with FSDP2: Clipper.step over no clipping",
-        build=partial(training_step, overlap=False),
-        goal=1.03,
-        at_most=True,
-        over=("distclip", "torch"),
-        rounds=60,
-    ),
-    Case(
-        name="train-step-overlap",
-        what="the same with Clipper(overlap=True)",
-        build=partial(training_step, overlap=True),
+        build=training_step,
         goal=1.03,
         at_most=True,
         over=("distclip", "torch"),

@@ -69,11 +69,11 @@ def optimizer_step(place: Place, subject_of: SubjectOf, *, clips: bool) -> Conte
     return Contest(calls=calls, prepare=prepare, norm=norm, max_norm=max_norm, group=subject.group)
 
 
-def training_step(place: Place, *, overlap: bool) -> Contest:
-    """A whole step of training a small GPT, without clipping and with it. Each has a model of its own: hooks stay."""
+def training_step(place: Place) -> Contest:
+    """A whole step of training a small GPT, without clipping and with it. Each has a model of its own."""
     bare, clipped = (gpt(place, layers=4, width=256, time=64, batch=8) for _ in range(2))
     norm, max_norm = norm_and_bound(clipped, clips=True)
-    holder = distclip.Clipper(clipped.model, max_norm, overlap=overlap)
+    holder = distclip.Clipper(clipped.model, max_norm)
     bare_optimizer, optimizer = still_adamw(bare.model), still_adamw(clipped.model)
 
     def without_clipping() -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import foreach
 from .choice import available as available, check_choice as check_choice, chosen as chosen
-from .slots import Slots as Slots
 from .table import Table, block_size, fits, table_of
 
 WARPS = 8
@@ -27,40 +26,18 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     compiles.
     """
     norms = tensors[0].new_zeros(len(tensors), dtype=torch.float64)
-    _put_norms(_real(tensors, p), p, norms, range(len(tensors)), None)
-    return norms
-
-
-def remaining_norms(tensors: Sequence[Tensor], p: float, slots: Slots, places: Sequence[int]) -> Tensor:
-    """The same, where :func:`take_norms` has put some into ``slots``: only what has changed since is summed again.
-
-    A norm counts where the tensor of the same one of ``places`` lies where it lay and its samples are the same. One
-    launch more a dtype looks at that.
-    """
-    parts = _real(tensors, p)
-    _put_norms(parts, p, slots.norms, places, slots)
-    return slots.norms_at(places, empty=[k for k, part in zip(places, parts, strict=True) if not part.numel()])
-
-
-def take_norms(tensors: Sequence[Tensor], p: float, slots: Slots, places: Sequence[int]) -> bool:
-    """Put the p-norm of each tensor into ``slots`` at its place, with what shows later whether it has changed.
-
-    Three launches a dtype on the current stream. False, and nothing done, where a tensor is none that the kernels read.
-    """
-    from . import device
-
-    parts = _real(tensors, p)
+    parts = [torch.view_as_real(t) if t.is_complex() and p == 2.0 else t for t in tensors]
     groups, others = _groups(parts)
-    if others:
-        return False
-    with torch.cuda.device(slots.norms.get_device()):
-        for dtype, indices in groups.items():
-            table = table_of([parts[i] for i in indices], [places[i] for i in indices])
+    with torch.cuda.device(norms.get_device()):  # -1 on the CPU: none
+        for dtype, places in groups.items():
+            table = table_of([parts[i] for i in places], places)
             if table is None:
-                return False
-            device.look[(len(indices),)](table.rows, *slots.kept(), _triton_dtype(dtype), False, num_warps=1)
-            _launch_sums(table, dtype, p, slots.norms, None)
-    return True
+                others += places
+            else:
+                _launch_sums(table, dtype, p, norms)
+    if others:
+        torch._foreach_copy_([norms[i] for i in others], foreach.norms([parts[i] for i in others], p))
+    return norms
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
@@ -88,51 +65,23 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
         foreach.multiply_([parts[i] for i in others], coef)
 
 
-def _put_norms(parts: Sequence[Tensor], p: float, norms: Tensor, places: Sequence[int], slots: Slots | None) -> None:
-    """Write the norm of each tensor to its place, but for those that are known in ``slots`` and unchanged."""
+def _launch_sums(table: Table, dtype: torch.dtype, p: float, norms: Tensor) -> None:
+    """Norms of the tensors of a table, by their places in ``norms``."""
     from . import device
 
-    groups, others = _groups(parts)
-    with torch.cuda.device(norms.get_device()):  # -1 on the CPU: none
-        for dtype, indices in groups.items():
-            table = table_of([parts[i] for i in indices], [places[i] for i in indices])
-            if table is None:
-                others += indices
-                continue
-            if slots is not None:
-                device.look[(len(indices),)](table.rows, *slots.kept(), _triton_dtype(dtype), True, num_warps=1)
-            _launch_sums(table, dtype, p, norms, None if slots is None else slots.known)
-    if others:
-        torch._foreach_copy_([norms[places[i]] for i in others], foreach.norms([parts[i] for i in others], p))
-
-
-def _launch_sums(table: Table, dtype: torch.dtype, p: float, norms: Tensor, known: Tensor | None) -> None:
-    """Norms of the tensors of a table, by their places in ``norms``; not of those that are ``known``."""
-    from . import device
-
-    block, asks = block_size(dtype), known is not None
+    block = block_size(dtype)
     sums = norms.new_empty(len(table.row_of_block))
-    marks = sums if known is None else known
     device.block_sums[(len(sums),)](
         table.rows,
         table.row_of_block,
         sums,
-        marks,
         _triton_dtype(dtype),
         float(p),
         block,
         16 // dtype.itemsize,
-        asks,
         num_warps=WARPS,
     )
-    device.norms_of_rows[(len(table.rows),)](
-        table.rows, sums, norms, marks, float(p), block, FINISH, asks, num_warps=WARPS
-    )
-
-
-def _real(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
-    """Complex numbers as pairs where their moduli are not needed."""
-    return [torch.view_as_real(t) if t.is_complex() and p == 2.0 else t for t in tensors]
+    device.norms_of_rows[(len(table.rows),)](table.rows, sums, norms, float(p), block, FINISH, num_warps=WARPS)
 
 
 def _groups(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[int]], list[int]]:

@@ -1,4 +1,4 @@
-"""The code that runs on the device: four kernels over a table of tensors. Importing this file imports Triton.
+"""The code that runs on the device: three kernels over a table of tensors. Importing this file imports Triton.
 
 A block is ``block`` neighbouring elements in memory, the work of one program. Blocks begin at cache lines, not at the
 tensor, so a full block is read in 16-byte loads wherever the tensor begins; only a tensor's first and last block may
@@ -11,10 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from . import slots
-
 COLUMNS = tl.constexpr(5)  # int64: address of a cache line, begin, end (elements from there), first block, place
-SAMPLES = tl.constexpr(slots.SAMPLES)
 PIECES = tl.constexpr(8)  # where speed does not count, a block goes in so many turns: fewer registers, less code
 
 TINY = tl.constexpr(1e-26)  # a block's fp32 sum above it lost at most 16384 * 2**-126 / TINY = 2e-8 to underflow
@@ -22,7 +19,7 @@ TINY = tl.constexpr(1e-26)  # a block's fp32 sum above it lost at most 16384 * 2
 
 # One kernel for arguments of any alignment: it changes no load that counts, and nothing may be compiled in the middle
 # of a run, or of a capture, because a table has an odd number of rows.
-ARGUMENTS = ("rows", "row_of_block", "sums", "norms", "coef", "known", "where", "samples")
+ARGUMENTS = ("rows", "row_of_block", "sums", "norms", "coef")
 
 
 def jit(function: Callable[..., object]) -> Any:
@@ -35,25 +32,17 @@ def block_sums(
     rows: tl.tensor,
     row_of_block: tl.tensor,
     sums: tl.tensor,
-    known: tl.tensor,
     dtype: tl.constexpr,
     p: tl.constexpr,
     block: tl.constexpr,
     run: tl.constexpr,
-    asks: tl.constexpr,
 ) -> None:
     """One slot of ``sums`` = sum(|x| ** p) over a block, or max(|x|) for p = inf; one program a block.
 
     ``sums``: float64, a slot for every block, so that their order cannot change a bit. ``run``: elements in 16 bytes.
-    ``asks``: only of tensors that are not ``known``, int32 by their places.
     """
-    wanted = True
-    if asks:
-        row = rows + COLUMNS * tl.load(row_of_block + tl.program_id(0)).to(tl.int64)
-        wanted = tl.load(known + tl.load(row + 4)) == 0
-    if wanted:
-        start, begin, end = _block(rows, row_of_block, dtype, block)
-        tl.store(sums + tl.program_id(0), _sum(start, begin, end, p, block, run))
+    start, begin, end = _block(rows, row_of_block, dtype, block)
+    tl.store(sums + tl.program_id(0), _sum(start, begin, end, p, block, run))
 
 
 @jit
@@ -61,58 +50,13 @@ def norms_of_rows(
     rows: tl.tensor,
     sums: tl.tensor,
     norms: tl.tensor,
-    known: tl.tensor,
     p: tl.constexpr,
     block: tl.constexpr,
     width: tl.constexpr,
-    asks: tl.constexpr,
 ) -> None:
-    """norms[place] = the p-norm from the block sums, added in a fixed order; one program a tensor.
-
-    ``asks``: only of tensors that are not ``known``, int32 by their places.
-    """
+    """norms[place] = the p-norm from the block sums, added in a fixed order; one program a tensor."""
     row = rows + COLUMNS * tl.program_id(0)
-    place = tl.load(row + 4)
-    wanted = True
-    if asks:
-        wanted = tl.load(known + place) == 0
-    if wanted:
-        tl.store(norms + place, _norm(row, sums, p, block, width))
-
-
-@jit
-def look(
-    rows: tl.tensor,
-    known: tl.tensor,
-    where: tl.tensor,
-    samples: tl.tensor,
-    dtype: tl.constexpr,
-    compares: tl.constexpr,
-) -> None:
-    """Keep where a tensor lies and some of its elements, or compare them with what was kept; one program a tensor.
-
-    By places: ``known`` int32, ``where`` int64 (2: address, elements), ``samples`` int64 (SAMPLES). What is kept makes
-    a tensor known, unless all samples of a longer one are zeros, which would hide that it is scaled later. What
-    compares unlike makes it unknown.
-    """
-    row = rows + COLUMNS * tl.program_id(0)
-    begin, place = tl.load(row + 1), tl.load(row + 4)
-    numel = tl.load(row + 2) - begin
-    first = tl.load(row).to(tl.pointer_type(dtype)) + begin
-    lane = tl.arange(0, SAMPLES)
-    at = lane * ((numel + SAMPLES - 1) // SAMPLES | 1)  # an odd step, or all might be of one column
-    x = tl.load(first + at, mask=at < numel, other=0.0)
-    bits = _signed_bits(x)
-    address = first.to(tl.int64)
-    if compares:
-        same = tl.min((bits == tl.load(samples + place * SAMPLES + lane)).to(tl.int32))
-        same &= ((tl.load(where + 2 * place) == address) & (tl.load(where + 2 * place + 1) == numel)).to(tl.int32)
-        tl.store(known + place, tl.load(known + place) & same)
-    else:
-        tl.store(samples + place * SAMPLES + lane, bits)
-        tl.store(where + 2 * place, address)
-        tl.store(where + 2 * place + 1, numel)
-        tl.store(known + place, tl.max((x != 0).to(tl.int32)) | (numel <= SAMPLES).to(tl.int32))
+    tl.store(norms + tl.load(row + 4), _norm(row, sums, p, block, width))
 
 
 @jit
@@ -239,16 +183,6 @@ def _bits(x: tl.tensor) -> tl.tensor:
         bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return bits
-
-
-@jit
-def _signed_bits(x: tl.tensor) -> tl.tensor:
-    """The bits of x, converted to fp32 where it is narrower, as int64."""
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True)
-    else:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
     return bits
 
 

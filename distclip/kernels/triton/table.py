@@ -11,8 +11,7 @@ from ..flat import is_dense
 LINE = 128  # bytes of a cache line
 BLOCK_BYTES = 1 << 15  # the work of one program: 8 loads of 16 bytes for each of 256 threads, enough to hide latency
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-KEPT = 16  # tables of any size: dtypes times lists of tensors that one process clips; 600 of 1e9 elements: 0.5 MB
-SPARE = 1 << 22  # bytes of more tables: those of the blocks that overlap=True reads one by one
+KEPT = 16  # tables: dtypes times lists of tensors that one process clips; 600 of 1e9 elements: 0.5 MB
 
 Key = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -30,10 +29,6 @@ class Table:
     rows: Tensor
     row_of_block: Tensor
     stream: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + self.row_of_block.nbytes
 
 
 _recent: dict[Key, Table] = {}  # oldest first
@@ -74,7 +69,7 @@ def table_of(tensors: Sequence[Tensor], places: Sequence[int]) -> Table | None:
     if table is None or table.stream != stream:
         table = _build(key, stream)
     _recent[key] = table
-    while len(_recent) > KEPT and sum(table.nbytes for table in _recent.values()) > SPARE:
+    while len(_recent) > KEPT:
         del _recent[next(iter(_recent))]  # freed in the order of its own stream: kernels that still read it come first
     return table
 

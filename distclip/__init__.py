@@ -9,7 +9,8 @@ from .functional import (
     clip_grads_with_norm_ as clip_grads_with_norm_,
     get_total_norm as get_total_norm,
 )
-from .layout import Layout as Layout
+from .layouts.layout import Layout as Layout
+from .plan.source import find_source as find_source
 from .policies import (
     AutoClip as AutoClip,
     Decision as Decision,
@@ -18,6 +19,5 @@ from .policies import (
     ValueClip as ValueClip,
 )
 from .report import Report as Report
-from .source import find_source as find_source
 
 __version__ = "0.1.0"

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .clipper import Clipper, Options
-from .outcome import Stepping
-from .piece import local_tensor
+from .layouts.piece import local_tensor
+from .optimizers.hooks import SKIP, Arguments, guard, held_by, withhold, without_others
+from .optimizers.wrapped import applying, around, steps
 from .policies import Policy
 from .policies.adopt import bound_by_place
 from .report import Report
-from .stepping import SKIP, Arguments, guard, held_by, withhold, without_others
-from .wrapped import applying, around, steps
+from .step.decision import Stepping
 
 _attached: WeakSet[Optimizer] = WeakSet()
 

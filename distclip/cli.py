@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distclip import __version__
-from distclip.complaint import complain
+from distclip.train.complaint import complain
 
 # modules of the extra `train`, under the names to install them by
 EXTRA = {"jsonargparse": "jsonargparse", "rich": "rich", "sklearn": "scikit-learn", "yaml": "PyYAML"}

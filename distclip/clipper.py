@@ -14,30 +14,30 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from .amp import claim, join_found_inf, skipping, unscale_
-from .broken_off import BrokenOff
-from .culprit import find_culprit, nonfinite
 from .errors import FAILURES, LayoutError, NonFiniteError
-from .flags import Flags, in_capture
-from .folding import Folding, Folds, may_skip_on_device
-from .group import Axis, ClippingGroup, reads_are_free
-from .joining import joinable_in, refuse_join
 from .kernels import clamp_, scale_
-from .layout import LayoutFn
-from .measured import Measured
-from .model import ParameterFilter, Reading, chosen, held_in, parts_of
-from .outcome import Outcome, Stepping, decided
-from .piece import gradients_of, holders_of, once
-from .plan import Plan
+from .kernels.transfer import Flags, in_capture
+from .layouts.layout import LayoutFn
+from .layouts.model import ParameterFilter, Reading, chosen, held_in, parts_of
+from .layouts.piece import gradients_of, holders_of, once
+from .optimizers.fused import Folding, Folds, may_skip_on_device
+from .optimizers.hooks import check_optimizers, held_by, skip_next_step
+from .optimizers.scaler import claim, join_found_inf, skipping, unscale_
+from .optimizers.wrapped import around
+from .plan.build import Plan
+from .plan.culprit import find_culprit, nonfinite
+from .plan.measured import Measured
+from .plan.verify import ABSENT, compare_axes, compare_gradients, compare_ranks, has_copies, tell_ranks, verify
 from .policies import Policy, State
 from .policies.adopt import as_policy, bound_by_place, fitting, hash_of, made, spelled, with_keys
 from .policies.answer import is_trusted, refusal_of
 from .policies.checks import count, positive
+from .ranks.group import Axis, ClippingGroup, reads_are_free
 from .report import Culprit, Report
 from .shield import shielded, untraced
-from .stepping import check_optimizers, held_by, skip_next_step
-from .verify import ABSENT, compare_axes, compare_gradients, compare_ranks, has_copies, tell_ranks, verify
-from .wrapped import around
+from .step.broken_off import BrokenOff
+from .step.decision import Outcome, Stepping, decided
+from .step.joining import joinable_in, refuse_join
 
 NONFINITE = ("skip", "raise", "propagate")
 SETTINGS = ("norm_type", "policy", "nonfinite", "max_consecutive_skips", "split_over", "layout", "only")

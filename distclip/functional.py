@@ -20,21 +20,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
-from .culprit import find_culprit, nonfinite
 from .errors import FAILURES, LayoutError
-from .gradient import laid_out
-from .group import Axis, has_float64, reads_are_free
+from .gradients.look import laid_out
+from .gradients.sharing import first_shared, refused
 from .kernels import check_memory, clamp_, scale_, triton
-from .layout import LayoutFn
-from .measured import Measured
-from .piece import held_gradient, holders_of, local_tensor
-from .plan import Plan
+from .layouts.layout import LayoutFn
+from .layouts.piece import held_gradient, holders_of, local_tensor
+from .plan.arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
+from .plan.build import Plan
+from .plan.culprit import find_culprit, nonfinite
+from .plan.measured import Measured
 from .policies.checks import bounds, positive
+from .ranks.group import Axis, has_float64, reads_are_free
+from .ranks.message import Word, clip_coef_on_device, factors, presented, presented_on_device
 from .report import Culprit
-from .sharing import first_shared, refused
 from .shield import shielded
-from .words import Word, clip_coef_on_device, factors, presented, presented_on_device
 
 DISAGREE = (
     "the ranks of the clipping group passed other parameters or settings, lack a gradient that others have, or one of "

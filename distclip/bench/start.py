@@ -18,7 +18,7 @@ from distclip.bench.place import Place, join_launched, join_local, launched, sho
 from distclip.bench.result import Result
 from distclip.bench.rounds import measure
 from distclip.bench.table import heading, line, listing
-from distclip.complaint import complain
+from distclip.train.complaint import complain
 
 MOST = 256  # processes of one machine
 

@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 
 import distclip
 
-from ..amp import is_unscaled, unscale_
-from ..arguments import Parameters
 from ..clipper import Clipper, Options, alive
-from ..fsdp1 import is_flattened
+from ..layouts.fsdp1 import is_flattened
+from ..optimizers.hooks import guard, watch, without_others
+from ..optimizers.scaler import is_unscaled, unscale_
+from ..optimizers.wrapped import refuse_before
+from ..plan.arguments import Parameters
 from ..policies import MaxNorm, Policy
 from ..report import Report
-from ..stepping import guard, watch, without_others
-from ..wrapped import refuse_before
 
 UNSUPPORTED = (DistributedType.MEGATRON_LM, DistributedType.XLA)
 

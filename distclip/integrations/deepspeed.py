@@ -35,11 +35,11 @@ from torch.optim import Optimizer
 from distclip.clipper import Clipper
 from distclip.errors import LayoutError, NonFiniteError
 from distclip.kernels import scale_
-from distclip.layout import Layout, LayoutFn
-from distclip.measured import Measured
-from distclip.outcome import Outcome
+from distclip.layouts.layout import Layout, LayoutFn
+from distclip.plan.measured import Measured
 from distclip.policies import Policy
 from distclip.shield import shielded
+from distclip.step.decision import Outcome
 
 Gradients: TypeAlias = Sequence[Tensor | None]
 Part: TypeAlias = tuple[Sequence[nn.Parameter], Callable[[], Gradients | None]]

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from ..clipper import Clipper, Options
+from ..optimizers.hooks import watch
+from ..optimizers.wrapped import refuse_before
 from ..policies import Policy
-from ..stepping import watch
-from ..wrapped import refuse_before
 
 FILE = "distclip.pt"  # in a checkpoint, beside scheduler.pt
 EngineTakeOver: TypeAlias = Callable[..., Clipper]  # that of deepspeed.py, which is another integration

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .max_norm import MaxNorm
-from .policy import Policy, State
+from .protocol import Policy, State
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flags import sent
+from ..kernels.transfer import sent
 from .adopt import is_dense
 from .autoclip import AutoClip
 from .max_norm import MaxNorm
-from .policy import Decision, Policy, State
+from .protocol import Decision, Policy, State
 from .value_clip import ValueClip
 
 RULES = {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import positive
-from .policy import Decision, State
+from .protocol import Decision, State
 
 LEAST = torch.finfo(torch.float64).smallest_normal
 MOST = torch.finfo(torch.float64).max

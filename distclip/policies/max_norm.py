@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import positive
-from .policy import Decision, State
+from .protocol import Decision, State
 
 
 @dataclass(frozen=True, slots=True)

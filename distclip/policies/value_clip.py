@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import bounds
-from .policy import Decision, State
+from .protocol import Decision, State
 
 
 @dataclass(frozen=True, slots=True)

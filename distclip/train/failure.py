@@ -5,9 +5,9 @@ import os
 import torch.distributed as dist
 
 from distclip import LayoutError, NonFiniteError
-from distclip.complaint import complain
-from distclip.presence import Roll, first_sentence, of_backend, who_is_gone
+from distclip.ranks.presence import Roll, first_sentence, of_backend, who_is_gone
 from distclip.train.checkpoint import CheckpointError
+from distclip.train.complaint import complain
 from distclip.train.place import launched, number_in
 from distclip.train.problem import ConfigError
 

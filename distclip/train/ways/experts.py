@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from distclip import Layout
-from distclip.layout import LayoutFn
+from distclip.layouts.layout import LayoutFn
 from distclip.train.models.gpt import Gpt
 from distclip.train.models.moe import Experts, Moe
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .channel import TALK, channel, open_channel
+from .connections import TALK, channel, open_channel
 from .roll_call import Meeting
 
 device_of = attrgetter("device")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .errors import LayoutError
-from .gradient import Local
-from .piece import Piece, local_tensor
+from ..errors import LayoutError
+from ..layouts.piece import Piece, local_tensor
+from .look import Local
 from .sharing import first_shared
 
 attributes = attrgetter("__dict__")  # of a tensor: the same object as long as the tensor is, and it keeps none alive

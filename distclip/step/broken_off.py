@@ -2,7 +2,7 @@
 
 from types import TracebackType
 
-from .errors import FAILURES, LayoutError
+from ..errors import FAILURES, LayoutError
 
 
 class BrokenOff:

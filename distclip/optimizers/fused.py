@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from .flags import sent
-from .piece import local_tensor
+from ..kernels.transfer import sent
+from ..layouts.piece import local_tensor
 
 FOLDING = (Adam, AdamW, SGD, Adagrad)
 ABSENT = object()

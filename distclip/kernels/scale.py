@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flags import sent
 from . import foreach, triton
+from .transfer import sent
 
 WIDE = (torch.float64, torch.complex128)
 ORDINARY = torch.finfo(torch.float16).max  # the largest number that every dtype of gradients has

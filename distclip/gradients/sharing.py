@@ -6,7 +6,7 @@ from operator import add, attrgetter, le
 import torch
 from torch import Tensor
 
-from .errors import LayoutError
+from ..errors import LayoutError
 
 size_in_bytes = attrgetter("nbytes")
 

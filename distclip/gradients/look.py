@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .errors import LayoutError
-from .piece import Piece, local_tensor, same_ranks
+from ..errors import LayoutError
+from ..layouts.piece import Piece, local_tensor, same_ranks
 from .realign import cut_locally, is_candidate
 from .sharing import overlaps_itself
 

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from .folding import FOLDING, folded, may_skip_on_device
-from .group import reads_are_free
-from .shield import untraced
+from ..ranks.group import reads_are_free
+from ..shield import untraced
+from .fused import FOLDING, folded, may_skip_on_device
 from .wrapped import refuse_before, refuse_proxy
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]

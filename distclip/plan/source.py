@@ -15,15 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from .compare import say
+from ..kernels import local_norms
+from ..layouts.fsdp2 import groups_of
+from ..layouts.model import held_in, parts_of
+from ..layouts.piece import local_tensor
+from ..ranks.compare import say
+from ..ranks.group import ClippingGroup
+from ..report import Culprit
+from ..shield import shielded
 from .culprit import KINDS, NOBODY, ranks_that
-from .fsdp2 import groups_of
-from .group import ClippingGroup
-from .kernels import local_norms
-from .model import held_in, parts_of
-from .piece import local_tensor
-from .report import Culprit
-from .shield import shielded
 
 
 class Source:

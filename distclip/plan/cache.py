@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .neighbours import attributes
-from .piece import gradients_of
-from .plan import Plan
+from ..gradients.runs import attributes
+from ..layouts.piece import gradients_of
+from .build import Plan
 
 MOST = 8  # plans of lists of tensors; those of modules live as long as their first module
 facts = attrgetter("dtype", "device")

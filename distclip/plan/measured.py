@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .words import Reduced
+from ..ranks.message import Reduced
 
 
 @dataclass(frozen=True, slots=True)

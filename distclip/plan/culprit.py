@@ -8,13 +8,13 @@ from math import inf
 import torch
 import torch.distributed as dist
 
-from .compare import say
-from .errors import NonFiniteError
-from .group import ClippingGroup
-from .kernels import local_norms
+from ..errors import NonFiniteError
+from ..kernels import local_norms
+from ..ranks.compare import say
+from ..ranks.group import ClippingGroup
+from ..report import Culprit
+from .build import Plan
 from .measured import Norms
-from .plan import Plan
-from .report import Culprit
 
 KINDS = {1: "NaN", 2: "inf", 3: "overflow"}
 NOBODY = 1 << 62

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ..errors import LayoutError
+from ..layouts.fsdp1 import is_flattened, is_whole
+from ..layouts.fsdp2 import managed_anywhere, number_of_modules
+from ..layouts.layout import LayoutFn
+from ..layouts.model import held_in
+from ..layouts.piece import Held, gradients_of, held_parameter, holders_of
+from ..policies.checks import positive
+from ..ranks.group import Axis, ClippingGroup
+from .build import Plan, tell_others
 from .cache import Planned, Plans, Terms, skeleton
-from .errors import LayoutError
-from .fsdp1 import is_flattened, is_whole
-from .fsdp2 import managed_anywhere, number_of_modules
-from .group import Axis, ClippingGroup
-from .layout import LayoutFn
-from .model import held_in
-from .piece import Held, gradients_of, held_parameter, holders_of
-from .plan import Plan, tell_others
-from .policies.checks import positive
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
 

@@ -16,19 +16,19 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from .compare import who_differs
-from .errors import FAILURES, LayoutError
-from .flags import sent
-from .gradient import Local, look_at
-from .group import Axis, ClippingGroup, has_float64
-from .kernels import largest, local_norms, norms_on_host, power_sum, triton
-from .layout import Holding, LayoutFn, LayoutReader
+from ..errors import FAILURES, LayoutError
+from ..gradients.look import Local, look_at
+from ..gradients.realign import is_candidate, realign
+from ..gradients.runs import WIDE, Gathered, Memory, shares_of
+from ..gradients.sharing import first_shared, refused
+from ..kernels import largest, local_norms, norms_on_host, power_sum, triton
+from ..kernels.transfer import sent
+from ..layouts.layout import Holding, LayoutFn, LayoutReader
+from ..layouts.piece import Held, Piece, holders_of, once
+from ..ranks.compare import who_differs
+from ..ranks.group import Axis, ClippingGroup, has_float64
+from ..ranks.message import Reduced, Word, reduce_norm, root
 from .measured import Measured, Norms
-from .neighbours import WIDE, Gathered, Memory, shares_of
-from .piece import Held, Piece, holders_of, once
-from .realign import is_candidate, realign
-from .sharing import first_shared, refused
-from .words import Reduced, Word, reduce_norm, root
 
 REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
 SHOWN = 5  # names in an error

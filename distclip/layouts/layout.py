@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate
 
-from .errors import LayoutError
-from .group import Axis, ClippingGroup, axis_ranks
+from ..errors import LayoutError
+from ..ranks.group import Axis, ClippingGroup, axis_ranks
 from .piece import Held, Piece, Spec
 
 

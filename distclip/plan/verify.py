@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .compare import HASHES, bit_sums, checksums, differing, is_constant, projections, say, who_differs
-from .errors import LayoutError
-from .flags import sent
-from .group import ClippingGroup
-from .layout import part_of, speaks
+from ..errors import LayoutError
+from ..kernels.transfer import sent
+from ..layouts.layout import part_of, speaks
+from ..layouts.piece import Held, gradients_of, once
+from ..ranks.compare import HASHES, bit_sums, checksums, differing, is_constant, projections, say, who_differs
+from ..ranks.group import ClippingGroup
+from .build import Plan, stopped_by
 from .measured import Measured, Norms
-from .piece import Held, gradients_of, once
-from .plan import Plan, stopped_by
 
 SHOWN = 5  # names in an error
 FEW_SMALL, FEW_LARGE = 192, 64  # parameters of a rank that are compared along split_over: norm layers and embeddings

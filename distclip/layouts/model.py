@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .errors import LayoutError
+from ..errors import LayoutError
 from .fsdp1 import held_by_fsdp1, is_flattened
 from .fsdp2 import managed_anywhere, managed_parameters
 from .piece import Held, held_parameter, holders_of, once

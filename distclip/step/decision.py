@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .folding import Folds, folded
-from .measured import Measured
-from .policies import Policy, State
-from .policies.answer import Numbers, Words, ask, is_trusted
-from .report import Culprit, Report
-from .words import clip_coef_on_device, factors, presented, presented_on_device, rounded
+from ..optimizers.fused import Folds, folded
+from ..plan.measured import Measured
+from ..policies import Policy, State
+from ..policies.answer import Numbers, Words, ask, is_trusted
+from ..ranks.message import clip_coef_on_device, factors, presented, presented_on_device, rounded
+from ..report import Culprit, Report
 
 
 @dataclass(frozen=True, slots=True)

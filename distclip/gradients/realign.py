@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from .errors import LayoutError
-from .piece import Piece, same_ranks
+from ..errors import LayoutError
+from ..layouts.piece import Piece, same_ranks
 
 BASE = 64  # codes for a placement along one axis; 63 bits of an int64 hold 10 axes
 NOTHING_LOWER = -(1 << 63) + 1

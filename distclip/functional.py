@@ -31,8 +31,9 @@ from .plan.build import Plan
 from .plan.culprit import find_culprit, nonfinite
 from .plan.measured import Measured
 from .policies.checks import bounds, positive
+from .policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device
 from .ranks.group import Axis, has_float64, reads_are_free
-from .ranks.message import Word, clip_coef_on_device, factors, presented, presented_on_device
+from .ranks.message import Word
 from .report import Culprit
 from .shield import shielded
 

@@ -11,7 +11,7 @@ so that every rank sees the same one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import frexp, inf, isfinite, isinf, isnan, ldexp, nan, sqrt
+from math import inf, isinf, isnan, nan, sqrt
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +22,6 @@ from .group import ClippingGroup
 
 MODULUS = 2.0**36
 CODES = 1 << 16
-LEAST = torch.finfo(torch.float32).smallest_normal  # 2**-126; smaller ones lose precision, or are taken for 0
 
 Word: TypeAlias = Tensor | float
 """A number where the words are reduced on the host, a 0-d float64 tensor where that is an accelerator."""
@@ -188,69 +187,3 @@ def root(total: Word, p: float) -> Word:
     if isinstance(total, Tensor):
         return total.pow(1 / p)
     return torch.tensor(total, dtype=torch.float64).pow(1 / p).item()  # Python's own raises where it overflows
-
-
-def clip_coef(norm: float, max_norm: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``min(1, max_norm / (norm + 1e-6))`` as torch has it, 0-d; 1 when max_norm is inf.
-
-    From float64 to float32, or to float64 where gradients are, whose norms leave the range of float32.
-    """
-    factor = max_norm / (norm + 1e-6)
-    return torch.scalar_tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=dtype)
-
-
-def clip_coef_on_device(norm: Tensor, max_norm: float, dtype: torch.dtype) -> Tensor:
-    """The same for a norm on an accelerator and a bound that is not inf; at least ``LEAST``, since the host does not
-    know whether several factors are needed (:func:`factors`).
-    """
-    bound = torch.scalar_tensor(max_norm, dtype=torch.float64)  # of the host: an argument of the kernel, never a copy
-    coef = torch.empty((), dtype=dtype, device=norm.device)
-    return torch.div(bound, norm + 1e-6, out=coef).clamp_(LEAST, 1.0)
-
-
-def rounded(coef: Tensor, dtype: torch.dtype) -> Tensor:
-    """A coefficient on an accelerator in ``dtype``, at least ``LEAST``."""
-    least = torch.scalar_tensor(LEAST, dtype=torch.float64)
-    return torch.maximum(coef, least, out=torch.empty((), dtype=dtype, device=coef.device))
-
-
-def factors(norm: float, max_norm: float, coef: float | None, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The coefficient as a report shows it, 0-d, and what gradients are multiplied by, one after the other.
-
-    That is ``coef``, or :func:`clip_coef` for None: nothing where it is 1, the coefficient itself where it is normal in
-    float32. A smaller one would lose precision, or zero what is finite: it becomes several numbers that are normal, and
-    what is shown is never 0.
-    """
-    shown = clip_coef(norm, max_norm, dtype) if coef is None else torch.scalar_tensor(coef, dtype=dtype)
-    number = shown.item()
-    if number == 1.0:
-        return shown, ()
-    if not number < LEAST or not isfinite(norm):
-        return shown, (shown,)
-    over, under = (max_norm, norm + 1e-6) if coef is None else (coef, 1.0)
-    parts = tuple(torch.scalar_tensor(part, dtype=dtype) for part in _normal_parts(over, under))
-    return torch.full_like(shown, torch.finfo(dtype).smallest_normal) if number == 0.0 else shown, parts
-
-
-def _normal_parts(over: float, under: float) -> list[float]:
-    """Numbers from ``LEAST`` to 1 whose product is ``over / under``; powers of two, which round nothing, come first."""
-    (high, exponent), (low, taken) = frexp(over), frexp(under)
-    rest, exponent = high / low / 2, exponent - taken + 1  # the rest is between 1/4 and 1
-    parts = []
-    while exponent < -124:
-        parts.append(LEAST)
-        exponent += 126
-    return [*parts, ldexp(rest, exponent)]
-
-
-def presented(norm: float, dtype: torch.dtype) -> Tensor:
-    """``norm`` in ``dtype`` (float32 or float64); finite stays finite: beyond float32 it is ``finfo.max``."""
-    most = torch.finfo(dtype).max
-    return torch.scalar_tensor(most if most < norm < inf else norm, dtype=dtype)
-
-
-def presented_on_device(norm: Tensor, finite: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same on an accelerator, in memory of its own; ``finite``: 0-d bool, whether the norm is."""
-    most = torch.scalar_tensor(torch.finfo(dtype).max, dtype=torch.float64)
-    shown = torch.minimum(norm, most, out=torch.empty((), dtype=dtype, device=norm.device))
-    return shown.div_(finite)  # by 1, or by 0 what was inf and is the largest number now

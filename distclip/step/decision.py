@@ -12,7 +12,7 @@ from ..optimizers.fused import Folds, folded
 from ..plan.measured import Measured
 from ..policies import Policy, State
 from ..policies.answer import Numbers, Words, ask, is_trusted
-from ..ranks.message import clip_coef_on_device, factors, presented, presented_on_device, rounded
+from ..policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device, rounded
 from ..report import Culprit, Report
 
 

@@ -216,7 +216,7 @@ def test_every_backward_makes_the_same_gradients():
 
 def not_built() -> Result | None:
     def build(place: Place) -> Contest:
-        raise NotImplementedError("overlap is not built yet")
+        raise NotImplementedError("no such kernel yet")
 
     place = Place.here(CPU)
     dist.barrier()
@@ -225,7 +225,7 @@ def not_built() -> Result | None:
 
 def test_what_is_not_built_is_said():
     for found in run_ranks(not_built, 2):
-        assert found["note"] == "not built: overlap is not built yet"
+        assert found["note"] == "not built: no such kernel yet"
         assert found["ratio"] is found["met"] is None
 
 

@@ -173,10 +173,6 @@ def fail(*_: Any, **__: Any) -> NoReturn:
     raise Injected(SAID)
 
 
-def fail_in_overlap(loop: Loop) -> None:
-    loop.clipper._overlap._sum = fail
-
-
 def fail_in_policy(loop: Loop) -> None:
     class Failing:
         init, decide = loop.clipper._policy.init, staticmethod(fail)
@@ -257,17 +253,9 @@ def gone_in_backward(case: Case) -> Contract:
 
 
 def failed_in_backward(case: Case) -> Contract:
-    return Contract(BROKEN, ("Injected",), failed(case), (SAID,))
-
-
-def failed_before_the_call(case: Case) -> Contract:
-    """DDP's hook runs in a future, which makes a RuntimeError of what it raises."""
-    return Contract(BROKEN, ("Injected", "RuntimeError"), failed(case), (SAID,))
-
-
-def failed(case: Case) -> tuple[str, ...]:
     """The others' collective is one of torch, or of ours: that one names who did not come."""
-    return (f"rank {case.guilty} failed: .*{SAID}|{absent(case)}",) if case.named else ()
+    told = (f"rank {case.guilty} failed: .*{SAID}|{absent(case)}",)
+    return Contract(BROKEN, ("Injected",), told if case.named else (), (SAID,))
 
 
 def skipped(case: Case) -> Contract:
@@ -381,14 +369,6 @@ FAULTS: dict[str, Fault] = {
     "kill in mid all-reduce": Fault("call", die_inside, gone, others={"call": come_late}, layouts=EVERYWHERE),
     "kill in the backward": Fault("loss", at_the_backward(die), gone_in_backward, named=BOTH),
     "exception in a backward hook": Fault("loss", at_the_backward(fail), failed_in_backward, named=BOTH),
-    "exception in an overlap hook": Fault(
-        "loss",
-        fail_in_overlap,
-        failed_before_the_call,
-        layouts=("ddp overlap", "fsdp2 overlap"),
-        calls=STEP,
-        named=BOTH,
-    ),
     "exception in policy.decide": Fault("call", fail_in_policy, failed_in_backward, calls=STEP, named=BOTH),
     "exception in optimizer.step": Fault("call", fail_in_optimizer, failed_in_backward, named=BOTH),
     "slow rank, below the timeout": Fault("call", sleep(-2.5), goes_on),

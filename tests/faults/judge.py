@@ -58,7 +58,7 @@ class Judge:
         for rank, holds in judged.items():
             if holds in CONTROLS and ends[rank].notes.parameters != self._without(holds, case)[rank].notes.parameters:
                 found.append(f"{WRONG}: parameters are not {holds} [rank {rank}]")
-        if case.layout.startswith("ddp"):
+        if case.layout == "ddp":
             alike = len({ends[rank].notes.parameters for rank in judged}) <= 1
             if alike == (APART in judged.values()):
                 found.append(f"{WRONG}: replicas are {'alike' if alike else 'apart'}")

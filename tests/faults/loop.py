@@ -30,7 +30,7 @@ from torch.optim import SGD
 import distclip
 from distclip.piece import local_tensor
 from distclip.presence import name_lost_ranks
-from layouts import batch, build, ddp, ddp_bucket_view, fsdp2
+from layouts import batch, build, ddp, fsdp2
 from parallel import _tensor_parallel, mesh_of, rows
 
 STEPS = 4
@@ -88,9 +88,7 @@ def _tensor_parallel_net() -> nn.Module:
 
 LAYOUTS: dict[str, Callable[[], nn.Module]] = {
     "ddp": ddp,
-    "ddp overlap": ddp_bucket_view,
     "fsdp2": fsdp2,
-    "fsdp2 overlap": fsdp2,
     "tp": _tensor_parallel_net,
 }
 
@@ -104,7 +102,7 @@ class Loop:
         self.verifies = False
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.index = 0
-        self.options: dict[str, Any] = {"nonfinite": case.nonfinite, "overlap": case.layout.endswith("overlap")}
+        self.options: dict[str, Any] = {"nonfinite": case.nonfinite}
         self.policy: Any = distclip.AutoClip(percentile=50, window=8, max_norm=MAX_NORM)
         self.max_norm = MAX_NORM
         self.norm_type = 2.0
@@ -162,7 +160,7 @@ class Loop:
             self.notes.said.append(str(report.culprit))
 
     def _by_function(self) -> None:
-        group = dist.group.WORLD if self.case.layout.startswith("ddp") else None
+        group = dist.group.WORLD if self.case.layout == "ddp" else None
         strict = self.case.nonfinite == "raise"
         norm = distclip.clip_grad_norm_(self.parameters, self.max_norm, self.norm_type, strict, group=group)
         self._note(norm, norm.item() > self.max_norm)

@@ -28,7 +28,6 @@ FITS = [
     *(Case(layout, "skip_third", optimizer) for layout, optimizer in (("ddp", "fused"), ("fsdp1", "sgd"))),
     *(Case(layout, manual=True, optimizer="sgd") for layout in ("ddp", "fsdp2")),
     *(Case(layout, validate=True) for layout in ("ddp", "fsdp1", "fsdp2")),
-    *(Case(layout, options={"overlap": True}) for layout in ("ddp", "fsdp2")),
     Case(scaled=True, bad=5),
     Case(scaled=True, corrupt=5),
     Case(policy="skip_third", scaled=True),

@@ -34,11 +34,9 @@ TARGETS = {
     "distclip/realign.py": [*WORDS, "test_matrix.py"],
     "distclip/functional.py": [*WORDS, "test_layout.py"],
     "distclip/outcome.py": ["test_clipper.py", "test_policies.py", "test_amp.py", "test_properties.py"],
-    "distclip/overlap.py": ["test_overlap.py", "test_adversary.py"],
     "distclip/clipper.py": [
         "test_clipper.py",
         "test_amp.py",
-        "test_overlap.py",
         "test_policies.py",
         "test_properties.py",
         "test_agreement.py",

@@ -1,8 +1,8 @@
 """Put a case on stage: start its ranks as processes of this machine, wait, and bring home what became of each.
 
 Every case has new processes, which end as a user's do: with their connections closed. They are forked from the server
-of ``ranks.py``, which has imported torch. The store is the caller's, as torchrun's agent has it, so that it outlives
-every rank.
+of ``support/ranks.py``, which has imported torch. The store is the caller's, as torchrun's agent has it, so that
+it outlives every rank.
 """
 
 import shutil
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import ranks  # noqa: F401  (it says what the server imports)
 from faults.loop import Case, Notes, play, read
+from support import ranks  # noqa: F401  (it says what the server imports)
 
 LATEST = 25.0  # seconds past a group's timeout after which a rank is killed and called hung
 START = 120.0  # seconds to reach the fault, on a machine that does other things

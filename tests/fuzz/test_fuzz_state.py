@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 import distclip
 from fuzz.documents import values
 from fuzz.promise import fuzz
-from ranks import same_bits
+from support.ranks import same_bits
 
 POLICIES = [
     distclip.MaxNorm(1.0),

@@ -1,7 +1,7 @@
 """What the Triton kernels promise, as cases that run on any device they run on.
 
-tests/test_triton.py runs them on the CPU, in Triton's interpreter; tests/gpu/check.py on a GPU. A case is a function of
-the device that yields a line for everything that is wrong.
+tests/kernels/test_triton.py runs them on the CPU, in Triton's interpreter; tests/gpu/check.py on a GPU. A case is a
+function of the device that yields a line for everything that is wrong.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,12 +9,12 @@ from functools import partial
 from math import inf, isnan, nan
 
 import torch
+from distclip.kernels.triton.slots import SAMPLES
 from torch import Tensor
 
 from distclip.kernels import triton
-from distclip.kernels.triton.slots import SAMPLES
 from distclip.kernels.triton.table import KEPT, SPARE, _recent, block_size, table_of
-from oracle import true_norm
+from support.oracle import true_norm
 
 Case = Callable[[torch.device], Iterator[str]]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

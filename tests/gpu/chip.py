@@ -1,7 +1,7 @@
 """The device that is checked: a GPU, or what stands in for one where a check is rehearsed on a CPU.
 
 * :class:`Gpu`: one NVIDIA GPU.
-* :class:`NotThere`: the device of tests/accelerator.py, which knows every wait and captures calls.
+* :class:`NotThere`: the device of tests/support/accelerator.py, which knows every wait and captures calls.
 * :class:`Host`: the CPU, where Triton's interpreter runs kernels; nothing waits, and a capture is a call made again.
 """
 
@@ -155,8 +155,8 @@ class NotThere(Host):
     """Torch knows of the device for the rest of the process, and the words travel on it."""
 
     def __init__(self, road: str) -> None:
-        import accelerator
-        from test_accelerator import on_the_accelerator
+        from promises.test_accelerator import on_the_accelerator
+        from support import accelerator
 
         super().__init__(road)
         self.errors = (RuntimeError, accelerator.Wait)

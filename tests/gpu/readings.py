@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oracle import true_norm
+from support.oracle import true_norm
 
 Reading = dict[str, Any]
 Readings = Iterator[Reading]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import distclip
-from ranks import count_collectives
+from support.ranks import count_collectives
 
 STEPS = 10
 NAN_AT = 4  # the step in which one rank's batch is spoiled

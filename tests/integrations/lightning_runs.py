@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import distclip
 from distclip import AutoClip, Decision, MaxNorm, ValueClip
 from distclip.integrations.lightning import ClipGradients, FabricClipper
-from layouts import ROWS, batch, build
+from support.layouts import ROWS, batch, build
 
 STEPS = 12
 BOUND = 1.25  # between the norms of the run

@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import StepLR
 import distclip
 from distclip import AutoClip, Decision, MaxNorm, ValueClip
 from integrations.launches import once
-from layouts import ROWS, batch, build
-from ranks import run_ranks, same_bits
+from support.layouts import ROWS, batch, build
+from support.ranks import run_ranks, same_bits
 
 accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'distclip[accelerate]'")
 

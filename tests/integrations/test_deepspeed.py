@@ -13,7 +13,7 @@ import torch
 import distclip
 from integrations import deepspeed_runs as runs
 from integrations.launches import once
-from ranks import run_ranks, same_bits
+from support.ranks import run_ranks, same_bits
 
 if find_spec("deepspeed") is None:  # importing it patches torch: only the ranks do
     pytest.skip("needs the extra: pip install 'distclip[deepspeed]'", allow_module_level=True)

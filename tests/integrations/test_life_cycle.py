@@ -1,4 +1,4 @@
-"""What tests/test_life_cycle.py promises, where a framework makes the calls: no added layer is stepped unclipped."""
+"""What clipper/test_life_cycle.py promises, where a framework makes the calls: no added layer is stepped unclipped."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import SGD
 
 import distclip
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 pytest.importorskip("accelerate", reason="needs the extra: pip install 'distclip[accelerate]'")
 pytest.importorskip("lightning", reason="needs the extra: pip install 'distclip[lightning]'")

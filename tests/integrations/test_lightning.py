@@ -8,7 +8,7 @@ from torch.optim import LBFGS, SGD
 from torch.optim.lr_scheduler import StepLR
 
 from integrations.launches import once
-from ranks import run_ranks, same_bits
+from support.ranks import run_ranks, same_bits
 
 pytest.importorskip("lightning", reason="needs the extra: pip install 'distclip[lightning]'")
 

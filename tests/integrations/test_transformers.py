@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import distclip
 from distclip import AutoClip, MaxNorm, ValueClip
 from integrations.launches import once
-from layouts import ROWS, batch, build
-from ranks import run_ranks, same_bits
+from support.layouts import ROWS, batch, build
+from support.ranks import run_ranks, same_bits
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'distclip[transformers]'")

@@ -1,4 +1,4 @@
-"""What tests/test_wrapped.py promises, for what the frameworks hand out, and for wrappers that users hand to them."""
+"""What optimizers/test_wrapped.py promises, for what frameworks hand out and for wrappers that users hand to them."""
 
 import tempfile
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD
 
 import distclip
-import wrappers
+from support import wrappers
 
 pytest.importorskip("accelerate", reason="needs the extra: pip install 'distclip[accelerate]'")
 pytest.importorskip("lightning", reason="needs the extra: pip install 'distclip[lightning]'")

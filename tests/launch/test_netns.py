@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import run_ranks
+from support.ranks import run_ranks
 from train.commands import ROOT, TINY, numbers, train_here
 
 LIMIT = 200  # seconds; about 10 on two quiet cores

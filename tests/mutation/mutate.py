@@ -23,27 +23,48 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-WORDS = ["test_properties.py", "test_functional.py", "test_bugs_of_others.py", "test_words.py"]
+WORDS = [
+    "promises/test_properties.py",
+    "clipper/test_functional.py",
+    "promises/test_bugs_of_others.py",
+    "ranks/test_words.py",
+]
 TARGETS = {
-    "distclip/layout.py": [*WORDS, "test_layout.py", "test_norm.py", "test_verify.py"],
-    "distclip/plan.py": [*WORDS, "test_neighbours.py", "test_agreement.py", "test_clipper.py", "test_verify.py"],
-    "distclip/neighbours.py": ["test_neighbours.py", "test_adversary.py", "test_cache.py", *WORDS],
-    "distclip/words.py": [*WORDS, "test_clipper.py"],
-    "distclip/cache.py": ["test_cache.py", "test_functional.py"],
-    "distclip/arguments.py": ["test_cache.py", "test_functional.py", "test_layout.py"],
-    "distclip/realign.py": [*WORDS, "test_matrix.py"],
-    "distclip/functional.py": [*WORDS, "test_layout.py"],
-    "distclip/outcome.py": ["test_clipper.py", "test_policies.py", "test_amp.py", "test_properties.py"],
-    "distclip/clipper.py": [
-        "test_clipper.py",
-        "test_amp.py",
-        "test_policies.py",
-        "test_properties.py",
-        "test_agreement.py",
-        "test_bugs_of_others.py",
-        "test_verify.py",
+    "distclip/layout.py": [*WORDS, "layouts/test_layout.py", "promises/test_norm.py", "plan/test_verify.py"],
+    "distclip/plan.py": [
+        *WORDS,
+        "gradients/test_neighbours.py",
+        "ranks/test_agreement.py",
+        "clipper/test_clipper.py",
+        "plan/test_verify.py",
     ],
-    "distclip/verify.py": ["test_properties.py", "test_verify.py", "test_agreement.py"],
+    "distclip/neighbours.py": [
+        "gradients/test_neighbours.py",
+        "promises/test_adversary.py",
+        "plan/test_cache.py",
+        *WORDS,
+    ],
+    "distclip/words.py": [*WORDS, "clipper/test_clipper.py"],
+    "distclip/cache.py": ["plan/test_cache.py", "clipper/test_functional.py"],
+    "distclip/arguments.py": ["plan/test_cache.py", "clipper/test_functional.py", "layouts/test_layout.py"],
+    "distclip/realign.py": [*WORDS, "promises/test_matrix.py"],
+    "distclip/functional.py": [*WORDS, "layouts/test_layout.py"],
+    "distclip/outcome.py": [
+        "clipper/test_clipper.py",
+        "policies/test_policies.py",
+        "optimizers/test_amp.py",
+        "promises/test_properties.py",
+    ],
+    "distclip/clipper.py": [
+        "clipper/test_clipper.py",
+        "optimizers/test_amp.py",
+        "policies/test_policies.py",
+        "promises/test_properties.py",
+        "ranks/test_agreement.py",
+        "promises/test_bugs_of_others.py",
+        "plan/test_verify.py",
+    ],
+    "distclip/verify.py": ["promises/test_properties.py", "plan/test_verify.py", "ranks/test_agreement.py"],
 }
 SLOWEST = 3.0  # seconds of a single test that is worth its time here
 PATIENCE = 60.0  # seconds for the tests of one mutant, beside four times those they took without a change

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ranks import run_ranks
 from soak.soak import WAYS, faults, soak
+from support.ranks import run_ranks
 
 ANY = float("inf")
 

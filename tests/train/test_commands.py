@@ -15,7 +15,7 @@ from distclip import __version__
 from distclip.cli import main
 from distclip.train import launch
 from distclip.train.stop import STOP_SIGNALS
-from ranks import run_ranks
+from support.ranks import run_ranks
 from train.commands import CONFIGS, ROOT, TINY, TORCHRUN, metrics, numbers, start, train_here
 
 LONG = [*TINY, "train.steps=100000", "train.log_every=1000"]

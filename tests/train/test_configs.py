@@ -6,7 +6,7 @@ import pytest
 
 from distclip.train.axes import Axes
 from distclip.train.parse import read_config
-from ranks import run_ranks
+from support.ranks import run_ranks
 from train.commands import CONFIGS, TINY, metrics, train_here
 
 SMALL = {

@@ -29,7 +29,7 @@ from distclip.train.parse import read_config
 from distclip.train.place import Place
 from distclip.train.problem import ConfigError
 from distclip.train.stop import StopSignals
-from ranks import run_ranks
+from support.ranks import run_ranks
 from train.commands import CONFIGS, ROOT, TINY, metrics, start, train_here
 from train.victims import PATIENCE, hit, still_there, timeless, wait_for_step
 

@@ -7,7 +7,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from distclip import Clipper
 from distclip.train.held import Held
-from ranks import run_ranks, same_bits
+from support.ranks import run_ranks, same_bits
 
 
 def trained(kind: type[Optimizer], saved: bool) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from distclip.train.job import build, check
 from distclip.train.parse import read_config
 from distclip.train.stop import StopSignals
-from ranks import run_ranks, same_bits
+from support.ranks import run_ranks, same_bits
 from train.commands import CONFIGS, TINY, metrics, place_here, train_here
 
 STEPS = 10

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distclip.train.models.irnn import Irnn, IrnnConfig
 from distclip.train.tasks.digits import DigitsData, load_digits
-from ranks import run_ranks
+from support.ranks import run_ranks
 from train.commands import TINY, metrics, numbers, train_here
 
 # the checkpoint of a distributed run is read by one process, on purpose

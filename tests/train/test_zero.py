@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import run_ranks
+from support.ranks import run_ranks
 from train.commands import TINY, metrics, train_here, train_with_deepspeed
 
 pytestmark = pytest.mark.skipif(

@@ -1,0 +1,370 @@
+"""A wrong layout is an error: at construction where values show it, in verify() where only gradients do."""
+
+import gc
+import warnings
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distclip.compare import checksums
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim import SGD
+
+import distclip
+from support.layouts import backward, build, ddp
+from support.parallel import mesh_of
+from support.ranks import count_collectives, run_ranks
+
+
+def said_by(use) -> str:
+    try:
+        use()
+    except distclip.LayoutError as error:
+        return str(error)
+    return "no error"
+
+
+def filled(model: nn.Module, seed: int) -> nn.Module:
+    chance = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=chance)
+    return model
+
+
+def stages_with_equal_names(values: str) -> str:
+    """Two pipeline stages whose parameters have the same names and shapes, told to nobody."""
+    stage = nn.Linear(3, 3)
+    for p in stage.parameters():
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(dist.get_rank() if values == "other" else 0))
+
+    def use() -> None:
+        clipper = distclip.Clipper(stage, 1.0)
+        filled(stage, dist.get_rank())
+        clipper.verify()
+
+    return said_by(use)
+
+
+def test_stages_with_equal_names_are_found_by_their_values():
+    for said in run_ranks(stages_with_equal_names, 2, "other"):
+        assert said.startswith("ranks that should hold copies hold other values of weight, bias: say layout=")
+
+
+def test_stages_that_begin_alike_are_found_by_their_gradients():
+    for said in run_ranks(stages_with_equal_names, 2, "same"):
+        assert said.startswith("ranks that should hold the same gradient do not: weight, bias; ")
+
+
+def drifted_apart(count: int) -> str:
+    """``count`` parameters of other values on each rank, and one that is a copy."""
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.ones(2)) for i in range(count + 1)})
+    chance = torch.Generator().manual_seed(dist.get_rank())
+    for name, p in model.items():
+        if name != "p0":
+            nn.init.normal_(p, generator=chance)
+    return said_by(lambda: distclip.Clipper(model, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (1, "p1: "),
+        (5, "p1, p2, p3, p4, p5: "),
+        (6, "p1, p2, p3, p4, p5 and 1 more: "),
+        (9, "p1, p2, p3, p4, p5 and 4 more: "),
+    ],
+)
+def test_an_error_names_five_parameters_and_counts_the_others(count, names):
+    for said in run_ranks(drifted_apart, 2, count):
+        assert said.startswith(f"ranks that should hold copies hold other values of {names}say layout=")
+
+
+CONSTANTS = (0.0, 0.02, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0, -0.1, -1.0, -2.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 12, 64, 1024])
+def test_constant_values_that_differ_have_other_checksums(size):
+    """As fresh biases and scales of layers have them: sums of few bits."""
+    sums = checksums([torch.full((size,), value) for value in CONSTANTS], torch.device("cpu")).tolist()
+    alike = [pair for pair, (a, b) in zip(combinations(CONSTANTS, 2), combinations(sums, 2), strict=True) if a == b]
+    assert alike == []
+
+
+def constant_on_each_rank(values: tuple[float, float]) -> str:
+    scale = nn.ParameterList([torch.full((2,), values[dist.get_rank()])])
+    return said_by(lambda: distclip.Clipper(scale, 1.0))
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0), (0.0, 4.0), (1.0, -1.0), (0.1, 0.2)])
+def test_constant_values_that_differ_are_found_at_construction(values):
+    for said in run_ranks(constant_on_each_rank, 2, values):
+        assert said.startswith("ranks that should hold copies hold other values of 0: ")
+
+
+def negated(seed: int) -> str:
+    model = nn.ParameterDict({"w": nn.Parameter(torch.randn(7, generator=torch.Generator().manual_seed(seed)))})
+    if dist.get_rank():
+        model["w"].data.neg_()
+    return said_by(lambda: distclip.Clipper(model, 1.0))
+
+
+def test_values_of_the_other_sign_are_found_at_construction():
+    for said in run_ranks(negated, 2, 3):
+        assert said.startswith("ranks that should hold copies hold other values of w: ")
+
+
+def tied(replicas: int | None) -> str:
+    """A weight that the first and the last of two stages share, its gradient already summed."""
+    mesh = mesh_of(("pp", 2))
+    stage = nn.ParameterDict({"tied": nn.Parameter(torch.ones(4)), "own": nn.Parameter(torch.ones(2))})
+
+    def layout(name: str, parameter: torch.Tensor) -> distclip.Layout | None:
+        return distclip.Layout(replicas) if replicas and name == "tied" else None
+
+    def use() -> None:
+        clipper = distclip.Clipper(stage, 1.0, split_over=[mesh["pp"]], layout=layout)
+        stage["tied"].grad = torch.arange(4.0)
+        stage["own"].grad = torch.full((2,), 1.0 + dist.get_rank())
+        clipper.verify()
+
+    return said_by(use)
+
+
+def test_a_tied_weight_on_two_stages_is_counted_and_what_to_write_is_said():
+    for said in run_ranks(tied, 2, None):
+        assert "gradients are not counted once: on rank 0 tied (2x)" in said
+        assert "a tied weight on two stages: Layout(2)" in said
+    assert run_ranks(tied, 2, 2) == ["no error"] * 2
+
+
+def experts(replicas: int) -> str:
+    """Two plain experts, one on each rank, said to be held by ``replicas`` ranks."""
+    expert = nn.Linear(3, 3, bias=False)
+
+    def use() -> None:
+        clipper = distclip.Clipper(expert, 1.0, layout=lambda name, p: distclip.Layout(replicas))
+        filled(expert, dist.get_rank())
+        clipper.verify()
+
+    return said_by(use)
+
+
+def test_experts_said_to_be_copies_are_counted_half():
+    for said in run_ranks(experts, 2, 2):
+        assert "weight (0.5x)" in said
+    assert run_ranks(experts, 2, 1) == ["no error"] * 2
+
+
+def drifted(where: str) -> str:
+    """HSDP on 2 x 2 ranks; the second replica drifts by one bit of one value."""
+    mesh = mesh_of(("replicate", 2), ("shard", 2))
+    model = build()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+    def use() -> None:
+        if where == "value" and dist.get_rank() == 3:
+            with torch.no_grad():
+                local = model.head.weight.to_local()
+                local[0, 0] = torch.nextafter(local[0, 0], torch.tensor(9.0))
+        clipper = distclip.Clipper(model, 1.0)
+        backward(model)
+        if where == "gradient" and dist.get_rank() == 2:
+            model.head.weight.grad.to_local()[0, 0] += 1.0
+        clipper.verify()
+
+    return said_by(use)
+
+
+def test_a_replica_that_drifted_by_one_bit_is_found():
+    for said in run_ranks(drifted, 4, "value"):
+        assert said.startswith("ranks that should hold copies hold other values of head.weight: ")
+    for said in run_ranks(drifted, 4, "gradient"):
+        assert said.startswith("ranks that should hold the same gradient do not: head.weight; ")
+    assert run_ranks(drifted, 4, "nowhere") == ["no error"] * 4
+
+
+def of_size(scale: float, drift: float) -> str:
+    """One replicated gradient of norm ``scale``, ``drift`` of it off on rank 1."""
+    weight = nn.Parameter(torch.zeros(4))
+    clipper = distclip.Clipper(nn.ParameterList([weight]), 1.0)
+    weight.grad = torch.full((4,), scale / 2) * (1 + drift * dist.get_rank())
+    return said_by(clipper.verify)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_drift_is_judged_by_the_size_of_the_gradient(scale):
+    assert run_ranks(of_size, 2, scale, 1e-7) == ["no error"] * 2
+    for said in run_ranks(of_size, 2, scale, 1e-3):
+        assert said.startswith("ranks that should hold the same gradient do not: ")
+
+
+def one_element_counted(replicas: int) -> str:
+    scale = nn.Parameter(torch.ones(1))
+    clipper = distclip.Clipper(nn.ParameterList([scale]), 1.0)
+    clipper._plan.weights.fill_(1 / replicas)
+    scale.grad = torch.ones(1)
+    return said_by(clipper.verify)
+
+
+def test_a_single_element_counted_twice_is_found():
+    for said in run_ranks(one_element_counted, 2, 1):
+        assert said.startswith("elements are not counted once: 0 (2x)")
+    assert run_ranks(one_element_counted, 2, 2) == ["no error"] * 2
+
+
+def unsynchronised() -> str:
+    model = ddp()
+    clipper = distclip.Clipper(model, 1.0)
+    with model.no_sync():
+        backward(model)
+    return said_by(clipper.verify)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_gradients_inside_no_sync_are_found(size):
+    for said in run_ranks(unsynchronised, size):
+        assert "ranks that should hold the same gradient do not: embed.weight" in said
+        assert "leave no_sync" in said
+
+
+def test_a_second_clipper_on_the_same_parameters_is_found():
+    model = filled(build(), 0)
+    first = distclip.Clipper(model, 1.0)
+    first.verify()
+    second = distclip.Clipper([model.head], 1.0)
+    assert "1 other Clipper(s) hold parameters of this one" in said_by(first.verify)
+    assert "1 other Clipper(s) hold parameters of this one" in said_by(second.verify)
+    del second
+    gc.collect()
+    first.verify()
+
+
+def local_sgd(way: str) -> tuple[list[str], list[str]]:
+    """DiLoCo: an inner and an outer optimizer of the same parameters, each with a Clipper; what verify() says."""
+    model = ddp() if dist.is_initialized() else build()
+    inner, outer = SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.7, momentum=0.9)
+    if way == "attach":
+        clippers = [distclip.attach(optimizer, model, 1.0) for optimizer in (inner, Lookahead(outer))]
+    else:
+        clippers = [distclip.Clipper(model, 1.0) for _ in range(2)]
+    backward(model)
+    first = [said_by(clipper.verify) for clipper in clippers]
+    for clipper, optimizer in zip(clippers, (inner, inner if way == "same" else outer), strict=True):
+        optimizer.step() if way == "attach" else clipper.step(optimizer)
+    return first, [said_by(clipper.verify) for clipper in clippers]
+
+
+class Lookahead:
+    """Holds the outer optimizer, whose step it calls."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.param_groups = base, base.param_groups
+
+    def step(self) -> None:
+        self.base.step()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_clippers_of_two_optimizers_may_hold_the_same_parameters(ranks):
+    rivals = "1 other Clipper(s) hold parameters of this one"
+    for way in ("attach", "step", "same"):
+        results = [local_sgd(way)] if ranks == 1 else run_ranks(local_sgd, ranks, way)
+        for first, then in results:
+            assert [said.startswith(rivals) for said in first] == [way != "attach"] * 2
+            assert [said.startswith(rivals) for said in then] == [way == "same"] * 2
+            assert way == "attach" or all("attach() one to each" in said for said in first)
+
+
+def flipped(dtype: torch.dtype, element: int) -> str:
+    """One bit of one element of rank 1's copy is another, after the Clipper was built."""
+    model = nn.Linear(100, 100, dtype=dtype)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    clipper = distclip.Clipper(model, 1.0)
+    clipper.verify()
+    if dist.get_rank() == 1:
+        words = torch.view_as_real(model.weight.detach()) if dtype.is_complex else model.weight.detach()
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()]
+        words.view(-1)[element : element + 1].view(integers).bitwise_xor_(1)
+    return said_by(clipper.verify)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("element", [0, 4321, 9999])
+def test_one_flipped_bit_in_a_copy_of_a_parameter_is_found(dtype, element):
+    for said in run_ranks(flipped, 2, dtype, element):
+        assert said.startswith("copies have drifted apart: ranks hold other values of weight; ")
+
+
+def cost() -> dict[str, int]:
+    model = ddp()
+    backward(model)
+    with count_collectives() as built:
+        clipper = distclip.Clipper(model, 1.0)
+    with count_collectives() as verified:
+        clipper.verify()
+    return {"built": built.total(), "verified": verified.total()}
+
+
+def test_proofs_cost_what_their_docstrings_say():
+    assert run_ranks(cost, 2) == [{"built": 2, "verified": 5}] * 2
+
+
+# ---- no gradient on any rank ---------------------------------------------------------------------------------
+
+
+def without_gradients(how: str) -> list[Any]:
+    """What verify() says after a backward that left no gradient, and what three steps warn of."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    if how == "fsdp2":
+        fully_shard(model, mesh=mesh_of(("dp", dist.get_world_size())))
+        model.set_requires_gradient_sync(False)
+    elif how == "hsdp":
+        fully_shard(model, mesh=mesh_of(("replicate", 2), ("shard", dist.get_world_size() // 2)))
+        model.set_requires_all_reduce(False)
+    elif how == "used up":
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    clipper = distclip.Clipper(model, 1.0)
+    model(torch.ones(2, 4)).square().sum().backward()
+    if how == "zeroed too early":
+        model.zero_grad()
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        said = said_by(clipper.verify)
+        norms = [clipper.clip_().norm.item() for _ in range(3)]
+    return [said, norms, [f"{warning.category.__name__}: {warning.message}" for warning in warned]]
+
+
+@pytest.mark.parametrize(
+    ("how", "size"), [("used up", 1), ("zeroed too early", 1), ("zeroed too early", 2), ("fsdp2", 2), ("hsdp", 4)]
+)
+def test_no_gradient_on_any_rank_is_no_proof_and_is_told_of_once(how, size):
+    for said, norms, warned in run_ranks(without_gradients, size, how):
+        assert said.startswith("there is no gradient on any rank: an optimizer in the backward has used them up, ")
+        assert norms == [0.0] * 3
+        (once,) = warned
+        assert once.startswith("RuntimeWarning: no gradient on this rank, and a norm of 0 over all: an optimizer in ")
+
+
+def with_some_gradients(how: str) -> str:
+    """Stages, of which the last alone has a gradient, or gradients of zeros: nothing to warn of."""
+    stage = nn.Linear(3, 3)
+    clipper = distclip.Clipper(stage, 1.0, layout=lambda name, p: distclip.Layout(1))
+    if dist.get_rank() or how == "zeros":
+        filled(stage, dist.get_rank())
+        stage.weight.grad.mul_(how != "zeros")
+        stage.bias.grad.mul_(how != "zeros")
+    with warnings.catch_warnings(action="error"):
+        clipper.clip_()
+    return said_by(clipper.verify)
+
+
+@pytest.mark.parametrize("how", ["on one rank", "zeros"])
+def test_gradients_on_one_rank_or_of_zeros_are_gradients(how):
+    assert run_ranks(with_some_gradients, 2, how) == ["no error"] * 2

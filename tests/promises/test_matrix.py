@@ -1,0 +1,207 @@
+"""The matrix: every layout, dtype, p and state of the gradients against the float64 oracle, on 2, 4 and 8 ranks."""
+
+import re
+from dataclasses import dataclass
+from math import inf, isfinite, nan
+
+import pytest
+import torch
+import torch.distributed as dist
+from distclip.realign import is_candidate
+from distclip.verify import has_copies
+from torch.distributed.tensor import DTensor
+
+import distclip
+from distclip.plan import Plan
+from support.oracle import same_tensors, true_norm
+from support.parallel import EIGHT, FOUR, THREE, TWO, united
+from support.ranks import count_collectives, run_ranks, same_bits
+
+P = (0.5, 1.0, 2.0, 3.0, inf)
+SCALES = {"ordinary": 30.0, "tiny": 1e-4, "huge": 1e15}
+AFTER = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+LAYOUTS = [
+    pytest.param(layout, size, id=f"{layout.__name__}-{size}") for size, ls in ((2, TWO), (4, FOUR)) for layout in ls
+]
+ON_THREE = [pytest.param(layout, 3, id=f"{layout.__name__}-3") for layout in THREE]
+ON_EIGHT = [pytest.param(layout, 8, id=f"{layout.__name__}-8") for layout in EIGHT]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass
+class Bound:
+    """A policy whose bound a test moves: making a Clipper for each took a quarter of the time here."""
+
+    max_norm: float = inf
+
+    def init(self, device):
+        return {}
+
+    def decide(self, norm, state):
+        return distclip.Decision(torch.tensor(self.max_norm, dtype=torch.float64, device=norm.device)), state
+
+
+def clipped(layout, dtype: torch.dtype, state: str) -> dict[str, object]:
+    """By function and by Clipper, for every p: the norms, what clipping leaves, whether an unclipped step kept bits."""
+    job = layout(dtype, SCALES[state])
+    job.backward()
+    whole = united(job)
+    bound = Bound()
+    clippers = {p: distclip.Clipper(job.parts, bound, norm_type=p, **job.options) for p in P}
+    holders = clippers[2.0]._holders  # TP under DDP and FSDP1 hide them
+    kept = [(h, None if h.grad is None else h.grad.detach().clone()) for h in holders]
+    result: dict[str, object] = {"oracle": {p: true_norm(whole, p) for p in P}, "realigns": job.realigns}
+    result["tolerance"] = 2e-7 if job.exact else 1e-6 if dtype == torch.float32 else 2e-2
+    for name in ("function", "clipper"):
+        norms, untouched, after = {}, {}, {}
+        for p in P:
+            oracle = result["oracle"][p]
+            for bound.max_norm in (2 * oracle, oracle / 3):
+                clips = bound.max_norm < oracle
+                for holder, gradient in kept:
+                    holder.grad = None if gradient is None else gradient.clone()
+                before = [local(h.grad).clone() for h, _ in kept if h.grad is not None]
+                if name == "function":
+                    with count_collectives() as counts:
+                        norms[p, clips] = distclip.clip_grad_norm_(job.parts, bound.max_norm, p, **job.options)
+                else:
+                    with count_collectives() as counts:
+                        norms[p, clips] = clippers[p].clip_().norm
+                if not clips:
+                    untouched[p] = same_tensors(before, [local(h.grad) for h, _ in kept if h.grad is not None])
+                else:
+                    again = distclip.clip_grad_norm_(job.parts, inf, p, **job.options)
+                    after[p] = again.item() / bound.max_norm
+        result[name] = {"norms": norms, "untouched": untouched, "after": after, "collectives": dict(counts)}
+    for holder, gradient in kept:
+        holder.grad = None if gradient is None else gradient.clone()
+    copies, axes = has_copies(clippers[2.0]._plan), "split_over" in job.options
+    result["compares"] = copies + 3 * axes  # all-reduces in the second of the two calls of each
+    clipper = clippers.pop(2.0)
+    clippers.clear()  # verify() tolerates no other Clipper of these parameters
+    clipper.verify()
+    return result
+
+
+def check(results: list[dict], dtype: torch.dtype) -> None:
+    assert same_bits([r["function"]["norms"] for r in results])
+    assert same_bits([r["clipper"]["norms"] for r in results])
+    for name in ("function", "clipper"):
+        for p in P:
+            oracle = results[0]["oracle"][p]
+            assert oracle > 0, "a vacuous case"
+            for clips in (False, True):
+                norm = results[0][name]["norms"][p, clips].item()
+                assert norm == pytest.approx(oracle, rel=results[0]["tolerance"]), p
+            left = norm / (norm + 1e-6)  # of the bound, by torch's own formula
+            error = AFTER[dtype] * (2 if p < 1 else 1)
+            assert results[0][name]["after"][p] == pytest.approx(left, rel=error), p
+            assert results[0]["realigns"] or all(r[name]["untouched"][p] for r in results)
+        if not results[0]["realigns"]:
+            expected = 1 + (results[0]["compares"] if name == "clipper" else 0)
+            assert all(r[name]["collectives"] == {"allreduce": expected} for r in results)
+
+
+@pytest.mark.parametrize("state", SCALES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_norm_and_clipping_are_those_of_one_process(layout, size, dtype, state):
+    check(run_ranks(clipped, size, layout, dtype, state), dtype)
+
+
+@pytest.mark.parametrize(("layout", "size"), ON_THREE)
+def test_the_same_on_three_ranks_that_nothing_divides_by(layout, size):
+    check(run_ranks(clipped, size, layout, torch.float32, "ordinary"), torch.float32)
+
+
+@pytest.mark.parametrize(("layout", "size"), ON_EIGHT)
+def test_the_same_on_eight_ranks(layout, size):
+    check(run_ranks(clipped, size, layout, torch.float32, "ordinary", timeout=120), torch.float32)
+
+
+MORE = [
+    p for p in LAYOUTS if p.id in {"by_hand-4", "hsdp-4", "fsdp2_tp-4", "tp_sequence-2", "pp_fsdp2-4", "ep_plain-4"}
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize(("layout", "size"), MORE)
+def test_the_same_in_other_dtypes(layout, size, dtype):
+    check(run_ranks(clipped, size, layout, dtype, "ordinary"), dtype)
+
+
+def troubled(layout) -> dict[str, object]:
+    """A NaN on the last rank, then no gradient at all there."""
+    job = layout(torch.float32, 30.0)
+    job.backward()
+    last = dist.get_rank() == dist.get_world_size() - 1
+    clipper = distclip.Clipper(job.parts, 1.0, **job.options)
+    clipper.measure()  # brings gradients into place
+    holders = clipper._holders
+    mine = [i for i in range(len(clipper._plan.pieces)) if gradient_of(clipper, i).numel()]
+    if last:
+        gradient_of(clipper, mine[-1]).view(-1)[0] = nan
+    before = [gradient_of(clipper, i).clone() for i in mine]
+    report = clipper.clip_()
+    result = {
+        "skip": report.skip.item(),
+        "culprit": str(report.culprit),
+        "untouched": same_bits([before, [gradient_of(clipper, i) for i in mine]]),
+        "expected": blamed(clipper._plan, mine[-1]) if mine else "nothing",
+    }
+    for holder in holders:
+        holder.grad = None
+    job.backward()
+    if last:
+        for holder in holders:
+            holder.grad = None
+    result["norms"] = [norm_or_error(job, p) for p in (2.0, inf)]
+    result["copies"] = any(is_copied(clipper._plan, i) for i in range(len(clipper._plan.pieces)))
+    return result
+
+
+def blamed(plan: Plan, i: int) -> str:
+    """How the culprit begins, the last rank: what FSDP has summed and cut may have come from any."""
+    piece, last = plan.pieces[i], plan.group.size - 1
+    if plan.replicas[i] == 1 and (piece.reduced or piece.flat_over):
+        return f"{plan.label(i)} has NaN in its reduced gradient, held by rank {last}; distclip.find_source(model) "
+    return f"{plan.label(i)} on rank {last} has NaN in its gradient"
+
+
+def is_copied(plan: Plan, i: int) -> bool:
+    """Whether every rank holds all of piece ``i``, and no gradient of it can be a term of a sum not made yet."""
+    return plan.common[i] and plan.replicas[i] == plan.group.size and not is_candidate(plan.pieces[i])
+
+
+def norm_or_error(job, p: float) -> float | str:
+    try:
+        return distclip.clip_grad_norm_(job.parts, inf, p, **job.options).item()
+    except distclip.LayoutError as error:
+        return str(error)
+
+
+def gradient_of(clipper: distclip.Clipper, index: int) -> torch.Tensor:
+    """What this rank has of the gradient of one piece: empty where there is none."""
+    piece, gradient = clipper._plan.pieces[index], clipper._holders[clipper._plan.sources[index]].grad
+    if gradient is None:
+        return torch.empty(0)
+    return local(gradient) if piece.span is None else local(gradient)[piece.span]
+
+
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_a_bad_number_is_named_and_a_rank_without_gradients_takes_part(layout, size):
+    """With zeros for what only it holds; copies that one rank lacks are an error on all."""
+    results = run_ranks(troubled, size, layout)
+    for r in results:
+        assert r["skip"] is True
+        assert r["culprit"].startswith(results[-1]["expected"])
+        assert r["untouched"]
+        for norm in r["norms"]:
+            if r["copies"]:  # which one rank lacks
+                assert re.search(rf"; rank {size - 1}: .* without a gradient of ", norm)
+            else:
+                assert isfinite(norm)
+    assert same_bits([r["norms"] for r in results])

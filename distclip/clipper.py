@@ -15,11 +15,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .errors import FAILURES, LayoutError, NonFiniteError
+from .gradients.storage import in_grad
 from .kernels import clamp_, scale_
 from .kernels.transfer import Flags, in_capture
 from .layouts.layout import LayoutFn
 from .layouts.model import ParameterFilter, Reading, chosen, held_in, parts_of
-from .layouts.piece import gradients_of, holders_of, once
+from .layouts.piece import holders_of, once
 from .optimizers.fused import Folding, Folds, may_skip_on_device
 from .optimizers.hooks import check_optimizers, held_by, skip_next_step
 from .optimizers.scaler import claim, join_found_inf, skipping, unscale_
@@ -168,6 +169,7 @@ class Clipper:
             tell_ranks(where, device, dict.fromkeys(SETTINGS, ""), error)
             raise
         self._holders = holders_of(listed)
+        self._storage = in_grad(self._holders)
         self._ids = frozenset(map(id, self._holders))
         self._left_out = frozenset(id(item.holder) for item in everything) - self._ids
         self._folding = Folding(self._ids)
@@ -327,7 +329,7 @@ class Clipper:
                 "for each parameter; where optimizers share parameters on purpose (DiLoCo), attach() one to each, or "
                 "call verify() after each has made a step()"
             )
-        verify(self._plan, self._holders, fault, TURN * self._number, self._named("verify()"))
+        verify(self._plan, self._holders, self._storage, fault, TURN * self._number, self._named("verify()"))
 
     def _may_clip_again(self, other: "Clipper") -> bool:
         """Whether ``other`` holds parameters of this one, and is not known to clip for other optimizers."""
@@ -511,14 +513,14 @@ class Clipper:
 
     def _measure(self, tag: int, fault: LayoutError | None = None) -> Measured:
         """Measure; raise ``fault`` where it is given, once all ranks have met."""
-        gradients = gradients_of(self._holders)
+        gradients = self._storage.read()
         steps = tag == self._steps
         call = self._named(f"step {self._steps}" if steps else f"measure() in step {self._steps}")
         if self._loaded:
             tag, call = tag + self._loaded, f"{call} after loading a state (hash {self._loaded:x})"
         compares = steps and self._calls >= self._compare_in and not in_capture(self._plan.device)
         tag += TURN * self._number + COMPARING * compares + self._decided
-        measured = self._plan.measure(gradients, self._holders, tag, self._realigns, fault=fault, call=call)
+        measured = self._plan.measure(gradients, self._storage.store, tag, self._realigns, fault=fault, call=call)
         if compares and compare_gradients(self._plan, measured):
             if self._compares_axes:
                 compare_axes(self._plan, self._holders, measured)

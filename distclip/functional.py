@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from .errors import FAILURES, LayoutError
 from .gradients.look import laid_out
 from .gradients.sharing import first_shared, refused
+from .gradients.storage import in_grad
 from .kernels import check_memory, clamp_, scale_, triton
 from .layouts.layout import LayoutFn
 from .layouts.piece import held_gradient, holders_of, local_tensor
@@ -101,7 +102,7 @@ def clip_grad_norm_(
     call = f"clip_grad_norm_(max_norm={bound}, norm_type={known.plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
     fault = known.plan.memory.take_fault()
     measured = known.plan.measure(
-        known.gradients, known.holders, crc32(call.encode()), same=known.same, fault=fault, call=call
+        known.gradients, in_grad(known.holders).store, crc32(call.encode()), same=known.same, fault=fault, call=call
     )
     norm, culprit = _total_norm(known.plan, measured, error_if_nonfinite)
     if not isinstance(norm, Tensor):

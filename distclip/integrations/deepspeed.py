@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from distclip.clipper import Clipper
 from distclip.errors import LayoutError, NonFiniteError
+from distclip.gradients.storage import in_grad
 from distclip.kernels import scale_
 from distclip.layouts.layout import Layout, LayoutFn
 from distclip.plan.measured import Measured
@@ -108,6 +109,7 @@ class EngineClipper(Clipper):
         self._of_parts = not isinstance(optimizer, WHOLE)
         if self._of_parts:  # whose gradients do not fit into the .grad of parameters
             self._holders = [SimpleNamespace(grad=None) for _ in held]  # type: ignore[misc]
+            self._storage = in_grad(self._holders)
         if hook is not None:
             hook(optimizer, self)
         self._inner, self._inner_of_engine = optimizer.step, engine.step

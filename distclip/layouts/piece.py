@@ -1,6 +1,6 @@
 """Piece: one parameter as this rank holds it, whoever cut it up.
 
-Private torch API, read in 2.13 and 2.6: ``DisableTorchFunctionSubclass``, ``_local_tensor``.
+Private torch API, read in 2.13 and 2.6: ``_local_tensor``.
 
 Nothing here changes once it is made. Frozen dataclasses would say so, and take three times as long to make.
 """
@@ -115,12 +115,6 @@ def once(listed: Iterable[Held]) -> list[Held]:
 def holders_of(listed: Iterable[Held]) -> list[Tensor]:
     """The tensors in whose ``.grad`` gradients are, each once: a flat one holds many pieces."""
     return list({id(item.holder): item.holder for item in listed}.values())
-
-
-def gradients_of(holders: Iterable[Tensor]) -> list[Tensor | None]:
-    """Their gradients. Each DTensor is asked for a ``__torch_function__`` before, which would take twice as long."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return [holder.grad for holder in holders]
 
 
 def same_ranks(mesh: DeviceMesh, other: DeviceMesh) -> bool:

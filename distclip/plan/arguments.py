@@ -11,11 +11,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..errors import LayoutError
+from ..gradients.storage import gradients_of
 from ..layouts.fsdp1 import is_flattened, is_whole
 from ..layouts.fsdp2 import managed_anywhere, number_of_modules
 from ..layouts.layout import LayoutFn
 from ..layouts.model import held_in
-from ..layouts.piece import Held, gradients_of, held_parameter, holders_of
+from ..layouts.piece import Held, held_parameter, holders_of
 from ..policies.checks import positive
 from ..ranks.group import Axis, ClippingGroup
 from .build import Plan, tell_others

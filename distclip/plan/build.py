@@ -21,6 +21,7 @@ from ..gradients.look import Local, look_at
 from ..gradients.realign import is_candidate, realign
 from ..gradients.runs import WIDE, Gathered, Memory, shares_of
 from ..gradients.sharing import first_shared, refused
+from ..gradients.storage import Store
 from ..kernels import largest, local_norms, norms_on_host, power_sum, triton
 from ..kernels.transfer import sent
 from ..layouts.layout import Holding, LayoutFn, LayoutReader
@@ -115,7 +116,7 @@ class Plan:
     def measure(
         self,
         gradients: Sequence[Tensor | None],
-        holders: Sequence[Tensor] | None = None,
+        store: Store | None = None,
         tag: int = 0,
         eager: bool = False,
         same: bool = False,
@@ -125,7 +126,7 @@ class Plan:
         """Measure ``gradients``, one for each source, None where there is none.
 
         One all-reduce if the group has one. Where its answers say that gradients wait to be realigned, that is done,
-        stored in the ``.grad`` of ``holders`` if they are given, and measured again; ``eager`` realigns first, which
+        handed to ``store`` if it is given, and measured again; ``eager`` realigns first, which
         every rank must then do. ``same``: they are the very tensors of the last time.
         Waits for an accelerator only to read those answers, where they can be yes. ``tag`` is mixed into the agreement
         word; ``call`` is what errors say of this rank where others do not agree. An error of this rank is raised after
@@ -133,20 +134,20 @@ class Plan:
         """
         error = fault
         if eager:
-            gradients, found = self._realigned(gradients, holders)
+            gradients, found = self._realigned(gradients, store)
             error = error or found
         gathered, local, norms, reduced = self._reduced(gradients, error, tag, call, same)
         wide = self.wide or gathered.wide
         if self.heeds:
             _, disagree, (misplaced, wide) = reduced.read()
             if misplaced and not disagree:
-                gradients, error = self._realigned(gradients, holders)
+                gradients, error = self._realigned(gradients, store)
                 gathered, local, norms, reduced = self._reduced(gradients, error, tag + REALIGNED, call)
                 eager = True
         if local is not None:
             if local.error is not None:
                 raise LayoutError(f"{fault}{reduced.who}") if local.error is fault else local.error
-            gradients = _replaced(gradients, local.instead, holders)
+            gradients = _replaced(gradients, local.instead, store)
         dtype = torch.float64 if wide else torch.float32
         can_overflow = wide or 7 < self.p < inf or self.p < LEAST_P
         return Measured(gradients, gathered.runs, norms, reduced, eager, dtype, can_overflow)
@@ -331,14 +332,14 @@ class Plan:
         return sent(norms, self.device)
 
     def _realigned(
-        self, gradients: Sequence[Tensor | None], holders: Sequence[Tensor] | None
+        self, gradients: Sequence[Tensor | None], store: Store | None
     ) -> tuple[Sequence[Tensor | None], LayoutError | None]:
         try:
             moved = realign(self.pieces, [gradients[source] for source in self.sources])
         except LayoutError as error:  # raised once this rank has taken part in the next all-reduce
             return gradients, error
         new = {s: g for s, g in zip(self.sources, moved, strict=True) if g is not None and g is not gradients[s]}
-        return _replaced(gradients, new, holders), None
+        return _replaced(gradients, new, store), None
 
 
 def tell_others(
@@ -366,14 +367,14 @@ def stopped_by(error: Exception) -> str:
 
 
 def _replaced(
-    gradients: Sequence[Tensor | None], instead: dict[int, Tensor], holders: Sequence[Tensor] | None
+    gradients: Sequence[Tensor | None], instead: dict[int, Tensor], store: Store | None
 ) -> Sequence[Tensor | None]:
-    """``gradients`` with those in ``instead``, which are stored in ``holders`` too."""
+    """``gradients`` with those in ``instead``, which are stored too."""
     if not instead:
         return gradients
-    if holders is not None:
+    if store is not None:
         for source, gradient in instead.items():
-            holders[source].grad = gradient
+            store(source, gradient)
     return [instead.get(source, gradient) for source, gradient in enumerate(gradients)]
 
 

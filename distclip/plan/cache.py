@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..gradients.runs import attributes
-from ..layouts.piece import gradients_of
+from ..gradients.storage import gradients_of
 from .build import Plan
 
 MOST = 8  # plans of lists of tensors; those of modules live as long as their first module

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import LayoutError
+from ..gradients.storage import Storage
 from ..kernels.transfer import sent
 from ..layouts.layout import part_of, speaks
-from ..layouts.piece import Held, gradients_of, once
+from ..layouts.piece import Held, once
 from ..ranks.compare import HASHES, bit_sums, checksums, differing, is_constant, projections, say, who_differs
 from ..ranks.group import ClippingGroup
 from .build import Plan, stopped_by
@@ -104,6 +105,7 @@ def _apart(plan: Plan, kept: Sequence[Held], sums: Callable[[Sequence[Tensor], t
 def verify(
     plan: Plan,
     holders: Sequence[Tensor],
+    storage: Storage,
     fault: LayoutError | None = None,
     tag: int = 0,
     call: str = "verify()",
@@ -112,8 +114,7 @@ def verify(
 
     ``fault``: what this rank knows to be wrong already. ``tag``, ``call``: of who calls, as in :meth:`Plan.measure`.
     """
-    gradients = gradients_of(holders)
-    measured = plan.measure(gradients, holders, tag=VERIFYING + tag, fault=fault, call=call)
+    measured = plan.measure(storage.read(), storage.store, tag=VERIFYING + tag, fault=fault, call=call)
     if measured.reduced.read()[1]:
         raise LayoutError(
             f"the ranks do not agree: let every rank make the same calls with the same parameters{measured.reduced.who}"

@@ -1,0 +1,66 @@
+"""Where the gradients of parameters are read, and stored when another tensor takes their place: `.grad` unless told.
+
+Private torch API, read in 2.13 and 2.6: ``DisableTorchFunctionSubclass``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+
+Store: TypeAlias = Callable[[int, Tensor], None]
+"""Puts a gradient in the place of that of the parameter of this index."""
+
+GradientFn: TypeAlias = Callable[[str, Tensor], Tensor | None]
+"""The gradient of a parameter by its name, where it is not in ``.grad``; None where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """``read()``: the gradients, one for each parameter, None where there is none. ``store``: see :data:`Store`.
+
+    ``in_grad``: they are those in ``.grad``, which optimizers of torch and a GradScaler read.
+    """
+
+    read: Callable[[], list[Tensor | None]]
+    store: Store
+    in_grad: bool = False
+
+
+def in_grad(holders: Sequence[Tensor]) -> Storage:
+    """``.grad``, as torch has it."""
+
+    def store(index: int, gradient: Tensor) -> None:
+        holders[index].grad = gradient
+
+    return Storage(lambda: gradients_of(holders), store, in_grad=True)
+
+
+def in_attribute(holders: Sequence[Tensor], name: str) -> Storage:
+    """Another attribute of the parameters, as ``main_grad``; one without it has no gradient."""
+    return Storage(
+        lambda: [getattr(holder, name, None) for holder in holders],
+        lambda index, gradient: setattr(holders[index], name, gradient),
+    )
+
+
+def given_by(function: GradientFn, holders: Sequence[Tensor], names: Sequence[str]) -> Storage:
+    """What ``function`` returns: the very tensors that will be stepped with, which are scaled in place."""
+
+    def store(index: int, gradient: Tensor) -> None:
+        raise LayoutError(
+            f"the gradient that gradients= returned for {names[index]} would have to be replaced by another tensor "
+            "(its placements or memory are not those of its parameter): return one that lies as its parameter does"
+        )
+
+    return Storage(lambda: list(map(function, names, holders)), store)
+
+
+def gradients_of(holders: Sequence[Tensor]) -> list[Tensor | None]:
+    """What is in ``.grad``. Each DTensor is asked for a ``__torch_function__`` before, which takes twice as long."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return [holder.grad for holder in holders]

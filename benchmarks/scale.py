@@ -38,10 +38,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distclip
 from distclip.bench.machine import cpu_model
 from distclip.clipper import Clipper
-from distclip.group import ClippingGroup
-from distclip.model import held_in
-from distclip.plan import TAG_STEP, Plan
-from distclip.words import CODES
+from distclip.layouts.model import held_in
+from distclip.plan.build import TAG_STEP, Plan
+from distclip.ranks.group import ClippingGroup
+from distclip.ranks.message import CODES
 
 WORLDS = (512, 2048, 8192, 16384)
 SHARDS, TENSOR, STAGES, EXPERT = 8, 8, 16, 64  # ranks along the HSDP shard, TP, PP and EP axes

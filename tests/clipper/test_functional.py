@@ -418,13 +418,13 @@ def test_unsharded_copies_are_never_taken_for_parameters():
 def payloads() -> list[int]:
     """Words of every all-reduce that the functions make on FSDP2, on DTensors cut by hand, and for inf."""
     sizes = []
-    plain = distclip.group.ClippingGroup.all_reduce
+    plain = distclip.ranks.group.ClippingGroup.all_reduce
 
     def spy(self, words, *op):
         sizes.append(words.numel())
         return plain(self, words, *op)
 
-    distclip.group.ClippingGroup.all_reduce = spy
+    distclip.ranks.group.ClippingGroup.all_reduce = spy
     model = fsdp2()
     backward(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

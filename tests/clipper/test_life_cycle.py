@@ -10,7 +10,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.model import held_in
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -18,6 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, AdamW
 
 import distclip
+from distclip.layouts.model import held_in
 from support import layouts
 from support.layouts import backward, build
 from support.oracle import same_tensors, true_norm, whole_gradients
@@ -219,7 +219,7 @@ def test_an_optimizer_may_hold_frozen_parameters_that_are_new(fused):
 
 def test_a_model_in_which_nothing_has_changed_is_not_walked_through(monkeypatch):
     loop = Loop("step")
-    monkeypatch.setattr("distclip.model.held_in", lambda models: pytest.fail("walked through again"))
+    monkeypatch.setattr("distclip.layouts.model.held_in", lambda models: pytest.fail("walked through again"))
     back(loop.model)
     loop.step()
     loop.clipper.measure()
@@ -279,7 +279,7 @@ def walks_in_steps_of(build: Callable[[], nn.Module]) -> tuple[list[int], list[f
         backward(model, step)
         if not isinstance(model, FullyShardedDataParallel):
             want.append(true_norm(whole_gradients(p for p in model.parameters())))
-        with patch("distclip.model.held_in", wraps=held_in) as walk:
+        with patch("distclip.layouts.model.held_in", wraps=held_in) as walk:
             found.append(clipper.step(optimizer).norm.item())
         walks.append(walk.call_count)
         optimizer.zero_grad()

@@ -10,13 +10,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.group import ClippingGroup
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distclip
 from distclip.kernels import native
+from distclip.ranks.group import ClippingGroup
 from support.oracle import true_norm
 from support.ranks import run_ranks, same_bits
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from distclip.piece import local_tensor
 
 import distclip
+from distclip.layouts.piece import local_tensor
 from faults.loop import FAULTY_STEP, STEPS, Case, Injected, Loop
 
 NONFINITE = ("skip", "raise", "propagate")

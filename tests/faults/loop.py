@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distclip.piece import local_tensor
-from distclip.presence import name_lost_ranks
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 
 import distclip
+from distclip.layouts.piece import local_tensor
+from distclip.ranks.presence import name_lost_ranks
 from support.layouts import batch, build, ddp, fsdp2
 from support.parallel import _tensor_parallel, mesh_of, rows
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import distclip
-from distclip import kernels, neighbours, plan as planning
+from distclip import kernels
+from distclip.gradients import runs as neighbours
+from distclip.plan import build as planning
 from support.oracle import true_norm
 from support.ranks import run_ranks
 

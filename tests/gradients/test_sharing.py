@@ -7,11 +7,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.sharing import first_shared, overlaps_itself
 from torch import Tensor
 from torch.nn import Parameter, ParameterList
 
 import distclip
+from distclip.gradients.sharing import first_shared, overlaps_itself
 from distclip.kernels import native
 from support.oracle import true_norm
 from support.ranks import run_ranks, same_bits

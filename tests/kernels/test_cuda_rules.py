@@ -11,12 +11,12 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.flags import Flags
-from distclip.group import ClippingGroup
 from torch import Tensor, nn
 
 import distclip
 from distclip.kernels import foreach, scale_
+from distclip.kernels.transfer import Flags
+from distclip.ranks.group import ClippingGroup
 from distclip.train.trainer import Trainer
 from distclip.train.ways.zero import Zero
 from promises.test_accelerator import POLICIES, adamw, fill, model_of, on_the_accelerator

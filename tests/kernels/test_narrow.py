@@ -5,13 +5,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from distclip.group import ClippingGroup, has_float64
 from torch import Tensor, nn
 
 import distclip
-from distclip import group as groups
 from distclip.kernels import norms_on_host
 from distclip.kernels.narrow import CHUNK
+from distclip.ranks import group as groups
+from distclip.ranks.group import ClippingGroup, has_float64
 from support import accelerator
 from support.accelerator import DEVICE, EXISTS, raw, use_accelerator
 from support.oracle import true_norm

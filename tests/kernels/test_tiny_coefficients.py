@@ -6,7 +6,6 @@ from math import inf
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.words import LEAST, factors
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW
 
 import distclip
+from distclip.policies.coefficient import LEAST, factors
 from support.oracle import same_tensors
 from support.ranks import run_ranks, same_bits
 

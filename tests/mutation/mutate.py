@@ -30,26 +30,26 @@ WORDS = [
     "ranks/test_words.py",
 ]
 TARGETS = {
-    "distclip/layout.py": [*WORDS, "layouts/test_layout.py", "promises/test_norm.py", "plan/test_verify.py"],
-    "distclip/plan.py": [
+    "distclip/layouts/layout.py": [*WORDS, "layouts/test_layout.py", "promises/test_norm.py", "plan/test_verify.py"],
+    "distclip/plan/build.py": [
         *WORDS,
         "gradients/test_neighbours.py",
         "ranks/test_agreement.py",
         "clipper/test_clipper.py",
         "plan/test_verify.py",
     ],
-    "distclip/neighbours.py": [
+    "distclip/gradients/runs.py": [
         "gradients/test_neighbours.py",
         "promises/test_adversary.py",
         "plan/test_cache.py",
         *WORDS,
     ],
-    "distclip/words.py": [*WORDS, "clipper/test_clipper.py"],
-    "distclip/cache.py": ["plan/test_cache.py", "clipper/test_functional.py"],
-    "distclip/arguments.py": ["plan/test_cache.py", "clipper/test_functional.py", "layouts/test_layout.py"],
-    "distclip/realign.py": [*WORDS, "promises/test_matrix.py"],
+    "distclip/ranks/message.py": [*WORDS, "clipper/test_clipper.py"],
+    "distclip/plan/cache.py": ["plan/test_cache.py", "clipper/test_functional.py"],
+    "distclip/plan/arguments.py": ["plan/test_cache.py", "clipper/test_functional.py", "layouts/test_layout.py"],
+    "distclip/gradients/realign.py": [*WORDS, "promises/test_matrix.py"],
     "distclip/functional.py": [*WORDS, "layouts/test_layout.py"],
-    "distclip/outcome.py": [
+    "distclip/step/decision.py": [
         "clipper/test_clipper.py",
         "policies/test_policies.py",
         "optimizers/test_amp.py",
@@ -64,7 +64,7 @@ TARGETS = {
         "promises/test_bugs_of_others.py",
         "plan/test_verify.py",
     ],
-    "distclip/verify.py": ["promises/test_properties.py", "plan/test_verify.py", "ranks/test_agreement.py"],
+    "distclip/plan/verify.py": ["promises/test_properties.py", "plan/test_verify.py", "ranks/test_agreement.py"],
 }
 SLOWEST = 3.0  # seconds of a single test that is worth its time here
 PATIENCE = 60.0  # seconds for the tests of one mutant, beside four times those they took without a change

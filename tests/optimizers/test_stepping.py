@@ -6,9 +6,9 @@ from weakref import ref
 
 import pytest
 import torch
-from distclip.stepping import guard, held_by, skip_next_step, watch, withhold
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
+from distclip.optimizers.hooks import guard, held_by, skip_next_step, watch, withhold
 from support.ranks import same_bits
 
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -88,7 +88,7 @@ def test_a_step_that_never_came_is_forgotten():
 
 
 def test_a_flag_of_a_step_that_never_came_is_taken_back(monkeypatch):
-    monkeypatch.setattr("distclip.stepping.reads_are_free", lambda device: False)
+    monkeypatch.setattr("distclip.optimizers.hooks.reads_are_free", lambda device: False)
     model, optimizer = net_and(Adam, fused=True)
     backward(model)
     skip_next_step([optimizer], YES)
@@ -111,7 +111,7 @@ def test_a_gradient_made_meanwhile_is_kept():
 @pytest.mark.parametrize("kind", [Adam, AdamW, Adagrad, SGD])
 @pytest.mark.parametrize("skip", [YES, NO])
 def test_fused_optimizers_are_told_on_the_device(kind, skip, monkeypatch):
-    monkeypatch.setattr("distclip.stepping.reads_are_free", lambda device: False)
+    monkeypatch.setattr("distclip.optimizers.hooks.reads_are_free", lambda device: False)
     model, optimizer = net_and(kind, fused=True)
     backward(model)
     skip_next_step([optimizer], skip)

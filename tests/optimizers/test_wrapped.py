@@ -6,12 +6,12 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.stepping import guard, skip_next_step
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 
 import distclip
+from distclip.optimizers.hooks import guard, skip_next_step
 from support import wrappers
 from support.layouts import backward, build, ddp, fsdp2
 from support.ranks import run_ranks, same_bits

@@ -12,14 +12,14 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.piece import local_tensor
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 import distclip
-from distclip import arguments, cache
+from distclip.layouts.piece import local_tensor
+from distclip.plan import arguments, cache
 from support.layouts import backward, batch, build
 from support.oracle import true_norm, whole_gradients
 from support.parallel import Job, by_hand, by_hand_realigned, ddp_tp, full_gradients, hsdp, mesh_of, tp_sequence, united

@@ -13,7 +13,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.piece import local_tensor
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 import distclip
+from distclip.layouts.piece import local_tensor
 from support.layouts import backward, build, ddp, fsdp2
 from support.ranks import count_collectives, run_ranks
 

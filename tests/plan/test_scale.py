@@ -8,8 +8,6 @@ from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
-from distclip.group import ClippingGroup
-from distclip.model import held_in
 from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.scale import (
@@ -34,6 +32,8 @@ from benchmarks.scale import (
     pp_fsdp_tp,
     ranks,
 )
+from distclip.layouts.model import held_in
+from distclip.ranks.group import ClippingGroup
 
 FEW, SOME, MANY = 128, 512, 2048
 NOISE = 8 << 10  # bytes: a tuple of all ranks would be 16 KiB

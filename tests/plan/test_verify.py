@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.compare import checksums
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
 import distclip
+from distclip.ranks.compare import checksums
 from support.layouts import backward, build, ddp
 from support.parallel import mesh_of
 from support.ranks import count_collectives, run_ranks

@@ -8,10 +8,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.group import ClippingGroup
 from torch import nn
 
 import distclip
+from distclip.ranks.group import ClippingGroup
 from support.accelerator import (
     DEVICE,
     EXISTS,
@@ -66,7 +66,7 @@ def on_the_accelerator(words_on_the_device: bool = True) -> Iterator[None]:
     device = torch.device(DEVICE, 0) if words_on_the_device else torch.device("cpu")
     with (
         patch("torch.Event", Event),
-        patch("distclip.flags.pinned_like", pinned_like),
+        patch("distclip.kernels.transfer.pinned_like", pinned_like),
         patch("distclip.clipper.in_capture", capturing),
         patch("torch.distributed.all_reduce", all_reduce),
         patch.object(ClippingGroup, "device_for", lambda group, tensors: device),

@@ -7,12 +7,12 @@ from math import inf, isfinite, nan
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.realign import is_candidate
-from distclip.verify import has_copies
 from torch.distributed.tensor import DTensor
 
 import distclip
-from distclip.plan import Plan
+from distclip.gradients.realign import is_candidate
+from distclip.plan.build import Plan
+from distclip.plan.verify import has_copies
 from support.oracle import same_tensors, true_norm
 from support.parallel import EIGHT, FOUR, THREE, TWO, united
 from support.ranks import count_collectives, run_ranks, same_bits

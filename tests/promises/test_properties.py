@@ -12,16 +12,17 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.measured import Measured
-from distclip.piece import held_parameter
-from distclip.verify import verify
-from distclip.words import CODES, clip_coef, reduce_norm
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
-from distclip.plan import Plan
+from distclip.layouts.piece import held_parameter
+from distclip.plan.build import Plan
+from distclip.plan.measured import Measured
+from distclip.plan.verify import verify
+from distclip.policies.coefficient import clip_coef
+from distclip.ranks.message import CODES, reduce_norm
 from support.oracle import same_tensors, true_norm
 from support.parallel import mesh_of
 from support.ranks import count_collectives, run_ranks, same_bits

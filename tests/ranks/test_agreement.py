@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distclip.verify import VERIFYING
-from distclip.words import CODES
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,9 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 import distclip
-from distclip import roll_call
 from distclip.clipper import COMPARING, MEASURING, TURN
-from distclip.plan import REALIGNED
+from distclip.plan.build import REALIGNED
+from distclip.plan.verify import VERIFYING
+from distclip.ranks import roll_call
+from distclip.ranks.message import CODES
 from support.layouts import DenseNet, backward, build, ddp, fsdp2
 from support.ranks import run_ranks, same_bits
 

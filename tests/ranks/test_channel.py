@@ -10,13 +10,13 @@ from math import inf
 
 import torch
 import torch.distributed as dist
-from distclip.channel import TALK, channel, open_channel
-from distclip.group import ClippingGroup
-from distclip.words import reduce_norm
 from torch import nn
 
 import distclip
-from distclip import roll_call
+from distclip.ranks import roll_call
+from distclip.ranks.connections import TALK, channel, open_channel
+from distclip.ranks.group import ClippingGroup
+from distclip.ranks.message import reduce_norm
 from support.ranks import count_collectives, run_ranks
 
 
@@ -99,7 +99,7 @@ def again_and_again(folder: str) -> list[tuple[float, int]]:
     """The default group is made anew, with the same name, while the job's store stays the same to us."""
     rank, size, limit = dist.get_rank(), dist.get_world_size(), timedelta(seconds=20)
     kept = dist.FileStore(f"{folder}/kept", size)
-    distclip.channel.c10d._get_default_store = lambda: kept
+    distclip.ranks.connections.c10d._get_default_store = lambda: kept
     found = []
     for again in range(4):
         dist.destroy_process_group()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distclip import roll_call
+from distclip.ranks import roll_call
 
 MEETING = roll_call.Meeting("group", 2, range(2))
 

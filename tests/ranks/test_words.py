@@ -4,11 +4,12 @@ from math import inf, isnan, nan, nextafter
 
 import pytest
 import torch
-from distclip.group import ClippingGroup
-from distclip.words import LEAST, clip_coef, clip_coef_on_device, presented, presented_on_device, reduce_norm
 from torch import Tensor, nn
 
 import distclip
+from distclip.policies.coefficient import LEAST, clip_coef, clip_coef_on_device, presented, presented_on_device
+from distclip.ranks.group import ClippingGroup
+from distclip.ranks.message import reduce_norm
 from support.ranks import same_bits
 from support.simulated import simulate
 

@@ -372,7 +372,7 @@ class Event:
 
 
 def pinned_like(words: Tensor) -> Tensor:
-    """Takes the place of ``distclip.flags.pinned_like``: memory of the host, in which nothing has arrived yet."""
+    """Takes the place of ``distclip.kernels.transfer.pinned_like``: host memory in which nothing has arrived yet."""
     host = torch.zeros(words.shape, dtype=words.dtype)
     _pinned[id(host)] = host
     return host
@@ -389,5 +389,5 @@ def capture() -> Iterator[Graph]:
 
 
 def capturing(device: torch.device) -> bool:
-    """Takes the place of ``distclip.flags.in_capture``."""
+    """Takes the place of ``distclip.kernels.transfer.in_capture``."""
     return _device.graph is not None

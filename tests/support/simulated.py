@@ -17,8 +17,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from distclip.group import ClippingGroup
 from torch import Tensor
+
+from distclip.ranks.group import ClippingGroup
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class Waits(BaseException):
 
 @dataclass(eq=False)
 class SimulatedGroup:
-    """What :class:`distclip.group.ClippingGroup` is, for one of ``size`` simulated ranks."""
+    """What :class:`distclip.ranks.group.ClippingGroup` is, for one of ``size`` simulated ranks."""
 
     size: int
     rank: int
@@ -106,7 +107,7 @@ def simulate(use: Callable[[SimulatedGroup], T], size: int, words: int | None = 
 
 
 def _run(use: Callable[[SimulatedGroup], T], group: SimulatedGroup) -> T | Exception | Waits:
-    with patch("distclip.arguments.ClippingGroup", Groups), patch("distclip.clipper.ClippingGroup", Groups):
+    with patch("distclip.plan.arguments.ClippingGroup", Groups), patch("distclip.clipper.ClippingGroup", Groups):
         try:
             return use(group)
         except (Waits, Exception) as end:

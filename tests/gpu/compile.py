@@ -2,8 +2,8 @@
 
     python tests/gpu/compile.py [sm ...]        (default: 80 90)
 
-The launches are the real ones, of `local_norms`, `take_norms` and `scale_` on CPU tensors; only the driver is a stand-
-in that says which GPU to compile for, and nothing is run. Prints one JSON line a kernel and exits with 1 if a kernel
+The launches are the real ones, of `local_norms` and `scale_` on CPU tensors; only the driver is a stand-in that says
+which GPU to compile for, and nothing is run. Prints one JSON line a kernel and exits with 1 if a kernel
 spills, reads or writes whole blocks otherwise than by 16 bytes, works in float64 where it should not, flushes
 denormals, does not round bf16 to nearest, is compiled twice for arguments of other alignments, or uses so many
 registers that less than half of the threads fit on the chip.
@@ -60,8 +60,7 @@ def compiled(sm: int) -> list[tuple[str, torch.dtype, float | None, Any]]:
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        name = self.fn.__name__ + " again" * (args[-1] is True)  # of two kinds: with norms taken early, and without
-        kernels.append((name, run(self, *args, grid=grid, warmup=True, **options)))
+        kernels.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
 
     driver.set_active(StandIn(sm))
     JITFunction.run = compile_only
@@ -74,12 +73,6 @@ def compiled(sm: int) -> list[tuple[str, torch.dtype, float | None, Any]]:
                 triton.local_norms(tensors[:1], p)  # an odd number of rows: what lies behind them is aligned otherwise
                 found += [(name, dtype, p, kernel) for name, kernel in kernels]
                 kernels.clear()
-            slots = triton.Slots.of(2, tensors[0].device)
-            for places in ([0, 1], [1, 0]):
-                triton.take_norms(tensors, 2.0, slots, places)
-                triton.remaining_norms(tensors[: 1 + places[0]], 2.0, slots, places[: 1 + places[0]])
-            found += [(name, dtype, 2.0, kernel) for name, kernel in kernels]
-            kernels.clear()
             for coef in torch.ones(2):
                 triton.scale_(tensors, coef)
             found += [(name, dtype, None, kernel) for name, kernel in kernels]
@@ -119,7 +112,7 @@ def faults(name: str, dtype: torch.dtype, p: float | None, facts: dict[str, int]
         wrong.append("flushes denormals")
     if count(r"\batom\.|\bred\.global", ptx):
         wrong.append("has an atomic")
-    whole = name == "scale_blocks" or (name.startswith("block_sums") and p in (1.0, 2.0, 3.0, inf))
+    whole = name == "scale_blocks" or (name == "block_sums" and p in (1.0, 2.0, 3.0, inf))
     if whole and facts["vector_loads"] < VECTORS:
         wrong.append("does not load whole blocks by 16 bytes")
     if name == "scale_blocks" and facts["vector_stores"] != VECTORS:
@@ -128,7 +121,7 @@ def faults(name: str, dtype: torch.dtype, p: float | None, facts: dict[str, int]
         wrong.append("does not round bf16 to nearest")
     if name == "scale_blocks" and dtype != torch.float64 and facts["float64_arithmetic"]:
         wrong.append("scales in float64")
-    if name.startswith("block_sums") and p == 2.0 and dtype != torch.float64:
+    if name == "block_sums" and p == 2.0 and dtype != torch.float64:
         squares = triton.block_size(dtype) // triton.WARPS // 32  # of a thread, if no run were added in fp32
         if facts["float64_arithmetic"] >= squares + 16:
             wrong.append("squares whole blocks in float64")

@@ -209,7 +209,7 @@ def test_a_run_without_time_fails_and_says_what_it_did_not_measure(tmp_path):
 
 PARTS_OF = {
     "default": ("nccl", "huge", "streams", "launches", "memory", "training"),
-    "triton": ("scalers", "graph_of_clip_", "nccl", "overlap", "huge", "streams", "cases_4", "compiling"),
+    "triton": ("scalers", "graph_of_clip_", "nccl", "huge", "streams", "cases_4", "compiling"),
 }
 
 

@@ -1,16 +1,15 @@
-"""Process groups on one GPU: NCCL with one rank, two ranks that talk through Gloo, and sums taken in the backward."""
+"""Process groups on one GPU: NCCL with one rank, and two ranks that talk through Gloo."""
 
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import pairwise
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -136,67 +135,3 @@ def agreed(what: str, norm: float) -> Readings:
     both = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
     dist.all_gather(both, torch.tensor(norm, dtype=torch.float64))
     yield reading("true", f"{what}: both ranks have the same bits", bool(both[0] == both[1]))
-
-
-@part(roads=("triton",), needs={"norm": 10, "true": 2, "silent": 2}, seconds=45)
-def overlap(chip: Chip) -> Readings:
-    """overlap=True under FSDP2 and DDP with one rank: the norms of a Clipper without it, bit for bit, and no wait.
-
-    Layers that differ in size reduce on other streams while the backward goes on: a kernel that reads too early, or
-    a slot that is written while a step reads it, gives another norm in some of many steps.
-    """
-    with one_rank(chip):
-        for make in (in_shards, in_buckets):
-            yield from overlapped(chip, make.__name__, make(chip))
-
-
-def net(chip: Chip) -> nn.Sequential:
-    torch.manual_seed(0)
-    sizes = [64, 2048, 128, 4096, 32, 1024, 8] if chip.real else [8, 40, 8]
-    return nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairwise(sizes))).to(chip.device)
-
-
-def in_shards(chip: Chip) -> nn.Module:
-    model, mesh = net(chip), init_device_mesh(chip.device.type, (1,))
-    for layer in model:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def in_buckets(chip: Chip) -> nn.Module:
-    return DistributedDataParallel(net(chip), gradient_as_bucket_view=True, bucket_cap_mb=1)
-
-
-def overlapped(chip: Chip, name: str, model: nn.Module) -> Readings:
-    steps, width = (300, 64) if chip.real else (6, 8)
-    rows = [torch.randn(32, width, generator=torch.Generator().manual_seed(i)) for i in range(steps)]
-    pairs: list[tuple[Tensor, Tensor]] = []
-    said = ""
-    try:
-        for pair in both_norms(chip, model, [x.to(chip.device) for x in rows]):
-            pairs.append(pair)
-    except chip.errors as error:
-        said = f"step {len(pairs)}: {str(error)[:300]}"
-    yield reading("silent", f"{name} waits for nothing", said)
-    got, right = (torch.stack(norms).tolist() for norms in zip(*pairs, strict=True))
-    for step in range(0, len(pairs), max(1, steps // 30)):
-        yield reading("norm", f"{name}, step {step}", got[step], right=right[step])
-    alike = got == right and len(pairs) == steps and len(set(right)) > 1
-    yield reading("true", f"{name}: {steps} norms have the bits of those summed after the backward", alike)
-
-
-def both_norms(chip: Chip, model: nn.Module, rows: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every step the norm that was summed during the backward, and that summed after it."""
-    ours, plain = distclip.Clipper(model, 1.0, overlap=True), distclip.Clipper(model, 1.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    for step, x in enumerate(rows):
-        with chip.no_waits() if step >= 3 else nullcontext():
-            (model(x).square().mean() * (100.0 if step % 2 else 1e-3)).backward()
-            if step % 5 == 4:  # in place and behind all versions
-                for parameter in list(model.parameters())[::3]:
-                    gradient = parameter.grad
-                    getattr(gradient, "_local_tensor", gradient).data.mul_(2.0)
-            right = plain.measure().norm  # sums everything, after everything
-            got = ours.step(optimizer).norm
-            optimizer.zero_grad()
-        yield got.clone(), right.clone()

@@ -259,7 +259,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(tables, "_recent", {})
     monkeypatch.setattr(tables, "_captured", {})
-    monkeypatch.setattr(tables, "SPARE", 0)
     return state
 
 

@@ -8,7 +8,6 @@ from math import inf
 import pytest
 import torch
 import torch.distributed as dist
-from test_overlap import Net, backward, ddp, fsdp2, summed_after, whole
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,7 +35,44 @@ def moduli(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().to(torch.complex128).abs() if t.is_complex() else t for t in tensors]
 
 
-# ---- sums of the backward that hold no more ----------------------------------------------------------------
+# ---- gradients that change between the backward and the call -----------------------------------------------
+
+
+class Net(nn.Module):
+    """Layers of uneven sizes on ranks; the last is used only where it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(7, 7) for _ in range(4))
+        self.spare = nn.Linear(7, 7)
+
+    def forward(self, x, spare=False):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.spare(x) if spare else x
+
+
+def ddp() -> nn.Module:
+    return DistributedDataParallel(
+        Net(), gradient_as_bucket_view=True, find_unused_parameters=True, bucket_cap_mb=0.0005
+    )
+
+
+def fsdp2() -> nn.Module:
+    net = Net()
+    for layer in [*net.layers, net.spare]:
+        fully_shard(layer)
+    return fully_shard(net)
+
+
+def backward(model: nn.Module, seed: int, spare: bool = False) -> None:
+    (30 * model(numbers(4, 7, seed=10 * seed + dist.get_rank()), spare=spare).square().mean()).backward()
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    """The true gradients: averaged by DDP, gathered from FSDP2."""
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    return [g.full_tensor() if isinstance(g, DTensor) else g for g in found]
 
 
 def in_place(gradient: Tensor) -> None:
@@ -61,24 +97,23 @@ def through_numpy(gradient: Tensor) -> None:
 
 
 def one_element(gradient: Tensor) -> None:
-    gradient.view(-1)[-1:].fill_(100.0)
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    local.data.view(-1)[-1:] = 100.0
 
 
 def copied_over(gradient: Tensor) -> None:
     gradient.copy_(gradient * 3.0)
 
 
-CHANGES = [in_place, through_data, by_foreach, by_a_collective, through_numpy, copied_over]
+CHANGES = [in_place, through_data, by_foreach, by_a_collective, through_numpy, one_element, copied_over]
 
 
-def changed_after_the_backward(
-    make: Callable[[], nn.Module], changes: list[Callable]
-) -> list[tuple[str, float, float]]:
+def changed_after_the_backward(make: Callable[[], nn.Module]) -> list[tuple[str, float, float]]:
     torch.manual_seed(0)
     model = make()
-    clipper = distclip.Clipper(model, 1.0, overlap=True)
+    clipper = distclip.Clipper(model, 1.0)
     seen = []
-    for change in changes:
+    for change in CHANGES:
         for parameter in model.parameters():
             parameter.grad = None
         backward(model, 0, spare=True)
@@ -110,17 +145,62 @@ class Chain(nn.Module):
 
 
 @pytest.mark.parametrize("make", [ddp, even])
-def test_overlap_sees_every_way_to_change_a_gradient(make):
+def test_every_way_to_change_a_gradient_is_seen(make):
     """A DTensor's local tensor keeps its version under ``mul_``, and so does any under a collective or by ``.data``."""
-    changes = CHANGES if make is even else [*CHANGES, one_element]
-    for name, norm, oracle in run_ranks(changed_after_the_backward, 2, make, changes)[0]:
+    for name, norm, oracle in run_ranks(changed_after_the_backward, 2, make)[0]:
         assert norm == pytest.approx(oracle, rel=2e-7), name
+
+
+def between_calls(make: Callable[[], nn.Module]) -> list[tuple[str, Tensor, float]]:
+    """Each: what was done, the norm we report, and the oracle."""
+    torch.manual_seed(0)
+    model = make()
+    clipper, seen = distclip.Clipper(model, 1.0), []
+
+    def check(name: str) -> None:
+        seen.append((name, clipper.measure().norm, true_norm(whole(model))))
+
+    backward(model, 0)
+    check("first")
+    backward(model, 1)
+    check("accumulated")
+    model.zero_grad()
+    backward(model, 2, spare=True)
+    check("a layer that was not used before")
+    model.zero_grad()
+    backward(model, 3)
+    check("a layer that is not used any more")
+    parameter = list(model.parameters())[1]
+    parameter.grad = parameter.grad * 50.0
+    check("replaced")
+    clipper.clip_()
+    check("clipped")
+    backward(model, 4)
+    check("accumulated on what was clipped")
+    list(model.parameters())[2].grad = None
+    check("one taken away")
+    if make is ddp:
+        model.zero_grad()
+        with model.no_sync():
+            backward(model, 5)
+        backward(model, 6)
+        check("no_sync, then a backward that reduces")
+    return seen
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("make", [ddp, fsdp2])
+def test_gradients_that_come_go_and_accumulate_are_seen(make, size):
+    results = run_ranks(between_calls, size, make)
+    for name, norm, oracle in results[0]:
+        assert norm.item() == pytest.approx(oracle, rel=2e-7), name
+    assert same_bits([[norm for _, norm, _ in r] for r in results])
 
 
 def scaled_loss(make: Callable[[], nn.Module], unscaled_by_user: bool) -> list[tuple[float, float]]:
     torch.manual_seed(0)
     model, scaler = make(), GradScaler("cpu", init_scale=SCALE)
-    clipper, optimizer = distclip.Clipper(model, 1.0, overlap=True), AdamW(model.parameters(), lr=1e-3)
+    clipper, optimizer = distclip.Clipper(model, 1.0), AdamW(model.parameters(), lr=1e-3)
     seen = []
     for step in range(3):
         rows = numbers(4, 7, seed=step)
@@ -136,27 +216,9 @@ def scaled_loss(make: Callable[[], nn.Module], unscaled_by_user: bool) -> list[t
 
 @pytest.mark.parametrize("unscaled_by_user", [False, True])
 @pytest.mark.parametrize("make", [ddp, fsdp2])
-def test_overlap_measures_unscaled_gradients(make, unscaled_by_user):
+def test_a_scaled_loss_is_measured_unscaled(make, unscaled_by_user):
     for norm, oracle in run_ranks(scaled_loss, 2, make, unscaled_by_user)[0]:
         assert norm == pytest.approx(oracle, rel=1e-6)
-
-
-def scaled_among_zeros() -> list[tuple[float, float]]:
-    """Few rows of an embedding have gradients: zeros look the same however they are scaled."""
-    torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Embedding(5000, 7), gradient_as_bucket_view=True)
-    clipper, seen = distclip.Clipper(model, 1.0, overlap=True), []
-    for row in (3, 2500, 4999):
-        model.zero_grad()
-        model(torch.tensor([row])).square().sum().backward()
-        model.module.weight.grad.data.mul_(3.0)
-        seen.append((clipper.measure().norm.item(), true_norm(whole(model))))
-    return seen
-
-
-def test_overlap_sees_that_a_gradient_of_almost_only_zeros_was_scaled():
-    for norm, oracle in run_ranks(scaled_among_zeros, 2)[0]:
-        assert norm == pytest.approx(oracle, rel=2e-7)
 
 
 class Words(nn.Module):
@@ -172,7 +234,7 @@ class Words(nn.Module):
 def sparse_buckets() -> list[tuple[float, float]]:
     torch.manual_seed(0)
     model = DistributedDataParallel(Words(), gradient_as_bucket_view=True)
-    clipper, seen = distclip.Clipper(model, 1.0, overlap=True), []
+    clipper, seen = distclip.Clipper(model, 1.0), []
     for step in range(3):
         model.zero_grad()
         (30 * model(torch.tensor([step, 2, 2, dist.get_rank()])).square().mean()).backward()
@@ -181,28 +243,26 @@ def sparse_buckets() -> list[tuple[float, float]]:
     return seen
 
 
-def test_overlap_leaves_sparse_buckets_alone():
+def test_sparse_gradients_in_buckets():
     for norm, oracle in run_ranks(sparse_buckets, 2)[0]:
         assert norm == pytest.approx(oracle, rel=2e-7)
 
 
-def modules_in_one_group(part: bool) -> tuple[float, float, int]:
+def modules_in_one_group(part: bool) -> tuple[float, float]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 7))
     fully_shard([model[0], model[2]])
     fully_shard(model)
     clipped = model[0] if part else model
-    clipper = distclip.Clipper(clipped, 1.0, overlap=True)
+    clipper = distclip.Clipper(clipped, 1.0)
     (30 * model(numbers(4, 7)).square().mean()).backward()
-    again = summed_after(clipper)
-    return clipper.measure().norm.item(), true_norm(whole(clipped)), again
+    return clipper.measure().norm.item(), true_norm(whole(clipped))
 
 
 @pytest.mark.parametrize("part", [False, True])
-def test_overlap_with_several_modules_in_one_fully_shard(part):
-    for norm, oracle, again in run_ranks(modules_in_one_group, 2, part):
+def test_several_modules_in_one_fully_shard(part):
+    for norm, oracle in run_ranks(modules_in_one_group, 2, part):
         assert norm == pytest.approx(oracle, rel=2e-7)
-        assert again == (2 if part else 0)
 
 
 def hybrid_steps() -> list[tuple[str, Tensor, float]]:
@@ -211,7 +271,7 @@ def hybrid_steps() -> list[tuple[str, Tensor, float]]:
     for layer in [*model.layers, model.spare]:
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)
-    clipper, seen = distclip.Clipper(model, 1.0, overlap=True), []
+    clipper, seen = distclip.Clipper(model, 1.0), []
 
     def check(name: str, *seeds: int) -> None:
         for seed in seeds:
@@ -240,7 +300,7 @@ def hybrid_steps() -> list[tuple[str, Tensor, float]]:
     return seen
 
 
-def test_overlap_on_hybrid_shards():
+def test_hybrid_shards_that_accumulate_are_reduced_in_parts_or_thaw():
     results = run_ranks(hybrid_steps, 4)
     for name, norm, oracle in results[0]:
         assert norm.item() == pytest.approx(oracle, rel=2e-7), name
@@ -250,7 +310,7 @@ def test_overlap_on_hybrid_shards():
 def static_graph() -> list[tuple[float, float]]:
     torch.manual_seed(0)
     model = DistributedDataParallel(Net(), gradient_as_bucket_view=True, static_graph=True, bucket_cap_mb=0.0005)
-    clipper, seen = distclip.Clipper(model, 1.0, overlap=True), []
+    clipper, seen = distclip.Clipper(model, 1.0), []
     for step in range(5):
         backward(model, step)
         seen.append((clipper.measure().norm.item(), true_norm(whole(model))))
@@ -259,7 +319,7 @@ def static_graph() -> list[tuple[float, float]]:
     return seen
 
 
-def test_overlap_with_a_static_graph():
+def test_a_static_graph_that_accumulates():
     for norm, oracle in run_ranks(static_graph, 2)[0]:
         assert norm == pytest.approx(oracle, rel=2e-7)
 
@@ -335,7 +395,7 @@ def test_an_expanded_gradient_is_clipped():
 def complex_on_ranks() -> list[tuple[float, float]]:
     torch.manual_seed(0)
     model = DistributedDataParallel(Complex(), gradient_as_bucket_view=True)
-    clipper, seen = distclip.Clipper(model, 1.0, overlap=True), []
+    clipper, seen = distclip.Clipper(model, 1.0), []
     for step in range(3):
         model(numbers(4, 7, seed=step)).square().sum().backward()
         seen.append((clipper.measure().norm.item(), true_norm(moduli(whole(model)))))

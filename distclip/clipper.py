@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from .errors import FAILURES, LayoutError, NonFiniteError
 from .gradients.storage import in_grad
 from .kernels import clamp_, scale_
-from .kernels.transfer import Flags, in_capture
+from .kernels.device import in_capture, reads_are_free
+from .kernels.transfer import Flags
 from .layouts.layout import LayoutFn
 from .layouts.model import ParameterFilter, Reading, chosen, held_in, parts_of
 from .layouts.piece import holders_of, once
@@ -33,7 +34,7 @@ from .policies import Policy, State
 from .policies.adopt import as_policy, bound_by_place, fitting, hash_of, made, spelled, with_keys
 from .policies.answer import is_trusted, refusal_of
 from .policies.checks import count, positive
-from .ranks.group import Axis, ClippingGroup, reads_are_free
+from .ranks.group import Axis, ClippingGroup
 from .report import Culprit, Report
 from .shield import shielded, untraced
 from .step.broken_off import BrokenOff

@@ -25,6 +25,7 @@ from .gradients.look import laid_out
 from .gradients.sharing import first_shared, refused
 from .gradients.storage import in_grad
 from .kernels import check_memory, clamp_, scale_, triton
+from .kernels.device import has_float64, reads_are_free
 from .layouts.layout import LayoutFn
 from .layouts.piece import held_gradient, holders_of, local_tensor
 from .plan.arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
@@ -33,7 +34,7 @@ from .plan.culprit import find_culprit, nonfinite
 from .plan.measured import Measured
 from .policies.checks import bounds, positive
 from .policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device
-from .ranks.group import Axis, has_float64, reads_are_free
+from .ranks.group import Axis
 from .ranks.message import Word
 from .report import Culprit
 from .shield import shielded

@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import foreach, triton
+from .device import device_of
 from .transfer import sent
 
 WIDE = (torch.float64, torch.complex128)
 ORDINARY = torch.finfo(torch.float16).max  # the largest number that every dtype of gradients has
-device_of = attrgetter("device")
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:

@@ -7,11 +7,6 @@ import torch
 from torch import Tensor
 
 
-def in_capture(device: torch.device) -> bool:
-    """Whether the work of ``device`` is being captured in a CUDA graph, in which nothing can be looked at."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def sent(number: Tensor, device: torch.device) -> Tensor:
     """``number`` on ``device``: waits for an accelerator only where it comes from there to the host.
 

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from ..ranks.group import reads_are_free
+from ..kernels.device import reads_are_free
 from ..shield import untraced
 from .fused import FOLDING, folded, may_skip_on_device
 from .wrapped import refuse_before, refuse_proxy

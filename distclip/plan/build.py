@@ -23,11 +23,12 @@ from ..gradients.runs import WIDE, Gathered, Memory, shares_of
 from ..gradients.sharing import first_shared, refused
 from ..gradients.storage import Store
 from ..kernels import largest, local_norms, norms_on_host, power_sum, triton
+from ..kernels.device import has_float64
 from ..kernels.transfer import sent
 from ..layouts.layout import Holding, LayoutFn, LayoutReader
 from ..layouts.piece import Held, Piece, holders_of, once
 from ..ranks.compare import who_differs
-from ..ranks.group import Axis, ClippingGroup, has_float64
+from ..ranks.group import Axis, ClippingGroup
 from ..ranks.message import Reduced, Word, reduce_norm, root
 from .measured import Measured, Norms
 

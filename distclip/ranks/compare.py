@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.device import has_float64
 from ..kernels.flat import bounded
 from ..kernels.transfer import sent
-from .group import ClippingGroup, has_float64
+from .group import ClippingGroup
 
 PART = 1 << 22  # elements whose bits torch converts to int64 at once: 32 MiB
 SAMPLE = 4096  # elements of a parameter that its checksum looks at

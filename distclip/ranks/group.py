@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Self, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
@@ -13,11 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..kernels.device import device_of, has_float64
 from .connections import TALK, channel, open_channel
 from .roll_call import Meeting
-
-device_of = attrgetter("device")
-WITHOUT_FLOAT64 = {"mps"}
 
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
@@ -178,15 +175,3 @@ def axis_ranks(axis: Axis) -> tuple[int, ...]:
             "is in itself, as mesh['pp'] and dist.new_subgroups() do, or say layout="
         )
     return tuple(dist.get_process_group_ranks(axis))
-
-
-def has_float64(device: torch.device) -> bool:
-    """Whether ``device`` computes in float64: not MPS, nor XPU whose ``has_fp64`` says no."""
-    if device.type == "xpu":
-        return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return device.type not in WITHOUT_FLOAT64
-
-
-def reads_are_free(device: torch.device) -> bool:
-    """Whether looking at a number on ``device`` costs no wait: true on the CPU, false on accelerators."""
-    return device.type == "cpu"

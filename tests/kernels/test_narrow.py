@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip.kernels import norms_on_host
+from distclip.kernels import device as devices, norms_on_host
+from distclip.kernels.device import has_float64
 from distclip.kernels.narrow import CHUNK
-from distclip.ranks import group as groups
-from distclip.ranks.group import ClippingGroup, has_float64
+from distclip.ranks.group import ClippingGroup
 from support import accelerator
 from support.accelerator import DEVICE, EXISTS, raw, use_accelerator
 from support.oracle import true_norm
@@ -76,7 +76,7 @@ wrapped = accelerator.wrapped
 def trained(options: dict[str, object]) -> list[tuple[float, float, float, float]]:
     """Reported norms beside those of an oracle, and norms left beside those wanted."""
     seen = []
-    with patch.object(groups, "WITHOUT_FLOAT64", {DEVICE}), patch.object(accelerator, "wrapped", refusing):
+    with patch.object(devices, "WITHOUT_FLOAT64", {DEVICE}), patch.object(accelerator, "wrapped", refusing):
         use_accelerator()
         model = nn.ParameterList(nn.Parameter(noise(n).to(DEVICE)) for n in (3, 640, 1001))
         clipper = distclip.Clipper(model, distclip.MaxNorm(1.0), **options)
@@ -116,7 +116,7 @@ def test_a_device_that_refuses_float64_clips_all_the_same(options, size):
 
 
 def test_a_group_that_reduces_only_where_there_is_no_float64_is_refused(monkeypatch):
-    monkeypatch.setattr(groups, "WITHOUT_FLOAT64", {"cuda"})
+    monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"cuda"})
     monkeypatch.setattr(ClippingGroup, "process_group", object())
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: "cuda:nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -145,7 +145,7 @@ def steps_on(device: str) -> list[tuple[float, float, float]]:
 
 
 def on_both() -> list[list[tuple[float, float, float]]]:
-    with patch.object(groups, "WITHOUT_FLOAT64", {DEVICE}), patch.object(accelerator, "wrapped", refusing):
+    with patch.object(devices, "WITHOUT_FLOAT64", {DEVICE}), patch.object(accelerator, "wrapped", refusing):
         use_accelerator()
         return [steps_on(DEVICE), steps_on("cpu")]
 

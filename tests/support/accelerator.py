@@ -389,5 +389,5 @@ def capture() -> Iterator[Graph]:
 
 
 def capturing(device: torch.device) -> bool:
-    """Takes the place of ``distclip.kernels.transfer.in_capture``."""
+    """Takes the place of ``distclip.kernels.device.in_capture``."""
     return _device.graph is not None

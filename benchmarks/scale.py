@@ -39,7 +39,8 @@ import distclip
 from distclip.bench.machine import cpu_model
 from distclip.clipper import Clipper
 from distclip.layouts.model import held_in
-from distclip.plan.build import TAG_STEP, Plan
+from distclip.plan.build import Plan
+from distclip.plan.disagreement import TAG_STEP
 from distclip.ranks.group import ClippingGroup
 from distclip.ranks.message import CODES
 

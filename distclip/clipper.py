@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from .errors import FAILURES, LayoutError, NonFiniteError
+from .gradients.look import look
 from .gradients.storage import in_grad
 from .kernels import clamp_, scale_
 from .kernels.device import in_capture, reads_are_free
@@ -27,9 +28,13 @@ from .optimizers.hooks import check_optimizers, held_by, skip_next_step
 from .optimizers.scaler import claim, join_found_inf, skipping, unscale_
 from .optimizers.wrapped import around
 from .plan.build import Plan
+from .plan.construction import compare_ranks, tell_ranks
+from .plan.copies import compare_copies, compare_gradients, has_copies
 from .plan.culprit import find_culprit, nonfinite
+from .plan.measure import measure, norms_of
 from .plan.measured import Measured
-from .plan.verify import ABSENT, compare_axes, compare_gradients, compare_ranks, has_copies, tell_ranks, verify
+from .plan.split import compare_axes
+from .plan.verify import ABSENT, verify
 from .policies import Policy, State
 from .policies.adopt import as_policy, bound_by_place, fitting, hash_of, made, spelled, with_keys
 from .policies.answer import is_trusted, refusal_of
@@ -258,7 +263,7 @@ class Clipper:
         """
         refuse_join(self._joinable)
         self._read_late_flags()
-        fault = self._broken_off.fault() or self._reading.lost() or self._plan.memory.fault
+        fault = self._broken_off.fault() or self._reading.lost() or self._plan.memory.late_error
         measured = self._measure(tag=self._steps + MEASURING, fault=fault)
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
@@ -361,7 +366,7 @@ class Clipper:
         self._steps, self._skips = steps, skips
         self._loaded, self._decided = hash_of(self._state, skips), 0
         self._unread = None
-        self._plan.memory.take_fault()
+        self._plan.memory.take_late_error()
         self._calls, self._compare_in = 0, inf if self._compare_in == inf else 1.0
         self._broken_off.forget()
 
@@ -452,9 +457,9 @@ class Clipper:
         refuse_join(self._joinable)
         self._read_late_flags()
         capturing = in_capture(self._plan.device)
-        if capturing and self._plan.heeds:
+        if capturing and self._plan.reads_flags:
             raise RuntimeError(CAPTURED)
-        fault = self._broken_off.fault() or self._reading.lost() or fault or self._plan.memory.take_fault()
+        fault = self._broken_off.fault() or self._reading.lost() or fault or self._plan.memory.take_late_error()
         self._calls += not capturing
         measured = self._measure(tag=self._steps, fault=fault)
         outcome, state = self._decide(measured)
@@ -468,7 +473,7 @@ class Clipper:
                 raise RuntimeError(CAPTURED)
             outcome = self._looked_at(outcome)
         elif not capturing:
-            kept = replace(measured, norms=self._plan.norms(measured)).without_gradients()
+            kept = replace(measured, norms=norms_of(self._plan, measured)).without_gradients()
             faults = [outcome.fault] if isinstance(outcome.fault, Tensor) else []
             self._unread = Flags.send(measured.reduced.to_send(self._plan.device), *faults), kept
         if reads_are_free(self._plan.device):  # where the words are reduced, so on all ranks or on none
@@ -521,7 +526,9 @@ class Clipper:
             tag, call = tag + self._loaded, f"{call} after loading a state (hash {self._loaded:x})"
         compares = steps and self._calls >= self._compare_in and not in_capture(self._plan.device)
         tag += TURN * self._number + COMPARING * compares + self._decided
-        measured = self._plan.measure(gradients, self._storage.store, tag, self._realigns, fault=fault, call=call)
+        measured = measure(
+            self._plan, gradients, self._storage.store, tag, realign_first=self._realigns, error=fault, call=call
+        )
         if compares and compare_gradients(self._plan, measured):
             if self._compares_axes:
                 compare_axes(self._plan, self._holders, measured)
@@ -548,7 +555,7 @@ class Clipper:
             raise refusal_of(float(outcome.fault), self._policy)
         if isfinite(outcome.norm):
             self._note_finite(float(outcome.norm), any(g is not None for g in outcome.measured.gradients))
-            self._plan.compare_copies(float(outcome.norm), outcome.measured.reduced.own, f"step {self._steps}")
+            compare_copies(self._plan, float(outcome.norm), outcome.measured.reduced.own, f"step {self._steps}")
             return outcome
         return outcome.blamed_on(self._blame(outcome.measured))
 
@@ -561,7 +568,7 @@ class Clipper:
 
     def _blame(self, measured: Measured) -> Culprit:
         """Name the culprit of a non-finite norm, count the skip, and raise where that was asked for."""
-        self._culprit = find_culprit(self._plan, self._plan.norms(measured))
+        self._culprit = find_culprit(self._plan, norms_of(self._plan, measured))
         if self._nonfinite == "raise":
             raise nonfinite(self._plan.p, self._culprit, "To skip such steps on all ranks, say nonfinite='skip'")
         if self._nonfinite == "skip":
@@ -585,7 +592,7 @@ class Clipper:
             self._blame(measured)
             return
         self._note_finite(norm, measured.norms is not None and len(measured.norms.indices) > 0)
-        self._plan.compare_copies(norm, own, f"step {self._steps - 1}", warns=False)  # this call raises
+        compare_copies(self._plan, norm, own, f"step {self._steps - 1}", warns=False)  # this call raises
         if any(faults):
             raise refusal_of(faults[0], self._policy)
 
@@ -607,4 +614,5 @@ class Clipper:
         if folds.inside >= self._ids:
             return ()
         pairs = zip(self._holders, measured.gradients, strict=True)
-        return self._plan.look([None if id(holder) in folds.inside else g for holder, g in pairs]).parts
+        plan, left = self._plan, [None if id(holder) in folds.inside else g for holder, g in pairs]
+        return look(plan.pieces, plan.sources, plan.replicas, left).parts()

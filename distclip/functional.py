@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from .errors import FAILURES, LayoutError
 from .gradients.look import laid_out
-from .gradients.sharing import first_shared, refused
+from .gradients.sharing import first_shared, shared_memory
 from .gradients.storage import in_grad
 from .kernels import check_memory, clamp_, scale_, triton
 from .kernels.device import has_float64, reads_are_free
@@ -30,7 +30,9 @@ from .layouts.layout import LayoutFn
 from .layouts.piece import held_gradient, holders_of, local_tensor
 from .plan.arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
 from .plan.build import Plan
+from .plan.copies import compare_copies
 from .plan.culprit import find_culprit, nonfinite
+from .plan.measure import measure, norms_of
 from .plan.measured import Measured
 from .policies.checks import bounds, positive
 from .policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device
@@ -101,13 +103,18 @@ def clip_grad_norm_(
         tell_ranks(listed, norm_type, group, split_over, layout, error, "clip_grad_norm_()")
         raise
     call = f"clip_grad_norm_(max_norm={bound}, norm_type={known.plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
-    fault = known.plan.memory.take_fault()
-    measured = known.plan.measure(
-        known.gradients, in_grad(known.holders).store, crc32(call.encode()), same=known.same, fault=fault, call=call
+    measured = measure(
+        known.plan,
+        known.gradients,
+        in_grad(known.holders).store,
+        crc32(call.encode()),
+        unmoved=known.unmoved,
+        error=known.plan.memory.take_late_error(),
+        call=call,
     )
     norm, culprit = _total_norm(known.plan, measured, error_if_nonfinite)
     if not isinstance(norm, Tensor):
-        known.plan.compare_copies(norm, measured.reduced.own, "the call before")
+        compare_copies(known.plan, norm, measured.reduced.own, "the call before")
     finite = norm < inf if isinstance(norm, Tensor) else None
     if culprit is None or culprit.kind != "overflow":
         _scale(measured.runs, norm, bound, measured.dtype, finite)
@@ -142,7 +149,7 @@ def get_total_norm(
         tell_ranks(given, norm_type, group, split_over, None, error, "get_total_norm()", reduces=False)
         raise
     call = f"get_total_norm(norm_type={plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
-    measured = plan.measure(holders_of(listed), tag=crc32(call.encode()), call=call)
+    measured = measure(plan, holders_of(listed), tag=crc32(call.encode()), call=call)
     norm, _ = _total_norm(plan, measured, error_if_nonfinite)
     return _presented(norm, None, measured.dtype)
 
@@ -183,7 +190,7 @@ def clip_grads_with_norm_(
     pair = first_shared(gradients)
     if pair is not None:
         labels = {id(item.holder): item.piece.label(i) for i, item in enumerate(listed)}
-        raise refused(*(labels[id(holders[k])] for k in pair))
+        raise shared_memory(*(labels[id(holders[k])] for k in pair))
     _scale(gradients, norm.double(), bound, dtype)
 
 
@@ -226,7 +233,7 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
         raise LayoutError(f"{DISAGREE}{reduced.who}")
     if not (isnan(number) or number == inf) or not (error_if_nonfinite or measured.can_overflow):
         return reduced.norm, None
-    culprit = find_culprit(plan, plan.norms(measured))
+    culprit = find_culprit(plan, norms_of(plan, measured))
     if error_if_nonfinite:
         what_to_do = "To disable this error and scale the gradients by the non-finite norm anyway, set "
         raise nonfinite(plan.p, culprit, f"{what_to_do}`error_if_nonfinite=False`")

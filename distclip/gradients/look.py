@@ -1,89 +1,123 @@
-"""One gradient beside its piece: what of it is summed, or why it cannot be."""
+"""Gradients beside their pieces: what of each is summed, or why it cannot be."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import LayoutError
+from ..kernels.dtypes import NUMBERS, REAL, WIDE
 from ..layouts.piece import Piece, local_tensor, same_ranks
+from .local import Local, grouped_by_replicas
 from .realign import cut_locally, is_candidate
-from .sharing import overlaps_itself
+from .sharing import first_shared, overlaps_itself, shared_memory
 
-REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-COMPLEX = (torch.complex64, torch.complex128)
-NUMBERS = frozenset(REAL + COMPLEX)
+NOT_REDUCED = "it is not reduced yet (leave no_sync for the last backward)"
 
 
-@dataclass(slots=True)
-class Found:
-    """``values``: the local tensor to sum and scale, None if that takes realigning first or if there is a ``problem``.
+def look(
+    pieces: Sequence[Piece],
+    sources: Sequence[int],
+    replicas: Sequence[int],
+    gradients: Sequence[Tensor | None],
+    error: LayoutError | None = None,
+) -> Local:
+    """Look at ``gradients``, one for each source, None where there is none: piece by piece, nothing is merged.
 
-    ``instead``: a gradient that takes the place of the one found, to be stored where that was.
+    Never communicates. Copies only a sparse gradient that is not coalesced, and what nothing can scale in place: see
+    :func:`laid_out`. The first error, from ``error`` on, is in what is returned.
     """
+    parts: list[Tensor] = []
+    indices: list[int] = []
+    instead: dict[int, Tensor] = {}
+    misplaced = 0
+    for i, (piece, source) in enumerate(zip(pieces, sources, strict=True)):
+        gradient = gradients[source]
+        if gradient is None:
+            continue
+        try:
+            found = _kept(piece, gradient)
+            values = None if found is None else _values(piece, found)
+        except LayoutError as problem:
+            error = error or LayoutError(f"the gradient of {piece.label(i)} {problem}")
+            continue
+        if found is None or values is None:
+            misplaced += 1
+            continue
+        parts.append(values)
+        indices.append(i)
+        if found is not gradient:
+            instead[source] = found
+    if error is None:
+        pair = first_shared(parts)
+        error = None if pair is None else shared_memory(*(pieces[indices[k]].label(indices[k]) for k in pair))
+    grouped, wide = grouped_by_replicas(replicas[i] for i in indices), any(part.dtype in WIDE for part in parts)
+    return Local(parts, grouped, parts, None, indices, wide, misplaced, instead, error)
 
-    values: Tensor | None
-    instead: Tensor | None = None
-    problem: str | None = None
 
-
-def look_at(piece: Piece, gradient: Tensor) -> Found:
-    """Look at the gradient of one piece; never talks.
-
-    Copies only a sparse gradient that is not coalesced, and what nothing can scale in place: see :func:`laid_out`.
-    """
-    instead: Tensor | None = None
+def _kept(piece: Piece, gradient: Tensor) -> Tensor | None:
+    """``gradient``, or what takes its place to be summed and scaled; None where it must be realigned before that."""
     if isinstance(gradient, DTensor) != piece.is_dtensor:
         kinds = ["a plain tensor", "a DTensor"]
-        kind = kinds[isinstance(gradient, DTensor)], kinds[piece.is_dtensor]
-        return Found(None, problem=f"is {kind[0]}, its parameter {kind[1]}: give both the same kind")
+        raise LayoutError(
+            f"is {kinds[isinstance(gradient, DTensor)]}, its parameter {kinds[piece.is_dtensor]}: give both the same "
+            "kind"
+        )
     if isinstance(gradient, DTensor):
-        assert piece.spec is not None
-        if not same_ranks(gradient._spec.mesh, piece.spec.mesh):
-            return Found(
-                None,
-                problem=f"lies on {gradient._spec.mesh}, its parameter on {piece.spec.mesh}: redistribute the gradient "
-                "to the parameter's mesh and placements",
-            )
-        if gradient._spec.placements != piece.spec.placements:
-            instead = cut_locally(piece, gradient)
-            if instead is None and is_candidate(piece):
-                return Found(None)
-            if instead is None:
-                return Found(
-                    None,
-                    problem=f"is placed as {gradient.placements}, its parameter as {piece.spec.placements}: "
-                    "redistribute the gradient to the parameter's placements",
-                )
-            gradient = instead
+        placed = _placed(piece, gradient)
+        if placed is None:
+            return None
+        gradient = placed
     local = local_tensor(gradient)
     if local.is_meta:
-        return Found(None, problem="is on the meta device, where it has no values: move the model with to_empty()")
-    if local.layout == torch.sparse_coo and not isinstance(gradient, DTensor):
-        instead = None if local.is_coalesced() else local.coalesce()
-        local = (local if instead is None else instead)._values()
-    elif (copy := laid_out(gradient)) is not None:
-        instead, local = copy, local_tensor(copy)
-    elif local.layout != torch.strided:
-        return Found(None, problem=f"has layout {local.layout}, which is not supported: use strided or sparse_coo")
+        raise LayoutError("is on the meta device, where it has no values: move the model with to_empty()")
+    if local.layout == torch.sparse_coo and local is gradient:
+        return local if local.is_coalesced() else local.coalesce()
+    copy = laid_out(gradient)
+    return gradient if copy is None else copy
+
+
+def _placed(piece: Piece, gradient: DTensor) -> DTensor | None:
+    """``gradient`` in the placements of ``piece``, cut where that is enough; None where it takes communication."""
+    assert piece.spec is not None
+    if not same_ranks(gradient._spec.mesh, piece.spec.mesh):
+        raise LayoutError(
+            f"lies on {gradient._spec.mesh}, its parameter on {piece.spec.mesh}: redistribute the gradient to the "
+            "parameter's mesh and placements"
+        )
+    if gradient._spec.placements == piece.spec.placements:
+        return gradient
+    cut = cut_locally(piece, gradient)
+    if cut is None and not is_candidate(piece):
+        raise LayoutError(
+            f"is placed as {gradient.placements}, its parameter as {piece.spec.placements}: redistribute the gradient "
+            "to the parameter's placements"
+        )
+    return cut
+
+
+def _values(piece: Piece, gradient: Tensor) -> Tensor:
+    """The local tensor of what of ``gradient`` belongs to ``piece``."""
+    local = local_tensor(gradient)
+    if local.layout == torch.sparse_coo and local is gradient:
+        local = local._values()
+    if local.layout != torch.strided:
+        raise LayoutError(f"has layout {local.layout}, which is not supported: use strided or sparse_coo")
     if local.dtype not in NUMBERS:
-        return Found(None, problem=f"has dtype {local.dtype}, which has no norm: use {', '.join(map(str, REAL))}")
+        raise LayoutError(f"has dtype {local.dtype}, which has no norm: use {', '.join(map(str, REAL))}")
     if piece.span is not None:
         if local.numel() != piece.shape.numel():
-            return Found(
-                None,
-                problem=f"lies in a flat gradient of {local.numel()} elements beside a flat parameter of "
-                f"{piece.shape.numel()}: it is not reduced yet (leave no_sync for the last backward)",
+            raise LayoutError(
+                f"lies in a flat gradient of {local.numel()} elements beside a flat parameter of "
+                f"{piece.shape.numel()}: {NOT_REDUCED}"
             )
-        local = local[piece.span]
-    elif piece.flat_over and local.numel() != piece.here:
-        return Found(
-            None,
-            problem=f"has {local.numel()} elements where this rank's part of its parameter has {piece.here}: it is not "
-            "reduced yet (leave no_sync for the last backward)",
+        return local[piece.span]
+    if piece.flat_over and local.numel() != piece.here:
+        raise LayoutError(
+            f"has {local.numel()} elements where this rank's part of its parameter has {piece.here}: {NOT_REDUCED}"
         )
-    return Found(local, instead)
+    return local
 
 
 def laid_out(gradient: Tensor) -> Tensor | None:
@@ -102,20 +136,3 @@ def laid_out(gradient: Tensor) -> Tensor | None:
         return copy
     where, shape, stride = gradient._spec, gradient.shape, gradient.stride()
     return DTensor.from_local(copy, where.mesh, where.placements, run_check=False, shape=shape, stride=stride)
-
-
-@dataclass(frozen=True, slots=True)
-class Local:
-    """This rank's gradients, piece by piece.
-
-    * ``parts``: those that exist and are in place, as plain tensors; ``indices``: which piece each belongs to.
-    * ``misplaced``: how many gradients wait to be realigned.
-    * ``instead``: gradients to be stored in place of those found, by source.
-    * ``error``: what makes these gradients unusable on this rank, to be raised once all ranks have met.
-    """
-
-    parts: list[Tensor]
-    indices: list[int]
-    misplaced: int
-    instead: dict[int, Tensor]
-    error: LayoutError | None

@@ -1,17 +1,16 @@
 """Gradients that share memory: each element in common would be counted for each of them, and scaled as often."""
 
 from collections.abc import Sequence
-from operator import add, attrgetter, le
+from operator import add, le
 
 import torch
 from torch import Tensor
 
 from ..errors import LayoutError
+from ..kernels.dtypes import size_in_bytes
 
-size_in_bytes = attrgetter("nbytes")
 
-
-def refused(first: str, second: str) -> LayoutError:
+def shared_memory(first: str, second: str) -> LayoutError:
     """What to raise of two gradients that share memory."""
     return LayoutError(
         f"the gradients of {first} and {second} share memory, whose elements would be scaled twice: give each its own "

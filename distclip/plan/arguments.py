@@ -19,8 +19,9 @@ from ..layouts.model import held_in
 from ..layouts.piece import Held, held_parameter, holders_of
 from ..policies.checks import positive
 from ..ranks.group import Axis, ClippingGroup
-from .build import Plan, tell_others
+from .build import Plan
 from .cache import Planned, Plans, Terms, skeleton
+from .disagreement import tell_others
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
 
@@ -85,7 +86,7 @@ def plan_of(
         seen_cut = seen_cut or cut or item.piece.spec is not None
     talks = bool(group or split_over or layout) or seen_cut
     where = ClippingGroup.of(group) if talks else ClippingGroup.alone()
-    return Plan.of(listed, p, where, split_over, layout, asks=group is not None)
+    return Plan.of(listed, p, where, split_over, layout, sends_flags=group is not None)
 
 
 def tell_ranks(
@@ -116,9 +117,9 @@ def tell_ranks(
         return
     ours = managed_anywhere()[0] if reduces else set()
     moves = any(isinstance(t, DTensor) and t.device_mesh.size() > 1 and id(t) not in ours for t in tensors)
-    asks = group is not None or (where.size > 1 and (said or moves))
+    sends_flags = group is not None or (where.size > 1 and (said or moves))
     p = inf if norm_type == inf else 2.0  # of all others it only matters that they send as many words
-    tell_others(where, where.device_for(tensors), p, (False, False) if asks else (), error, call)
+    tell_others(where, where.device_for(tensors), p, (False, False) if sends_flags else (), error, call)
 
 
 def _terms(p: float, group: dist.ProcessGroup | None, split_over: Sequence[Axis]) -> Terms | None:

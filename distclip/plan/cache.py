@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..gradients.runs import attributes
+from ..gradients.memory import attributes
 from ..gradients.storage import gradients_of
 from .build import Plan
 
@@ -30,12 +30,12 @@ Terms: TypeAlias = Hashable
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, its holders and their gradients; ``same``: the very tensors that its memory knows, where they were."""
+    """A plan, its holders and their gradients; ``unmoved``: the very tensors that its memory knows, where they were."""
 
     plan: Plan
     holders: Sequence[Tensor]
     gradients: list[Tensor | None]
-    same: bool = False
+    unmoved: bool = False
 
 
 class Known:
@@ -65,7 +65,7 @@ class Known:
         holders = tensors if self._places is None else [tensors[k] for k in self._places]
         gradients = gradients_of(holders)
         if self._places is None and self._plan.group.size == 1 and self._plan.memory.knows(gradients):
-            return Planned(self._plan, holders, gradients, same=True)  # in one process all depends on the gradients
+            return Planned(self._plan, holders, gradients, unmoved=True)  # in one process all depends on the gradients
         return Planned(self._plan, holders, gradients) if self._fits(tensors) else None
 
     def _has_marks(self, tensors: Sequence[Tensor]) -> bool:

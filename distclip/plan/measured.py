@@ -26,8 +26,8 @@ class Measured:
     """One measurement.
 
     * ``gradients``: of the plan's sources, as they were summed; ``runs``: the same as plain tensors, to be scaled.
-    * ``norms``: of each gradient, where they were needed anyway (see :meth:`Plan.norms`).
-    * ``realigned``: whether gradients of some rank had to be brought to their parameters' placements by talking.
+    * ``norms``: of each gradient, where they were needed anyway (see :func:`.measure.norms_of`).
+    * ``realigned``: whether gradients of some rank had to be brought to their parameters' placements by communicating.
     * ``dtype``: of the norm that users see, the same on every rank: float64 where some rank has such a parameter.
     * ``can_overflow``: whether finite gradients may have a norm or a power sum beyond float64; those of fp32 cannot for
       p from 1/16 to 7.

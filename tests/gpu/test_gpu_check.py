@@ -235,8 +235,8 @@ def test_parts_hold_on_the_host_and_measure_what_they_must(road, monkeypatch):
 
 def broken(name: str) -> list[str]:
     """What the check finds wrong with a library that was broken in one place, on the device that is not there."""
-    from distclip.plan import build as plan
     from distclip.kernels import foreach
+    from distclip.plan import measure as plan
     from gpu.check import PARTS, NotThere
 
     norms = plan.local_norms

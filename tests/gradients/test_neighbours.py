@@ -11,8 +11,8 @@ from torch.nn import Parameter
 
 import distclip
 from distclip import kernels
-from distclip.gradients import runs as neighbours
-from distclip.plan import build as planning
+from distclip.gradients.memory import Noted
+from distclip.plan import measure as measuring
 from support.oracle import true_norm
 from support.ranks import run_ranks
 
@@ -41,7 +41,7 @@ class Summed:
             self.counts.append(len(tensors))
             return kernels.power_sum(tensors, p)
 
-        self._patch = patch.object(planning, "power_sum", counted)
+        self._patch = patch.object(measuring, "power_sum", counted)
         self._patch.__enter__()
         return self.counts
 
@@ -219,8 +219,8 @@ def test_noting_in_vain_rests_for_longer_and_longer():
     """Gradients whose sizes change at every step: noted in the steps 1, 3, 7, 15, 31, ... only."""
     parameter = Parameter(torch.zeros(1))
     clipper = distclip.Clipper(torch.nn.ParameterList([parameter]), 1.0)
-    noted, of = [], neighbours.Runs.of
-    with patch.object(neighbours.Runs, "of", lambda *arguments: noted.append(step) or of(*arguments)):
+    noted, of = [], Noted.of
+    with patch.object(Noted, "of", lambda *arguments: noted.append(step) or of(*arguments)):
         for step in range(1, 41):
             parameter.grad = None
             parameter.data = torch.zeros(step)

@@ -29,21 +29,23 @@ WORDS = [
     "promises/test_bugs_of_others.py",
     "ranks/test_words.py",
 ]
+MEASURING = [
+    *WORDS,
+    "gradients/test_neighbours.py",
+    "ranks/test_agreement.py",
+    "clipper/test_clipper.py",
+    "plan/test_verify.py",
+]
+LYING = ["gradients/test_neighbours.py", "promises/test_adversary.py", "plan/test_cache.py", *WORDS]
+PROVING = ["promises/test_properties.py", "plan/test_verify.py", "plan/test_copies.py", "ranks/test_agreement.py"]
 TARGETS = {
     "distclip/layouts/layout.py": [*WORDS, "layouts/test_layout.py", "promises/test_norm.py", "plan/test_verify.py"],
-    "distclip/plan/build.py": [
-        *WORDS,
-        "gradients/test_neighbours.py",
-        "ranks/test_agreement.py",
-        "clipper/test_clipper.py",
-        "plan/test_verify.py",
-    ],
-    "distclip/gradients/runs.py": [
-        "gradients/test_neighbours.py",
-        "promises/test_adversary.py",
-        "plan/test_cache.py",
-        *WORDS,
-    ],
+    "distclip/plan/build.py": MEASURING,
+    "distclip/plan/measure.py": MEASURING,
+    "distclip/plan/disagreement.py": MEASURING,
+    "distclip/gradients/memory.py": LYING,
+    "distclip/gradients/runs.py": LYING,
+    "distclip/gradients/look.py": LYING,
     "distclip/ranks/message.py": [*WORDS, "clipper/test_clipper.py"],
     "distclip/plan/cache.py": ["plan/test_cache.py", "clipper/test_functional.py"],
     "distclip/plan/arguments.py": ["plan/test_cache.py", "clipper/test_functional.py", "layouts/test_layout.py"],
@@ -64,7 +66,10 @@ TARGETS = {
         "promises/test_bugs_of_others.py",
         "plan/test_verify.py",
     ],
-    "distclip/plan/verify.py": ["promises/test_properties.py", "plan/test_verify.py", "ranks/test_agreement.py"],
+    "distclip/plan/construction.py": PROVING,
+    "distclip/plan/copies.py": PROVING,
+    "distclip/plan/split.py": PROVING,
+    "distclip/plan/verify.py": PROVING,
 }
 SLOWEST = 3.0  # seconds of a single test that is worth its time here
 PATIENCE = 60.0  # seconds for the tests of one mutant, beside four times those they took without a change

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 import distclip
 from distclip.gradients.realign import is_candidate
 from distclip.plan.build import Plan
-from distclip.plan.verify import has_copies
+from distclip.plan.copies import has_copies
 from support.oracle import same_tensors, true_norm
 from support.parallel import EIGHT, FOUR, THREE, TWO, united
 from support.ranks import count_collectives, run_ranks, same_bits
@@ -173,7 +173,7 @@ def blamed(plan: Plan, i: int) -> str:
 
 def is_copied(plan: Plan, i: int) -> bool:
     """Whether every rank holds all of piece ``i``, and no gradient of it can be a term of a sum not made yet."""
-    return plan.common[i] and plan.replicas[i] == plan.group.size and not is_candidate(plan.pieces[i])
+    return plan.known_to_all[i] and plan.replicas[i] == plan.group.size and not is_candidate(plan.pieces[i])
 
 
 def norm_or_error(job, p: float) -> float | str:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
+from distclip.gradients.storage import in_grad
 from distclip.layouts.piece import held_parameter
 from distclip.plan.build import Plan
+from distclip.plan.measure import measure
 from distclip.plan.measured import Measured
 from distclip.plan.verify import verify
 from distclip.policies.coefficient import clip_coef
@@ -63,7 +65,7 @@ class Rank:
         return Plan.of([held_parameter(t) for t in self.tensors], p, group, layout=self.layout)
 
     def measured(self, p: float, group: SimulatedGroup) -> Measured:
-        return self.plan(p, group).measure([t.grad for t in self.tensors])
+        return measure(self.plan(p, group), [t.grad for t in self.tensors])
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def test_the_road_of_accelerators_has_the_same_norm(wholes, size, chance, p):
     def use(group: SimulatedGroup, on_host: bool) -> float:
         rank = ranks[group.rank]
         plan = replace(rank.plan(p, group), on_host=on_host)
-        return plan.measure([t.grad for t in rank.tensors]).reduced.norm
+        return measure(plan, [t.grad for t in rank.tensors]).reduced.norm
 
     (expected, *_), (norm, *_) = (simulate(partial(use, on_host=on_host), size) for on_host in (True, False))
     assert norm == pytest.approx(expected, rel=2e-7, abs=0)
@@ -294,7 +296,12 @@ def test_a_right_layout_is_proved_and_a_wrong_one_is_not(wholes, size, chance, w
         index = chance.choice([i for i, t in enumerate(ranks[number].tensors) if len(t)])
         said = ranks[number].replicas
         said[index] = said[index] % size + 1
-    ends = simulate(lambda group: verify(ranks[group.rank].plan(2.0, group), ranks[group.rank].tensors), size)
+
+    def verified(group: SimulatedGroup) -> None:
+        rank = ranks[group.rank]
+        verify(rank.plan(2.0, group), rank.tensors, in_grad(rank.tensors))
+
+    ends = simulate(verified, size)
     if wrong:
         assert len({str(end) for end in ends}) == 1
         assert "gradients are not counted once" in str(ends[0])

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 
 import distclip
 from distclip.clipper import COMPARING, MEASURING, TURN
-from distclip.plan.build import REALIGNED
+from distclip.plan.measure import REALIGNED
 from distclip.plan.verify import VERIFYING
 from distclip.ranks import roll_call
 from distclip.ranks.message import CODES

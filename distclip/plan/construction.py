@@ -1,0 +1,65 @@
+"""Comparing ranks where a Clipper is built: all hold the same parameters, settings and values, or all raise."""
+
+from collections.abc import Mapping, Sequence
+from zlib import crc32
+
+import torch
+
+from ..errors import LayoutError
+from ..layouts.piece import Held, once
+from ..ranks.compare import checksums, differing, who_differs
+from ..ranks.group import ClippingGroup
+from .build import Plan
+from .copies import few, values_apart
+from .disagreement import stopped_by
+
+ERROR = "an error of its own"
+SAY_SO = (
+    "say layout=... (distclip.Layout.cut(over=[tp])) where ranks hold different parts of these parameters, or "
+    "split_over=[mesh['pp']] where all that they hold is different"
+)
+
+
+def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str]) -> None:
+    """Raise on every rank unless parameters, ``settings`` and the values of copies are the same on all of them.
+
+    LayoutError for parameters and values, or where a rank called :func:`tell_ranks` instead; ValueError for settings.
+    Two all-reduces, each with a wait.
+    """
+    different = differing(plan.group, plan.device, _fields(settings, plan.code))
+    if ERROR in different:
+        raise LayoutError(f"a rank of the clipping group could not make its Clipper{_who(plan, 'made its Clipper')}")
+    if "parameters" in different:
+        common = [piece for piece, is_common in zip(plan.pieces, plan.known_to_all, strict=True) if is_common]
+        count = sum(piece.here if piece.size is None else piece.size for piece in common)
+        mine = f"{len(common)} parameters of {count} elements (hash {plan.code:x})"
+        raise LayoutError(
+            "the ranks of the clipping group hold parameters of other names, shapes, dtypes or placements: say which "
+            f"ranks hold different ones by split_over=[mesh['pp']] or layout=...{_who(plan, mine)}"
+        )
+    if different:
+        mine = ", ".join(f"{name} {settings[name]}" for name in different)
+        raise ValueError(
+            f"{', '.join(different)} must be the same on every rank: build every Clipper alike{_who(plan, mine)}"
+        )
+    apart = values_apart(plan, once(listed), checksums)
+    if apart:
+        raise LayoutError(
+            f"ranks that should hold copies hold other values of {few(apart)}: {SAY_SO}, only=... where nobody trains "
+            "them, and build the Clipper after parameters are loaded or broadcast"
+        )
+
+
+def tell_ranks(group: ClippingGroup, device: torch.device, settings: Mapping[str, str], error: Exception) -> None:
+    """In place of :func:`compare_ranks`, on a rank that is about to raise ``error``: the others raise as well."""
+    if differing(group, device, _fields(settings, failed=True)):
+        who_differs(group, device, stopped_by(error))
+
+
+def _fields(settings: Mapping[str, str], code: int = 0, failed: bool = False) -> dict[str, float]:
+    numbers: dict[str, float] = {name: crc32(text.encode()) for name, text in settings.items()}
+    return {**numbers, "parameters": code, ERROR: failed}
+
+
+def _who(plan: Plan, mine: str) -> str:
+    return who_differs(plan.group, plan.device, mine)

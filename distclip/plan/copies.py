@@ -1,0 +1,144 @@
+"""Comparing replicas: ranks said to hold the same parameter or gradient do, by a few numbers for each.
+
+Where all ranks know the same pieces, one word a piece is enough: the representative of the replicas sends its number
+times ``1 - replicas``, every other rank its number, and the sum is 0 when replicas are equal.
+"""
+
+from collections.abc import Callable, Sequence
+from math import inf, isfinite
+from warnings import warn
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+from ..kernels.transfer import sent
+from ..layouts.layout import speaks
+from ..layouts.piece import Held
+from ..ranks.compare import projections
+from ..ranks.message import Word, root
+from .build import Plan
+from .measure import norms_of
+from .measured import Measured, Norms
+
+SHOWN = 5  # names in an error
+APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
+ALIKE = 1e-2  # copies that were computed in bf16, each for itself, may be so far apart
+WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must differ, or noise around 0 would be told
+SAY_SO = (
+    "reduce gradients before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... "
+    "where ranks hold different parameters, group=... where they train apart, or go on from the last checkpoint if a "
+    "copy was damaged"
+)
+
+
+def compare_copies(plan: Plan, norm: float, own: Word | None, call: str, warns: bool = True) -> None:
+    """Where every rank holds all gradients: remember it if those of this one were not those of all in ``call``.
+
+    ``norm`` is that of all ranks, finite, and ``own`` what this one has put in, a number. Some ranks see a difference
+    and some do not, by how far theirs are from the mean: the next call tells all of them. There may be no next one, so
+    that a rank that sees it ``warns``.
+    """
+    if not plan.fully_replicated or own is None:
+        return
+    mine = float(own) if plan.p == inf else float(root(float(own) * plan.group.size, plan.p))
+    if abs(mine - norm) > APART * norm:
+        plan.memory.late_error = LayoutError(
+            f"copies of gradients differ between ranks since {call}, and here had a norm of {mine:.7g}: {SAY_SO}"
+        )
+        if warns:
+            warn(f"{plan.memory.late_error}. The next call raises on every rank", RuntimeWarning, stacklevel=3)
+
+
+def has_copies(plan: Plan) -> bool:
+    """Whether there is anything to compare for :func:`compare_gradients`, the same on all ranks."""
+    return bool(replicated(plan))
+
+
+def compare_gradients(plan: Plan, measured: Measured) -> bool:
+    """Raise LayoutError, on every rank, where copies of a gradient differ; False where nothing can be said of that.
+
+    Copies differ whose norms, or projections on one direction, are further apart than the arithmetic of bf16 would
+    bring them, and so far that the norm of the model is another. Squares of the norms travel too: differences that
+    cancel in a sum do not in both. Reads the reduced words, so that ranks that disagree part here; then one all-reduce
+    of five float64 words for each parameter that has copies. Two waits on accelerators.
+    """
+    norm, disagree, _ = measured.reduced.read()
+    if disagree or not isfinite(norm):
+        return False
+    copied = replicated(plan)
+    if not copied or norm == 0:
+        return True
+    found = norms_of(plan, measured, frozenset(copied))
+    words = plan.group.all_reduce(drift_words(plan, norms_and_projections(plan, found, copied) / norm, copied)).cpu()
+    apart = drifted(words, ALIKE, WEIGHTY * ALIKE).nonzero().flatten().tolist()
+    if apart:
+        raise not_replicas([plan.label(copied[k]) for k in apart])
+    return True
+
+
+def values_apart(
+    plan: Plan, kept: Sequence[Held], sums: Callable[[Sequence[Tensor], torch.device], Tensor]
+) -> list[str]:
+    """Parameters whose copies hold other values by their ``sums``, the same list on every rank: one all-reduce."""
+    if plan.group.process_group is None:
+        return []
+    copied = replicated(plan)
+    values = sums([kept[i].values() for i in copied], plan.device)
+    drift = plan.group.all_reduce(values * _signs(plan, copied))
+    return [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
+
+
+def norms_and_projections(plan: Plan, found: Norms, indices: Sequence[int]) -> Tensor:
+    """Two numbers of the gradient of each of these pieces, norm and projection: (2, len(indices)); 0 where none is."""
+    if not indices:
+        return plan.weights.new_zeros(2, 0)
+    wanted = frozenset(indices)
+    shown = [(i, part) for i, part in zip(found.indices, found.parts, strict=True) if i in wanted]
+    norms = dict(zip(found.indices, found.norms.unbind(), strict=True))
+    along = dict(zip((i for i, _ in shown), projections([part for _, part in shown], plan.device), strict=True))
+    none = plan.weights.new_zeros(())  # no list of indices, which would be copied to the device
+    rows = torch.stack([numbers.get(i, none) for numbers in (norms, along) for i in indices]).view(2, -1)
+    return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def drift_words(plan: Plan, numbers: Tensor, indices: Sequence[int]) -> Tensor:
+    """What ranks add up to see whether copies of these pieces are equal, by :func:`drifted`: (5, len(indices)).
+
+    Of norms, their squares and projections the sum over copies less that of the one that speaks for them; differences
+    that cancel in the first do not in the second. And the sums themselves, for the scale.
+    """
+    (size, along), signs = numbers, _signs(plan, indices)
+    return torch.stack([size * signs, size.square() * signs, along * signs, size, size.square()])
+
+
+def drifted(words: Tensor, tolerance: float, least: float = 0.0) -> Tensor:
+    """For which pieces the reduced words of :func:`drift_words` say that copies are further apart: (pieces,) bool."""
+    drift, of_squares, along, total, squares = words.abs()
+    far = [(drift, total), (of_squares, squares), (along, total)]
+    return torch.stack([(off > tolerance * scale) & (off > least) for off, scale in far]).any(0)
+
+
+def not_replicas(names: Sequence[str]) -> LayoutError:
+    return LayoutError(
+        f"ranks that should hold the same gradient do not: {few(names)}; reduce gradients before clipping (leave "
+        "no_sync for the last backward; an optimizer that reduces them in its step() comes too late), or say "
+        "layout=lambda name, p: distclip.Layout(1) if ... else None for what each rank has for itself (experts), "
+        "split_over=[mesh['pp']] for stages, group=... for ranks that train apart (local SGD, DiLoCo)"
+    )
+
+
+def replicated(plan: Plan) -> list[int]:
+    """Pieces that other ranks have copies of, which can be compared."""
+    return [i for i, p in enumerate(plan.pieces) if plan.known_to_all[i] and p.aligned and plan.replicas[i] > 1]
+
+
+def _signs(plan: Plan, indices: Sequence[int]) -> Tensor:
+    """1 - replicas on the rank that speaks for the copies of a piece, 1 on the others."""
+    signs = [1 - plan.replicas[i] if speaks(plan.group, plan.pieces[i]) else 1 for i in indices]
+    return sent(torch.tensor(signs, dtype=torch.float64), plan.device)
+
+
+def few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,66 @@
+"""What a rank says of itself where ranks do not agree, and how one that has failed lets the others know."""
+
+from collections.abc import Sequence
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+from ..gradients.realign import is_candidate
+from ..ranks.compare import who_differs
+from ..ranks.group import ClippingGroup
+from ..ranks.message import Word, reduce_norm
+from .build import Plan
+
+TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
+SHOWN = 5  # names in an error
+
+
+def code_of(plan: Plan, tag: int, missing: Sequence[int]) -> int:
+    """What must be the same on every rank in a call, as one number: the pieces, ``tag`` and gradients ``missing``."""
+    return plan.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
+
+
+def missing_in(plan: Plan, gradients: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Gradients that are not here, of parameters that every rank holds whole: they are on all ranks or on none.
+
+    By their places among the pieces known to all, which are the same everywhere. Not those that may be terms of a sum
+    not made yet, in which a missing term is zero.
+    """
+    size = plan.group.size
+    if size == 1:
+        return ()
+    known = (i for i, is_known in enumerate(plan.known_to_all) if is_known)
+    whole = ((k, i) for k, i in enumerate(known) if plan.replicas[i] == size and not is_candidate(plan.pieces[i]))
+    return tuple(k for k, i in whole if gradients[plan.sources[i]] is None)
+
+
+def account(plan: Plan, call: str, missing: Sequence[int], error: LayoutError | None) -> str:
+    """What this rank has to say for itself in ``call``: what it holds and lacks, or its ``error``."""
+    if error is not None:
+        return f"stopped: {str(error).partition(': ')[0]}"  # what to do about it is said on that rank
+    known = [i for i, is_known in enumerate(plan.known_to_all) if is_known]
+    lacks = ", ".join(plan.label(known[k]) for k in missing[:SHOWN])
+    more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+    parts = [call, f"{len(known)} parameters (hash {plan.code:x})"]
+    return ", ".join([*filter(None, parts), *([f"without a gradient of {lacks}{more}"] if missing else [])])
+
+
+def tell_others(
+    group: ClippingGroup, device: torch.device, p: float, flags: Sequence[bool], error: Exception, call: str
+) -> None:
+    """Take part in the all-reduce of the others without an own sum, so that they raise as well: here it was ``error``.
+
+    ``device`` and the number of ``flags`` must be those of the others.
+    """
+    nothing: Word = 0.0 if device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=device)
+    reduced = reduce_norm(group, nothing, p, 0, True, flags, call=call)
+    if reduced.disagree is True:
+        who_differs(group, device, stopped_by(error))
+
+
+def stopped_by(error: Exception) -> str:
+    """What a rank says of an error of its own; what to do about it is said on that rank."""
+    kind = "" if isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__} "
+    return f"stopped: {kind}{str(error).partition(chr(10))[0]}"

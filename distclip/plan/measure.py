@@ -1,0 +1,199 @@
+"""Measuring gradients with a plan: local sums, the one all-reduce, and a second round where some were misplaced."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from math import inf
+
+import torch
+from torch import Tensor
+
+from ..errors import FAILURES, LayoutError
+from ..gradients.local import Local
+from ..gradients.look import look
+from ..gradients.realign import realign
+from ..gradients.storage import Store
+from ..kernels import largest, local_norms, norms_on_host, power_sum
+from ..kernels.device import has_float64
+from ..kernels.transfer import sent
+from ..ranks.compare import who_differs
+from ..ranks.message import Reduced, Word, reduce_norm
+from .build import Plan
+from .disagreement import account, code_of, missing_in, tell_others
+from .measured import Measured, Norms
+
+REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
+LEAST_P = 1 / 16  # below, the root of what 1e15 gradients of 3e38 add up to leaves float64
+
+
+def measure(
+    plan: Plan,
+    gradients: Sequence[Tensor | None],
+    store: Store | None = None,
+    tag: int = 0,
+    *,
+    realign_first: bool = False,
+    unmoved: bool = False,
+    error: LayoutError | None = None,
+    call: str = "",
+) -> Measured:
+    """Measure ``gradients``, one for each source, None where there is none.
+
+    1. Sum what this rank has. 2. Make it global: one all-reduce if the group has one. 3. Where its flags say that some
+    rank has misplaced gradients, realign them, hand them to ``store`` if it is given, and measure again;
+    ``realign_first`` does so before, which every rank must then do. 4. Raise what this rank has found to be wrong.
+
+    * ``tag``: mixed into the agreement word, to tell calls apart that must not pair.
+    * ``unmoved``: they are the very tensors of the last time, where they were (see :meth:`.Memory.knows`).
+    * ``error``: of this rank, raised like its own once it has taken part, with what the others say.
+    * ``call``: what errors say of this rank where others do not agree.
+
+    Host syncs: one a round on accelerators where the flags must be read, else none.
+    """
+    given = error
+    if realign_first:
+        gradients, found = _realigned(plan, gradients, store)
+        error = error or found
+    local, norms, reduced = _round(plan, gradients, error, tag, call, unmoved)
+    wide = plan.wide or local.wide
+    if plan.reads_flags:
+        _, disagree, (misplaced, wide) = reduced.read()
+        if misplaced and not disagree:  # read from reduced values, so that all ranks go this way or none
+            gradients, error = _realigned(plan, gradients, store)
+            local, norms, reduced = _round(plan, gradients, error, tag + REALIGNED, call)
+            realign_first = True
+    if local.error is not None:
+        raise LayoutError(f"{given}{reduced.who}") if local.error is given else local.error
+    gradients = _replaced(gradients, local.instead, store)
+    dtype = torch.float64 if wide else torch.float32
+    can_overflow = wide or 7 < plan.p < inf or plan.p < LEAST_P
+    return Measured(gradients, local.runs, norms, reduced, realign_first, dtype, can_overflow)
+
+
+def norms_of(plan: Plan, measured: Measured, of: Collection[int] | None = None) -> Norms:
+    """The norm of each gradient that was measured: at hand on accelerators, made now on the host.
+
+    ``of``: the pieces that matter, all if None; there may be norms of others too.
+    """
+    if measured.norms is not None:
+        return measured.norms
+    local = look(plan.pieces, plan.sources, plan.replicas, measured.gradients)
+    kept = [(part, i) for part, i in zip(local.parts(), local.indices, strict=True) if of is None or i in of]
+    return _norms(plan, [part for part, _ in kept], [i for _, i in kept])
+
+
+def _round(
+    plan: Plan,
+    gradients: Sequence[Tensor | None],
+    error: LayoutError | None,
+    tag: int,
+    call: str,
+    unmoved: bool = False,
+) -> tuple[Local, Norms | None, Reduced]:
+    """Sum what this rank has and make it global.
+
+    Where the host knows at once that ranks disagree, all of them ask who it is.
+    """
+    try:
+        local = _found(plan, gradients, error, unmoved)
+        norms = None if plan.on_host else _norms(plan, local.parts(), local.indices)
+        mine = _sum_on_host(plan, local) if norms is None else _sum_of(plan, norms)
+    except FAILURES as failed:  # of torch, of a gradient whose memory was freed for example: the others wait for us
+        named = _named(plan, gradients, failed)
+        tell_others(plan.group, plan.device, plan.p, (False, plan.wide) if plan.sends_flags else (), named, call)
+        if named is failed:
+            raise
+        raise named from failed
+    flags = (local.misplaced > 0, plan.wide or local.wide) if plan.sends_flags else ()
+    missing = missing_in(plan, gradients) if len(local.indices) < len(plan.pieces) else ()
+    code, faulty = code_of(plan, tag, missing), local.error is not None
+    reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call)
+    if reduced.disagree is True:
+        reduced = replace(reduced, who=who_differs(plan.group, plan.device, account(plan, call, missing, local.error)))
+    return local, norms, reduced
+
+
+def _found(plan: Plan, gradients: Sequence[Tensor | None], error: LayoutError | None, unmoved: bool) -> Local:
+    """Where ``gradients`` lie: as in the step before, or by a look at each of them."""
+    local = None if error is not None else plan.memory.recall(gradients, unmoved)
+    if local is not None:
+        return local
+    local = look(plan.pieces, plan.sources, plan.replicas, gradients, error)
+    return plan.memory.note(gradients, local, plan.pieces, plan.sources, plan.replicas)
+
+
+def _named(plan: Plan, gradients: Sequence[Tensor | None], failed: Exception) -> Exception:
+    """What ``failed``, by the name of the gradient where a look at each of them tells."""
+    try:
+        return look(plan.pieces, plan.sources, plan.replicas, gradients).error or failed
+    except FAILURES:
+        return failed
+
+
+def _sum_on_host(plan: Plan, local: Local) -> float:
+    """The sum of powers over replicas, or the largest norm, of gradients on the CPU."""
+    runs = local.runs
+    if plan.p == inf:
+        return largest(runs)
+    amounts = []
+    for replicas, these in local.by_replicas:
+        alike = runs if len(these) == len(runs) else [runs[k] for k in these]
+        amounts.append(power_sum(alike, plan.p) / replicas)
+    return sum(amounts, 0.0)
+
+
+def _sum_of(plan: Plan, norms: Norms) -> Word:
+    """The same from the norms of all gradients, where messages are reduced."""
+    if plan.p == inf:
+        mine = norms.norms.max() if len(norms.indices) else norms.norms.new_zeros(())
+    elif plan.p == 2 and plan.unweighted:
+        mine = torch.dot(norms.norms, norms.norms)
+    else:
+        weights = plan.weights
+        if len(norms.indices) < len(plan.pieces):  # a list of indices would be copied to the device: a host sync
+            every = weights.unbind()
+            weights = torch.stack([every[i] for i in norms.indices]) if norms.indices else weights[:0]
+        mine = torch.dot(norms.norms.pow(plan.p), weights)
+    return mine.item() if plan.device.type == "cpu" else mine
+
+
+def _norms(plan: Plan, parts: Sequence[Tensor], indices: Sequence[int]) -> Norms:
+    """Norms of ``parts``, which are those of the pieces ``indices``."""
+    devices = {t.device for t in parts}
+    if len(devices) == 1:
+        return Norms(_norms_on(plan, devices.pop(), parts), indices, parts)
+    found: dict[int, Tensor] = {}
+    for device in devices:
+        here = [i for i, t in enumerate(parts) if t.device == device]
+        norms = _norms_on(plan, device, [parts[i] for i in here])
+        found |= zip(here, norms.unbind(), strict=True)
+    every = [found[i] for i in range(len(parts))]
+    return Norms(torch.stack(every) if every else plan.weights.new_zeros(0), indices, parts)
+
+
+def _norms_on(plan: Plan, device: torch.device, parts: Sequence[Tensor]) -> Tensor:
+    """Norms of ``parts``, all of them on ``device``, brought to the plan's own."""
+    norms = local_norms(parts, plan.p) if has_float64(device) else norms_on_host(parts, plan.p)
+    return sent(norms, plan.device)
+
+
+def _realigned(
+    plan: Plan, gradients: Sequence[Tensor | None], store: Store | None
+) -> tuple[Sequence[Tensor | None], LayoutError | None]:
+    try:
+        moved = realign(plan.pieces, [gradients[source] for source in plan.sources])
+    except LayoutError as error:  # raised once this rank has taken part in the next all-reduce
+        return gradients, error
+    new = {s: g for s, g in zip(plan.sources, moved, strict=True) if g is not None and g is not gradients[s]}
+    return _replaced(gradients, new, store), None
+
+
+def _replaced(
+    gradients: Sequence[Tensor | None], instead: dict[int, Tensor], store: Store | None
+) -> Sequence[Tensor | None]:
+    """``gradients`` with those in ``instead``, which are stored too."""
+    if not instead:
+        return gradients
+    if store is not None:
+        for source, gradient in instead.items():
+            store(source, gradient)
+    return [instead.get(source, gradient) for source, gradient in enumerate(gradients)]

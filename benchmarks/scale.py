@@ -421,9 +421,10 @@ def stepped(clipper: Clipper) -> Sent:
     A fake group does not add the words of the other ranks, which therefore seem to disagree, except in the step whose
     number makes the agreement word 0.
     """
-    step = -clipper._plan.code * pow(TAG_STEP, -1, CODES) % CODES
-    clipper._steps, clipper._number, clipper._compare_in = step, 0, float("inf")
-    clipper._empty = True  # no word of the gradients that are missing
+    step = -clipper.engine.plan.code * pow(TAG_STEP, -1, CODES) % CODES
+    calls = clipper.engine.progress.calls
+    calls.steps, calls.number, calls.compare_in = step, 0, float("inf")
+    clipper.engine.progress.streak.warned = True  # of the gradients that are missing
     with Collectives() as collectives:
         clipper.clip_()
     return collectives.sent

@@ -1,7 +1,7 @@
 """attach: a loop keeps its lines, and `optimizer.step()` clips by the true global norm first."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any, Literal, NoReturn, Unpack
 from weakref import WeakSet, ref
 
@@ -9,31 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .clipper import Clipper, Options
+from .clipper import Clipper
 from .layouts.piece import local_tensor
-from .optimizers.hooks import SKIP, Arguments, guard, held_by, withhold, without_others
+from .optimizers.hooks import SKIP, Arguments, guard, held_by, withhold
 from .optimizers.wrapped import applying, around, steps
 from .policies import Policy
 from .policies.adopt import bound_by_place
 from .report import Report
 from .step.decision import Stepping
+from .step.driver import Driver
+from .step.engine import Engine
+from .step.options import Options
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
 
-class Attached(Clipper):
-    """The Clipper that :func:`attach` returns: ``optimizer.step()`` makes its calls, until :meth:`detach`."""
+class Attachment:
+    """The optimizers of one :func:`attach`, whose steps make the calls of its Clipper."""
 
-    def __init__(
-        self,
-        optimizers: Sequence[Optimizer],
-        model: nn.Module | Sequence[nn.Module],
-        policy: Policy | float,
-        **options: Unpack[Options],
-    ) -> None:
-        optimizers = _to_attach_to(optimizers)
-        super().__init__(model, policy, **options)
-        self._driver = "optimizer.step()"
+    def __init__(self, engine: Engine, optimizers: Sequence[Optimizer]) -> None:
+        self._engine = engine
         self._optimizers = [ref(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # of the optimizers since the latest decision
         self._stepping: Stepping | None = None
@@ -45,32 +40,23 @@ class Attached(Clipper):
             self._undo += (guard(optimizer, self._after, self._before, raised=self._raised), _refuse_copies(optimizer))
             self._claimed.update(around(optimizer))
         _attached.update(self._claimed)
-        self._note(optimizers)
+        engine.owner.note(optimizers)
 
     def detach(self) -> None:
         """Take the hooks away: from now on the optimizers step as if they had never been attached."""
         while self._undo:
             self._undo.pop()()
-        for reference in self._optimizers:
-            optimizer = reference()
-            if optimizer is not None:
-                self._after(optimizer)
+        for optimizer in self._present():
+            self._after(optimizer)
         _attached.difference_update(self._claimed)
         self._claimed.clear()
-        self._driver = None
 
     def measure(self) -> Report:
-        """See :meth:`Clipper.measure`: as the steps do, of the gradients that the attached optimizers hold."""
-        with self._without_others():
-            return super().measure()
+        """As the steps do, of the gradients that the attached optimizers hold."""
+        return self._engine.measure(self._present(), alone=True)
 
-    def _without_others(self) -> AbstractContextManager[None]:
-        """Inside, only parameters that the attached optimizers hold have gradients."""
-        present = [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
-        held = self._folding.of(present).held
-        if self._driver is None or held >= self._ids:
-            return nullcontext()
-        return without_others(self._holders, held)
+    def _present(self) -> list[Optimizer]:
+        return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -144,13 +130,12 @@ class Attached(Clipper):
     def _raised(self, optimizer: Optimizer, kind: type[BaseException]) -> None:
         """Its step was left by an exception: where the ranks had decided, those of the others are made."""
         if any(self._optimizers[index]() is optimizer for index in self._open):
-            self._broken_off.note(kind)
+            self._engine.broken_off.note(kind)
 
     def _decide_for_all(self) -> None:
         """The first step since all have stepped: measure, scale, and remember what the others will step with."""
-        optimizers = [reference() for reference in self._optimizers]
-        present = [optimizer for optimizer in optimizers if optimizer is not None]
-        if len(present) < len(optimizers):
+        present = self._present()
+        if len(present) < len(self._optimizers):
             raise RuntimeError("an optimizer that was attached is gone: attach those that are left anew")
         for index, known in self._waiting.items():
             kept = set(map(id, _gradients(present[index])))
@@ -160,8 +145,7 @@ class Attached(Clipper):
                     "and they would be clipped again: where it steps less often, clear them by zero_grad() meanwhile, "
                     "which must set them to None, or attach optimizers that step at different times one by one"
                 )
-        with self._without_others():
-            self._stepping = self._begin(present)
+        self._stepping = self._engine.begin(present, alone=True)
         self._stepped.clear()
         if len(present) > 1:
             self._waiting = {
@@ -186,7 +170,7 @@ def attach(
     model: nn.Module | Sequence[nn.Module],
     policy: Policy | float,
     **options: Unpack[Options],
-) -> Attached:
+) -> Clipper:
     """Let every ``optimizer.step()`` clip by the true global norm first, or change nothing on all ranks alike.
 
     * ``optimizers``: one, or the list of those that step once each in an iteration: the first of them to step decides
@@ -221,7 +205,10 @@ def attach(
     11.3578
     """
     listed = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
-    return Attached(listed, model, policy, **options)
+    attached = _to_attach_to(listed)
+    engine = Engine(model, policy, **options)
+    attachment = Attachment(engine, attached)
+    return Clipper.of(engine, Driver("optimizer.step()", measure=attachment.measure, detach=attachment.detach))
 
 
 def _refuse_copies(optimizer: Optimizer) -> Callable[[], None]:

@@ -21,13 +21,17 @@ GradientFn: TypeAlias = Callable[[str, Tensor], Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """``read()``: the gradients, one for each parameter, None where there is none. ``store``: see :data:`Store`.
+    """How a Clipper gets at the gradients of its parameters.
 
-    ``in_grad``: they are those in ``.grad``, which optimizers of torch and a GradScaler read.
+    * ``read()``: one for each parameter, None where there is none: plain tensors or DTensors that are scaled in place.
+    * ``store``: see :data:`Store`.
+    * ``scale()``: by what they are multiplied, which the norm that is reported must not be; None for nothing.
+    * ``in_grad``: they are those in ``.grad``, which torch's optimizers and a GradScaler read.
     """
 
     read: Callable[[], list[Tensor | None]]
     store: Store
+    scale: Callable[[], float] | None = None
     in_grad: bool = False
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import distclip
 
-from ..clipper import Clipper, Options, alive
+from ..clipper import Clipper
 from ..layouts.fsdp1 import is_flattened
 from ..optimizers.hooks import guard, watch, without_others
 from ..optimizers.scaler import is_unscaled, unscale_
@@ -26,6 +26,7 @@ from ..optimizers.wrapped import refuse_before
 from ..plan.arguments import Parameters
 from ..policies import MaxNorm, Policy
 from ..report import Report
+from ..step.options import Options
 
 UNSUPPORTED = (DistributedType.MEGATRON_LM, DistributedType.XLA)
 

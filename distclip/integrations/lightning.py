@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
-from ..clipper import Clipper, Options
+from ..clipper import Clipper
 from ..optimizers.hooks import guard, watch, without_others
 from ..optimizers.scaler import _state, is_unscaled
 from ..optimizers.wrapped import refuse_before
 from ..policies import Policy
 from ..policies.adopt import as_policy
 from ..report import Report
+from ..step.options import Options
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
 SCALED = "the gradients are still multiplied by the GradScaler's scale: call "

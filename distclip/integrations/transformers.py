@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
-from ..clipper import Clipper, Options
+from ..clipper import Clipper
 from ..optimizers.hooks import watch
 from ..optimizers.wrapped import refuse_before
 from ..policies import Policy
+from ..step.options import Options
 
 FILE = "distclip.pt"  # in a checkpoint, beside scheduler.pt
 EngineTakeOver: TypeAlias = Callable[..., Clipper]  # that of deepspeed.py, which is another integration

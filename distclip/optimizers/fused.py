@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 
 from ..kernels.transfer import sent
 from ..layouts.piece import local_tensor
 
 FOLDING = (Adam, AdamW, SGD, Adagrad)
+TORCH = {kind.__module__ for kind in (*FOLDING, LBFGS)}  # whose optimizers are looked at no further
 ABSENT = object()
 
 
@@ -28,12 +29,14 @@ class Folds:
     """Which of a step's optimizers fold, and ids of parameters.
 
     ``held``: those that any of them holds; ``inside``: that the folding ones hold; ``foreign``: that nobody clips here.
+    ``of_torch``: whether all are of classes of torch, of which nothing else has to be known.
     """
 
     by_optimizer: tuple[bool, ...]
     held: frozenset[int]
     inside: frozenset[int]
     foreign: frozenset[int]
+    of_torch: bool
 
 
 class Folding:
@@ -43,35 +46,54 @@ class Folding:
     the optimizers, their parameters or their ``fused`` changed.
     """
 
-    __slots__ = ("_clipped", "_folds", "_key")
+    __slots__ = ("_clipped", "_folds", "_key", "_may_fold")
 
-    def __init__(self, clipped: frozenset[int]) -> None:
-        """``clipped``: the ids of the parameters that share the coefficient, all of them kept alive by the caller."""
+    def __init__(self, clipped: frozenset[int], may_fold: bool = True) -> None:
+        """``clipped``: the ids of the parameters that share the coefficient, all of them kept alive by the caller.
+
+        ``may_fold``: their gradients are in ``.grad``, where optimizers read them.
+        """
         self._clipped = clipped
+        self._may_fold = may_fold
         self._key: Hashable = None
         self._folds: Folds | None = None
 
     def of(self, optimizers: Sequence[Optimizer]) -> Folds:
-        key = tuple(
-            (type(o), tuple((bool(g.get("fused")), tuple(map(id, g["params"]))) for g in o.param_groups))
-            for o in optimizers
-        )
+        """Which of ``optimizers`` fold."""
+        key = _key(optimizers)
         if self._folds is None or key != self._key:
             self._key, self._folds = key, self._worked_out(optimizers)
         return self._folds
+
+    def known(self, optimizers: Sequence[Optimizer]) -> Folds | None:
+        """The same where these are the optimizers of the latest call, all of them of torch; None otherwise."""
+        try:
+            same = self._folds is not None and self._folds.of_torch and _key(optimizers) == self._key
+        except AttributeError:  # some are no optimizers
+            return None
+        return self._folds if same else None
 
     def _worked_out(self, optimizers: Sequence[Optimizer]) -> Folds:
         ids = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
         holders = Counter(i for own in ids for i in own)
         folds = tuple(
-            type(optimizer) in FOLDING
+            self._may_fold
+            and type(optimizer) in FOLDING
             and getattr(optimizer, "_step_supports_amp_scaling", False)
             and all(group.get("fused") for group in optimizer.param_groups)
             and all(i in self._clipped and holders[i] == 1 for i in own)
             for optimizer, own in zip(optimizers, ids, strict=True)
         )
         inside = frozenset(i for own, fold in zip(ids, folds, strict=True) if fold for i in own)
-        return Folds(folds, frozenset(holders), inside, frozenset(holders) - self._clipped)
+        of_torch = all(type(optimizer).__module__ in TORCH for optimizer in optimizers)
+        return Folds(folds, frozenset(holders), inside, frozenset(holders) - self._clipped, of_torch)
+
+
+def _key(optimizers: Sequence[Optimizer]) -> Hashable:
+    return tuple(
+        (type(o), tuple((bool(g.get("fused")), tuple(map(id, g["params"]))) for g in o.param_groups))
+        for o in optimizers
+    )
 
 
 def may_skip_on_device(optimizer: Optimizer) -> bool:

@@ -13,14 +13,13 @@ from torch.optim import LBFGS, Optimizer
 
 from ..kernels.device import reads_are_free
 from ..shield import untraced
-from .fused import FOLDING, folded, may_skip_on_device
+from .fused import FOLDING, TORCH, folded, may_skip_on_device
 from .wrapped import refuse_before, refuse_proxy
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 SKIP: Final = "skip"
 Begin: TypeAlias = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Arguments | Literal["skip"] | None]
 
-TORCH = {kind.__module__ for kind in (*FOLDING, LBFGS)}  # whose optimizers are looked at no further
 _PATCHED = Optimizer.profile_hook_step(Optimizer.step).__code__  # what torch puts in place of a class's step
 
 _flags: WeakKeyDictionary[Optimizer, ExitStack] = WeakKeyDictionary()

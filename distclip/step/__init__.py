@@ -1,4 +1,17 @@
-"""One call of a Clipper, from measured gradients to what the optimizers are told.
+"""One call of a Clipper, from measured gradients to what the optimizers are told; and the seam for whoever calls it.
 
-Nothing here communicates by itself; what ranks must agree on comes from the plan's measurement.
+[Note: the seam]
+Whatever calls a Clipper in its user's place (`attach`, the integrations, an optimizer that reduces gradients itself)
+uses these names and no others of the core, and subclasses nothing:
+
+* ``engine.Engine``: the verbs ``measure``, ``clip_``, ``begin``, ``decide`` and ``step``; ``owner.note`` and
+  ``broken_off.note``; ``plan``, ``policy``, ``holders`` and ``progress.report`` to read.
+* ``decision.Stepping.around(index, optimizer)``: what the step of an optimizer runs inside of;
+  ``decision.Outcome.apply_to(gradients)``: a decision that is applied later.
+* ``driver.Driver`` and ``Clipper.of(engine, driver)``: the Clipper that the user gets, and what its methods then do.
+* ``gradients.storage.Storage``: gradients that are not in ``.grad``.
+* ``optimizers.hooks``: ``guard``, ``watch``, ``skip_next_step``; ``optimizers.scaler``: ``unscale_``, ``is_unscaled``;
+  ``optimizers.wrapped``: ``refuse_before``.
+
+Nothing in this room communicates by itself; what ranks must agree on travels in the plan's measurement.
 """

@@ -1,5 +1,6 @@
 """Outcome: what a Clipper makes of one measured step, on the host or on an accelerator without waiting for it."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..kernels import clamp_, scale_
 from ..optimizers.fused import Folds, folded
 from ..plan.measured import Measured
 from ..policies import Policy, State
@@ -63,6 +65,20 @@ class Outcome:
         found = self.factors if len(found) == 1 else found  # which is where gradients are
         known = replace(self, measured=measured, factors=found, norm=norm, disagree=bool(disagree), coef=coef)
         return replace(known, skip=bool(skip), fault=fault)
+
+    def apply_to(self, gradients: Sequence[Tensor]) -> None:
+        """Scale and clamp ``gradients``, plain tensors, in place; with numbers on the host only where that is needed.
+
+        Nothing where the step is skipped, or may be by a tensor that is not read here.
+        """
+        if self.skip is True:
+            return
+        for factor in self.factors:
+            scale_(gradients, factor)
+        if self.bounds is not None:
+            unless = self.skip if isinstance(self.skip, Tensor) else None
+            low, high = self.bounds
+            clamp_(gradients, low, high, unless)
 
     def blamed_on(self, culprit: Culprit) -> "Outcome":
         """The same with the culprit in its report. Finite gradients whose powers overflow are left as they are."""

@@ -3,7 +3,7 @@
 import math
 
 from distclip import AutoClip, MaxNorm, ValueClip
-from distclip.clipper import Options
+from distclip.step.options import Options
 from distclip.train.config import Clip
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distclip import Clipper
-from distclip.clipper import Options
+from distclip.step.options import Options
 from distclip.train.axes import Axes, data_mesh
 from distclip.train.clip import build_policy, options_of
 from distclip.train.config import Config

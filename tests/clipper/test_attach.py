@@ -165,7 +165,7 @@ class TestSkipping:
 
     @pytest.mark.parametrize("kind", [Adam, AdamW, Adagrad, SGD])
     def test_without_waiting_where_reading_is_not_free(self, kind, monkeypatch):
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
         model = torch.nn.Linear(3, 3)
         optimizer = kind(model.parameters(), lr=0.1, fused=True)
         if not getattr(optimizer, "_step_supports_amp_scaling", False):

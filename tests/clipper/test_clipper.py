@@ -41,7 +41,7 @@ OPTIMIZERS = {
 def decided_on(request, monkeypatch):
     """Where decisions are read: at once on the host, or, as on accelerators, one call later."""
     if request.param == "device":
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     return request.param
 
 
@@ -348,7 +348,7 @@ def test_an_overflow_is_skipped_and_said():
 
 def test_one_optimizer_that_cannot_skip_by_itself_keeps_the_others_from_it(monkeypatch):
     """Fused SGD with dampening keeps uninitialised momentum where it skips its first step: then nobody steps."""
-    monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     model = small()
     optimizers = [SGD(model[0].parameters(), lr=0.1, momentum=0.9, dampening=0.5, fused=True)]
     optimizers.append(torch.optim.AdamW(model[1].parameters(), lr=0.1, fused=True))
@@ -363,7 +363,7 @@ def test_one_optimizer_that_cannot_skip_by_itself_keeps_the_others_from_it(monke
 
 def test_a_loaded_state_leaves_what_was_before_it_behind(monkeypatch):
     """The flags of a step that was not looked at yet are not counted in the state that was loaded since."""
-    monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     model = small()
     clipper = distclip.Clipper(model, 1.0)
     state = clipper.state_dict()
@@ -509,7 +509,7 @@ def test_parts_of_a_model_are_clipped_together_and_named_apart():
 
 
 def test_a_number_of_numpy_is_a_bound():
-    assert distclip.Clipper(small(), np.float32(0.5))._policy == distclip.MaxNorm(0.5)
+    assert distclip.Clipper(small(), np.float32(0.5)).policy == distclip.MaxNorm(0.5)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SIGNATURES = {
     "AutoClip": "(percentile=10, window=1000, max_norm=inf)",
     "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
-    " max_consecutive_skips=None)",
+    " max_consecutive_skips=None, gradients=None)",
     "Clipper.clip_": "(self)",
     "Clipper.load_state_dict": "(self, state)",
     "Clipper.measure": "(self)",

@@ -85,7 +85,7 @@ def test_a_clipper_says_what_it_is():
         "Clipper(AutoClip(percentile=10, window=1000, max_norm=inf), norm_type=2, 2 parameters, 1 rank, 1 steps)"
     )
     attached = distclip.attach(optimizer, net, 1.0)
-    assert repr(attached) == "Attached(MaxNorm(max_norm=1.0), norm_type=2, 2 parameters, 1 rank, 0 steps)"
+    assert repr(attached) == "Clipper(MaxNorm(max_norm=1.0), norm_type=2, 2 parameters, 1 rank, 0 steps, called by optimizer.step())"
 
 
 def test_numbers_of_a_report_that_json_has_not_are_documented():
@@ -145,15 +145,16 @@ def broken_off_on(ranks: list[int], where: str, road: str, kind: type[BaseExcept
 
     said = [outcome(step)]
     state, weights = clipper.state_dict(), {k: v.clone() for k, v in net.state_dict().items()}
-    decide = clipper._decide
+    progress = clipper.engine.progress
+    decide = progress._decide
     if dist.get_rank() in ranks:
         if where == "after the words":
 
             def handled(measured):
-                clipper._decide = decide
+                progress._decide = decide
                 raise KeyboardInterrupt
 
-            clipper._decide = handled
+            progress._decide = handled
         else:
             optimizer.broken = kind
     said += [outcome(step), outcome(step), outcome(clipper.measure)]
@@ -221,14 +222,15 @@ def alarmed() -> list[str]:
     """A handler raises TimeoutError on one rank while the ranks meet."""
     net = model()
     clipper = distclip.Clipper(net, 1.0)
-    decide = clipper._decide
+    progress = clipper.engine.progress
+    decide = progress._decide
     if dist.get_rank():
 
         def handled(measured):
-            clipper._decide = decide
+            progress._decide = decide
             raise TimeoutError
 
-        clipper._decide = handled
+        progress._decide = handled
     return [outcome(clipper.clip_), outcome(clipper.clip_)]
 
 

@@ -175,9 +175,9 @@ def fail(*_: Any, **__: Any) -> NoReturn:
 
 def fail_in_policy(loop: Loop) -> None:
     class Failing:
-        init, decide = loop.clipper._policy.init, staticmethod(fail)
+        init, decide = loop.clipper.policy.init, staticmethod(fail)
 
-    loop.clipper._policy = Failing()
+    loop.clipper.engine.progress.policy = Failing()
     loop.clip_and_step()
 
 

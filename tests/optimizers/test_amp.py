@@ -59,7 +59,7 @@ def values(model) -> list[Tensor]:
 def late(request, monkeypatch):
     """Decide on the host, or as on an accelerator, where nothing is waited for."""
     if request.param:
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     return request.param
 
 

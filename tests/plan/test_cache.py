@@ -269,7 +269,7 @@ def some_hidden() -> list[tuple[float, float]]:
     for _ in range(3):
         job.backward()
         seen.append((distclip.clip_grad_norm_(job.parts, inf).item(), true_norm(united(job))))
-        for holder in distclip.Clipper(job.parts, inf)._holders:
+        for holder in distclip.Clipper(job.parts, inf).engine.holders:
             holder.grad = None
     return seen
 

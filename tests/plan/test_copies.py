@@ -34,7 +34,7 @@ def changed(layout: Any, by: float, road: str, norm_type: float = 2.0, fused: bo
     make = partial(AdamW, fused=True) if fused else SGD
     optimizer = make(model.parameters(), lr=0.1)
     called, collectives = [], []
-    with patch("distclip.clipper.reads_are_free", lambda device: road == HOST):
+    with patch("distclip.step.progress.reads_are_free", lambda device: road == HOST):
         clipper = distclip.Clipper(model, 0.1, norm_type=norm_type)
         for step in range(6):
             optimizer.zero_grad()
@@ -171,7 +171,7 @@ def test_measure_hears_of_it_and_a_loaded_state_knows_nothing_of_it():
 def last_call(road: str, by: float) -> list[str]:
     """The warnings of one call whose gradients, on rank 1, are ``by`` times those of the others."""
     model = ddp()
-    with patch("distclip.clipper.reads_are_free", lambda device: road == HOST):
+    with patch("distclip.step.progress.reads_are_free", lambda device: road == HOST):
         clipper = distclip.Clipper(model, 0.1)
         for step in range(3):
             model.zero_grad()

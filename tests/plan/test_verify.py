@@ -206,7 +206,7 @@ def test_drift_is_judged_by_the_size_of_the_gradient(scale):
 def one_element_counted(replicas: int) -> str:
     scale = nn.Parameter(torch.ones(1))
     clipper = distclip.Clipper(nn.ParameterList([scale]), 1.0)
-    clipper._plan.weights.fill_(1 / replicas)
+    clipper.engine.plan.weights.fill_(1 / replicas)
     scale.grad = torch.ones(1)
     return said_by(clipper.verify)
 

@@ -141,7 +141,7 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_any_real_number_is_taken(monkeypatch, name, late):
     if late:
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     model = five()
     clipper = Clipper(model, Answers(GOOD[name]))
     for _ in range(2):
@@ -157,7 +157,7 @@ def test_any_real_number_is_taken(monkeypatch, name, late):
 @pytest.mark.parametrize("late", [False, True])
 def test_a_skip_may_be_a_bool_or_a_tensor_and_leaves_the_numbers_unread(monkeypatch, skip, late):
     if late:
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     model = five()
     clipper = Clipper(model, Answers(Decision(f64(nan), skip=skip, coef=f64(-1.0))))
     for _ in range(2):
@@ -178,7 +178,7 @@ class Twice:
 @pytest.mark.parametrize("late", [False, True])
 def test_a_bound_made_of_a_norm_that_is_not_finite_is_no_error(monkeypatch, late):
     if late:
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     for nonfinite in ("skip", "propagate"):
         model = five()
         clipper = Clipper(model, Twice(), nonfinite=nonfinite)
@@ -214,7 +214,7 @@ class InPlace:
 @pytest.mark.parametrize("late", [False, True])
 def test_a_policy_that_changes_what_it_is_handed_changes_nothing_by_measure(monkeypatch, late):
     if late:
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     model = five()
     policy = InPlace()
     clipper = Clipper(model, policy)
@@ -247,7 +247,7 @@ def test_a_policy_that_learns_keeps_no_graph_alive():
     clipper = Clipper(model, Kept())
     reports = [clipper.clip_() for _ in range(2)]
     assert [report.max_norm.item() for report in reports] == [3.0, 2.0]
-    assert not any(value.requires_grad for value in clipper._state.values())
+    assert not any(value.requires_grad for value in clipper.engine.progress.state.values())
 
 
 @pytest.mark.parametrize(

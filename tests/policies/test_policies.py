@@ -134,7 +134,7 @@ def test_autoclip_goes_on_from_a_state_that_holds_zeros():
 @pytest.mark.parametrize("late", [False, True])
 def test_autoclip_takes_a_coefficient_that_no_float64_holds_for_the_least(monkeypatch, late):
     if late:
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     weight = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
     clipper = Clipper(weight, AutoClip(0), norm_type=inf)
     for norm in (1e-30, 1e300):
@@ -191,7 +191,7 @@ class Alternating:
 @pytest.mark.parametrize("late", [False, True])
 def test_a_policy_of_ones_own_may_skip(monkeypatch, late):
     if late:
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     for optimizer_type, options in ((torch.optim.SGD, {"fused": True}), (torch.optim.RMSprop, {})):
         weight = torch.nn.Linear(2, 1, bias=False)
         optimizer = optimizer_type(weight.parameters(), lr=0.1, **options)
@@ -220,7 +220,7 @@ class Delayed:
 @pytest.mark.parametrize("late", [False, True])
 def test_a_state_may_hand_its_tensors_on(monkeypatch, late):
     if late:
-        monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     weight = torch.nn.Linear(1, 1, bias=False)
     clipper = Clipper(weight, Delayed())
     bounds = []
@@ -232,15 +232,15 @@ def test_a_state_may_hand_its_tensors_on(monkeypatch, late):
 
 def test_the_state_stays_where_it_was_captured(monkeypatch):
     """A captured CUDA graph reads and writes the same memory at every replay."""
-    monkeypatch.setattr("distclip.clipper.reads_are_free", lambda device: False)
+    monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     model = torch.nn.Linear(2, 1)
     clipper, addresses = Clipper(model, AutoClip(window=3)), {}
     for step in range(5):
-        monkeypatch.setattr("distclip.clipper.in_capture", lambda device, step=step: step == 1)
+        monkeypatch.setattr("distclip.step.progress.in_capture", lambda device, step=step: step == 1)
         if step == 1:
-            addresses = {name: value.data_ptr() for name, value in clipper._state.items()}
+            addresses = {name: value.data_ptr() for name, value in clipper.engine.progress.state.items()}
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, step + 1.0)
         clipper.clip_()
-    assert {name: value.data_ptr() for name, value in clipper._state.items()} == addresses
+    assert {name: value.data_ptr() for name, value in clipper.engine.progress.state.items()} == addresses
     assert clipper.state_dict()["policy"]["count"].item() == 5

@@ -67,7 +67,7 @@ def on_the_accelerator(words_on_the_device: bool = True) -> Iterator[None]:
     with (
         patch("torch.Event", Event),
         patch("distclip.kernels.transfer.pinned_like", pinned_like),
-        patch("distclip.clipper.in_capture", capturing),
+        patch("distclip.step.progress.in_capture", capturing),
         patch("torch.distributed.all_reduce", all_reduce),
         patch.object(ClippingGroup, "device_for", lambda group, tensors: device),
     ):
@@ -532,7 +532,7 @@ def known_at_once() -> list[str]:
             except ValueError as error:
                 said.append(str(error))
             assert clipper.state_dict()["steps"] == 0
-        clipper._policy.decide = lambda norm, state: (distclip.Decision(norm), {"n": norm.float()})
+        clipper.policy.decide = lambda norm, state: (distclip.Decision(norm), {"n": norm.float()})
         try:
             with no_waits():
                 clipper.measure()

@@ -51,7 +51,7 @@ def clipped(layout, dtype: torch.dtype, state: str) -> dict[str, object]:
     whole = united(job)
     bound = Bound()
     clippers = {p: distclip.Clipper(job.parts, bound, norm_type=p, **job.options) for p in P}
-    holders = clippers[2.0]._holders  # TP under DDP and FSDP1 hide them
+    holders = clippers[2.0].engine.holders  # TP under DDP and FSDP1 hide them
     kept = [(h, None if h.grad is None else h.grad.detach().clone()) for h in holders]
     result: dict[str, object] = {"oracle": {p: true_norm(whole, p) for p in P}, "realigns": job.realigns}
     result["tolerance"] = 2e-7 if job.exact else 1e-6 if dtype == torch.float32 else 2e-2
@@ -78,7 +78,7 @@ def clipped(layout, dtype: torch.dtype, state: str) -> dict[str, object]:
         result[name] = {"norms": norms, "untouched": untouched, "after": after, "collectives": dict(counts)}
     for holder, gradient in kept:
         holder.grad = None if gradient is None else gradient.clone()
-    copies, axes = has_copies(clippers[2.0]._plan), "split_over" in job.options
+    copies, axes = has_copies(clippers[2.0].engine.plan), "split_over" in job.options
     result["compares"] = copies + 3 * axes  # all-reduces in the second of the two calls of each
     clipper = clippers.pop(2.0)
     clippers.clear()  # verify() tolerates no other Clipper of these parameters
@@ -140,8 +140,8 @@ def troubled(layout) -> dict[str, object]:
     last = dist.get_rank() == dist.get_world_size() - 1
     clipper = distclip.Clipper(job.parts, 1.0, **job.options)
     clipper.measure()  # brings gradients into place
-    holders = clipper._holders
-    mine = [i for i in range(len(clipper._plan.pieces)) if gradient_of(clipper, i).numel()]
+    holders = clipper.engine.holders
+    mine = [i for i in range(len(clipper.engine.plan.pieces)) if gradient_of(clipper, i).numel()]
     if last:
         gradient_of(clipper, mine[-1]).view(-1)[0] = nan
     before = [gradient_of(clipper, i).clone() for i in mine]
@@ -150,7 +150,7 @@ def troubled(layout) -> dict[str, object]:
         "skip": report.skip.item(),
         "culprit": str(report.culprit),
         "untouched": same_bits([before, [gradient_of(clipper, i) for i in mine]]),
-        "expected": blamed(clipper._plan, mine[-1]) if mine else "nothing",
+        "expected": blamed(clipper.engine.plan, mine[-1]) if mine else "nothing",
     }
     for holder in holders:
         holder.grad = None
@@ -159,7 +159,7 @@ def troubled(layout) -> dict[str, object]:
         for holder in holders:
             holder.grad = None
     result["norms"] = [norm_or_error(job, p) for p in (2.0, inf)]
-    result["copies"] = any(is_copied(clipper._plan, i) for i in range(len(clipper._plan.pieces)))
+    result["copies"] = any(is_copied(clipper.engine.plan, i) for i in range(len(clipper.engine.plan.pieces)))
     return result
 
 
@@ -185,7 +185,7 @@ def norm_or_error(job, p: float) -> float | str:
 
 def gradient_of(clipper: distclip.Clipper, index: int) -> torch.Tensor:
     """What this rank has of the gradient of one piece: empty where there is none."""
-    piece, gradient = clipper._plan.pieces[index], clipper._holders[clipper._plan.sources[index]].grad
+    piece, gradient = clipper.engine.plan.pieces[index], clipper.engine.holders[clipper.engine.plan.sources[index]].grad
     if gradient is None:
         return torch.empty(0)
     return local(gradient) if piece.span is None else local(gradient)[piece.span]

@@ -409,13 +409,15 @@ def test_two_norm_types_are_refused_on_all_ranks(size, types, odd):
 def call(clippers: list[distclip.Clipper], group: SimulatedGroup, name: str) -> object:
     """Call a method of a Clipper whose group was another run's."""
     clipper = clippers[group.rank]
-    before = dict(vars(clipper))
-    with patch.object(clipper._plan.group, "past", group.past), patch.object(clipper._plan.group, "calls", 0):
+    engine = clipper.engine
+    progress, calls, streak = engine.progress, replace(engine.progress.calls), replace(engine.progress.streak)
+    before = dict(vars(progress))
+    with patch.object(engine.plan.group, "past", group.past), patch.object(engine.plan.group, "calls", 0):
         try:
             return getattr(clipper, name)()
         except Waits:  # it is called again from the beginning, and counts once
-            vars(clipper).update(before)
-            clipper._broken_off.forget()
+            vars(progress).update({**before, "calls": calls, "streak": streak})
+            engine.broken_off.forget()
             raise
 
 
@@ -434,7 +436,7 @@ def test_two_kinds_of_calls_never_pair(p, size, calls, odd):
 def test_a_disagreement_that_nothing_waited_for_is_raised_by_the_next_call(p):
     model = nn.Linear(2, 1)
     model.weight.grad = torch.ones(1, 2)
-    with patch("distclip.clipper.reads_are_free", lambda device: False):
+    with patch("distclip.step.progress.reads_are_free", lambda device: False):
         clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), 3)
         clippers[1].load_state_dict(clippers[1].state_dict() | {"steps": 7})
         reports = simulate(lambda group: call(clippers, group, "clip_"), 3, words=4)  # the host asks who it is
@@ -446,7 +448,7 @@ def test_a_disagreement_that_nothing_waited_for_is_raised_by_the_next_call(p):
 def test_the_culprit_is_not_waited_for_where_waiting_costs():
     model = nn.Linear(2, 1)
     model.weight.grad = torch.full((1, 2), nan)
-    with patch("distclip.clipper.reads_are_free", lambda device: False):
+    with patch("distclip.step.progress.reads_are_free", lambda device: False):
         clipper = distclip.Clipper(model, 1.0)
         assert clipper.clip_().culprit is None
         assert clipper.culprit is None

@@ -1,0 +1,291 @@
+"""Engine: what a Clipper does, as verbs for a loop, a framework or an optimizer that calls it in a user's place."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import wraps
+from math import inf, isfinite
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from ..errors import FAILURES, LayoutError, NonFiniteError
+from ..gradients.look import look
+from ..gradients.storage import GradientFn, Storage
+from ..layouts.layout import LayoutFn
+from ..layouts.model import ParameterFilter, Reading, chosen, held_in, parts_of
+from ..layouts.piece import holders_of, once
+from ..optimizers.fused import Folding, Folds, may_skip_on_device
+from ..optimizers.hooks import check_optimizers, skip_next_step
+from ..optimizers.scaler import claim, join_found_inf, skipping, unscale_
+from ..plan.build import Plan
+from ..plan.construction import compare_ranks, tell_ranks
+from ..plan.copies import has_copies
+from ..plan.verify import verify
+from ..policies import Policy
+from ..policies.adopt import as_policy
+from ..policies.checks import positive
+from ..ranks.group import Axis, ClippingGroup
+from ..report import Report
+from ..shield import shielded
+from . import options
+from .broken_off import BrokenOff
+from .calls import Calls
+from .decision import Outcome, Stepping
+from .joining import joinable_in, refuse_join
+from .nonfinite import Nonfinite
+from .owner import Owner
+from .progress import Progress
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _noted(verb: Callable[Concatenate["Engine", P], R]) -> Callable[Concatenate["Engine", P], R]:
+    """``verb``, of which the ranks hear in the next call where it was broken off: see :class:`BrokenOff`."""
+
+    @wraps(verb)
+    def call(self: "Engine", *args: P.args, **kwargs: P.kwargs) -> R:
+        self.progress.committed = False
+        try:
+            return verb(self, *args, **kwargs)
+        except BaseException as error:
+            self.broken_off.note_unless_told(type(error), self.progress.committed)
+            raise
+
+    return call  # type: ignore[return-value]  # mypy wants the name self of a Callable, which has none
+
+
+class Engine:
+    """Everything but the face of a :class:`Clipper`, whose arguments it takes.
+
+    * ``gradients``: also the :class:`Storage` of the gradients of all parameters, each once, in the model's order.
+    * ``decides_on_device``: whether the host leaves the decision where the norm is reduced; None for where reading it
+      would be a host sync. (True sends the CPU down the road of accelerators.)
+
+    Its verbs differ from those of a Clipper in what they know of whoever steps:
+
+    * ``measure(optimizers)``: look, and change nothing;
+    * ``clip_(optimizers, scaler)``: clip now; the next step of each of ``optimizers``, which somebody else calls,
+      changes nothing where the decision is to skip;
+    * ``begin(optimizers, scaler)``: decide now, and step inside ``around()`` of what is returned, one after the other;
+    * ``decide()``: decide now, and apply that later to what ``Outcome.apply_to`` is handed;
+    * ``step(*optimizers, scaler)``: clip and step.
+
+    ``alone``: gradients that none of ``optimizers`` holds are in no norm, and stay as they are: nobody zeroes them.
+    ``broken_off.note(kind)`` tells of an exception that kept this rank from a step that the others have made.
+    """
+
+    @shielded
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        policy: Policy | float,
+        *,
+        group: dist.ProcessGroup | None = None,
+        split_over: Sequence[Axis] = (),
+        layout: LayoutFn | None = None,
+        only: ParameterFilter | None = None,
+        norm_type: float = 2.0,
+        nonfinite: Nonfinite = "skip",
+        max_consecutive_skips: int | None = None,
+        gradients: str | GradientFn | Storage | None = None,
+        decides_on_device: bool | None = None,
+    ) -> None:
+        where = ClippingGroup.of(group)
+        parts: list[nn.Module] = []
+        try:
+            parts = parts_of(model)
+            streak = options.streak(nonfinite, max_consecutive_skips)
+            self.policy = as_policy(policy)
+            p, given = positive("norm_type", norm_type), (split_over, layout, only)
+            settings = options.settings(p, self.policy, nonfinite, max_consecutive_skips, given, gradients)
+            everything = once(held_in(parts))
+            listed = chosen(everything, only)
+            self.plan = plan = Plan.of(listed, p, where, split_over, layout)
+            self.holders = holders = holders_of(listed)
+            storage = options.storage(gradients, holders, plan)
+            axes = bool(split_over) and where.size > 1
+            calls = Calls(where, compare_in=1.0 if axes or has_copies(plan) else inf)
+            self.progress = Progress(plan, holders, storage, self.policy, streak, calls, axes, decides_on_device)
+        except FAILURES as error:  # the others are about to compare: they raise as well
+            device = where.device_for(parameter for part in parts for parameter in part.parameters())
+            tell_ranks(where, device, dict.fromkeys(options.SETTINGS, ""), error)
+            raise
+        compare_ranks(plan, listed, settings)
+        calls.number = plan.group.add_clipper()
+        self.owner = Owner(holders, holders_of(everything))
+        self._folding = Folding(self.owner.clipped, may_fold=storage.in_grad)
+        self._reading = Reading(parts, holders_of(everything))
+        self._joinable = joinable_in(parts)
+        self.broken_off = BrokenOff(where.size > 1)
+
+    @shielded
+    def measure(self, optimizers: Sequence[Optimizer] = (), alone: bool = False) -> Report:
+        """Norm and decision for the gradients as they are; nothing changes. See :meth:`Clipper.measure`."""
+        among = self._folding.of(optimizers).held if alone else None
+        return self.progress.measure(self._fault(), among).report
+
+    @shielded
+    @_noted
+    def clip_(
+        self, optimizers: Sequence[Optimizer] = (), scaler: GradScaler | None = None, alone: bool = False
+    ) -> Report:
+        """Clip in place; the next step of each of ``optimizers`` changes nothing where the decision is to skip.
+
+        Unscales first with a ``scaler``, which skips non-finite steps by itself and must hear of the policy's own skip
+        before it: that is a host sync.
+        """
+        folds = self._folding.of(optimizers)
+        outcome = self._advance(optimizers, folds, _enabled(scaler), alone, skips_on_device=_enabled(scaler) is None)
+        outcome.apply_to(outcome.measured.runs)
+        report = outcome.report
+        if optimizers:
+            skip = report.skip if _enabled(scaler) is None else (report.skip & report.norm.isfinite()).cpu()
+            skip_next_step(optimizers, skip)
+        return report
+
+    @shielded
+    @_noted
+    def begin(
+        self,
+        optimizers: Sequence[Optimizer],
+        scaler: GradScaler | None = None,
+        alone: bool = False,
+        folds: Folds | None = None,
+    ) -> Stepping:
+        """Decide, and scale what ``optimizers`` will not scale themselves while they step.
+
+        ``folds``: of these optimizers, where that is known.
+        """
+        self.owner.note(optimizers)
+        folds = self._folding.of(optimizers) if folds is None else folds
+        on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(may_skip_on_device, optimizers))
+        outcome = self._advance(optimizers, folds, _enabled(scaler), alone, skips_on_device=on_device)
+        gradients, coef = outcome.measured.runs, None
+        if outcome.can_fold and outcome.skip is not True:
+            gradients, coef = self._not_folded(outcome, folds), outcome.report.coef
+        outcome.apply_to(gradients)
+        return Stepping(outcome, folds, coef, outcome.skip if isinstance(outcome.skip, Tensor) else None)
+
+    @shielded
+    @_noted
+    def decide(self) -> Outcome:
+        """Decide, and change nothing but the policy's state: :meth:`.decision.Outcome.apply_to` scales gradients later.
+
+        The decision is in numbers: a host sync on an accelerator. The result keeps no gradient alive once
+        ``outcome.measured`` is let go.
+        """
+        return self._advance((), self._folding.of(()), None, False, skips_on_device=False)
+
+    @_noted
+    def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
+        """See :meth:`Clipper.step`."""
+        folds = self._folding.known(optimizers)
+        if folds is None:
+            self._check(optimizers)
+        scaler = _enabled(scaler)
+        stepping = self.begin(optimizers, scaler, folds=folds)
+        if stepping.outcome.skip is True:
+            return stepping.outcome.report
+        unless_scaled = stepping if scaler is None else replace(stepping, skip=None)
+        for index, optimizer in enumerate(optimizers):
+            with unless_scaled.around(index, optimizer):
+                if scaler is None:
+                    optimizer.step()
+                else:
+                    with skipping(optimizer, stepping.skip):
+                        scaler.step(optimizer)
+        return stepping.outcome.report
+
+    @shielded
+    def verify(self) -> None:
+        """See :meth:`Clipper.verify`."""
+        refuse_join(self._joinable)
+        fault, rivals = self._reading.lost(), self.owner.rivals()
+        if rivals:
+            fault = LayoutError(
+                f"{rivals} other Clipper(s) hold parameters of this one and would clip them again: keep one Clipper "
+                "for each parameter; where optimizers share parameters on purpose (DiLoCo), attach() one to each, or "
+                "call verify() after each has made a step()"
+            )
+        progress, call = self.progress, self.progress.calls.verification()
+        verify(progress.plan, self.holders, progress.storage, fault, call.tag, call.name)
+
+    @shielded
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`Clipper.load_state_dict`."""
+        self.progress.load_state_dict(state)
+        self.broken_off.forget()
+
+    def _fault(self) -> LayoutError | None:
+        """What this rank knows to be wrong before it looks at a gradient; RuntimeError where others would not come."""
+        if self._joinable:
+            refuse_join(self._joinable)
+        return self.broken_off.fault or self._reading.lost()
+
+    def _advance(
+        self,
+        optimizers: Sequence[Optimizer],
+        folds: Folds,
+        scaler: GradScaler | None,
+        alone: bool,
+        skips_on_device: bool,
+        fault: LayoutError | None = None,
+    ) -> Outcome:
+        """Advance once, on gradients that are unscaled where there is a ``scaler``."""
+        fault = fault or self.owner.foreign_to(folds, optimizers)
+        among = folds.held if alone else None
+        if scaler is None:
+            return self.progress.advance(skips_on_device, self._fault() or fault, among)
+        fault = fault or self._out_of_reach(folds, alone)
+        claim(scaler, optimizers, self)
+        unscale_(scaler, optimizers)
+        try:
+            outcome = self.progress.advance(skips_on_device, self._fault() or fault, among)
+        except NonFiniteError:
+            join_found_inf(scaler, optimizers, True)
+            raise
+        norm = outcome.norm  # not finite on any rank: the scalers of all must know
+        join_found_inf(scaler, optimizers, ~norm.isfinite() if isinstance(norm, Tensor) else not isfinite(norm))
+        return outcome
+
+    def _out_of_reach(self, folds: Folds, alone: bool) -> LayoutError | None:
+        """What is wrong where a GradScaler cannot unscale a gradient: it knows what optimizers hold, in ``.grad``."""
+        if not self.progress.storage.in_grad:
+            raise ValueError("a GradScaler unscales what is in .grad, and gradients= is elsewhere: unscale that before")
+        for source, holder in enumerate(self.holders):
+            if holder.grad is not None and id(holder) not in folds.held and not alone:
+                label = self.plan.label(self.plan.sources.index(source))
+                return LayoutError(
+                    f"{label} has a gradient and is in none of the optimizers, so that the scaler cannot unscale it: "
+                    "pass every optimizer to one step()"
+                )
+        return None
+
+    def _check(self, optimizers: Sequence[Optimizer]) -> None:
+        """ValueError for what cannot be stepped; the others, who take part in this call, raise as well."""
+        try:
+            check_optimizers(optimizers)
+        except ValueError as error:
+            if self.plan.group.size > 1:
+                with suppress(LayoutError):
+                    self._advance((), self._folding.of(()), None, False, True, LayoutError(str(error)))
+            raise
+
+    def _not_folded(self, outcome: Outcome, folds: Folds) -> Sequence[Tensor]:
+        """The gradients that no folding optimizer scales, those that no optimizer holds included."""
+        if not folds.inside:
+            return outcome.measured.runs
+        if folds.inside >= self.owner.clipped:
+            return ()
+        pairs = zip(self.holders, outcome.measured.gradients, strict=True)
+        plan, left = self.plan, [None if id(holder) in folds.inside else g for holder, g in pairs]
+        return look(plan.pieces, plan.sources, plan.replicas, left).parts()
+
+
+def _enabled(scaler: GradScaler | None) -> GradScaler | None:
+    return scaler if scaler is not None and scaler.is_enabled() else None

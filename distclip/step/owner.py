@@ -1,0 +1,73 @@
+"""Who clips what, and for which optimizers: no parameter is clipped twice in a step, and none is stepped unclipped."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Self
+from weakref import WeakSet, WeakValueDictionary
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..errors import LayoutError
+from ..optimizers.fused import Folds
+from ..optimizers.hooks import held_by
+from ..optimizers.wrapped import around
+
+_alive: WeakValueDictionary[int, "Owner"] = WeakValueDictionary()
+
+
+class Owner:
+    """The parameters of one Clipper, by id, and the optimizers that it is known to clip for.
+
+    ``clipped``: those in its norm. ``left_out``: those of its model that ``only=`` leaves alone. Whoever makes one
+    keeps these parameters alive.
+    """
+
+    __slots__ = ("__weakref__", "_optimizers", "clipped", "left_out")
+
+    def __init__(self, clipped: Iterable[Tensor], everything: Iterable[Tensor]) -> None:
+        self.clipped = frozenset(map(id, clipped))
+        self.left_out = frozenset(map(id, everything)) - self.clipped
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
+        _alive[id(self)] = self
+
+    def note(self, optimizers: Iterable[Optimizer]) -> None:
+        """From now on it is known to clip for ``optimizers``, and for what is inside of them."""
+        for optimizer in optimizers:
+            if optimizer not in self._optimizers:
+                self._optimizers.update(around(optimizer))
+
+    def rivals(self) -> int:
+        """How many others clip parameters of this one, and are not known to do so for other optimizers."""
+        return sum(1 for other in self._others() if self._may_be_clipped_by(other))
+
+    def foreign_to(self, folds: Folds, optimizers: Sequence[Optimizer]) -> LayoutError | None:
+        """What is wrong where an optimizer holds parameters that nobody clips, and would step them as they are.
+
+        Those that ``only`` leaves out are left alone on purpose. Another Clipper may clip some, but not all that an
+        optimizer holds: then the optimizers of two Clippers were mixed up.
+        """
+        if folds.foreign <= self.left_out:
+            return None
+        known = self.clipped | self.left_out
+        elsewhere = frozenset[int]().union(*(other.clipped for other in self._others()))
+        for optimizer in optimizers:
+            held = {id(parameter): parameter for parameter in held_by(optimizer)}
+            foreign = [p for i, p in held.items() if i not in known and p.requires_grad]  # frozen ones are not stepped
+            if len(foreign) < len(held):
+                foreign = [p for p in foreign if id(p) not in elsewhere]
+            if foreign:
+                return LayoutError(
+                    f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters, first one of shape "
+                    f"{tuple(foreign[0].shape)}, that this Clipper does not: build it anew, after the model has got "
+                    "them, from all modules whose parameters are stepped (only=... leaves some of them unclipped)"
+                )
+        return None
+
+    def _others(self) -> Iterator[Self]:
+        """Another thread may make one meanwhile, so the references are listed at once."""
+        found = [owner for each in _alive.valuerefs() if (owner := each()) is not None]
+        return (owner for owner in found if owner is not self)  # type: ignore[misc]
+
+    def _may_be_clipped_by(self, other: "Owner") -> bool:
+        apart = self._optimizers and other._optimizers and not set(self._optimizers) & set(other._optimizers)
+        return not apart and not self.clipped.isdisjoint(other.clipped)

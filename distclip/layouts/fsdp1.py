@@ -1,7 +1,7 @@
 """FSDP1: the pieces behind FullyShardedDataParallel. Private torch API, read in 2.13: ``_handle``, its flat parameter.
 
 FSDP1 flattens the parameters of a module into one, cuts that over a process group, and shows plain tensors: flat ones,
-or, with ``use_orig_params=True``, the part of each parameter that this rank has. Nothing on them tells what is missing.
+or, with ``use_orig_params=True``, this rank's part of each parameter. Nothing on them says what is missing.
 """
 
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ def is_flattened(parameter: Tensor) -> bool:
 
 
 def is_whole(parameter: Tensor) -> bool:
-    """Whether ``parameter`` is a flat one that every rank of its group holds all of, as with NO_SHARD.
+    """Whether ``parameter`` is a flat one that every rank of its group holds whole, as with NO_SHARD.
 
-    Known once a forward has run. With ``use_orig_params=True`` no parameter tells.
+    Known once a forward has run. With ``use_orig_params=True`` it cannot be known from a parameter.
     """
     flat: Any = parameter
     if not getattr(flat, "_is_flat_param", False) or not hasattr(flat, "_local_shard"):
@@ -34,7 +34,7 @@ def is_whole(parameter: Tensor) -> bool:
 
 
 def held_by_fsdp1(module: FullyShardedDataParallel, prefix: str) -> Iterator[Held]:
-    """What ``module`` itself manages (not its nested FSDP modules), in the order of its flat parameter."""
+    """The pieces of ``module`` itself (not of nested FSDP modules), in the order of its flat parameter."""
     handle = module._handle
     if handle is None:
         return

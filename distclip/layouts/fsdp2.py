@@ -1,7 +1,7 @@
 """FSDP2: which parameters its modules manage. Private torch API, read in 2.13, 2.11 and 2.6.
 
-FSDP2 brings the gradients of a sharded parameter to the parameter's placements itself. Between a forward and the
-backward it shows unsharded copies in place of the parameters, plain tensors that never have a gradient.
+FSDP2 itself reduces the gradient of a sharded parameter to the parameter's placements. Between forward and backward it
+exposes unsharded plain tensors in place of the parameters, which never have a gradient.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def managed_parameters(module: FSDPModule) -> set[int]:
 
 
 def managed_anywhere() -> tuple[set[int], set[int]]:
-    """Ids of all sharded parameters in this process, and of the unsharded copies that stand in for them now."""
+    """Ids of all sharded parameters in this process, and of the unsharded tensors that replace them now."""
     sharded: set[int] = set()
     copies: set[int] = set()
     for module in list(_module_state_mapping):
@@ -32,12 +32,12 @@ def managed_anywhere() -> tuple[set[int], set[int]]:
 
 
 def number_of_modules() -> int:
-    """How many modules FSDP2 (or another of torch's composable wrappers) has taken over in this process."""
+    """How many modules FSDP2 (or another of torch's composable wrappers) manages in this process."""
     return len(_module_state_mapping)
 
 
 def groups_of(module: FSDPModule) -> Iterator[list[Any]]:
-    """The parameters that ``module`` itself manages, group by group: what is reduced in one collective."""
+    """The parameters that ``module`` itself manages, by groups that are reduced in one collective."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # one group for each module until torch 2.12

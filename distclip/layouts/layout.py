@@ -6,7 +6,7 @@ With ``r`` over the ranks of the clipping group and ``g`` over the gradients tha
 
 ``replicas(g)`` is the number of ranks of the group that hold each element of ``g``: 1 if every element is held once,
 the group's size if every rank holds all of it. For p = inf the sum is a MAX and replicas do not matter. Replicas
-divide only when the ranks really talk: a rank that sums alone counts what it has.
+divide only when ranks communicate: a rank that sums alone counts what it has.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate
 
-from ..errors import LayoutError
 from ..ranks.group import Axis, ClippingGroup, axis_ranks
 from .piece import Held, Piece, Spec
+from .refusals import (
+    axes_do_not_tile,
+    axis_outside,
+    not_on_this_rank,
+    not_positive,
+    outside_the_group,
+    pieces_do_not_tile,
+    too_many_replicas,
+    unknown_placement,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +52,27 @@ class Layout:
 
     @classmethod
     def cut(cls, over: Sequence[Axis], *, group: dist.ProcessGroup | None = None) -> "Layout":
-        """That of a parameter which is cut over the axes ``over``, of whose pieces all other ranks hold copies.
+        """The layout of a parameter that is cut over the axes ``over`` and replicated over all others.
 
-        * ``over``: 1-D mesh slices or process groups that this rank is in, such as ``[mesh["tp"]]``; none for a copy on
-          every rank. Ranks along each hold different elements.
+        * ``over``: 1-D mesh slices or process groups of this rank, such as ``[mesh["tp"]]``, along which ranks hold
+          different elements; empty for a replica on every rank.
         * ``group``: the clipping group, as for :class:`Clipper`.
 
-        ValueError where the pieces do not tile the group. No collective.
+        ValueError if the pieces do not tile the group. No collective.
         """
         ranks = ClippingGroup.of(group).ranks
         sizes = [len(_axis_in(frozenset(ranks), axis, "over")) for axis in over]
         if len(ranks) % prod(sizes):
-            raise ValueError(
-                f"over names axes of {sizes} ranks, whose {prod(sizes)} pieces do not tile the {len(ranks)} ranks of "
-                "the clipping group: name each axis once, and the group they are in"
-            )
+            raise axes_do_not_tile(sizes, prod(sizes), len(ranks))
         return cls(len(ranks) // prod(sizes))
 
     def __post_init__(self) -> None:
         if isinstance(self.replicas, bool) or not isinstance(self.replicas, int) or self.replicas < 1:
-            raise ValueError(f"replicas must be a positive whole number, got {self.replicas!r}")
+            raise not_positive(self.replicas)
 
 
 LayoutFn: TypeAlias = Callable[[str, Tensor], Layout | None]
-"""Says the layout of single parameters by name; None leaves the parameter to its metadata."""
+"""The layout of a parameter by its name; None leaves the parameter to its metadata."""
 
 Ranks: TypeAlias = DeviceMesh | tuple[int, ...]
 
@@ -75,8 +81,8 @@ Ranks: TypeAlias = DeviceMesh | tuple[int, ...]
 class Holding:
     """What the plan keeps of one parameter: its layout, and whether every rank must know the same parameter.
 
-    ``common`` is False where `split_over` or `layout` said that ranks hold different parameters, which therefore
-    cannot be compared between ranks. ``by_axis``: it was `split_over`, which speaks of all parameters at once.
+    ``common`` is False if `split_over` or `layout` said that ranks hold different parameters, which therefore cannot be
+    compared between ranks. ``by_axis``: it was `split_over`, which applies to all parameters at once.
     """
 
     layout: Layout
@@ -85,9 +91,9 @@ class Holding:
 
 
 class LayoutReader:
-    """Reads layouts off pieces: ``layout`` wins over metadata, which wins over ``split_over``.
+    """Reads the layouts of pieces: ``layout`` wins over metadata, which wins over ``split_over``.
 
-    One reader serves one list of pieces, which must live as long as it does: it knows their meshes by ``id``.
+    One reader serves one list of pieces, which must outlive it: it knows their meshes by ``id``.
     """
 
     __slots__ = ("_axes", "_everyone", "_group", "_layout", "_number", "_number_of_id", "_seen")
@@ -102,15 +108,12 @@ class LayoutReader:
         self._seen: dict[tuple[int | None, tuple[Placement, ...], int], Holding] = {}
 
     def read(self, held: Held, index: int) -> Holding:
-        """The holding of a piece, the one of this index; LayoutError where it is unknown, never a guess."""
+        """The holding of the piece of this index; LayoutError if it is unknown, never a guess."""
         piece = held.piece
         said = None if self._layout is None else self._layout(piece.label(index), held.holder)
         if said is not None:
             if said.replicas > self._group.size:
-                raise LayoutError(
-                    f"layout says that {said.replicas} ranks hold {piece.label(index)}, but the clipping group has "
-                    f"{self._group.size}: return at most Layout({self._group.size})"
-                )
+                raise too_many_replicas(said.replicas, piece.label(index), self._group.size)
             return Holding(said, common=False)
         spec = piece.spec
         mesh, placements = (None, ()) if spec is None else (self._numbered(spec.mesh), spec.placements)
@@ -121,10 +124,10 @@ class LayoutReader:
         return holding
 
     def _numbered(self, ranks: Ranks) -> int:
-        """A number that equal ones share.
+        """A number that equal meshes or rank lists share.
 
-        Two meshes are compared by all of their ranks, which takes 0.1 ms for 16384, and FSDP2 over tensor parallel
-        makes equal ones: so each object is compared once, and not for each of its parameters.
+        Comparing two meshes compares all of their ranks, 0.1 ms for 16384, and FSDP2 over tensor parallel makes equal
+        ones: so each object is compared once, not once per parameter.
         """
         number = self._number_of_id.get(id(ranks))
         if number is None:
@@ -141,29 +144,21 @@ class LayoutReader:
             ranks.update(mesh.mesh.flatten().tolist())
         outside = sorted(ranks - self._everyone)
         if outside:
-            raise LayoutError(
-                f"{name} lives on ranks {outside} outside the clipping group: pass a `group` that holds all of it"
-            )
+            raise outside_the_group(name, outside)
         if ranks and self._group.global_rank not in ranks:
-            raise LayoutError(
-                f"{name} lives on {len(ranks)} ranks, and rank {self._group.global_rank} is none of them: let only "
-                "ranks that hold a parameter list it, or pass the `group` of these ranks"
-            )
+            raise not_on_this_rank(name, len(ranks), self._group.global_rank)
         axes = [axis for axis in self._axes if not ranks.issuperset(axis)]  # the others are in its metadata
         pieces *= prod(map(len, axes))
         if self._group.size % pieces:
-            raise LayoutError(
-                f"{name} is cut into {pieces} pieces, which do not tile the {self._group.size} ranks of the clipping "
-                "group: pass the `group` that these pieces live in, or say its `layout`"
-            )
+            raise pieces_do_not_tile(name, pieces, self._group.size)
         return Holding(Layout(self._group.size // pieces), common=not axes, by_axis=bool(axes))
 
 
-def speaks(group: ClippingGroup, piece: Piece) -> bool:
-    """Whether this rank speaks for the replicas of its piece: exactly one rank of those that hold the same elements.
+def represents(group: ClippingGroup, piece: Piece) -> bool:
+    """Whether this rank represents the replicas of its piece: exactly one of their ranks does.
 
-    It is the one whose coordinates are 0 along every axis that copies: Replicate axes of the piece's mesh, and the
-    ranks outside its own, which are taken as copies of the block that holds the group's first rank.
+    It is the one whose coordinates are 0 along every replicated axis: Replicate axes of the piece's mesh, and the ranks
+    outside that mesh, which are assumed to replicate the block that holds the group's first rank.
     """
     me = group.global_rank
     origin = me
@@ -180,7 +175,7 @@ def speaks(group: ClippingGroup, piece: Piece) -> bool:
 
 
 def part_of(group: ClippingGroup, piece: Piece) -> tuple[int, ...]:
-    """Which part of its parameter a piece is, by where this rank is along the axes that cut it."""
+    """Which part of its parameter a piece is: this rank's coordinates along the axes that cut it."""
     places = [piece.flat_over.index(group.global_rank)] if piece.flat_over else []
     if piece.spec is not None:
         coordinate = piece.spec.mesh.get_coordinate() or ()
@@ -191,7 +186,7 @@ def part_of(group: ClippingGroup, piece: Piece) -> tuple[int, ...]:
 def _axis_in(everyone: frozenset[int], axis: Axis, argument: str = "split_over") -> tuple[int, ...]:
     ranks = axis_ranks(axis)
     if not everyone.issuperset(ranks):
-        raise ValueError(f"{argument} names ranks {list(ranks)}, not all of which are in the clipping group")
+        raise axis_outside(argument, ranks)
     return ranks
 
 
@@ -201,4 +196,4 @@ def _is_cut(name: str, placement: Placement) -> bool:
         return True
     if isinstance(placement, Replicate):
         return False
-    raise LayoutError(f"{name} is placed as {placement}, which is neither Shard nor Replicate: redistribute it first")
+    raise unknown_placement(name, placement)

@@ -1,4 +1,4 @@
-"""What a rank holds of a model: its pieces, whatever wrapped it, and whether it holds them still. No collective."""
+"""What a rank holds of a model: its pieces, whatever wrapped it, and whether they are still there. No collective."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -14,6 +14,7 @@ from ..errors import LayoutError
 from .fsdp1 import held_by_fsdp1, is_flattened
 from .fsdp2 import managed_anywhere, managed_parameters
 from .piece import Held, held_parameter, holders_of, once
+from .refusals import BY_ITS_PARAMETERS, not_a_module, optimizer_as_model, other_parameters, part_of_flat
 
 ParameterFilter: TypeAlias = Callable[[str, Tensor], bool]
 """Chooses parameters by name."""
@@ -24,28 +25,22 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 def parts_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     """The modules that ``model`` is; ValueError for anything else."""
     if isinstance(model, Optimizer):
-        raise ValueError(
-            f"model must be a module, got {type(model).__name__}: build Clipper(model, 1.0) and call "
-            "clipper.step(optimizer), or attach(optimizer, model, 1.0)"
-        )
+        raise optimizer_as_model(type(model).__name__)
     if not isinstance(model, (nn.Module, Iterable)):
-        raise ValueError(f"model must be a module or a list of modules, got {type(model).__name__}")
+        raise not_a_module(type(model).__name__)
     parts: list[Any] = [model] if isinstance(model, nn.Module) else list(model)
     for part in parts:
         if isinstance(part, (Tensor, tuple)):
-            raise ValueError(
-                "model must be a module, got its parameters, which tell neither their names nor how FSDP1 cuts them: "
-                "write Clipper(model, 1.0), or Clipper(torch.nn.ParameterList(parameters), 1.0) for bare ones"
-            )
+            raise ValueError(BY_ITS_PARAMETERS)
         if not isinstance(part, nn.Module):
-            raise ValueError(f"model must be a module or a list of modules, got {type(part).__name__} in it")
+            raise not_a_module(type(part).__name__, " in it")
     return parts
 
 
 def held_in(models: Iterable[nn.Module]) -> list[Held]:
-    """What this rank holds of the parts it has, in the order of their modules; FSDP2 modules are resharded first.
+    """The pieces that this rank holds, in the order of their modules; FSDP2 modules are resharded first.
 
-    Names are those of the unwrapped model, with the number of the part before them where there are several.
+    Names are those of the unwrapped model, prefixed with the number of the part if there are several.
     """
     parts = list(models)
     found: list[Held] = []
@@ -56,17 +51,14 @@ def held_in(models: Iterable[nn.Module]) -> list[Held]:
 
 
 def chosen(listed: Sequence[Held], only: ParameterFilter | None) -> Sequence[Held]:
-    """Those of ``listed`` that ``only`` chooses; LayoutError for a part of a flat gradient of FSDP1."""
+    """What ``only`` chooses of ``listed``; LayoutError if that cuts a flat gradient of FSDP1."""
     if only is None:
         return listed
     kept = [item for i, item in enumerate(listed) if only(item.piece.label(i), item.holder)]
     clipped, holders = set(map(id, kept)), set(map(id, holders_of(kept)))
     for item in listed:
         if id(item) not in clipped and id(item.holder) in holders:
-            raise LayoutError(
-                f"only=... leaves out {item.piece.name}, which FSDP1 keeps in one flat parameter with others that are "
-                "clipped: build FullyShardedDataParallel(use_orig_params=True), or choose all of its parameters"
-            )
+            raise part_of_flat(item.piece.name)
     return kept
 
 
@@ -74,10 +66,10 @@ requires_grad = attrgetter("requires_grad")
 
 
 class Reading:
-    """The parameters that some modules held when they were read, to see in each call whether they still do.
+    """The parameters that some modules held when they were read, to check in each call that they still do.
 
-    Frozen ones may come and go, as a target network that is copied anew, while they stay frozen. Keeps the modules and
-    parameters alive: a Clipper keeps most of them anyway.
+    Frozen ones may come and go while they stay frozen, as in a target network that is copied again. Keeps modules and
+    parameters alive, as a Clipper does with most of them anyway.
     """
 
     __slots__ = ("_empty", "_frozen", "_known", "_models", "_shown", "_tables")
@@ -91,10 +83,10 @@ class Reading:
         self._shown: list[Any] = []
 
     def lost(self) -> LayoutError | None:
-        """What is wrong where the modules hold other parameters by now; None where they do not.
+        """What is wrong if the modules hold other parameters by now; None if they do not.
 
-        Where no module has got or lost a parameter or a child since the latest look that found nothing, that is all
-        there is to see: 0.1 us a parameter.
+        If no module has gained or lost a parameter or a child since the last check that found nothing, the check is
+        short: 0.1 us a parameter.
         """
         if self._tables is not None and not any(self._empty) and not any(map(requires_grad, self._frozen)):
             shown = list(chain.from_iterable(map(dict.values, self._tables)))
@@ -111,11 +103,7 @@ class Reading:
             self._frozen = [*(item.holder for item in came), *gone]
             self._remember()
             return None
-        what = "lost parameters" if new is None else f"has another {new.piece.name}"
-        return LayoutError(
-            f"the model {what} since the Clipper was built: build it anew, after fully_shard, "
-            "load_state_dict(assign=True) and whatever else replaces or adds parameters"
-        )
+        return other_parameters(None if new is None else new.piece.name)
 
     def _remember(self) -> None:
         modules = list(dict.fromkeys(module for model in self._models for module in model.modules()))
@@ -128,7 +116,7 @@ class Reading:
 
 
 def _held_in_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[Held]:
-    """What one part holds, without those of FSDP1 modules in ``seen``, to which its own are added."""
+    """The pieces of one part, without those of FSDP1 modules in ``seen``, to which its own are added."""
     managed: set[int] = set()
     hidden: list[nn.Parameter] = []
     for path, module in part.named_modules():

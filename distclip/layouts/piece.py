@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 @dataclass(slots=True)
 class Spec:
-    """Where a DTensor lies: its mesh, and one placement for each axis of it."""
+    """Where a DTensor lies: its mesh, and one placement per mesh axis."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -24,18 +24,18 @@ class Spec:
 
 @dataclass(slots=True)
 class Piece:
-    """What is known of one parameter, or of one gradient, without keeping it.
+    """What is known of one parameter, or of one gradient, without keeping the tensor.
 
     * ``name``: what errors call it; empty for bare tensors (see :meth:`label`).
     * ``shape``, ``dtype``, ``device``: of the holder, the tensor in whose ``.grad`` the gradient is.
     * ``is_dtensor``: whether the holder is one.
     * ``here``: elements of the piece on this rank.
-    * ``size``: elements of the whole parameter, or None where this rank cannot know it.
+    * ``size``: elements of the whole parameter, or None if this rank cannot know it.
     * ``span``: the part of a flat gradient that belongs to it; None for all of it.
-    * ``spec``: DTensor placements, also where the holder is the plain local tensor of one.
+    * ``spec``: DTensor placements, also if the holder is the plain local tensor of one.
     * ``flat_over``: global ranks among which the local tensor is cut once more, as FSDP1 does; empty for none.
-    * ``aligned``: copies on other ranks are cut at the same places, so that they can be compared.
-    * ``reduced``: whoever made the gradient has brought it to ``spec`` already, as FSDP2 does.
+    * ``aligned``: replicas on other ranks are cut at the same places, so that they can be compared.
+    * ``reduced``: the gradient comes already in the placements of ``spec``, as FSDP2 makes it.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Piece:
     reduced: bool = False
 
     def label(self, index: int) -> str:
-        """What errors call it, the one of this index."""
+        """What errors call it; ``index`` is its place in its list."""
         return self.name or f"parameter {index} of shape {tuple(self.shape)}"
 
 
@@ -97,7 +97,7 @@ def held_parameter(parameter: Tensor, name: str = "", reduced: bool = False) -> 
 
 
 def held_gradient(gradient: Tensor) -> Held:
-    """A gradient that is given without its parameter: a pending sum is taken for what it will be."""
+    """A gradient given without its parameter; a Partial one counts as Replicate, which it will be."""
     if not isinstance(gradient, DTensor):
         return held(gradient, "", gradient.numel())
     placements = tuple(Replicate() if isinstance(p, Partial) else p for p in gradient.placements)
@@ -105,7 +105,7 @@ def held_gradient(gradient: Tensor) -> Held:
 
 
 def once(listed: Iterable[Held]) -> list[Held]:
-    """The first of those that are the same: a parameter listed twice counts once."""
+    """``listed`` without repetitions: a parameter listed twice counts once."""
     unique: dict[tuple[int, str | None], Held] = {}
     for item in listed:
         unique.setdefault((id(item.holder), None if item.piece.span is None else item.piece.name), item)
@@ -113,7 +113,7 @@ def once(listed: Iterable[Held]) -> list[Held]:
 
 
 def holders_of(listed: Iterable[Held]) -> list[Tensor]:
-    """The tensors in whose ``.grad`` gradients are, each once: a flat one holds many pieces."""
+    """The holders of these pieces, each once: a flat one holds many pieces."""
     return list({id(item.holder): item.holder for item in listed}.values())
 
 

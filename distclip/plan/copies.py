@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from ..kernels.transfer import sent
-from ..layouts.layout import speaks
+from ..layouts.layout import represents
 from ..layouts.piece import Held
 from ..ranks.compare import projections
 from ..ranks.message import Word, root
@@ -105,7 +105,7 @@ def norms_and_projections(plan: Plan, found: Norms, indices: Sequence[int]) -> T
 def drift_words(plan: Plan, numbers: Tensor, indices: Sequence[int]) -> Tensor:
     """What ranks add up to see whether copies of these pieces are equal, by :func:`drifted`: (5, len(indices)).
 
-    Of norms, their squares and projections the sum over copies less that of the one that speaks for them; differences
+    Of norms, their squares and projections the sum over copies less that of their representative; differences
     that cancel in the first do not in the second. And the sums themselves, for the scale.
     """
     (size, along), signs = numbers, _signs(plan, indices)
@@ -134,8 +134,8 @@ def replicated(plan: Plan) -> list[int]:
 
 
 def _signs(plan: Plan, indices: Sequence[int]) -> Tensor:
-    """1 - replicas on the rank that speaks for the copies of a piece, 1 on the others."""
-    signs = [1 - plan.replicas[i] if speaks(plan.group, plan.pieces[i]) else 1 for i in indices]
+    """1 - replicas on the rank that represents the replicas of a piece, 1 on the others."""
+    signs = [1 - plan.replicas[i] if represents(plan.group, plan.pieces[i]) else 1 for i in indices]
     return sent(torch.tensor(signs, dtype=torch.float64), plan.device)
 
 

@@ -126,7 +126,7 @@ def fsdp1() -> nn.Module:
             "FSDP1 parameters",
             "is managed by FSDP1 (FullyShardedDataParallel) and does not show of what it is a part: pass the FSDP1",
         ),
-        ("outside the group", "outside the clipping group: pass a `group` that holds all of it"),
+        ("outside the group", "outside the clipping group: pass a `group` that includes all of its ranks"),
         ("too many replicas", "LayoutError: layout says that 99 ranks hold parameter 0"),
         ("pieces that do not tile", "is cut into 8 pieces, which do not tile the 4 ranks"),
         ("an axis outside the group", "ValueError: split_over names ranks [0, 1, 2, 3], not all of which"),

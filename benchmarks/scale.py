@@ -40,7 +40,7 @@ from distclip.bench.machine import cpu_model
 from distclip.clipper import Clipper
 from distclip.layouts.model import held_in
 from distclip.plan.build import Plan
-from distclip.plan.disagreement import TAG_STEP
+from distclip.plan.measure import TAG_STEP
 from distclip.ranks.group import ClippingGroup
 from distclip.ranks.message import CODES
 

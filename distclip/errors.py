@@ -1,5 +1,7 @@
 """The two errors of the library: each says what, which parameter, rank or field, and what to do about it."""
 
+from collections.abc import Sequence
+
 FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -21,3 +23,13 @@ class LayoutError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """The total norm is not finite; the message names the parameter, the rank, and whether it was NaN or inf."""
+
+
+def and_more(names: Sequence[object], most: int = 5) -> str:
+    """``names`` as errors list them, at most so many, and how many more there are.
+
+    >>> and_more(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more

@@ -10,26 +10,29 @@ Names can tell them apart, as of ``nn.ModuleDict({"critic_1": critic})``, and Cl
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import inf, isnan
 from types import GeneratorType
+from typing import Any
 from warnings import warn
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .errors import FAILURES, LayoutError
 from .gradients.look import laid_out
 from .gradients.sharing import first_shared, shared_memory
-from .gradients.storage import in_grad
+from .gradients.storage import store_in_grad
 from .kernels import check_memory, clamp_, scale_, triton
 from .kernels.device import has_float64, reads_are_free
 from .layouts.layout import LayoutFn
 from .layouts.piece import held_gradient, holders_of, local_tensor
-from .plan.arguments import Parameters, held, listed_of, plan_of, planned, tell_ranks
+from .plan.arguments import Parameters, held_of, plan_of, tell_ranks
 from .plan.build import Plan
+from .plan.cache import planned
 from .plan.copies import compare_copies
 from .plan.culprit import find_culprit, nonfinite
 from .plan.measure import measure, norms_of
@@ -64,6 +67,11 @@ def clip_grad_norm_(
     Returns the norm before clipping: 0-d, float32 (float64 when a parameter is float64), a plain tensor with the same
     bits on every rank, on the device where the group reduces.
 
+    1. Look up the plan: who holds what, known from an earlier call with the same parameters, or read now.
+    2. Measure: sum this rank's gradients, make one all-reduce if ranks communicate, and realign misplaced gradients.
+    3. Decide, from reduced values only: raise, or take the coefficient ``min(1, max_norm / (norm + 1e-6))``.
+    4. Scale the gradients, where that changes anything.
+
     * ``parameters``: an iterable of parameters, one tensor, one module or several. Each counts once, however often it
       is listed. FSDP1 can be seen only from the module; its parameters without it are a LayoutError, but for the flat
       ones of NO_SHARD, which are whole. A generator that is used up warns, as torch's does.
@@ -93,28 +101,37 @@ def clip_grad_norm_(
     >>> weight.grad
     tensor([0.6000, 0.8000])
     """
-    listed = listed_of(parameters)
+    # 1. Look up the plan. A rank that fails here has none, and still takes part in the all-reduce of the others.
+    listed = _listed(parameters)
     if not listed and isinstance(parameters, GeneratorType) and not (group or split_over or layout):
         warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
     try:
         bound = positive("max_norm", max_norm, "inf measures only")
-        known = planned(listed, norm_type, group, split_over, layout)
+        p = positive("norm_type", norm_type)
+        found = planned(listed, p, group, split_over, layout)
     except FAILURES as error:
         tell_ranks(listed, norm_type, group, split_over, layout, error, "clip_grad_norm_()")
         raise
-    call = f"clip_grad_norm_(max_norm={bound}, norm_type={known.plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
+    plan, memory = found.plan, found.plan.memory
+
+    # 2. Measure. The settings are in the agreement word, so that ranks with other ones disagree.
+    call = f"clip_grad_norm_(max_norm={bound}, norm_type={p}, error_if_nonfinite={bool(error_if_nonfinite)})"
     measured = measure(
-        known.plan,
-        known.gradients,
-        in_grad(known.holders).store,
+        plan,
+        found.gradients,
+        partial(store_in_grad, found.holders),
         crc32(call.encode()),
-        unmoved=known.unmoved,
-        error=known.plan.memory.take_late_error(),
+        unmoved=found.unmoved,
+        error=memory.late_error and memory.take_late_error(),
         call=call,
     )
-    norm, culprit = _total_norm(known.plan, measured, error_if_nonfinite)
-    if not isinstance(norm, Tensor):
-        compare_copies(known.plan, norm, measured.reduced.own, "the call before")
+
+    # 3. Decide. Only from reduced values, so that all ranks decide alike.
+    norm, culprit = _total_norm(plan, measured, error_if_nonfinite)
+    if plan.fully_replicated and not isinstance(norm, Tensor):
+        compare_copies(plan, norm, measured.reduced.own, "the call before")
+
+    # 4. Scale. Where only the sum of powers overflowed all gradients are finite, and the formula would zero them.
     finite = norm < inf if isinstance(norm, Tensor) else None
     if culprit is None or culprit.kind != "overflow":
         _scale(measured.runs, norm, bound, measured.dtype, finite)
@@ -141,7 +158,7 @@ def get_total_norm(
     >>> get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
     tensor(5.)
     """
-    given = listed_of(tensors)
+    given = _listed(tensors)
     try:
         listed = [held_gradient(t) for t in given]
         plan = plan_of(listed, positive("norm_type", norm_type), group, split_over, None)
@@ -182,7 +199,7 @@ def clip_grads_with_norm_(
     if not has_float64(norm.device):
         norm = norm.cpu()
     dtype = torch.float64 if norm.dtype == torch.float64 else torch.float32
-    listed = held(parameters)
+    listed = held_of(_listed(parameters))
     holders = [holder for holder in holders_of(listed) if holder.grad is not None]
     gradients = _gradients(holders)
     triton.check_choice(gradient.device for gradient in gradients)
@@ -210,7 +227,7 @@ def clip_grad_value_(
     tensor([ 2., -1.])
     """
     low, high = bounds("clip_value", clip_value)
-    holders = holders_of(held(parameters))
+    holders = holders_of(held_of(_listed(parameters)))
     for holder in holders:
         gradient = holder.grad
         if isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements):
@@ -223,10 +240,15 @@ def clip_grad_value_(
     clamp_(gradients, low, high)
 
 
+def _listed(parameters: Parameters) -> list[Any]:
+    """What is passed, one by one: an iterator is used up by its first reading."""
+    return [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
+
+
 def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tuple[Word, Culprit | None]:
     """The float64 norm, and the culprit where a wait was allowed to look for one."""
     reduced = measured.reduced
-    if not (error_if_nonfinite or measured.can_overflow or reads_are_free(plan.device)):
+    if not (error_if_nonfinite or measured.can_overflow or plan.reads_are_free):
         return reduced.tensor(plan.device), None
     number, disagrees, _ = reduced.read()
     if disagrees:

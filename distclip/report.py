@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FEW = 5  # ranks named in a text
+from .errors import and_more
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,8 @@ class Culprit:
             which = "" if self.parameter is None else f", first in {self.parameter} on rank {self.rank}"
             return f"every gradient is finite but the sum of powers overflows float64{which}"
         if self.reduced:
-            more = f" and {len(self.ranks) - FEW} more" if len(self.ranks) > FEW else ""
-            held = ", ".join(map(str, self.ranks[:FEW]))
             return (
-                f"{self.parameter} has {self.kind} in its reduced gradient, held by rank {held}{more}; "
+                f"{self.parameter} has {self.kind} in its reduced gradient, held by rank {and_more(self.ranks)}; "
                 "distclip.find_source(model) says from which rank it came"
             )
         return f"{self.parameter} on rank {self.rank} has {self.kind} in its gradient"

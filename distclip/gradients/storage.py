@@ -5,6 +5,7 @@ Private torch API, read in 2.13 and 2.6: ``DisableTorchFunctionSubclass``.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -38,10 +39,7 @@ class Storage:
 def in_grad(holders: Sequence[Tensor]) -> Storage:
     """``.grad``, as torch has it."""
 
-    def store(index: int, gradient: Tensor) -> None:
-        holders[index].grad = gradient
-
-    return Storage(lambda: gradients_of(holders), store, in_grad=True)
+    return Storage(partial(gradients_of, holders), partial(store_in_grad, holders), in_grad=True)
 
 
 def in_attribute(holders: Sequence[Tensor], name: str) -> Storage:
@@ -62,6 +60,11 @@ def given_by(function: GradientFn, holders: Sequence[Tensor], names: Sequence[st
         )
 
     return Storage(lambda: list(map(function, names, holders)), store)
+
+
+def store_in_grad(holders: Sequence[Tensor], index: int, gradient: Tensor) -> None:
+    """Put ``gradient`` into the ``.grad`` of the holder of this index."""
+    holders[index].grad = gradient
 
 
 def gradients_of(holders: Sequence[Tensor]) -> list[Tensor | None]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtypes import as_real
 from .flat import bounded, is_dense
 
 SMALL = 1 << 16  # elements: a kernel on larger ones takes longer than its launch
@@ -24,7 +25,7 @@ FEW = 3  # joining takes three launches
 
 def norms(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
     """The p-norm of each tensor: float64, 0-d, on its device."""
-    real = [torch.view_as_real(t) if t.is_complex() and p == 2 else t for t in tensors]
+    real = list(map(as_real, tensors)) if p == 2 else tensors
     found: list[Tensor] = [torch.empty(0)] * len(real)
     together: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(real):
@@ -101,7 +102,7 @@ def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
     groups: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
-            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            real = as_real(tensor)
             groups.setdefault((real.dtype, is_dense(real)), []).append(real)
     return groups.values()
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import foreach, triton
 from .device import device_of
+from .dtypes import WIDE, as_real
 from .transfer import sent
 
-WIDE = (torch.float64, torch.complex128)
 ORDINARY = torch.finfo(torch.float16).max  # the largest number that every dtype of gradients has
 
 
@@ -33,7 +33,7 @@ def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None
     Both bounds are numbers, or both 0-d float64 tensors. One that the dtype of a tensor cannot hold is the largest
     number that it can; inf is no bound. ``unless``: 0-d bool; where it is true nothing changes. None is read.
     """
-    parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    parts = list(map(as_real, tensors))
     ordinary = unless is None and not isinstance(low, Tensor) and max(-low, high) <= ORDINARY
     for device, group in _by_device(parts).items():
         with _changing(group, device):
@@ -56,7 +56,8 @@ def _changing(group: Sequence[Tensor], device: torch.device) -> AbstractContextM
 
 def _scale_on(device: torch.device, group: list[Tensor], coef: Tensor | float) -> None:
     factor = torch.as_tensor(coef, dtype=None if isinstance(coef, Tensor) else torch.float32)
-    factor = sent(factor, device)
+    if factor.device != device:
+        factor = sent(factor, device)
     multiply_ = torch._foreach_mul_ if device.type == "cpu" else foreach.multiply_
     narrow = group
     if factor.dtype == torch.float64:

@@ -4,12 +4,15 @@ FSDP2 itself reduces the gradient of a sharded parameter to the parameter's plac
 exposes unsharded plain tensors in place of the parameters, which never have a gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
+
+taken_over: Mapping[nn.Module, object] = _module_state_mapping
+"""The modules that FSDP2, or another of torch's composable wrappers, has taken over in this process."""
 
 
 def managed_parameters(module: FSDPModule) -> set[int]:
@@ -21,7 +24,7 @@ def managed_anywhere() -> tuple[set[int], set[int]]:
     """Ids of all sharded parameters in this process, and of the unsharded tensors that replace them now."""
     sharded: set[int] = set()
     copies: set[int] = set()
-    for module in list(_module_state_mapping):
+    for module in list(taken_over):
         if isinstance(module, FSDPModule):
             for entry in _entries(module):
                 sharded.add(id(entry.sharded_param))
@@ -29,11 +32,6 @@ def managed_anywhere() -> tuple[set[int], set[int]]:
                 if copy is not None:
                     copies.add(id(copy))
     return sharded, copies
-
-
-def number_of_modules() -> int:
-    """How many modules FSDP2 (or another of torch's composable wrappers) manages in this process."""
-    return len(_module_state_mapping)
 
 
 def groups_of(module: FSDPModule) -> Iterator[list[Any]]:

@@ -1,69 +1,24 @@
-"""What the functions are handed: from parameters or modules to the plan that measures their gradients."""
+"""What the functions are passed: from parameters or modules to pieces, and the plan that measures their gradients."""
 
 from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Any, TypeAlias
-from weakref import ref
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..errors import LayoutError
-from ..gradients.storage import gradients_of
 from ..layouts.fsdp1 import is_flattened, is_whole
-from ..layouts.fsdp2 import managed_anywhere, number_of_modules
+from ..layouts.fsdp2 import managed_anywhere
 from ..layouts.layout import LayoutFn
 from ..layouts.model import held_in
-from ..layouts.piece import Held, held_parameter, holders_of
-from ..policies.checks import positive
+from ..layouts.piece import Held, held_parameter
 from ..ranks.group import Axis, ClippingGroup
 from .build import Plan
-from .cache import Planned, Plans, Terms, skeleton
 from .disagreement import tell_others
 
 Parameters: TypeAlias = Tensor | nn.Module | Iterable[Tensor] | Iterable[nn.Module]
-
-_plans = Plans()
-
-
-def listed_of(parameters: Parameters) -> list[Any]:
-    """What is passed, one by one: an iterator is used up by its first reading."""
-    return [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
-
-
-def planned(
-    listed: list[Any],
-    norm_type: float,
-    group: dist.ProcessGroup | None,
-    split_over: Sequence[Axis],
-    layout: LayoutFn | None,
-) -> Planned:
-    """The plan for what is ``listed``, and its gradients; no collective.
-
-    Known plans are reused, unless ``layout`` is given, which may answer otherwise each time.
-    """
-    p = positive("norm_type", norm_type)
-    of_modules = bool(listed) and isinstance(listed[0], nn.Module) and all(isinstance(m, nn.Module) for m in listed)
-    terms = None if layout is not None else _terms(p, group, split_over)
-    if terms is not None:
-        modules, tensors, names = skeleton(listed) if of_modules else ([], listed, [])
-        found = _plans.find(tensors, modules, (terms, *names))
-        if found is not None:
-            return found
-    everything = _held(listed)
-    holders = holders_of(everything)
-    planned = Planned(plan_of(everything, p, group, split_over, layout), holders, gradients_of(holders))
-    if terms is not None:
-        modules, tensors, names = skeleton(listed) if of_modules else ([], listed, [])  # before, FSDP2 showed copies
-        _plans.keep(tensors, modules, (terms, *names), planned)
-    return planned
-
-
-def held(parameters: Parameters) -> list[Held]:
-    """What modules hold, with its names, or bare parameters."""
-    return _held(listed_of(parameters))
 
 
 def plan_of(
@@ -122,20 +77,8 @@ def tell_ranks(
     tell_others(where, where.device_for(tensors), p, (False, False) if sends_flags else (), error, call)
 
 
-def _terms(p: float, group: dist.ProcessGroup | None, split_over: Sequence[Axis]) -> Terms | None:
-    """What else a plan depends on; None for groups that are none, which a plan refuses.
-
-    Process groups are referred to weakly: one that was destroyed fits nothing.
-    """
-    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    axes = [a.get_group() if isinstance(a, DeviceMesh) and a.ndim == 1 else a for a in split_over]
-    groups = [each for each in (world, group, *axes) if each is not None]
-    if not all(isinstance(each, dist.ProcessGroup) for each in groups):
-        return None
-    return p, group is None, tuple(map(ref, groups)), number_of_modules()
-
-
-def _held(listed: list[Any]) -> list[Held]:
+def held_of(listed: list[Any]) -> list[Held]:
+    """What modules hold, with its names, or bare parameters."""
     kinds = set(map(type, listed))
     if all(issubclass(kind, Tensor) for kind in kinds):
         return _held_tensors(listed)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..gradients.memory import Memory
 from ..gradients.realign import is_candidate
 from ..kernels import triton
+from ..kernels.device import reads_are_free
 from ..kernels.dtypes import WIDE
 from ..kernels.transfer import sent
 from ..layouts.layout import Holding, LayoutFn, LayoutReader
@@ -35,6 +36,7 @@ class Plan:
     weights: Tensor  # (len(pieces),) float64 on `device`: 1 / replicas, or 1 when no rank communicates
     device: torch.device
     on_host: bool  # whether all gradients and the message are on the CPU
+    reads_are_free: bool  # whether the host reads reduced numbers without a host sync, as from the CPU
     wide: bool  # whether this rank has float64 parameters
     unweighted: bool  # whether nothing is replicated, so that all weights are 1
     known_to_all: tuple[bool, ...]  # which pieces every rank of the group must know
@@ -78,6 +80,7 @@ class Plan:
             weights=sent(torch.tensor(replicas, dtype=torch.float64).reciprocal(), device),
             device=device,
             on_host=all(d.type == "cpu" for d in (device, *(piece.device for piece in pieces))),
+            reads_are_free=reads_are_free(device),
             wide=any(piece.dtype in WIDE for piece in pieces),
             unweighted=all(number == 1 for number in replicas),
             known_to_all=tuple(holding.common for holding in holdings),

@@ -14,16 +14,23 @@ from operator import attrgetter, is_
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..gradients.memory import attributes
 from ..gradients.storage import gradients_of
+from ..layouts.fsdp2 import taken_over
+from ..layouts.layout import LayoutFn
+from ..layouts.piece import holders_of
+from ..ranks.group import Axis
+from .arguments import held_of, plan_of
 from .build import Plan
 
 MOST = 8  # plans of lists of tensors; those of modules live as long as their first module
-facts = attrgetter("dtype", "device")
-facts_and_shape = attrgetter("dtype", "device", "shape")
+dtype_and_device = attrgetter("dtype", "device")
+dtype_device_and_shape = attrgetter("dtype", "device", "shape")
 
 Terms: TypeAlias = Hashable
 
@@ -41,11 +48,24 @@ class Planned:
 class Known:
     """One plan and what it was made of."""
 
-    __slots__ = ("_cut", "_facts", "_ids", "_marked", "_marks", "_places", "_plain", "_plan", "_specs", "_types")
+    __slots__ = (
+        "_alone",
+        "_cut",
+        "_facts",
+        "_ids",
+        "_marked",
+        "_marks",
+        "_places",
+        "_plain",
+        "_plan",
+        "_specs",
+        "_types",
+    )
 
     def __init__(self, plan: Plan, tensors: Sequence[Tensor], holders: Sequence[Tensor]) -> None:
         """``holders`` are among ``tensors``."""
         self._plan = plan
+        self._alone = plan.group.size == 1
         self._ids = list(map(id, tensors))
         first = {number: k for k, number in reversed(list(enumerate(self._ids)))}
         places = [first[id(holder)] for holder in holders]
@@ -62,11 +82,15 @@ class Known:
         """The plan for ``tensors``, as many, or None where it does not fit."""
         if not self._has_marks(tensors):
             return None
+        if self._alone and self._places is None:
+            gradients = gradients_of(tensors)
+            if self._plan.memory.knows(gradients):  # in one process all depends on the gradients
+                return Planned(self._plan, tensors, gradients, unmoved=True)
+            return Planned(self._plan, tensors, gradients) if self._fits(tensors) else None
+        if not self._fits(tensors):
+            return None
         holders = tensors if self._places is None else [tensors[k] for k in self._places]
-        gradients = gradients_of(holders)
-        if self._places is None and self._plan.group.size == 1 and self._plan.memory.knows(gradients):
-            return Planned(self._plan, holders, gradients, unmoved=True)  # in one process all depends on the gradients
-        return Planned(self._plan, holders, gradients) if self._fits(tensors) else None
+        return Planned(self._plan, holders, gradients_of(holders))
 
     def _has_marks(self, tensors: Sequence[Tensor]) -> bool:
         if _marks(tensors) != self._marks:
@@ -85,7 +109,7 @@ class Known:
     def _facts_of(self, tensors: Sequence[Tensor]) -> list[Any]:
         """What specs tell of DTensors, of the plain ones; shapes matter where other ranks compare them."""
         plain = tensors if len(self._plain) == len(tensors) else [tensors[k] for k in self._plain]
-        return list(map(facts if self._plan.group.size == 1 else facts_and_shape, plain))
+        return list(map(dtype_and_device if self._alone else dtype_device_and_shape, plain))
 
 
 class Plans:
@@ -136,6 +160,36 @@ class Plans:
         self._of_modules.clear()
 
 
+plans = Plans()
+
+
+def planned(
+    listed: list[Any],
+    p: float,
+    group: dist.ProcessGroup | None,
+    split_over: Sequence[Axis],
+    layout: LayoutFn | None,
+) -> Planned:
+    """The plan for what is ``listed``, and its gradients; no collective.
+
+    Known plans are reused, unless ``layout`` is given, which may answer otherwise each time.
+    """
+    of_modules = bool(listed) and isinstance(listed[0], nn.Module) and all(isinstance(m, nn.Module) for m in listed)
+    terms = None if layout is not None else _terms(p, group, split_over)
+    if terms is not None:
+        modules, tensors, names = skeleton(listed) if of_modules else ([], listed, [])
+        found = plans.find(tensors, modules, (terms, *names))
+        if found is not None:
+            return found
+    everything = held_of(listed)
+    holders = holders_of(everything)
+    made = Planned(plan_of(everything, p, group, split_over, layout), holders, gradients_of(holders))
+    if terms is not None:
+        modules, tensors, names = skeleton(listed) if of_modules else ([], listed, [])  # before, FSDP2 showed copies
+        plans.keep(tensors, modules, (terms, *names), made)
+    return made
+
+
 def skeleton(models: Iterable[nn.Module]) -> tuple[list[nn.Module], list[Tensor], list[str]]:
     """All modules in ``models``, each once, those of ``models`` first; the parameters that they show; all names."""
     modules = dict.fromkeys(models)
@@ -165,3 +219,16 @@ def _marks(tensors: Sequence[Tensor]) -> list[int]:
 def _specs(tensors: Sequence[Any], cut: Sequence[int]) -> list[Any]:
     """What holds mesh, placements, shape and dtype of a DTensor: one object for its life."""
     return [tensors[k]._spec for k in cut]
+
+
+def _terms(p: float, group: dist.ProcessGroup | None, split_over: Sequence[Axis]) -> Terms | None:
+    """What else a plan depends on; None for groups that are none, which a plan refuses.
+
+    Process groups are referred to weakly: one that was destroyed fits nothing.
+    """
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    axes = [a.get_group() if isinstance(a, DeviceMesh) and a.ndim == 1 else a for a in split_over]
+    groups = [each for each in (world, group, *axes) if each is not None]
+    if not all(isinstance(each, dist.ProcessGroup) for each in groups):
+        return None
+    return p, group is None, tuple(map(ref, groups)), len(taken_over)

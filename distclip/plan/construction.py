@@ -5,12 +5,12 @@ from zlib import crc32
 
 import torch
 
-from ..errors import LayoutError
+from ..errors import LayoutError, and_more
 from ..layouts.piece import Held, once
 from ..ranks.compare import checksums, differing, who_differs
 from ..ranks.group import ClippingGroup
 from .build import Plan
-from .copies import few, values_apart
+from .copies import values_apart
 from .disagreement import stopped_by
 
 ERROR = "an error of its own"
@@ -45,8 +45,8 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
     apart = values_apart(plan, once(listed), checksums)
     if apart:
         raise LayoutError(
-            f"ranks that should hold copies hold other values of {few(apart)}: {SAY_SO}, only=... where nobody trains "
-            "them, and build the Clipper after parameters are loaded or broadcast"
+            f"ranks that should hold copies hold other values of {and_more(apart)}: {SAY_SO}, only=... where nobody "
+            "trains them, and build the Clipper after parameters are loaded or broadcast"
         )
 
 

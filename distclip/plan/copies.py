@@ -11,7 +11,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import LayoutError, and_more
 from ..kernels.transfer import sent
 from ..layouts.layout import represents
 from ..layouts.piece import Held
@@ -21,7 +21,6 @@ from .build import Plan
 from .measure import norms_of
 from .measured import Measured, Norms
 
-SHOWN = 5  # names in an error
 APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
 ALIKE = 1e-2  # copies that were computed in bf16, each for itself, may be so far apart
 WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must differ, or noise around 0 would be told
@@ -121,7 +120,7 @@ def drifted(words: Tensor, tolerance: float, least: float = 0.0) -> Tensor:
 
 def not_replicas(names: Sequence[str]) -> LayoutError:
     return LayoutError(
-        f"ranks that should hold the same gradient do not: {few(names)}; reduce gradients before clipping (leave "
+        f"ranks that should hold the same gradient do not: {and_more(names)}; reduce gradients before clipping (leave "
         "no_sync for the last backward; an optimizer that reduces them in its step() comes too late), or say "
         "layout=lambda name, p: distclip.Layout(1) if ... else None for what each rank has for itself (experts), "
         "split_over=[mesh['pp']] for stages, group=... for ranks that train apart (local SGD, DiLoCo)"
@@ -137,8 +136,3 @@ def _signs(plan: Plan, indices: Sequence[int]) -> Tensor:
     """1 - replicas on the rank that represents the replicas of a piece, 1 on the others."""
     signs = [1 - plan.replicas[i] if represents(plan.group, plan.pieces[i]) else 1 for i in indices]
     return sent(torch.tensor(signs, dtype=torch.float64), plan.device)
-
-
-def few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -1,25 +1,16 @@
 """What a rank says of itself where ranks do not agree, and how one that has failed lets the others know."""
 
 from collections.abc import Sequence
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import LayoutError, and_more
 from ..gradients.realign import is_candidate
 from ..ranks.compare import who_differs
 from ..ranks.group import ClippingGroup
 from ..ranks.message import Word, reduce_norm
 from .build import Plan
-
-TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
-SHOWN = 5  # names in an error
-
-
-def code_of(plan: Plan, tag: int, missing: Sequence[int]) -> int:
-    """What must be the same on every rank in a call, as one number: the pieces, ``tag`` and gradients ``missing``."""
-    return plan.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
 
 
 def missing_in(plan: Plan, gradients: Sequence[Tensor | None]) -> tuple[int, ...]:
@@ -41,10 +32,9 @@ def account(plan: Plan, call: str, missing: Sequence[int], error: LayoutError | 
     if error is not None:
         return f"stopped: {str(error).partition(': ')[0]}"  # what to do about it is said on that rank
     known = [i for i, is_known in enumerate(plan.known_to_all) if is_known]
-    lacks = ", ".join(plan.label(known[k]) for k in missing[:SHOWN])
-    more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-    parts = [call, f"{len(known)} parameters (hash {plan.code:x})"]
-    return ", ".join([*filter(None, parts), *([f"without a gradient of {lacks}{more}"] if missing else [])])
+    held = f"{len(known)} parameters (hash {plan.code:x})"
+    lacks = f"without a gradient of {and_more([plan.label(known[k]) for k in missing])}" if missing else ""
+    return ", ".join(filter(None, [call, held, lacks]))
 
 
 def tell_others(

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from math import inf
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from ..kernels.transfer import sent
 from ..ranks.compare import who_differs
 from ..ranks.message import Reduced, Word, reduce_norm
 from .build import Plan
-from .disagreement import account, code_of, missing_in, tell_others
+from .disagreement import account, missing_in, tell_others
 from .measured import Measured, Norms
 
+TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
 REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
 LEAST_P = 1 / 16  # below, the root of what 1e15 gradients of 3e38 add up to leaves float64
 
@@ -63,7 +65,8 @@ def measure(
             realign_first = True
     if local.error is not None:
         raise LayoutError(f"{given}{reduced.who}") if local.error is given else local.error
-    gradients = _replaced(gradients, local.instead, store)
+    if local.instead:
+        gradients = _replaced(gradients, local.instead, store)
     dtype = torch.float64 if wide else torch.float32
     can_overflow = wide or 7 < plan.p < inf or plan.p < LEAST_P
     return Measured(gradients, local.runs, norms, reduced, realign_first, dtype, can_overflow)
@@ -105,7 +108,8 @@ def _round(
         raise named from failed
     flags = (local.misplaced > 0, plan.wide or local.wide) if plan.sends_flags else ()
     missing = missing_in(plan, gradients) if len(local.indices) < len(plan.pieces) else ()
-    code, faulty = code_of(plan, tag, missing), local.error is not None
+    code = plan.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
+    faulty = local.error is not None
     reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call)
     if reduced.disagree is True:
         reduced = replace(reduced, who=who_differs(plan.group, plan.device, account(plan, call, missing, local.error)))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from ..errors import and_more
 from ..kernels import local_norms
 from ..layouts.fsdp2 import groups_of
 from ..layouts.model import held_in, parts_of
@@ -79,7 +80,7 @@ class Source:
         winner, missed = map(int, group.all_reduce(words, dist.ReduceOp.MIN).tolist())
         if missed:
             raise RuntimeError(
-                f"find_source has not seen the gradients of {', '.join(unseen[:5]) or 'another rank'}: call it before "
+                f"find_source has not seen the gradients of {and_more(unseen) or 'another rank'}: call it before "
                 "the forward, and FSDP2's modules themselves, not their methods"
             )
         if winner == NOBODY:

@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import LayoutError, and_more
 from ..layouts.layout import part_of
 from ..layouts.piece import Held
 from ..ranks.compare import HASHES, checksums, is_constant, say
 from .build import Plan
-from .copies import few
 from .measure import norms_of
 from .measured import Measured, Norms
 
@@ -78,7 +77,7 @@ def _raise_if_counted(plan: Plan, wrong: Sequence[str]) -> None:
     first = torch.tensor([plan.group.rank if wrong else plan.group.size], device=plan.device)
     speaker = int(plan.group.all_reduce(first, dist.ReduceOp.MIN).item())
     if speaker < plan.group.size:
-        listed = say(plan.group, plan.device, speaker, few(wrong))
+        listed = say(plan.group, plan.device, speaker, and_more(wrong))
         raise LayoutError(
             f"gradients are not counted once: on rank {plan.group.ranks[speaker]} {listed}; return "
             "distclip.Layout(number of ranks that hold it) from layout= (a tied weight on two stages: Layout(2); norm "

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import LayoutError, and_more
 from ..gradients.storage import Storage
 from ..layouts.piece import Held
 from ..ranks.compare import bit_sums
 from .build import Plan
 from .construction import SAY_SO
-from .copies import drift_words, drifted, few, norms_and_projections, not_replicas, values_apart
+from .copies import drift_words, drifted, norms_and_projections, not_replicas, values_apart
 from .measure import measure, norms_of
 from .measured import Norms
 from .split import count_split
@@ -46,8 +46,8 @@ def verify(
     apart = values_apart(plan, kept, bit_sums)
     if apart:
         raise LayoutError(
-            f"copies have drifted apart: ranks hold other values of {few(apart)}; load or broadcast these parameters "
-            f"anew, or {SAY_SO}"
+            f"copies have drifted apart: ranks hold other values of {and_more(apart)}; load or broadcast these "
+            f"parameters anew, or {SAY_SO}"
         )
     norms = norms_of(plan, measured)
     _count_common(plan, norms)
@@ -74,7 +74,7 @@ def _count_common(plan: Plan, found: Norms) -> None:
     wrong = ((counted - whole).abs() > 0.5).nonzero().flatten().tolist()
     if wrong:
         listed = [f"{plan.label(common[k])} ({counted[k] / whole[k]:.3g}x)" for k in wrong]
-        raise LayoutError(f"elements are not counted once: {few(listed)}; {SAY_SO}")
+        raise LayoutError(f"elements are not counted once: {and_more(listed)}; {SAY_SO}")
     apart = drifted(torch.stack(rest), TOLERANCE).nonzero().flatten().tolist()
     if apart:
         raise not_replicas([plan.label(common[k]) for k in apart])

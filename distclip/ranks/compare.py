@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import and_more
 from ..kernels.device import has_float64
+from ..kernels.dtypes import as_real
 from ..kernels.flat import bounded
 from ..kernels.transfer import sent
 from .group import ClippingGroup
@@ -17,7 +19,6 @@ PART = 1 << 22  # elements whose bits torch converts to int64 at once: 32 MiB
 SAMPLE = 4096  # elements of a parameter that its checksum looks at
 HASHES = 1 << 20  # a checksum is below: times 2**32 ranks, still exact in float64
 TEXT_BYTES = 1024
-FEW = 5  # ranks named in an error
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -46,9 +47,7 @@ def who_differs(group: ClippingGroup, device: torch.device, mine: str) -> str:
     if not odd:
         return ""
     texts = [say(group, device, rank, mine) for rank in (odd[0], usual)]
-    named, other = ", ".join(str(group.ranks[rank]) for rank in odd[:FEW]), group.ranks[usual]
-    more = f" and {len(odd) - FEW} more" if len(odd) > FEW else ""
-    return f"; rank {named}{more}: {texts[0]}; rank {other}: {texts[1]}"
+    return f"; rank {and_more([group.ranks[rank] for rank in odd])}: {texts[0]}; rank {group.ranks[usual]}: {texts[1]}"
 
 
 def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -98,7 +97,7 @@ def bit_sums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)
     for row, tensor in zip(sums, tensors, strict=True):
         if tensor.numel() and tensor.device.type != "meta":
-            parts = bounded(_real(tensor.detach()), PART)
+            parts = bounded(as_real(tensor.detach()), PART)
             row.copy_(sum(part.view(INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts))
     return (_mixed(sums) % HASHES).double()
 
@@ -114,12 +113,8 @@ def _mixed(bits: Tensor) -> Tensor:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = _real(tensor.detach()).reshape(-1)
+    flat = as_real(tensor.detach()).reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def say(group: ClippingGroup, device: torch.device, speaker: int, text: str) -> str:

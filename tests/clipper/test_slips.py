@@ -85,7 +85,10 @@ def test_a_clipper_says_what_it_is():
         "Clipper(AutoClip(percentile=10, window=1000, max_norm=inf), norm_type=2, 2 parameters, 1 rank, 1 steps)"
     )
     attached = distclip.attach(optimizer, net, 1.0)
-    assert repr(attached) == "Clipper(MaxNorm(max_norm=1.0), norm_type=2, 2 parameters, 1 rank, 0 steps, called by optimizer.step())"
+    assert (
+        repr(attached)
+        == "Clipper(MaxNorm(max_norm=1.0), norm_type=2, 2 parameters, 1 rank, 0 steps, called by optimizer.step())"
+    )
 
 
 def test_numbers_of_a_report_that_json_has_not_are_documented():

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 import distclip
 from distclip.layouts.piece import local_tensor
-from distclip.plan import arguments, cache
+from distclip.plan import cache
 from support.layouts import backward, batch, build
 from support.oracle import true_norm, whole_gradients
 from support.parallel import Job, by_hand, by_hand_realigned, ddp_tp, full_gradients, hsdp, mesh_of, tp_sequence, united
@@ -28,9 +28,9 @@ from support.ranks import count_collectives, run_ranks, same_bits
 
 @pytest.fixture(autouse=True)
 def _nothing_is_known() -> Iterator[None]:
-    arguments._plans.clear()
+    cache.plans.clear()
     yield
-    arguments._plans.clear()
+    cache.plans.clear()
 
 
 @contextmanager
@@ -42,8 +42,8 @@ def plans_made() -> Iterator[list[float]]:
         made.append(p)
         return original(listed, p, *others)
 
-    original = arguments.plan_of
-    with patch.object(arguments, "plan_of", noted):
+    original = cache.plan_of
+    with patch.object(cache, "plan_of", noted):
         yield made
 
 
@@ -252,7 +252,7 @@ def test_what_hangs_on_a_parameter_is_not_kept_alive(before):
 
 
 def test_as_many_lists_are_known_as_promised():
-    arguments._plans.clear()
+    cache.plans.clear()
     lists = [parameters(3, 4, 2) for _ in range(cache.MOST)]
     with plans_made() as made:
         for _ in range(2):
@@ -285,12 +285,12 @@ def test_no_more_lists_are_known_than_promised():
     for ps in lists:
         fill(ps)
         clip(ps, ps)
-    assert 0 < len(arguments._plans._of_tensors) <= cache.MOST
+    assert 0 < len(cache.plans._of_tensors) <= cache.MOST
     with plans_made() as made:
         for ps in lists:  # also those that were forgotten
             clip(ps, ps)
     assert len(made) == len(lists)
-    assert len(arguments._plans._of_tensors) <= cache.MOST
+    assert len(cache.plans._of_tensors) <= cache.MOST
 
 
 def test_the_list_in_use_is_the_last_to_be_forgotten():
@@ -313,7 +313,7 @@ def test_plans_of_modules_go_with_their_modules():
     assert len(made) == len(models)
     del models, model
     gc.collect()
-    assert len(arguments._plans._of_modules) == 0
+    assert len(cache.plans._of_modules) == 0
 
 
 # ---- swapping --------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def dtype_changed_on_ranks(forgets: int | None) -> list[tuple[float, str]]:
         torch.manual_seed(step)
         fill(model.parameters())
         if dist.get_rank() == forgets:
-            arguments._plans.clear()
+            cache.plans.clear()
         norm = distclip.clip_grad_norm_(model.parameters(), inf, group=dist.group.WORLD)
         seen.append((norm.item() / true_norm(p.grad for p in model.parameters()), str(norm.dtype)))
     return seen
@@ -439,7 +439,7 @@ def resized_on_ranks(forgets: int) -> list[float]:
         torch.manual_seed(size)
         fill(ps)
         if dist.get_rank() == forgets:
-            arguments._plans.clear()
+            cache.plans.clear()
         norm = distclip.clip_grad_norm_(ps, inf, group=dist.group.WORLD)
         ratios.append(norm.item() / true_norm(p.grad for p in ps))
     return ratios
@@ -569,7 +569,7 @@ def test_a_parameter_on_another_device_is_noticed():
     fill([a, b, c])
     elsewhere = Parameter(torch.zeros(3, device="meta"))
     for middle, on_host in ((b, True), (elsewhere, False), (b, True)):
-        planned = arguments.planned([a, middle, c], 2.0, None, (), None)
+        planned = cache.planned([a, middle, c], 2.0, None, (), None)
         assert planned.plan.on_host == on_host
         assert planned.plan.pieces[1].device == middle.device
 
@@ -580,7 +580,7 @@ def renamed_on_ranks(forgets: int | None) -> list[float]:
     for step in range(3):
         fill(model.parameters())
         if dist.get_rank() == forgets:
-            arguments._plans.clear()
+            cache.plans.clear()
         oracle = true_norm(p.grad for p in model.parameters())
         norms.append(distclip.clip_grad_norm_(model, inf, group=dist.group.WORLD).item() / oracle)
         model[f"other {step}"] = model.pop(list(model)[-1])
@@ -800,7 +800,7 @@ def remembered_on_one_rank(layout, kind: str, p: float) -> dict[str, object]:
             handed = job.parts if kind == "modules" else job.parameters()
             bound = oracles[-1] / 3 if step % 2 else inf
             if dist.get_rank() == 0:
-                arguments._plans.clear()
+                cache.plans.clear()
             with count_collectives() as counts:
                 norms.append(distclip.clip_grad_norm_(handed, bound, p, **job.options))
             collectives.append(dict(counts))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import foreach
+from ..dtypes import as_real
 from .choice import available as available, check_choice as check_choice, chosen as chosen
 from .table import Table, block_size, fits, table_of
 
@@ -26,7 +27,7 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     compiles.
     """
     norms = tensors[0].new_zeros(len(tensors), dtype=torch.float64)
-    parts = [torch.view_as_real(t) if t.is_complex() and p == 2.0 else t for t in tensors]
+    parts = list(map(as_real, tensors)) if p == 2 else tensors
     groups, others = _groups(parts)
     with torch.cuda.device(norms.get_device()):  # -1 on the CPU: none
         for dtype, places in groups.items():
@@ -50,7 +51,7 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     """
     from . import device
 
-    parts = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    parts = list(map(as_real, tensors))
     groups, others = _groups(parts)
     with torch.cuda.device(coef.get_device()):
         for dtype, places in groups.items():

@@ -6,7 +6,7 @@ manual optimization too. Private API: ``_FabricModule._forward_module``, the mod
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -20,12 +20,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from ..clipper import Clipper
-from ..optimizers.hooks import guard, watch, without_others
-from ..optimizers.scaler import _state, is_unscaled
+from ..optimizers.hooks import guard, watch
+from ..optimizers.scaler import has_begun, is_unscaled
 from ..optimizers.wrapped import refuse_before
 from ..policies import Policy
 from ..policies.adopt import as_policy
 from ..report import Report
+from ..step.driver import Driver
+from ..step.engine import Engine
 from ..step.options import Options
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
@@ -57,7 +59,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
     """
 
     def __init__(self, policy: Policy | float, **options: Unpack[Options]) -> None:
-        self.clipper: TrainerClipper | None = None
+        self.clipper: Clipper | None = None
         self._policy = as_policy(policy)
         self._options = options
         self._loaded: dict[str, Any] = {}
@@ -78,7 +80,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         optimizer = _only_optimizer(trainer)
         state = self._loaded = self.state_dict()  # of a checkpoint, or of the fit before this one, also if this fails
         self.clipper = None  # its hooks go with it
-        clipper = TrainerClipper(trainer, optimizer, self._policy, self._options)
+        clipper = _called_by_trainer(trainer, optimizer, self._policy, self._options)
         if state:
             clipper.load_state_dict(state["clipper"])
             self._steps, self._clipped = state["steps"], state["clipped"]
@@ -95,8 +97,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         self._expected = True
         if _nothing_to_step(trainer, optimizer):
             return
-        with self.clipper.without_others():
-            report = self.clipper._clip_before([optimizer], trainer.scaler)
+        report = self.clipper.engine.clip_([optimizer], trainer.scaler, alone=True)
         self._steps += 1
         self._clipped = self._clipped + (report.coef < 1)
         every = trainer.log_every_n_steps
@@ -142,87 +143,74 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         self._expected = False
 
 
-class TrainerClipper(Clipper):
-    """The Clipper of :class:`ClipGradients`, which makes its calls."""
-
-    def __init__(self, trainer: Trainer, optimizer: Optimizer, policy: Policy, options: Options) -> None:
-        super().__init__(trainer.strategy.model, policy, **options)
-        self._driver = "ClipGradients"
-        self._optimizer = optimizer
-        self._scaler: GradScaler | None = trainer.scaler
-
-    def measure(self) -> Report:
-        """That of :class:`Clipper`, of what the optimizer holds. RuntimeError before a GradScaler has unscaled it."""
-        if self._scaler is not None and self._scaler.is_enabled() and not is_unscaled(self._scaler, self._optimizer):
-            raise RuntimeError(SCALED + "measure() in on_before_optimizer_step")
-        with self.without_others():
-            return super().measure()
-
-    def without_others(self) -> AbstractContextManager[None]:
-        """Inside, only parameters that the optimizer holds have gradients."""
-        return without_others(self._holders, self._folding.of([self._optimizer]).held)
-
-
-class FabricClipper(Clipper):
+def FabricClipper(
+    fabric: Fabric, module: nn.Module | Sequence[nn.Module], policy: Policy | float, **options: Unpack[Options]
+) -> Clipper:
     """A :class:`distclip.Clipper` for loops with Fabric: ``clipper.step(optimizer)`` in place of ``optimizer.step()``.
 
     * ``module``: what ``fabric.setup`` or ``fabric.setup_module`` returned, or the list of it where an optimizer, or
       several that step together, have the parameters of several modules: one norm for all.
+    * ``policy``, ``options``: those of :class:`distclip.Clipper`.
 
     ``step`` takes the optimizers that Fabric returned, uses the GradScaler of ``precision="16-mixed"`` and updates it,
-    also where it raises, and calls Fabric's ``on_after_optimizer_step``, also after a skipped step. Do not call
+    also where it raises, and calls Fabric's ``on_after_optimizer_step``, also after a skipped step. With a GradScaler
+    ``clip_`` and ``measure`` raise RuntimeError, since it has not unscaled the gradients. Do not call
     ``fabric.clip_gradients`` or ``optimizer.step()`` beside it. Save ``clipper.state_dict()``, not the Clipper: of
     sharded checkpoints Fabric restores only models and optimizers in place. ValueError for strategies that Fabric steps
     otherwise.
     """
+    _refuse_strategy(fabric.strategy, "FabricClipper", "fabric.strategy.model")
+    _refuse_other_ranks(fabric.world_size, options)
+    wrapped = _as_wrapped(module) if isinstance(module, nn.Module) else list(map(_as_wrapped, module))
+    engine = Engine(wrapped, policy, **options)
+    calls = _FabricCalls(fabric, engine, getattr(fabric.strategy.precision, "scaler", None))
+    return Clipper.of(engine, Driver("Fabric", measure=calls.measure, clip_=calls.clip_, step=calls.step))
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        module: nn.Module | Sequence[nn.Module],
-        policy: Policy | float,
-        **options: Unpack[Options],
-    ) -> None:
-        _refuse_strategy(fabric.strategy, "FabricClipper", "fabric.strategy.model")
-        _refuse_other_ranks(fabric.world_size, options)
-        super().__init__(
-            _as_wrapped(module) if isinstance(module, nn.Module) else list(map(_as_wrapped, module)), policy, **options
-        )
-        self._fabric = fabric
-        self._scaler: GradScaler | None = getattr(fabric.strategy.precision, "scaler", None)
+
+@dataclass(frozen=True, slots=True)
+class _FabricCalls:
+    """What the methods of a :func:`FabricClipper` do."""
+
+    fabric: Fabric
+    engine: Engine
+    scaler: GradScaler | None
 
     def clip_(self) -> Report:
-        """See :meth:`Clipper.clip_`; RuntimeError with a GradScaler, which has not unscaled the gradients."""
         self._refuse_scaled()
-        return super().clip_()
+        return self.engine.clip_()
 
     def measure(self) -> Report:
-        """See :meth:`Clipper.measure`; RuntimeError with a GradScaler, which has not unscaled the gradients."""
         self._refuse_scaled()
-        return super().measure()
+        return self.engine.measure()
 
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
-        """See :meth:`Clipper.step`; the scaler is Fabric's."""
         if scaler is not None:
             raise ValueError("the scaler is Fabric's: call step(optimizer), and Fabric(plugins=MixedPrecision(...))")
         inner = [each.optimizer if isinstance(each, _FabricOptimizer) else each for each in optimizers]
         try:
-            report = super().step(*inner, scaler=self._scaler)
-        finally:
-            self._update(inner)
+            report = self.engine.step(*inner, scaler=self.scaler)
+        finally:  # where its step has begun, the scaler would take the next gradients for unscaled
+            if self.scaler is not None and any(has_begun(self.scaler, optimizer) for optimizer in inner):
+                self.scaler.update()
         for optimizer in inner:
-            self._fabric.call("on_after_optimizer_step", strategy=self._fabric.strategy, optimizer=optimizer)
+            self.fabric.call("on_after_optimizer_step", strategy=self.fabric.strategy, optimizer=optimizer)
         return report
 
     def _refuse_scaled(self) -> None:
-        if self._scaler is not None and self._scaler.is_enabled():
+        if self.scaler is not None and self.scaler.is_enabled():
             raise RuntimeError(SCALED + "step(optimizer), whose report tells the norm")
 
-    def _update(self, optimizers: Sequence[Optimizer]) -> None:
-        """End the scaler's step, if it began: else it would take the next gradients for unscaled."""
-        scaler = self._scaler
-        if scaler is not None and any(_state(scaler, optimizer)["found_inf_per_device"] for optimizer in optimizers):
-            scaler.update()
+
+def _called_by_trainer(trainer: Trainer, optimizer: Optimizer, policy: Policy, options: Options) -> Clipper:
+    """The Clipper of :class:`ClipGradients`, which makes its calls, of what ``optimizer`` holds."""
+    engine, scaler = Engine(trainer.strategy.model, policy, **options), trainer.scaler
+
+    def measure() -> Report:
+        if scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer):
+            raise RuntimeError(SCALED + "measure() in on_before_optimizer_step")
+        return engine.measure([optimizer], alone=True)
+
+    return Clipper.of(engine, Driver("ClipGradients", measure=measure))
 
 
 def _as_wrapped(module: nn.Module) -> nn.Module:

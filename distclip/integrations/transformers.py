@@ -22,6 +22,8 @@ from ..clipper import Clipper
 from ..optimizers.hooks import watch
 from ..optimizers.wrapped import refuse_before
 from ..policies import Policy
+from ..step.driver import Driver
+from ..step.engine import Engine
 from ..step.options import Options
 
 FILE = "distclip.pt"  # in a checkpoint, beside scheduler.pt
@@ -53,8 +55,8 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
             self.clipper = self._engine(trainer.deepspeed, self._policy, **self._options)
         else:
             refuse_before(_inner(trainer.optimizer))
-            self.clipper = Clipper(trainer.model_wrapped, self._policy, **self._options)
-            self.clipper._driver = type(trainer).__name__
+            engine = Engine(trainer.model_wrapped, self._policy, **self._options)
+            self.clipper = Clipper.of(engine, Driver(type(trainer).__name__))
         resumed, self._resumed, self._clipped = self._resumed, None, False
         if resumed is not None:
             _load(self.clipper, resumed)
@@ -79,7 +81,7 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
         outer, scaler = self._trainer.optimizer, self._trainer.accelerator.scaler
         inner = _inner(outer)
         watch(inner)
-        report = self.clipper._clip_before([inner], scaler)
+        report = self.clipper.engine.clip_([inner], scaler)
         if scaler is None:
             outer._is_overflow = report.skip
         return report.norm

@@ -70,6 +70,11 @@ def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
     return _state(scaler, optimizer)["stage"] is OptState.UNSCALED
 
 
+def has_begun(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether ``scaler`` has unscaled gradients of ``optimizer`` since ``scaler.update()``, which must come then."""
+    return bool(_state(scaler, optimizer)["found_inf_per_device"])
+
+
 @contextmanager
 def skipping(optimizer: Optimizer, skip: Tensor | None) -> Iterator[None]:
     """Inside, a scaler that steps a fused ``optimizer`` changes nothing where ``skip`` is true, and keeps its scale."""

@@ -10,8 +10,8 @@ uses these names and no others of the core, and subclasses nothing:
   ``decision.Outcome.apply_to(gradients)``: a decision that is applied later.
 * ``driver.Driver`` and ``Clipper.of(engine, driver)``: the Clipper that the user gets, and what its methods then do.
 * ``gradients.storage.Storage``: gradients that are not in ``.grad``.
-* ``optimizers.hooks``: ``guard``, ``watch``, ``skip_next_step``; ``optimizers.scaler``: ``unscale_``, ``is_unscaled``;
-  ``optimizers.wrapped``: ``refuse_before``.
+* ``optimizers.hooks``: ``guard``, ``watch``, ``skip_next_step``; ``optimizers.scaler``: ``unscale_``, ``is_unscaled``,
+  ``has_begun``; ``optimizers.wrapped``: ``refuse_before``.
 
 Nothing in this room communicates by itself; what ranks must agree on travels in the plan's measurement.
 """

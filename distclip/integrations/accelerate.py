@@ -6,8 +6,9 @@ scaler, ``_optimizer_original_step_method`` and ``_optimizer_patched_step_method
 """
 
 from collections.abc import Sequence, Set
+from functools import partial
 from math import inf
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 from weakref import WeakSet
 
 import accelerate
@@ -20,68 +21,21 @@ import distclip
 
 from ..clipper import Clipper
 from ..layouts.fsdp1 import is_flattened
-from ..optimizers.hooks import guard, watch, without_others
+from ..optimizers.hooks import guard, watch
 from ..optimizers.scaler import is_unscaled, unscale_
 from ..optimizers.wrapped import refuse_before
 from ..plan.arguments import Parameters
 from ..policies import MaxNorm, Policy
 from ..report import Report
+from ..step.driver import Driver
+from ..step.engine import Engine
 from ..step.options import Options
 
 UNSUPPORTED = (DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 _heard: WeakSet[AcceleratedOptimizer] = WeakSet()
 _decided: WeakSet[AcceleratedOptimizer] = WeakSet()  # of these: whose clip_() came after their latest step
-
-
-class AcceleratedClipper(Clipper):
-    """The Clipper that :meth:`Accelerator.clipper` makes: ``clip_()`` also unscales, and skips accelerate's steps."""
-
-    def __init__(
-        self, accelerator: "Accelerator", model: nn.Module | Sequence[nn.Module], policy: Policy | float, **options: Any
-    ) -> None:
-        super().__init__(model, policy, **options)
-        self._accelerator = accelerator
-
-    def clip_(self) -> Report:
-        """Clip as the policy decides; where it decides to skip, let the next ``optimizer.step()`` change nothing.
-
-        ``optimizer.step_was_skipped`` tells of a skip, so that prepared schedulers wait as well: a 0-d bool, which is
-        waited for when it is looked at. With fp16, unscales first; a norm that is not finite on any rank lowers the
-        scale of all, a skip for the policy's own reason does not. Gradients that no prepared optimizer holds are in no
-        norm and stay as they are: nobody zeroes them. RuntimeError inside gradient accumulation, and where no prepared
-        optimizer holds the model; ValueError for optimizers that make other gradients inside their step (SAM, Opacus);
-        RuntimeError from the step for a closure, which would. Collectives and waits: those of :meth:`Clipper.clip_`;
-        one more wait a step with fp16.
-        """
-        self._accelerator._refuse_to_clip("clip_()")
-        prepared = self._accelerator._to_step(self._ids)
-        inner = list(map(_inner, prepared))
-        for optimizer in inner:
-            refuse_before(optimizer)
-        list(map(_hear, prepared))
-        with without_others(self._holders, self._folding.of(inner).held):
-            report = self._clip_before(inner, self._accelerator.scaler)
-        for optimizer in prepared:
-            if optimizer.scaler is None:
-                optimizer._is_overflow = report.skip
-                _decided.add(optimizer)
-        return report
-
-    def measure(self) -> Report:
-        """That of :class:`Clipper`, of what prepared optimizers hold; RuntimeError where fp16 has not unscaled it."""
-        inner = list(map(_inner, self._accelerator._holding(self._ids)))
-        scaler = self._accelerator.scaler
-        if scaler is not None and scaler.is_enabled() and not all(is_unscaled(scaler, each) for each in inner):
-            raise RuntimeError(
-                "the gradients are still multiplied by the loss scale: call accelerator.unscale_gradients() before "
-                "measure(), or clip_(), whose report tells the norm"
-            )
-        with without_others(self._holders, self._folding.of(inner).held):
-            return super().measure()
-
-    def step(self, *optimizers: Optimizer, scaler: Any = None) -> Report:
-        raise RuntimeError("accelerate steps the optimizers it prepared: call clip_() and then optimizer.step()")
+_clippers: WeakSet[Clipper] = WeakSet()  # that clipper() of an Accelerator has returned
 
 
 class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
@@ -106,21 +60,64 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
 
     def clipper(
         self, model: nn.Module | Sequence[nn.Module], policy: Policy | float, **options: Unpack[Options]
-    ) -> AcceleratedClipper:
+    ) -> Clipper:
         """Return the Clipper of a prepared ``model``, for any policy, as part of what ``save_state`` saves.
 
         ``options``: those of :class:`Clipper`, which says what is compared here. RuntimeError with DeepSpeed;
         ValueError where ``model`` is not what ``prepare`` returned, or has a clipper already.
+
+        Its ``clip_()`` clips as the policy decides; where it decides to skip, the next ``optimizer.step()`` changes
+        nothing, and ``optimizer.step_was_skipped`` tells of that, so that prepared schedulers wait as well: a 0-d bool,
+        for which the host waits when it is looked at. With fp16 it unscales first; a norm that is not finite on any
+        rank lowers the scale of all, a skip for the policy's own reason does not. Gradients that no prepared optimizer
+        holds are in no norm and stay as they are: nobody zeroes them. RuntimeError inside gradient accumulation, and
+        where no prepared optimizer holds the model; ValueError for optimizers that make other gradients inside their
+        step (SAM, Opacus); RuntimeError from the step for a closure, which would. Collectives and waits: those of
+        :meth:`Clipper.clip_`; one more wait a step with fp16. ``measure()`` raises RuntimeError where fp16 has not been
+        unscaled, ``step()`` always: accelerate steps.
         """
         self._refuse_deepspeed(f"a policy ({policy})")
-        clipper = AcceleratedClipper(self, model, policy, **options)
+        engine = Engine(model, policy, **options)
+        clipped = engine.owner.clipped
         parts = [model] if isinstance(model, nn.Module) else model
-        if not all(id(p) in clipper._ids for part in parts for p in part.parameters()):
+        if not all(id(p) in clipped for part in parts for p in part.parameters()):
             raise ValueError("the model is a part of what FSDP1 made of it: pass what accelerator.prepare() returned")
-        if any(isinstance(each, AcceleratedClipper) and each._ids & clipper._ids for each in self._custom_objects):
+        if self._clips_any_of(clipped):
             raise ValueError("a clipper() clips this model already and both would: keep that one, call clipper() once")
+        measure, clip_ = partial(self._measure, engine), partial(self._clip, engine)
+        clipper = Clipper.of(engine, Driver("accelerate", measure=measure, clip_=clip_, step=_refuse_to_step))
+        _clippers.add(clipper)
         self.register_for_checkpointing(clipper)
         return clipper
+
+    def _clip(self, engine: Engine) -> Report:
+        self._refuse_to_clip("clip_()")
+        prepared = self._to_step(engine.owner.clipped)
+        inner = list(map(_inner, prepared))
+        for optimizer in inner:
+            refuse_before(optimizer)
+        list(map(_hear, prepared))
+        report = engine.clip_(inner, self.scaler, alone=True)
+        for optimizer in prepared:
+            if optimizer.scaler is None:
+                optimizer._is_overflow = report.skip
+                _decided.add(optimizer)
+        return report
+
+    def _measure(self, engine: Engine) -> Report:
+        inner = list(map(_inner, self._holding(engine.owner.clipped)))
+        scaler = self.scaler
+        if scaler is not None and scaler.is_enabled() and not all(is_unscaled(scaler, each) for each in inner):
+            raise RuntimeError(
+                "the gradients are still multiplied by the loss scale: call accelerator.unscale_gradients() before "
+                "measure(), or clip_(), whose report tells the norm"
+            )
+        return engine.measure(inner, alone=True)
+
+    def _clips_any_of(self, ids: Set[int]) -> bool:
+        """Whether a :meth:`clipper` of this Accelerator clips any of these parameters."""
+        made = [each for each in self._custom_objects if isinstance(each, Clipper) and each in _clippers]
+        return any(clipper.engine.owner.clipped & ids for clipper in made)
 
     def _to_clip(self, name: str, parameters: Parameters) -> list[Any]:
         """What to clip for ``parameters``, unscaled: the prepared models that they are, or themselves."""
@@ -133,7 +130,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
             )
         modules = [item for item in listed if isinstance(item, nn.Module)]
         given = {id(p) for module in modules for p in module.parameters()} | set(map(id, listed))
-        if any(isinstance(each, AcceleratedClipper) and each._ids & given for each in self._custom_objects):
+        if self._clips_any_of(given):
             raise ValueError(f"a clipper() clips these parameters already: take the line with {name} out")
         if self.scaler is not None and self.scaler.is_enabled():
             unscale_(self.scaler, list(map(_inner, self._to_step(given))))
@@ -179,27 +176,37 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
 
     def _refuse_deepspeed(self, name: str) -> None:
         if self.distributed_type == DistributedType.DEEPSPEED:
-            raise RuntimeError(
-                f"{name} comes too late: DeepSpeed steps inside accelerator.backward(). Call distclip.integrations."
-                "deepspeed.take_over(accelerator.deepspeed_engine_wrapped.engine, policy) after prepare()"
-            )
+            raise _too_late(name)
 
     def _norm_of_deepspeed(self, max_norm: float, norm_type: float) -> Tensor:
         """The norm of the step in the latest backward; RuntimeError where another bound was in force."""
         self._refuse_accumulation("clip_grad_norm_")
+        from .deepspeed import clipper_of  # which takes seconds, and patches torch
+
         engine = getattr(getattr(self, "deepspeed_engine_wrapped", None), "engine", None)
-        clippers = [each for each in alive() if engine and getattr(each, "_optimizer", None) is engine.optimizer]
-        if not clippers:
-            self._refuse_deepspeed("clip_grad_norm_")
-        clipper = clippers[0]
-        if max_norm != inf and (clipper._policy, clipper._plan.p) != (MaxNorm(max_norm), norm_type):
+        clipper = None if engine is None else clipper_of(engine)
+        if clipper is None:
+            raise _too_late("clip_grad_norm_")
+        policy, p = clipper.policy, clipper.engine.plan.p
+        if max_norm != inf and (policy, p) != (MaxNorm(max_norm), norm_type):
             raise RuntimeError(
                 f"clip_grad_norm_ with {max_norm:g} of order {norm_type:g} is not what take_over() put in force, "
-                f"{clipper._policy} of order {clipper._plan.p:g}: pass that, or inf to get the norm"
+                f"{policy} of order {p:g}: pass that, or inf to get the norm"
             )
         if clipper.report is None:
             raise RuntimeError("DeepSpeed has made no step yet: call clip_grad_norm_ after accelerator.backward()")
         return clipper.report.norm
+
+
+def _too_late(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} comes too late: DeepSpeed steps inside accelerator.backward(). Call distclip.integrations."
+        "deepspeed.take_over(accelerator.deepspeed_engine_wrapped.engine, policy) after prepare()"
+    )
+
+
+def _refuse_to_step(*_: Any, **__: Any) -> NoReturn:
+    raise RuntimeError("accelerate steps the optimizers it prepared: call clip_() and then optimizer.step()")
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

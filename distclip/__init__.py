@@ -1,4 +1,4 @@
-"""distclip: gradient clipping by the true global norm, whatever parallelism cut the gradients up."""
+"""distclip: gradient clipping by the true global norm, whatever the parallelism."""
 
 from .attached import attach as attach
 from .clipper import Clipper as Clipper

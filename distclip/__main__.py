@@ -1,4 +1,4 @@
-"""`python -m distclip`: what torchrun calls."""
+"""`python -m distclip`, for torchrun."""
 
 import sys
 

@@ -18,14 +18,14 @@ examples:
   distclip train configs/quickstart.yaml run.dir=runs/mine resume=true
   torchrun --nproc-per-node 2 -m distclip train configs/quickstart.yaml
 
-Without a launcher, `parallel.processes` of the config says how many local processes are started.
+Without a launcher, `parallel.processes` of the config is the number of local processes to start.
 docs/train.md lists every key.
 
 exit codes:
   0    finished
   1    failed in training
   2    something in the config, on the command line or in the data is wrong: one line on stderr
-  130  stopped by Ctrl-C (143: by SIGTERM, 129: by SIGHUP), with a checkpoint to go on from
+  130  stopped by Ctrl-C (143: by SIGTERM, 129: by SIGHUP), with a checkpoint to resume from
 """
 BENCH = """\
 examples:
@@ -43,7 +43,7 @@ exit codes:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         complain(message)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: str, overrides: list[str]) -> int:
-    """Train as the config and the `key=value` words say; `--key=value` is the same."""
+    """Train by the config and the `key=value` overrides; `--key=value` is the same."""
     try:
         from distclip.train.start import start  # needs the extra; --help and --version do not
 
@@ -107,7 +107,7 @@ def parser_of_commands() -> Parser:
 
 
 def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
-    about = "train as a YAML file says, on the ranks it asks for or under torchrun"
+    about = "train by a YAML config, on local ranks or under torchrun"
     train = commands.add_parser(
         "train",
         help=about,
@@ -116,11 +116,11 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-    train.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace the file's")
+    train.add_argument("overrides", metavar="key=value", nargs="*", help="override values of the file")
 
 
 def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
-    about = "measure distclip beside torch, on local ranks or under torchrun"
+    about = "measure distclip against torch, on local ranks or under torchrun"
     bench = commands.add_parser(
         "bench",
         help=about,
@@ -128,12 +128,12 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         epilog=BENCH,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_argument("cases", metavar="CASE", nargs="*", help="a case, or the beginning of several (default: all)")
+    bench.add_argument("cases", metavar="CASE", nargs="*", help="a case, or a prefix of several (default: all)")
     bench.add_argument("--processes", type=int, default=2, metavar="N", help="local ranks without a launcher (2)")
     bench.add_argument("--rounds", type=int, metavar="N", help="rounds of every case (default: each case's own)")
     bench.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
     bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="with Gloo or with NCCL (cpu)")
-    bench.add_argument("--list", action="store_true", help="list the cases and their goals, and measure nothing")
+    bench.add_argument("--list", action="store_true", help="list the cases and their goals without measuring")
 
 
 def sentence(about: str) -> str:

@@ -1,4 +1,4 @@
-"""The two errors of the library: each says what, which parameter, rank or field, and what to do about it."""
+"""The two errors of the library. Messages say what is wrong, with which parameter, rank or field, and what to do."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ FAILURES = (
     TypeError,
     ValueError,
 )
-"""What a user's ``layout``, tensor subclasses and torch itself may raise on one rank while the others go on."""
+"""What a user's ``layout``, a tensor subclass or torch itself may raise on one rank while the others go on."""
 
 
 class LayoutError(ValueError):

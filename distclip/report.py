@@ -1,4 +1,4 @@
-"""What one step did, as data: the library never prints and never logs."""
+"""What one step did, as data: the library never prints or logs."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from .errors import and_more
 class Culprit:
     """Where a non-finite norm came from.
 
-    ``kind`` is ``"NaN"`` or ``"inf"`` for the gradient of ``parameter`` on global rank ``rank``, or ``"overflow"``
-    when every gradient is finite and only the sum of powers left the range of float64 (then ``parameter`` is the one
-    whose own sum did, or ``None``).
+    ``kind`` is ``"NaN"`` or ``"inf"`` for the gradient of ``parameter`` on global rank ``rank``, or ``"overflow"`` if
+    every gradient is finite and only the sum of powers left the range of float64 (then ``parameter`` is the one whose
+    own sum did, or ``None``).
 
-    ``ranks``: all global ranks on which the gradient of ``parameter`` is not finite. ``reduced``: it was summed over
-    ranks before it was looked at (DDP, FSDP), so that any of these may have made it so: :func:`find_source` says which.
+    ``ranks``: all global ranks on which the gradient of ``parameter`` is not finite. ``reduced``: DDP or FSDP had
+    summed it over ranks before, so any of these may be its source: :func:`find_source` says which.
     """
 
     kind: str
@@ -42,18 +42,18 @@ class Culprit:
 class Report:
     """What :meth:`Clipper.measure`, :meth:`Clipper.clip_` or :meth:`Clipper.step` found and did.
 
-    All four tensors are 0-d, live on the device where the group reduces, and hold the same bits on every rank.
+    All four tensors are 0-d, on the device where the group reduces, with the same bits on every rank.
 
-    * ``norm``: total norm before clipping, float32 (float64 when a parameter is float64). A finite norm beyond
-      float32 is ``finfo.max``, so ``inf`` always means a gradient (or its power sum) that is not finite.
-    * ``max_norm``: the bound the policy chose, same dtype; ``inf`` when nothing bounds the norm.
-    * ``coef``: the factor for every gradient, same dtype; exactly 1 when nothing is scaled, above 0 for a finite norm.
-      Below float32's normal numbers gradients are scaled by the exact one, of which this has a few digits; on an
-      accelerator, where the host does not know it, by the least normal number, and this is that.
-    * ``skip``: bool; the step must not be taken (``step`` did not take it).
+    * ``norm``: total norm before clipping, float32 (float64 if a parameter is float64). A finite norm beyond float32 is
+      ``finfo.max``, so ``inf`` always means a non-finite gradient (or power sum).
+    * ``max_norm``: the bound that the policy chose, same dtype; ``inf`` if nothing bounds the norm.
+    * ``coef``: the factor for every gradient, same dtype; exactly 1 if nothing is scaled, above 0 for a finite norm.
+      Below float32's normal numbers gradients are scaled by the exact factor, of which this has a few digits; on an
+      accelerator, where the host does not know it, by the least normal number, which is then shown.
+    * ``skip``: bool; do not take the step (``step`` did not take it).
 
     ``culprit`` says where a non-finite norm came from. With the decision on an accelerator it is ``None`` here, and
-    known one call later as :attr:`Clipper.culprit`.
+    available one call later as :attr:`Clipper.culprit`.
 
     >>> import torch
     >>> zero = torch.zeros(())
@@ -68,10 +68,10 @@ class Report:
     culprit: Culprit | None = None
 
     def to_dict(self) -> dict[str, float | bool]:
-        """Return the four numbers as Python numbers: one copy to the host, the only wait of a report.
+        """Return the four numbers as Python numbers: one copy to the host, the only host sync of a report.
 
-        They may be NaN or inf, which JSON has not (``json.dumps(..., allow_nan=False)`` raises): write ``str(number)``
-        there, as ``metrics.jsonl`` does.
+        They may be NaN or inf, which JSON lacks (``json.dumps(..., allow_nan=False)`` raises): write ``str(number)``
+        instead, as ``metrics.jsonl`` does.
         """
         words = torch.stack([t.double() for t in (self.norm, self.max_norm, self.coef, self.skip)])
         norm, max_norm, coef, skip = words.tolist()

@@ -1,4 +1,7 @@
-"""Policies: one file, one idea, one paper."""
+"""From the reduced norm to a decision: one file, one idea, one paper.
+
+Sees reduced numbers and its own state, never a gradient. What a policy returns is checked here, in one place.
+"""
 
 from .autoclip import AutoClip as AutoClip
 from .max_norm import MaxNorm as MaxNorm

@@ -1,4 +1,4 @@
-"""What a Clipper asks of the policy that it is given: to be one, to be spelled, to make and to take back a state."""
+"""What a Clipper needs of its policy: to be one, a text to compare ranks by, a state to make, save and load."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 def bound_by_place(line: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A TypeError that has the ``line`` to write, where a bound is given by its name and not in its place."""
+    """A TypeError with the ``line`` to write, if a bound is passed by keyword instead of as the policy."""
 
     def checked(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
@@ -53,7 +53,7 @@ def as_policy(policy: Policy | float) -> Policy:
 
 
 def made(policy: Policy, device: torch.device) -> State:
-    """The state before the first step, which nobody else holds; ValueError where that is no state."""
+    """The state before the first step, in memory of its own; ValueError if it is no state."""
     state = policy.init(device)
     if not isinstance(state, dict) or not all(isinstance(n, str) and is_dense(v) for n, v in state.items()):
         raise ValueError(
@@ -64,15 +64,15 @@ def made(policy: Policy, device: torch.device) -> State:
 
 
 def is_dense(value: Any) -> bool:
-    """Whether it is a tensor whose elements all lie in the memory of this rank."""
+    """Whether it is a tensor whose elements are all in the memory of this rank."""
     dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
     return dense and not isinstance(value, DTensor)
 
 
 def spelled(value: Any, inside: tuple[int, ...] = ()) -> str:
-    """A text that is equal on ranks where this policy is, or what it holds: numbers, texts, and policies inside of it.
+    """A text that is equal on ranks whose policies are: of its numbers, texts and inner policies.
 
-    Of anything else the type: a device, a file or the address of an object may differ between ranks that agree.
+    Of anything else only the type: a device, a file or the address of an object may differ between ranks that agree.
     """
     match value:
         case None | bool() | str() | Real():
@@ -87,7 +87,7 @@ def spelled(value: Any, inside: tuple[int, ...] = ()) -> str:
 
 
 def hash_of(state: State, number: int) -> int:
-    """A number above 0 that is equal where ``state`` and ``number`` are. Waits for their device."""
+    """A number above 0 that is equal where ``state`` and ``number`` are. Syncs with their device."""
     code = crc32(repr(number).encode())
     for name, value in sorted(state.items()):
         code = crc32(repr((name, value.double().flatten().tolist())).encode(), code)
@@ -95,7 +95,7 @@ def hash_of(state: State, number: int) -> int:
 
 
 def with_keys(given: Any, wanted: Iterable[str], whose: str) -> dict[str, Any]:
-    """``given`` if it is a dictionary with just these keys; ValueError if not."""
+    """``given`` if it is a dictionary with exactly these keys; ValueError if not."""
     if not isinstance(given, dict):
         raise ValueError(f"{whose} state is a dictionary, got {type(given).__name__}")
     if set(given) != set(wanted):
@@ -104,7 +104,7 @@ def with_keys(given: Any, wanted: Iterable[str], whose: str) -> dict[str, Any]:
 
 
 def fitting(given: Any, made: State) -> State:
-    """``given`` on the device of ``made``; ValueError where it is no such state, or holds NaN. Waits for its device."""
+    """``given`` on the device of ``made``; ValueError if it does not fit, or holds NaN. Syncs with its device."""
     given = with_keys(given, made, "this policy's")
     for name, own in made.items():
         value = given[name]

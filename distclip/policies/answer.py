@@ -1,7 +1,7 @@
-"""What a policy answers, checked once for all policies, before anything changes.
+"""A policy's decision, checked once for all policies, before anything changes.
 
-The host checks numbers where it knows them. On an accelerator, where it would have to wait for them, the device finds
-what is wrong, and the host hears of it one call later.
+The host checks numbers that it knows. On an accelerator, where that would be a host sync, the device checks, and the
+host learns the result one call later.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Numbers:
 
     @classmethod
     def of(cls, decision: Decision, policy: Policy) -> "Numbers":
-        """Read ``decision``; ValueError for what is no number."""
+        """Read ``decision``; ValueError if a field is no number."""
         skip, bounds, coef = decision.skip, decision.bounds, decision.coef
         return cls(
             _read(decision.max_norm, "max_norm", policy),
@@ -50,7 +50,7 @@ class Numbers:
         )
 
     def check(self, policy: Policy) -> None:
-        """ValueError for what no step can use."""
+        """ValueError if no step can use it."""
         if not self.max_norm > 0:  # true for NaN too
             raise refusal("max_norm", policy, self.max_norm)
         if self.coef is not None and not 0 < self.coef <= 1:
@@ -61,10 +61,10 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """A decision in 0-d tensors on an accelerator, float64 or bool, which is not waited for.
+    """A decision in 0-d tensors on an accelerator, float64 or bool, without a host sync.
 
-    Elementwise bounds that are numbers stay so, and so does the bound of a policy that is trusted. ``skip`` is None
-    where no step is skipped.
+    Elementwise bounds that are numbers stay so, and so does the bound of a trusted policy. ``skip`` is None if no step
+    is skipped.
     """
 
     max_norm: Tensor | float
@@ -75,7 +75,7 @@ class Words:
 
     @classmethod
     def of(cls, decision: Decision, policy: Policy, device: torch.device) -> "Words":
-        """Bring ``decision`` to ``device``; ValueError for what is no number, and for bounds that are bad ones."""
+        """Bring ``decision`` to ``device``; ValueError if a field is no number, or bounds that are numbers are bad."""
         skip, coef, bound, trusted = decision.skip, decision.coef, decision.max_norm, is_trusted(policy)
         return cls(
             bound if isinstance(bound, float) and trusted else _on(device, bound, "max_norm", policy),
@@ -86,7 +86,7 @@ class Words:
         )
 
     def fault(self) -> Tensor:
-        """What no step can use: 0-d float64, 0 for nothing or a number that :func:`refusal_of` knows."""
+        """What no step can use: 0-d float64, 0 for nothing or a code for :func:`refusal_of`."""
         assert isinstance(self.max_norm, Tensor), "policies that are trusted are not asked"
         fault = torch.where(self.max_norm > 0, 0.0, 1.0)  # of NaN too
         if self.coef is not None:
@@ -98,14 +98,14 @@ class Words:
 
 
 def is_trusted(policy: Policy) -> bool:
-    """Whether its numbers keep the rules by construction, so that no device need look at them."""
+    """Whether its numbers keep the rules by construction, so that no device needs to check them."""
     return type(policy) in TRUSTED
 
 
 def ask(policy: Policy, norm: Tensor, state: State) -> tuple[Decision, State]:
-    """What ``policy`` decides on ``norm``, and the state after it. Unless trusted it is handed copies of the state.
+    """What ``policy`` decides on ``norm``, and the state after it. Unless trusted it gets a copy of the state.
 
-    ValueError for what is no decision, or a state whose keys, shapes and dtypes are not those of ``state``.
+    ValueError if it returns no decision, or a state whose keys, shapes and dtypes are not those of ``state``.
     """
     handed = state if is_trusted(policy) else {name: value.clone() for name, value in state.items()}
     answer = policy.decide(norm, handed)
@@ -130,7 +130,7 @@ def refusal_of(fault: float, policy: Policy) -> ValueError:
 
 
 def refusal(field: str, policy: Policy, *value: Any) -> ValueError:
-    """The error for a ``field`` of a decision, with its value where that is known."""
+    """The error for a ``field`` of a decision, with its value if it is known."""
     what = f"{field} = {_shown(*value)}" if value else f"a {field} that no step can use"
     return ValueError(f"{_name(policy)}.decide returned {what}, and no step was made: return {RULES[field]}")
 
@@ -191,7 +191,7 @@ def _on(device: torch.device, value: Any, field: str, policy: Policy) -> Tensor:
 
 
 def _like(own: Tensor, value: Any, name: str, policy: Policy) -> Tensor:
-    """``value`` for the place of ``own`` in the state; ValueError where it does not fit there."""
+    """``value`` as the successor of ``own`` in the state; ValueError if it does not fit."""
     if not is_dense(value) or value.shape != own.shape or value.dtype != own.dtype:
         raise ValueError(
             f"{_name(policy)}.decide returned state {name} as {_shown(value)}, and no step was made: return it as init "

@@ -17,14 +17,14 @@ MOST = torch.finfo(torch.float64).max
 class AutoClip:
     """Bound the norm by the ``percentile``-th percentile of the last ``window`` norms, this step's included.
 
-    * ``percentile``: 0 to 100, linear between neighbours as ``numpy.percentile``; the paper recommends 10.
+    * ``percentile``: 0 to 100, interpolated linearly as in ``numpy.percentile``; the paper recommends 10.
     * ``window``: how many norms are kept. The paper keeps all; a bounded window costs the same at every step.
     * ``max_norm``: an upper limit on the bound, above 0; ``inf`` for none.
 
     Gradients with a norm up to the bound keep their bits, others are scaled by ``bound / norm``: the 1e-6 of torch's
-    formula would clip small norms at their own bound. The first step is clipped by ``max_norm`` alone, since the only
-    norm known is its own. Norms that are 0, NaN or inf never enter the window. State: ``norms`` (window,) float64, the
-    newest last, and ``count`` 0-d int64, the number of norms ever recorded.
+    formula would clip small norms at their own bound. The first step is clipped by ``max_norm`` alone, since no other
+    norm is known. Norms that are 0, NaN or inf never enter the window. State: ``norms`` (window,) float64, the newest
+    last, and ``count`` 0-d int64, the number of norms ever recorded.
 
     Source: https://arxiv.org/abs/2007.14469
     """
@@ -57,7 +57,7 @@ class AutoClip:
 
 
 def _percentile(norms: Tensor, percentile: float) -> Tensor:
-    """The percentile of those that are finite; inf when none is. No number goes to the host."""
+    """The percentile of the finite ones; inf if there are none. No host sync."""
     ordered = norms.sort().values  # unused places hold inf
     if len(norms) == 1:
         return ordered[0]
@@ -68,5 +68,5 @@ def _percentile(norms: Tensor, percentile: float) -> Tensor:
 
 
 def _number(value: float) -> Tensor:
-    """Of the host: an argument of the kernel, never a copy."""
+    """A host number: an argument of the kernel, never a copy."""
     return torch.scalar_tensor(value, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Checks of numbers that users pass; each error names the argument."""
+"""Checks of users' numbers; each error names the argument."""
 
 from math import isnan
 from operator import index

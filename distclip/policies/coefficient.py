@@ -1,4 +1,4 @@
-"""The coefficient and the norm as numbers that gradients can be multiplied by, and that a report can show."""
+"""The coefficient as factors for gradients, and coefficient and norm as a report shows them."""
 
 from math import frexp, inf, isfinite, ldexp
 
@@ -9,17 +9,17 @@ LEAST = torch.finfo(torch.float32).smallest_normal  # 2**-126; smaller ones lose
 
 
 def clip_coef(norm: float, max_norm: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``min(1, max_norm / (norm + 1e-6))`` as torch has it, 0-d; 1 when max_norm is inf.
+    """``min(1, max_norm / (norm + 1e-6))`` as in torch, 0-d; 1 if max_norm is inf.
 
-    From float64 to float32, or to float64 where gradients are, whose norms leave the range of float32.
+    ``dtype``: float32, or float64 for float64 gradients, whose norms leave the range of float32.
     """
     factor = max_norm / (norm + 1e-6)
     return torch.scalar_tensor(1.0 if factor > 1.0 or max_norm == inf else factor, dtype=dtype)
 
 
 def clip_coef_on_device(norm: Tensor, max_norm: float, dtype: torch.dtype) -> Tensor:
-    """The same for a norm on an accelerator and a bound that is not inf; at least ``LEAST``, since the host does not
-    know whether several factors are needed (:func:`factors`).
+    """The same for a norm on an accelerator and a finite bound; at least ``LEAST``, since the host does not know
+    whether several factors are needed (:func:`factors`).
     """
     bound = torch.scalar_tensor(max_norm, dtype=torch.float64)  # of the host: an argument of the kernel, never a copy
     coef = torch.empty((), dtype=dtype, device=norm.device)
@@ -33,11 +33,11 @@ def rounded(coef: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def factors(norm: float, max_norm: float, coef: float | None, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The coefficient as a report shows it, 0-d, and what gradients are multiplied by, one after the other.
+    """The coefficient as a report shows it, 0-d, and the factors for gradients, applied one after the other.
 
-    That is ``coef``, or :func:`clip_coef` for None: nothing where it is 1, the coefficient itself where it is normal in
-    float32. A smaller one would lose precision, or zero what is finite: it becomes several numbers that are normal, and
-    what is shown is never 0.
+    The coefficient is ``coef``, or :func:`clip_coef` for None. Factors: none if it is 1, itself if it is normal in
+    float32. A smaller one would lose precision or zero finite gradients: it becomes several normal factors, and what
+    is shown is never 0.
     """
     shown = clip_coef(norm, max_norm, dtype) if coef is None else torch.scalar_tensor(coef, dtype=dtype)
     number = shown.item()
@@ -62,13 +62,13 @@ def _normal_parts(over: float, under: float) -> list[float]:
 
 
 def presented(norm: float, dtype: torch.dtype) -> Tensor:
-    """``norm`` in ``dtype`` (float32 or float64); finite stays finite: beyond float32 it is ``finfo.max``."""
+    """``norm`` in ``dtype`` (float32 or float64); a finite norm stays finite: beyond float32 it is ``finfo.max``."""
     most = torch.finfo(dtype).max
     return torch.scalar_tensor(most if most < norm < inf else norm, dtype=dtype)
 
 
 def presented_on_device(norm: Tensor, finite: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same on an accelerator, in memory of its own; ``finite``: 0-d bool, whether the norm is."""
+    """The same on an accelerator, in new memory; ``finite``: 0-d bool, whether the norm is finite."""
     most = torch.scalar_tensor(torch.finfo(dtype).max, dtype=torch.float64)
     shown = torch.minimum(norm, most, out=torch.empty((), dtype=dtype, device=norm.device))
     return shown.div_(finite)  # by 1, or by 0 what was inf and is the largest number now

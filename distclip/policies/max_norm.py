@@ -13,7 +13,7 @@ from .protocol import Decision, State
 class MaxNorm:
     """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))``.
 
-    ``max_norm``: a number above 0, in the unit of the gradients; ``inf`` measures only. (torch accepts 0, which
+    ``max_norm``: a number above 0, in the unit of the gradients; ``inf`` only measures. (torch accepts 0, which
     zeroes every gradient; here it is a ValueError.)
 
     >>> MaxNorm(1.0)

@@ -1,9 +1,9 @@
 """The policy protocol: from the reduced norm to a decision, as a pure function of norm and state.
 
-A policy is a frozen dataclass of hyperparameters. What it remembers is a dictionary of tensors that the Clipper holds,
-checkpoints and hands back, so that asking twice (``measure``) changes nothing and every rank, which sees the same
-reduced norm, decides and remembers the same bits. Adding a policy is adding one file; behaviour is changed by
-wrapping a policy, never by inheriting from one.
+A policy is a frozen dataclass of hyperparameters. Its state is a dictionary of tensors that the Clipper keeps,
+checkpoints and passes in. So asking twice (``measure``) changes nothing, and all ranks, which see the same reduced
+norm, decide and remember the same bits. A new policy is a new file; behaviour is changed by wrapping a policy, never by
+inheriting from one.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ class Decision:
     """What to do with this step's gradients. A number is a Python number, or a real tensor with one element.
 
     * ``max_norm``: the bound on the total norm, above 0; ``inf`` for none.
-    * ``skip``: do not take the step: a bool or a 0-d tensor; None from a policy that never skips.
+    * ``skip``: whether to skip the step: a bool or a 0-d tensor; None from a policy that never skips.
     * ``bounds``: (low, high) for every element, applied after scaling, ``low <= 0 <= high`` and not both 0; None for no
       elementwise clipping.
-    * ``coef``: what gradients are multiplied by, above 0 and at most 1; None for torch's
-      ``min(1, max_norm / (norm + 1e-6))``. Where it is given, ``max_norm`` is only reported.
+    * ``coef``: the factor for gradients, above 0 and at most 1; None for torch's
+      ``min(1, max_norm / (norm + 1e-6))``. If it is given, ``max_norm`` is only reported.
 
-    Anything else is a ValueError in the call that asked, and nothing has changed. A number may be anything in a step
-    that is skipped, or whose norm is not finite. On an accelerator, where the number would have to be waited for, the
-    step is skipped with a reported norm of NaN, and the next call raises.
+    Anything else is a ValueError in that call, and nothing has changed. In a step that is skipped, or whose norm is not
+    finite, any number will do. On an accelerator, where reading the number would be a host sync, the step is skipped
+    with a reported norm of NaN, and the next call raises.
     """
 
     max_norm: Number
@@ -40,7 +40,7 @@ class Decision:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Anything with these two methods can be handed to a Clipper."""
+    """A Clipper takes any object with these two methods."""
 
     def init(self, device: torch.device) -> State:
         """The state before the first step: tensors on ``device``; empty for a policy without memory."""
@@ -49,7 +49,7 @@ class Policy(Protocol):
     def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
         """Decide on ``norm`` (0-d float64, before clipping, may be NaN or inf) and return the state after it.
 
-        Pure: the same arguments give the same answer, on every rank. Both are copies. Runs on the norm's device and
-        reads nothing back to the host. The returned state has the keys, shapes and dtypes of ``init``.
+        Pure: the same arguments give the same result on every rank. Both are copies. Runs on the norm's device without
+        a host sync. The returned state has the keys, shapes and dtypes of ``init``.
         """
         ...

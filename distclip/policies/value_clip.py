@@ -1,4 +1,4 @@
-"""Clipping every element by value: no statistic is needed, so shards clamp what they hold."""
+"""Clipping every element by value: needs no statistic, so every rank clamps its shards."""
 
 from dataclasses import dataclass
 from math import inf
@@ -14,7 +14,7 @@ from .protocol import Decision, State
 class ValueClip:
     """Clamp every gradient element to ``[-clip_value, clip_value]``, or to ``(min, max)``.
 
-    The norm is measured and reported all the same, before clamping; ``coef`` is 1. NaN stays NaN, inf becomes a bound.
+    The norm before clamping is still measured and reported; ``coef`` is 1. NaN stays NaN, inf becomes a bound.
 
     >>> ValueClip(0.5)
     ValueClip(clip_value=0.5)

@@ -40,7 +40,7 @@ from .plan.measured import Measured
 from .policies.checks import bounds, positive
 from .policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device
 from .ranks.group import Axis
-from .ranks.message import Word
+from .ranks.message import Scalar
 from .report import Culprit
 from .shield import shielded
 
@@ -245,7 +245,7 @@ def _listed(parameters: Parameters) -> list[Any]:
     return [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
 
 
-def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tuple[Word, Culprit | None]:
+def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tuple[Scalar, Culprit | None]:
     """The float64 norm, and the culprit where a wait was allowed to look for one."""
     reduced = measured.reduced
     if not (error_if_nonfinite or measured.can_overflow or plan.reads_are_free):
@@ -262,14 +262,14 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
     return reduced.norm, culprit
 
 
-def _presented(norm: Word, finite: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _presented(norm: Scalar, finite: Tensor | None, dtype: torch.dtype) -> Tensor:
     if not isinstance(norm, Tensor):
         return presented(norm, dtype)
     return presented_on_device(norm, norm < inf if finite is None else finite, dtype)
 
 
 def _scale(
-    gradients: Sequence[Tensor], norm: Word, max_norm: float, dtype: torch.dtype, finite: Tensor | None = None
+    gradients: Sequence[Tensor], norm: Scalar, max_norm: float, dtype: torch.dtype, finite: Tensor | None = None
 ) -> None:
     if isinstance(norm, Tensor) and not reads_are_free(norm.device):
         if max_norm < inf:

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import LayoutError, and_more
 from ..layouts.piece import Held, once
-from ..ranks.compare import checksums, differing, who_differs
+from ..ranks.compare import checksums, differing_fields, who_differs
 from ..ranks.group import ClippingGroup
 from .build import Plan
 from .copies import values_apart
@@ -26,7 +26,7 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
     LayoutError for parameters and values, or where a rank called :func:`tell_ranks` instead; ValueError for settings.
     Two all-reduces, each with a wait.
     """
-    different = differing(plan.group, plan.device, _fields(settings, plan.code))
+    different = differing_fields(plan.group, plan.device, _fields(settings, plan.code))
     if ERROR in different:
         raise LayoutError(f"a rank of the clipping group could not make its Clipper{_who(plan, 'made its Clipper')}")
     if "parameters" in different:
@@ -52,7 +52,7 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
 
 def tell_ranks(group: ClippingGroup, device: torch.device, settings: Mapping[str, str], error: Exception) -> None:
     """In place of :func:`compare_ranks`, on a rank that is about to raise ``error``: the others raise as well."""
-    if differing(group, device, _fields(settings, failed=True)):
+    if differing_fields(group, device, _fields(settings, failed=True)):
         who_differs(group, device, stopped_by(error))
 
 

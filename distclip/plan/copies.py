@@ -16,7 +16,8 @@ from ..kernels.transfer import sent
 from ..layouts.layout import represents
 from ..layouts.piece import Held
 from ..ranks.compare import projections
-from ..ranks.message import Word, root
+from ..ranks.connections import all_reduce
+from ..ranks.message import Scalar, root
 from .build import Plan
 from .measure import norms_of
 from .measured import Measured, Norms
@@ -31,7 +32,7 @@ SAY_SO = (
 )
 
 
-def compare_copies(plan: Plan, norm: float, own: Word | None, call: str, warns: bool = True) -> None:
+def compare_copies(plan: Plan, norm: float, own: Scalar | None, call: str, warns: bool = True) -> None:
     """Where every rank holds all gradients: remember it if those of this one were not those of all in ``call``.
 
     ``norm`` is that of all ranks, finite, and ``own`` what this one has put in, a number. Some ranks see a difference
@@ -69,7 +70,7 @@ def compare_gradients(plan: Plan, measured: Measured) -> bool:
     if not copied or norm == 0:
         return True
     found = norms_of(plan, measured, frozenset(copied))
-    words = plan.group.all_reduce(drift_words(plan, norms_and_projections(plan, found, copied) / norm, copied)).cpu()
+    words = all_reduce(plan.group, drift_words(plan, norms_and_projections(plan, found, copied) / norm, copied)).cpu()
     apart = drifted(words, ALIKE, WEIGHTY * ALIKE).nonzero().flatten().tolist()
     if apart:
         raise not_replicas([plan.label(copied[k]) for k in apart])
@@ -84,7 +85,7 @@ def values_apart(
         return []
     copied = replicated(plan)
     values = sums([kept[i].values() for i in copied], plan.device)
-    drift = plan.group.all_reduce(values * _signs(plan, copied))
+    drift = all_reduce(plan.group, values * _signs(plan, copied))
     return [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
 
 

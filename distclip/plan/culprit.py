@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from ..errors import NonFiniteError
 from ..kernels import local_norms
-from ..ranks.compare import say
+from ..ranks.compare import broadcast_text
+from ..ranks.connections import all_reduce
 from ..ranks.group import ClippingGroup
 from ..report import Culprit
 from .build import Plan
@@ -30,13 +31,13 @@ def find_culprit(plan: Plan, norms: Norms) -> Culprit:
     """
     group, device = plan.group, plan.device
     word = torch.tensor([_first_bad(group.rank, norms)], device=device)
-    winner = int(group.all_reduce(word, dist.ReduceOp.MIN).item())
+    winner = int(all_reduce(group, word, dist.ReduceOp.MIN).item())
     if winner == NOBODY:
         return Culprit("overflow", None, None)
     winner %= OVERFLOW
     rank, index, kind = winner >> 34, winner >> 2 & 0xFFFFFFFF, KINDS[winner & 3]
     here = f"{_made(plan, index)}{plan.label(index)}" if group.rank == rank else ""
-    told = say(group, device, rank, here)
+    told = broadcast_text(group, device, rank, here)
     made, name = told[:1], told[1:]
     if kind == "overflow" or made == OWN:
         return Culprit(kind, name, group.ranks[rank], (group.ranks[rank],))
@@ -49,7 +50,7 @@ def ranks_that(group: ClippingGroup, device: torch.device, say_so: bool) -> tupl
     """The global ranks that ``say_so``: one all-reduce of a float64 word a rank, and a wait."""
     rows = torch.zeros(group.size, dtype=torch.float64, device=device)
     rows[group.rank] = say_so
-    return tuple(group.ranks[k] for k, said in enumerate(group.all_reduce(rows).tolist()) if said)
+    return tuple(group.ranks[k] for k, said in enumerate(all_reduce(group, rows).tolist()) if said)
 
 
 def _made(plan: Plan, index: int) -> str:

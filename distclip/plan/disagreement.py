@@ -9,7 +9,7 @@ from ..errors import LayoutError, and_more
 from ..gradients.realign import is_candidate
 from ..ranks.compare import who_differs
 from ..ranks.group import ClippingGroup
-from ..ranks.message import Word, reduce_norm
+from ..ranks.message import Scalar, reduce_norm
 from .build import Plan
 
 
@@ -44,7 +44,7 @@ def tell_others(
 
     ``device`` and the number of ``flags`` must be those of the others.
     """
-    nothing: Word = 0.0 if device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=device)
+    nothing: Scalar = 0.0 if device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=device)
     reduced = reduce_norm(group, nothing, p, 0, True, flags, call=call)
     if reduced.disagree is True:
         who_differs(group, device, stopped_by(error))

@@ -17,7 +17,7 @@ from ..kernels import largest, local_norms, norms_on_host, power_sum
 from ..kernels.device import has_float64
 from ..kernels.transfer import sent
 from ..ranks.compare import who_differs
-from ..ranks.message import Reduced, Word, reduce_norm
+from ..ranks.message import Reduced, Scalar, reduce_norm
 from .build import Plan
 from .disagreement import account, missing_in, tell_others
 from .measured import Measured, Norms
@@ -145,7 +145,7 @@ def _sum_on_host(plan: Plan, local: Local) -> float:
     return sum(amounts, 0.0)
 
 
-def _sum_of(plan: Plan, norms: Norms) -> Word:
+def _sum_of(plan: Plan, norms: Norms) -> Scalar:
     """The same from the norms of all gradients, where messages are reduced."""
     if plan.p == inf:
         mine = norms.norms.max() if len(norms.indices) else norms.norms.new_zeros(())

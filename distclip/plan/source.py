@@ -20,7 +20,8 @@ from ..kernels import local_norms
 from ..layouts.fsdp2 import groups_of
 from ..layouts.model import held_in, parts_of
 from ..layouts.piece import local_tensor
-from ..ranks.compare import say
+from ..ranks.compare import broadcast_text
+from ..ranks.connections import all_reduce
 from ..ranks.group import ClippingGroup
 from ..report import Culprit
 from ..shield import shielded
@@ -77,7 +78,7 @@ class Source:
             self._names[id(h)] for h in self._holders if h.grad is not None and self._names[id(h)] not in self._watched
         ]
         words = torch.tensor([first, -len(unseen)], device=self._device)
-        winner, missed = map(int, group.all_reduce(words, dist.ReduceOp.MIN).tolist())
+        winner, missed = map(int, all_reduce(group, words, dist.ReduceOp.MIN).tolist())
         if missed:
             raise RuntimeError(
                 f"find_source has not seen the gradients of {and_more(unseen) or 'another rank'}: call it before "
@@ -86,7 +87,7 @@ class Source:
         if winner == NOBODY:
             return None
         rank, index, kind = winner >> 34, winner >> 2 & 0xFFFFFFFF, KINDS[winner & 3]
-        name = say(group, self._device, rank, names[index] if group.rank == rank else "")
+        name = broadcast_text(group, self._device, rank, names[index] if group.rank == rank else "")
         return Culprit(kind, name, group.ranks[rank], ranks_that(group, self._device, bool(bad)))
 
     def remove(self) -> None:

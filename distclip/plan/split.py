@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import LayoutError, and_more
 from ..layouts.layout import part_of
 from ..layouts.piece import Held
-from ..ranks.compare import HASHES, checksums, is_constant, say
+from ..ranks.compare import HASHES, broadcast_text, checksums, is_constant
+from ..ranks.connections import all_reduce
 from .build import Plan
 from .measure import norms_of
 from .measured import Measured, Norms
@@ -75,11 +76,11 @@ def count_split(plan: Plan, found: Norms) -> None:
 def _raise_if_counted(plan: Plan, wrong: Sequence[str]) -> None:
     """Raise on every rank what the first of them has found ``wrong``: one all-reduce, and another where some has."""
     first = torch.tensor([plan.group.rank if wrong else plan.group.size], device=plan.device)
-    speaker = int(plan.group.all_reduce(first, dist.ReduceOp.MIN).item())
-    if speaker < plan.group.size:
-        listed = say(plan.group, plan.device, speaker, and_more(wrong))
+    source = int(all_reduce(plan.group, first, dist.ReduceOp.MIN).item())
+    if source < plan.group.size:
+        listed = broadcast_text(plan.group, plan.device, source, and_more(wrong))
         raise LayoutError(
-            f"gradients are not counted once: on rank {plan.group.ranks[speaker]} {listed}; return "
+            f"gradients are not counted once: on rank {plan.group.ranks[source]} {listed}; return "
             "distclip.Layout(number of ranks that hold it) from layout= (a tied weight on two stages: Layout(2); norm "
             "layers that tensor-parallel ranks share: all of these)"
         )
@@ -91,11 +92,11 @@ def _summed_shares(plan: Plan, keys: Sequence[int], shares: Sequence[float]) -> 
     One rank may hold twins, such as biases that are added to the same stream, which no other has.
     """
     group, mine = plan.group, dict(zip(keys, shares, strict=True))
-    most = int(group.all_reduce(torch.tensor([len(mine)], device=plan.device), dist.ReduceOp.MAX).item())
+    most = int(all_reduce(group, torch.tensor([len(mine)], device=plan.device), dist.ReduceOp.MAX).item())
     rows = torch.zeros(group.size, 2, most, dtype=torch.float64, device=plan.device)
     rows[group.rank, :, : len(mine)] = torch.tensor([list(mine), list(mine.values())], dtype=torch.float64)
     if most:
-        group.all_reduce(rows)
+        all_reduce(group, rows)
     counted: Counter[int] = Counter()
     for row_keys, row_shares in rows.tolist():
         for key, share in zip(row_keys, row_shares, strict=True):

@@ -9,6 +9,7 @@ from ..errors import LayoutError, and_more
 from ..gradients.storage import Storage
 from ..layouts.piece import Held
 from ..ranks.compare import bit_sums
+from ..ranks.connections import all_reduce
 from .build import Plan
 from .construction import SAY_SO
 from .copies import drift_words, drifted, norms_and_projections, not_replicas, values_apart
@@ -65,7 +66,7 @@ def _count_common(plan: Plan, found: Norms) -> None:
     comparable = torch.tensor([float(plan.pieces[i].aligned) for i in common], device=plan.device)
     told = drift_words(plan, norms_and_projections(plan, found, common) * comparable, common)
     numbers = counted.new_tensor([len(found.indices), len(plan.pieces)])
-    words = plan.group.all_reduce(torch.cat([counted, told.flatten(), numbers])).cpu()
+    words = all_reduce(plan.group, torch.cat([counted, told.flatten(), numbers])).cpu()
     present, pieces = words[-2:].tolist()
     if pieces and not present:
         raise LayoutError(f"there is no gradient on any rank: {ABSENT}")

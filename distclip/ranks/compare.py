@@ -1,4 +1,4 @@
-"""Comparing ranks: a few numbers at construction, checksums of parameters, and words from one rank to all."""
+"""Comparing ranks: a few numbers at construction, checksums of parameters, and a text from one rank to all."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import and_more
 from ..kernels.device import has_float64
 from ..kernels.dtypes import as_real
 from ..kernels.flat import bounded
 from ..kernels.transfer import sent
+from . import errors
+from .connections import all_reduce
 from .group import ClippingGroup
 
 PART = 1 << 22  # elements whose bits torch converts to int64 at once: 32 MiB
@@ -22,32 +23,32 @@ TEXT_BYTES = 1024
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
-def differing(group: ClippingGroup, device: torch.device, fields: Mapping[str, float]) -> list[str]:
+def differing_fields(group: ClippingGroup, device: torch.device, fields: Mapping[str, float]) -> list[str]:
     """The names of the fields whose numbers are not the same on every rank of the group, the same list on all.
 
-    One all-reduce of twice as many float64 words as there are fields, and one wait. Numbers must be finite.
+    One all-reduce, of two float64 numbers a field, and one host sync. Numbers must be finite.
     """
     values = torch.tensor(list(fields.values()), dtype=torch.float64, device=device)
-    words = torch.cat([values, -values])
-    high, low = group.all_reduce(words, dist.ReduceOp.MAX, call="Clipper()").chunk(2)
+    message = torch.cat([values, -values])  # the largest and, negated, the smallest in one collective
+    high, low = all_reduce(group, message, dist.ReduceOp.MAX, call="Clipper()").chunk(2)
     return [name for name, differs in zip(fields, (high != -low).tolist(), strict=True) if differs]
 
 
 def who_differs(group: ClippingGroup, device: torch.device, mine: str) -> str:
     """Name a rank whose text ``mine`` few others have, and one of those whose text most have, with these texts.
 
-    Three all-reduces, of a float64 word a rank and twice of 1024 bytes, and three waits.
+    Three all-reduces, of a float64 number a rank and twice of 1024 bytes, with a host sync each.
     """
     rows = torch.zeros(group.size, dtype=torch.float64, device=device)
     rows[group.rank] = crc32(mine.encode())
-    hashes = group.all_reduce(rows).tolist()
+    hashes = all_reduce(group, rows).tolist()
     counts = Counter(hashes)
     usual = hashes.index(counts.most_common(1)[0][0])
     odd = [rank for rank, value in enumerate(hashes) if value != hashes[usual]]
     if not odd:
         return ""
-    texts = [say(group, device, rank, mine) for rank in (odd[0], usual)]
-    return f"; rank {and_more([group.ranks[rank] for rank in odd])}: {texts[0]}; rank {group.ranks[usual]}: {texts[1]}"
+    text, usual_text = [broadcast_text(group, device, rank, mine) for rank in (odd[0], usual)]
+    return errors.differs([group.ranks[rank] for rank in odd], text, group.ranks[usual], usual_text)
 
 
 def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -68,7 +69,7 @@ def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 def projections(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """A 0-d float64 for each tensor: at most ``SAMPLE`` elements along a direction that depends on their number.
 
-    On ``device``; one copy from each other one, which waits where it goes to the host.
+    On ``device``; one copy from each other one, which is a host sync where it goes to the CPU.
     """
     by_device: dict[torch.device, list[int]] = {}
     for k, tensor in enumerate(tensors):
@@ -87,7 +88,7 @@ def _along(values: Tensor) -> Tensor:
 
 
 def is_constant(tensor: Tensor) -> bool:
-    """Whether all of its elements are one number, by at most ``SAMPLE`` of them. Waits for an accelerator."""
+    """Whether all of its elements are one number, by at most ``SAMPLE`` of them. A host sync on an accelerator."""
     values = _sample(tensor)
     return not values.numel() or bool((values == values[0]).all())
 
@@ -117,11 +118,11 @@ def _sample(tensor: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
 
 
-def say(group: ClippingGroup, device: torch.device, speaker: int, text: str) -> str:
-    """The ``text`` of the group's rank ``speaker``, on every rank: one all-reduce of 1024 bytes, and one wait."""
+def broadcast_text(group: ClippingGroup, device: torch.device, source: int, text: str) -> str:
+    """The ``text`` of the group's rank ``source``, on every rank: one all-reduce of 1024 bytes, and one host sync."""
     letters = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
-    if group.rank == speaker:
+    if group.rank == source:
         raw = text.encode()[:TEXT_BYTES]
         letters[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    sent = group.all_reduce(letters.to(device))
-    return bytes(sent.tolist()).rstrip(b"\0").decode(errors="replace")
+    reduced = all_reduce(group, letters.to(device))  # the others add zeros
+    return bytes(reduced.tolist()).rstrip(b"\0").decode(errors="replace")

@@ -1,6 +1,5 @@
-"""The clipping group: the ranks that make one norm together, and where their words are reduced."""
+"""The clipping group: which ranks make one norm together, and on which device. It communicates nothing itself."""
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,19 +12,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..kernels.device import device_of, has_float64
-from .connections import TALK, channel, open_channel
-from .roll_call import Meeting
+from . import errors
 
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
-
 
 _clippers: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class ClippingGroup:
-    """The ranks that take part, in group order; nothing to talk through for one process without torch.distributed.
+    """The ranks that take part, in group order. One process without torch.distributed has nothing to communicate.
 
     ``rank`` is this process's index in ``ranks``; ``ranks`` holds global ranks, as a range where they can be one: a
     plan keeps no more for 16384 ranks than for two.
@@ -40,13 +37,13 @@ class ClippingGroup:
         """``group``, or the default group, or this process alone when torch.distributed is not initialised."""
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
-                raise ValueError("group was given but torch.distributed is not initialised: call init_process_group")
+                raise ValueError(errors.NOT_INITIALISED)
             return cls(None, (0,), 0)
         process_group = group or dist.group.WORLD
         assert process_group is not None
         rank = dist.get_rank(process_group)
         if rank < 0:
-            raise ValueError(f"rank {dist.get_rank()} is not in the clipping group: only the ranks of `group` may call")
+            raise ValueError(errors.NOT_IN_GROUP.format(rank=dist.get_rank()))
         return cls(ref(process_group), _compact(dist.get_process_group_ranks(process_group)), rank)
 
     @classmethod
@@ -57,12 +54,12 @@ class ClippingGroup:
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """What the group talks through, or None; RuntimeError after it was destroyed."""
+        """What the ranks communicate through, or None; RuntimeError after it was destroyed."""
         if self.reference is None:
             return None
         process_group = self.reference()
         if process_group is None:
-            raise RuntimeError("the process group was destroyed: build the Clipper anew")
+            raise RuntimeError(errors.DESTROYED)
         return process_group
 
     @property
@@ -88,45 +85,12 @@ class ClippingGroup:
         _clippers[process_group] = number + 1
         return number
 
-    def all_reduce(
-        self,
-        words: Tensor,
-        op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
-        number: int = TALK,
-        call: str = "",
-    ) -> Tensor:
-        """Reduce ``words`` in place over the group and return them: one collective, or none in one process.
-
-        ``number``: how many words there are, below 0 if they are not added up, where ranks that disagree might send
-        others at the same time; words on the host then meet none of another number. ``call``: what this rank makes it
-        for, as errors say.
-        RuntimeError that names the ranks that did not come, where the backend gave up waiting for them.
-        """
-        process_group = self.process_group
-        if process_group is not None:
-            meeting = Meeting(process_group.group_name, number, self.ranks, call)
-            start = time.monotonic()
-            try:
-                if words.device.type == "cpu":
-                    through = channel(process_group, number)
-                    if through is None:
-                        meeting.open()
-                        through = open_channel(process_group, number)
-                    meeting.wait(through.begin(process_group, words, op))
-                else:
-                    dist.all_reduce(words, op, group=process_group)
-            except RuntimeError as error:
-                missing = meeting.who_is_missing(time.monotonic() - start)
-                raise RuntimeError(f"{missing} ({str(error).splitlines()[0]})") from error
-        return words
-
     def device_for(self, tensors: Iterable[Tensor]) -> torch.device:
-        """Where the reduced words live: the device of most elements if the group's backend reduces there.
+        """Where the message lives: on the device of most elements if the group's backend reduces there, or on the CPU.
 
-        NCCL reduces on CUDA only. Gloo would copy CUDA words to the host and back, so its words live on the CPU.
-        What is on the meta device has no gradient. Words are float64: of a device without it they live on the CPU,
-        and a group that reduces nowhere else is a ValueError.
+        Tensors on the meta device have no gradients. ValueError where the group reduces only where there is no float64.
         """
+        # NCCL reduces on CUDA only. Gloo would copy a message on CUDA to the host and back.
         home = _home_of(list(tensors))
         if self.process_group is None:
             return home if has_float64(home) else torch.device("cpu")
@@ -140,10 +104,7 @@ class ClippingGroup:
         kind = next(iter(backends))
         device = torch.device(kind, torch.get_device_module(kind).current_device())
         if not has_float64(device):
-            raise ValueError(
-                f"norms are reduced in float64, which {device} has not, and this group reduces nowhere else: give it a "
-                f"backend for the CPU too, as in init_process_group('cpu:gloo,{kind}:{backends[kind]}')"
-            )
+            raise ValueError(errors.NO_FLOAT64.format(device=device, kind=kind, backend=backends[kind]))
         return device
 
 
@@ -167,11 +128,8 @@ def axis_ranks(axis: Axis) -> tuple[int, ...]:
     """The global ranks along ``axis`` that share this rank's other coordinates."""
     if isinstance(axis, DeviceMesh):
         if axis.ndim != 1:
-            raise ValueError(f"split_over takes 1-D mesh slices such as mesh['pp']; got a {axis.ndim}-D mesh {axis}")
+            raise ValueError(errors.NOT_ONE_DIM.format(ndim=axis.ndim, mesh=axis))
         axis = axis.get_group()
     if not isinstance(axis, dist.ProcessGroup):
-        raise ValueError(
-            f"split_over names a group that rank {dist.get_rank()} is no member of: give every rank the group that it "
-            "is in itself, as mesh['pp'] and dist.new_subgroups() do, or say layout="
-        )
+        raise ValueError(errors.NOT_ON_THIS_AXIS.format(rank=dist.get_rank()))
     return tuple(dist.get_process_group_ranks(axis))

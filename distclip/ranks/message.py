@@ -1,12 +1,16 @@
-"""What travels: the few float64 words of the one all-reduce, and what their reduced values say.
+"""The message: the few float64 numbers of the one all-reduce, and what their reduced values say.
 
-For p < inf two words are summed: the sum of powers, which is not finite exactly when a rank's is, and an agreement
-word. With ``code`` a 16-bit mix of what ranks must have in common and ``M = 2**36``, rank 0 sends
-``code * (M - size + 1)`` and every other rank ``code``: the sum modulo M is 0 when all sent the same code. All terms
-are whole numbers below 2**53, so the sum is exact in any order. A rank with an error of its own adds inf, which no
-other can make up for. For p = inf four words are maximised: the largest norm (0 where it is not finite, because Gloo's
-MAX drops NaN by position), a flag for inf or NaN, ``code`` and ``-code``. The verdict comes from reduced values alone,
-so that every rank sees the same one.
+[Note: what travels]
+* **message**: what a rank sends in one all-reduce. For p < inf two numbers that are added up, the sum of powers and the
+  agreement word; for p = inf four of which the largest is taken, the norm, a flag for inf or NaN, ``code`` and
+  ``-code``. One number more for each yes-or-no question that the plan asks all ranks.
+* **code**: a 16-bit mix of what ranks must have in common: parameters, step, kind of call, settings.
+* **agreement word**: what the code is sent as. Its reduced value alone tells whether all ranks sent the same code, so
+  that every rank reaches the same verdict. A rank with an error of its own adds inf, which no other can make up for.
+* **signed length**: the length of the message, below 0 where the largest is taken. Ranks that disagree may send
+  messages of other signed lengths at the same time, which must not meet.
+* **channel**: what messages of one signed length go through on the host (connections.py).
+* **roll call**: how ranks find out, in the job's store, who did not join a collective (roll_call.py).
 """
 
 from collections.abc import Sequence
@@ -18,31 +22,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .connections import all_reduce
 from .group import ClippingGroup
 
 MODULUS = 2.0**36
 CODES = 1 << 16
 
-Word: TypeAlias = Tensor | float
-"""A number where the words are reduced on the host, a 0-d float64 tensor where that is an accelerator."""
+Scalar: TypeAlias = Tensor | float
+"""A number where messages are reduced on the host, a 0-d float64 tensor where that is an accelerator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """What the reduced words say, the same on every rank: numbers on the host, 0-d tensors on an accelerator.
+    """What the reduced message says, the same on every rank: numbers on the host, 0-d tensors on an accelerator.
 
     * ``norm``: the total norm, float64; a tensor is NaN where ranks disagree.
     * ``disagree``: whether ranks sent different codes or reported a fault.
     * ``answers``: for each question, whether some rank said yes: a number above 0.
-    * ``own``: what this rank alone has put in, where every rank holds a copy of every gradient; else None.
+    * ``own``: what this rank alone has put in, where every rank holds all gradients whole; else None.
     * ``who``: after what an error says of the disagreement, which ranks it is; empty where that was not asked.
-    * ``row``: own word, norm and disagreement as they lie side by side in memory, float64, where they do.
+    * ``row``: own number, norm and disagreement side by side in memory, (3,) float64, where they lie so.
     """
 
-    norm: Word
+    norm: Scalar
     disagree: Tensor | bool
-    answers: tuple[Word, ...]
-    own: Word | None = None
+    answers: tuple[Scalar, ...]
+    own: Scalar | None = None
     who: str = ""
     row: Tensor | None = None
 
@@ -58,64 +63,64 @@ class Reduced:
         return torch.scalar_tensor(nan if self.disagree else self.norm, dtype=torch.float64, device=device)
 
     def to_send(self, device: torch.device) -> Tensor:
-        """What the host wants to know of these words on ``device``, 1-D float64, for :meth:`sent`."""
+        """What the host wants to know of them, on ``device``, 1-D float64, for :meth:`sent`."""
         if self.row is not None:
             return self.row
         norm = self.tensor(device)
         if self._is_of_one():
             return norm.view(1)
         return torch.stack(
-            [_beside(norm, word) for word in (norm if self.own is None else self.own, norm, self.disagree)]
+            [_beside(norm, scalar) for scalar in (norm if self.own is None else self.own, norm, self.disagree)]
         )
 
     def sent(self, numbers: Sequence[float]) -> tuple[float, float, float, Sequence[float]]:
-        """Own word, norm, disagreement and what was sent after them."""
+        """Own number, norm, disagreement and what was sent after them."""
         if self._is_of_one():
             return numbers[0], numbers[0], 0.0, numbers[1:]
         own, norm, disagree, *more = numbers
         return own, norm, disagree, more
 
     def _is_of_one(self) -> bool:
-        """Whether there is nothing but the norm: nobody to disagree with, and no copies."""
+        """Whether there is nothing but the norm: nobody to disagree with, and no replicas."""
         return self.disagree is False and self.own is None
 
     def read(self) -> tuple[float, bool, list[bool]]:
-        """Norm, disagreement and answers as numbers: one wait if they are on an accelerator."""
+        """Norm, disagreement and answers as numbers: one host sync if they are on an accelerator."""
         if not isinstance(self.norm, Tensor):
             return self.norm, bool(self.disagree), [float(answer) > 0 for answer in self.answers]
-        words = torch.stack([_beside(self.norm, word) for word in (self.norm, self.disagree, *self.answers)])
-        norm, disagree, *answers = words.tolist()
+        row = torch.stack([_beside(self.norm, scalar) for scalar in (self.norm, self.disagree, *self.answers)])
+        norm, disagree, *answers = row.tolist()
         return norm, bool(disagree), [answer > 0 for answer in answers]
 
 
-def _beside(norm: Tensor, word: Word) -> Tensor:
-    """``word`` in float64 where ``norm`` is."""
-    return word.double() if isinstance(word, Tensor) else torch.full_like(norm, word)
+def _beside(norm: Tensor, scalar: Scalar) -> Tensor:
+    """``scalar`` in float64 where ``norm`` is."""
+    return scalar.double() if isinstance(scalar, Tensor) else torch.full_like(norm, scalar)
 
 
 def reduce_norm(
     group: ClippingGroup,
-    local: Word,
+    local: Scalar,
     p: float,
     code: int,
     faulty: bool,
     questions: Sequence[bool],
-    copied: bool = False,
+    replicated: bool = False,
     call: str = "",
 ) -> Reduced:
     """Make ``local``, this rank's sum of powers over replicas (p = inf: its largest norm), global.
 
-    One all-reduce of two float64 words (p = inf: four) and one for each of ``questions``, made by every rank of the
-    group whatever it holds; none in one process. A ``faulty`` rank, which is about to raise, takes part so that the
-    others do not wait for it. ``copied``: every rank of the group holds a copy of all that is summed.
-    ``call``: what it is for, as errors say.
+    One all-reduce of two float64 numbers (p = inf: four) and one for each of ``questions``, made by every rank of the
+    group whatever it holds; none in one process. See [Note: what travels] above. A ``faulty`` rank, which is about to
+    raise, takes part so that the others do not wait for it. ``replicated``: every rank of the group holds all that is
+    summed. ``call``: what it is for, as errors say.
     """
-    if isinstance(local, Tensor) and group.process_group is None:  # nobody to disagree with, and no words to be made
+    if isinstance(local, Tensor) and group.reference is None:  # nobody to disagree with, and no message to be made
         return Reduced(local if p == inf else root(local, p), False, tuple(questions))
     reduce = _reduce_max if p == inf else _reduce_sum
-    fault, said = inf if faulty else 0.0, list(map(float, questions))
-    row, norm, disagree, *answers = reduce(group, local, p, code % CODES, fault, said, call)
-    own = local if copied else None
+    fault, asked = inf if faulty else 0.0, list(map(float, questions))
+    row, norm, disagree, *answers = reduce(group, local, p, code % CODES, fault, asked, call)
+    own = local if replicated else None
     if isinstance(norm, Tensor):
         norm.masked_fill_(disagree, nan)
     return Reduced(norm, disagree, tuple(answers), own, row=row)
@@ -123,15 +128,17 @@ def reduce_norm(
 
 def _reduce_sum(
     group: ClippingGroup,
-    local: Word,
+    local: Scalar,
     p: float,
     code: int,
     fault: float,
-    said: list[float],
+    asked: list[float],
     call: str,
 ) -> tuple[Any, ...]:
-    word = code * (MODULUS - group.size + 1) if group.rank == 0 else float(code)
-    row, (total, agreement, *answers) = _all_reduce(group, [local], [word + fault, *said], dist.ReduceOp.SUM, call)
+    # The sum modulo M is 0 when all sent the same code: rank 0 sends code * (M - size + 1), every other one code. All
+    # terms are whole numbers below 2**53, so the sum is exact in any order.
+    word = code * (MODULUS - len(group.ranks) + 1) if group.rank == 0 else float(code)
+    row, (total, agreement, *answers) = _all_reduce(group, [local], [word + fault, *asked], dist.ReduceOp.SUM, call)
     if row is None:
         return None, root(total, p), agreement % MODULUS != 0, *answers
     norm = total.sqrt_() if p == 2 else total.pow_(1 / p)  # where they lie, for the host to have them as they do
@@ -140,14 +147,15 @@ def _reduce_sum(
 
 def _reduce_max(
     group: ClippingGroup,
-    local: Word,
+    local: Scalar,
     p: float,
     code: int,
     fault: float,
-    said: list[float],
+    asked: list[float],
     call: str,
 ) -> tuple[Any, ...]:
-    known = [code + fault, -float(code), *said]
+    known = [code + fault, -float(code), *asked]
+    # Gloo's MAX drops NaN by position: what is not finite travels as a flag beside a norm of 0.
     if not isinstance(local, Tensor):
         flag = 2.0 if isnan(local) else 1.0 if isinf(local) else 0.0
         own = [0.0 if flag else local, flag]
@@ -160,27 +168,27 @@ def _reduce_max(
 
 
 def _all_reduce(
-    group: ClippingGroup, own: Sequence[Word], known: Sequence[float], op: dist.ReduceOp.RedOpType, call: str
+    group: ClippingGroup, own: Sequence[Scalar], known: Sequence[float], op: dist.ReduceOp.RedOpType, call: str
 ) -> tuple[Tensor | None, Sequence[Any]]:
-    """The reduced words, ``own`` ones first: numbers if these are, 0-d tensors on their device otherwise.
+    """The reduced message, ``own`` scalars first: numbers if these are, 0-d tensors on their device otherwise.
 
-    There they lie side by side, the first of ``own`` as it was before them: a row of that and two reduced words.
+    There they lie side by side, the first of ``own`` as it was before them: a row of that and two reduced scalars.
     """
-    first, number = own[0], len(own) + len(known)
+    first, signed_length = own[0], len(own) + len(known)
     if op != dist.ReduceOp.SUM:
-        number = -number  # as many words to be added up may say the opposite: the two must not meet
+        signed_length = -signed_length  # a message as long may be added up, and say the opposite: they must not meet
     if isinstance(first, Tensor):
-        made = {word: torch.full_like(first, word) for word in known}
-        words = torch.stack([first, *own, *(made[word] for word in known)])  # type: ignore[list-item]
-        group.all_reduce(words[1:], op, number, call)
-        return words[:3], words[1:].unbind()
-    if group.process_group is None:
+        made = {number: torch.full_like(first, number) for number in known}
+        memory = torch.stack([first, *own, *(made[number] for number in known)])  # type: ignore[list-item]
+        all_reduce(group, memory[1:], op, signed_length, call)
+        return memory[:3], memory[1:].unbind()
+    if group.reference is None:
         return None, [*own, *known]
-    words = torch.tensor([*own, *known], dtype=torch.float64)
-    return None, group.all_reduce(words, op, number, call).tolist()
+    message = torch.tensor([*own, *known], dtype=torch.float64)
+    return None, all_reduce(group, message, op, signed_length, call).tolist()
 
 
-def root(total: Word, p: float) -> Word:
+def root(total: Scalar, p: float) -> Scalar:
     """The norm of which ``total`` is the sum of powers, p < inf."""
     if p == 2:
         return total.sqrt() if isinstance(total, Tensor) else sqrt(total)

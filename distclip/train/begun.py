@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from distclip.ranks.presence import MEETING_POINT
+from distclip.ranks.lost_ranks import MEETING_POINT
 
 
 def say_begun() -> None:

@@ -5,7 +5,7 @@ import os
 import torch.distributed as dist
 
 from distclip import LayoutError, NonFiniteError
-from distclip.ranks.presence import Roll, first_sentence, of_backend, who_is_gone
+from distclip.ranks.lost_ranks import Finding, first_sentence, of_backend, who_is_gone
 from distclip.train.checkpoint import CheckpointError
 from distclip.train.complaint import complain
 from distclip.train.place import launched, number_in
@@ -25,9 +25,9 @@ def exit_code_after(error: ConfigError | LayoutError | RuntimeError | OSError) -
         case OSError():
             complain(f"training failed on rank {rank()}: {error}")
         case _ if of_backend(error):
-            roll = who_is_gone() if dist.is_initialized() else Roll("the ranks could not meet", called_here=True)
-            if roll.called_here:
-                complain(f"training failed: {roll.story} ({first_sentence(error)})")
+            found = who_is_gone() if dist.is_initialized() else Finding("the ranks could not meet", called_here=True)
+            if found.called_here:
+                complain(f"training failed: {found.story} ({first_sentence(error)})")
         case _ if of_backend(error.__cause__):  # found by the Clipper, whose own roll call is of its collective alone
             return exit_code_after(error.__cause__)
         case _:

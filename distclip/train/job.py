@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from distclip.ranks.presence import Presence
+from distclip.ranks.lost_ranks import Presence
 from distclip.train import checkpoint
 from distclip.train.axes import Axes
 from distclip.train.begun import say_begun

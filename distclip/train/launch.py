@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distclip.ranks.presence import MEETING_POINT
+from distclip.ranks.lost_ranks import MEETING_POINT
 from distclip.train.begun import has_begun
 from distclip.train.place import MEETING
 from distclip.train.problem import require

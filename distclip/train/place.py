@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-from distclip.ranks.presence import MEETING_POINT
+from distclip.ranks.lost_ranks import MEETING_POINT
 from distclip.train.config import Parallel
 from distclip.train.problem import require
 

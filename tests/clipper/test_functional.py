@@ -416,15 +416,15 @@ def test_unsharded_copies_are_never_taken_for_parameters():
 
 
 def payloads() -> list[int]:
-    """Words of every all-reduce that the functions make on FSDP2, on DTensors cut by hand, and for inf."""
+    """Lengths of every message that the functions send for FSDP2, for DTensors cut by hand, and for inf."""
     sizes = []
-    plain = distclip.ranks.group.ClippingGroup.all_reduce
+    plain = distclip.ranks.message.all_reduce
 
-    def spy(self, words, *op):
-        sizes.append(words.numel())
-        return plain(self, words, *op)
+    def spy(group, message, *op):
+        sizes.append(message.numel())
+        return plain(group, message, *op)
 
-    distclip.ranks.group.ClippingGroup.all_reduce = spy
+    distclip.ranks.message.all_reduce = spy
     model = fsdp2()
     backward(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -436,7 +436,7 @@ def payloads() -> list[int]:
     return sizes
 
 
-def test_two_words_travel_and_two_more_where_they_are_needed():
+def test_two_numbers_travel_and_two_more_where_they_are_needed():
     assert run_ranks(payloads, 2, fresh=True) == [[2, 2, 4, 4, 4]] * 2
 
 

@@ -280,7 +280,7 @@ def added_last(case: Case) -> Contract:
 
 def alone(case: Case) -> tuple[str, ...]:
     """What the guilty rank is told that came without the others."""
-    return (f"{the_others(case).replace('ranks', 'rank')} did not come to it or died, only rank {case.guilty} did",)
+    return (f"{the_others(case)} did not come to it or died, only rank {case.guilty} did",)
 
 
 def the_others(case: Case) -> str:

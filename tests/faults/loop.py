@@ -29,7 +29,7 @@ from torch.optim import SGD
 
 import distclip
 from distclip.layouts.piece import local_tensor
-from distclip.ranks.presence import name_lost_ranks
+from distclip.ranks import name_lost_ranks
 from support.layouts import batch, build, ddp, fsdp2
 from support.parallel import _tensor_parallel, mesh_of, rows
 

@@ -120,7 +120,7 @@ def test_a_group_that_reduces_only_where_there_is_no_float64_is_refused(monkeypa
     monkeypatch.setattr(ClippingGroup, "process_group", object())
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: "cuda:nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(ValueError, match=r"float64, which cuda:0 has not.*'cpu:gloo,cuda:nccl'"):
+    with pytest.raises(ValueError, match=r"float64, which cuda:0 does not have.*'cpu:gloo,cuda:nccl'"):
         ClippingGroup(None, (0, 1), 0).device_for([])
 
 

@@ -1,4 +1,4 @@
-"""Our words meet nobody else's: not those of another call of ours, nor what a rank that misses a call sends instead."""
+"""Our messages meet nobody else's: not those of another call, nor what a rank that misses a call sends instead."""
 
 import gc
 import os
@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 import distclip
-from distclip.ranks import roll_call
-from distclip.ranks.connections import TALK, channel, open_channel
+from distclip.ranks import roll_call, slow_collective
+from distclip.ranks.connections import ANY_LENGTH, all_reduce, channel, open_channel
 from distclip.ranks.group import ClippingGroup
 from distclip.ranks.message import reduce_norm
 from support.ranks import count_collectives, run_ranks
@@ -45,7 +45,7 @@ def another_sum_of_two_words() -> tuple[str, list[float]]:
     return said, metrics.tolist()
 
 
-def test_what_another_rank_sums_instead_is_not_taken_for_words():
+def test_what_another_rank_sums_instead_is_not_taken_for_a_message():
     (first, _), (second, metrics) = run_ranks(another_sum_of_two_words, 2, fresh=True)
     assert first.startswith("RuntimeError: a collective of the clipping group failed in clip_grad_norm_(max_norm=1.0,")
     assert "rank 1 did not come to it or died" in first
@@ -53,27 +53,27 @@ def test_what_another_rank_sums_instead_is_not_taken_for_words():
     assert metrics == [5.0, 1.0]
 
 
-def another_number_of_words() -> str:
+def another_length() -> str:
     group = dist.new_group(timeout=timedelta(seconds=2))
     norm_type = inf if dist.get_rank() == 2 else 2.0
     return message_of(lambda: distclip.clip_grad_norm_([gradient()], 1.0, norm_type, group=group))
 
 
 def test_calls_of_other_lengths_wait_for_each_other_and_name_each_other():
-    first, second, third = run_ranks(another_number_of_words, 3, fresh=True)
+    first, second, third = run_ranks(another_length, 3, fresh=True)
     for said in (first, second):
         assert "rank 2 did not come to it or died, rank 2 was in clip_grad_norm_(max_norm=1.0, norm_type=inf" in said
-    assert "rank 0, 1 did not come to it or died, only rank 2 did, rank 0 was in clip_grad_norm_(" in third
+    assert "ranks 0, 1 did not come to it or died, only rank 2 did, rank 0 was in clip_grad_norm_(" in third
 
 
 def another_operation() -> str:
-    """Both send four words. Added up and maximised by turns, rank 1 took them for a norm that all agreed on."""
+    """Both send four numbers. Added up and maximised by turns, rank 1 took them for a norm that all agreed on."""
     group = ClippingGroup.of(dist.new_group(timeout=timedelta(seconds=2)))
     first = dist.get_rank() == 0
     return message_of(lambda: reduce_norm(group, 1.0, 2.0 if first else inf, 5, False, (False,) * 2 if first else ()))
 
 
-def test_as_many_words_to_be_added_and_to_be_maximised_do_not_meet():
+def test_as_many_numbers_to_be_added_and_to_be_maximised_do_not_meet():
     for rank, said in enumerate(run_ranks(another_operation, 2, fresh=True)):
         assert f"rank {1 - rank} did not come to it or died, only rank {rank} did" in said
 
@@ -120,7 +120,7 @@ def test_a_group_of_the_same_name_has_channels_of_its_own_and_leaves_none(tmp_pa
 
 def timeouts() -> list[timedelta]:
     group = dist.new_group(timeout=timedelta(seconds=7))
-    own = open_channel(group, TALK).own._get_backend(torch.device("cpu"))
+    own = open_channel(group, ANY_LENGTH).own._get_backend(torch.device("cpu"))
     return [own.options._timeout, dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout]
 
 
@@ -132,7 +132,7 @@ def a_channel_that_not_all_open() -> str:
     group = dist.new_group(timeout=timedelta(seconds=2))
     if dist.get_rank() == 0:
         return "was not there"
-    return message_of(lambda: ClippingGroup.of(group).all_reduce(torch.ones(2), number=2))
+    return message_of(lambda: all_reduce(ClippingGroup.of(group), torch.ones(2), signed_length=2))
 
 
 def test_who_does_not_come_to_open_it_is_named():
@@ -150,13 +150,13 @@ def warnings_of(*calls: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for call in calls:
-            ClippingGroup.of(None).all_reduce(torch.ones(2), number=2, call=call)
+            all_reduce(ClippingGroup.of(None), torch.ones(2), signed_length=2, call=call)
     return [f"{warning.category.__name__}: {warning.message}" for warning in caught]
 
 
 def long_wait() -> list[str]:
     """Rank 2 comes when the others have looked more than three times."""
-    roll_call.LONG, roll_call.LOOK = 3, timedelta(seconds=0.5)
+    slow_collective.LONG, slow_collective.LOOK = 3, 0.5
     said = warnings_of("step 6")
     if dist.get_rank() == 2:
         time.sleep(4)
@@ -168,21 +168,21 @@ def test_one_of_those_who_wait_for_long_says_for_whom():
     assert late == []
     (said,) = first + second
     assert re.fullmatch(
-        r"RuntimeWarning: rank [01] has waited in step 7 for 2 s: rank 2 has not come\. Let every rank of .*", said
+        r"RuntimeWarning: rank [01] has waited for 2 s in step 7: rank 2 has not come\. Every rank of .*", said
     )
 
 
-def short_wait() -> tuple[list[str], list[bool], str | None]:
-    roll_call.LOOK = timedelta(seconds=0.2)
+def short_wait() -> tuple[list[str], list[bool], list[str]]:
+    slow_collective.LOOK = 0.2
     store = dist.distributed_c10d._get_default_store()
     said = warnings_of("step 6")
     if dist.get_rank() == 1:
         time.sleep(1)
     said += warnings_of("step 7")
     dist.barrier()
-    told = [store.check([f"distclip/waits/{dist.group.WORLD.group_name}/2/2/{rank}"]) for rank in (0, 1)]
-    return said, told, roll_call.waits_in()
+    told = [store.check([f"distclip/waits/{dist.group.WORLD.group_name}/2/1/2/{rank}"]) for rank in (0, 1)]
+    return said, told, roll_call.awaited
 
 
 def test_who_waits_for_a_moment_tells_nobody_but_the_store():
-    assert run_ranks(short_wait, 2, fresh=True) == [([], [True, False], None)] * 2
+    assert run_ranks(short_wait, 2, fresh=True) == [([], [True, False], [])] * 2

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from distclip.ranks import roll_call
-
-MEETING = roll_call.Meeting("group", 2, range(2))
+from distclip.ranks import roll_call, slow_collective
+from distclip.ranks.slow_collective import SlowCollective, given_up
 
 
 class Unreachable:
@@ -32,7 +31,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     store = Unreachable()
     monkeypatch.setattr(roll_call, "_get_default_store", lambda: store)
     monkeypatch.setattr(roll_call.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(roll_call, "PATIENCE", 0.1)
+    monkeypatch.setattr(slow_collective, "PATIENCE", 0.1)
     yield store
     store.link.set()
     for thread in roll_call._stuck:
@@ -41,17 +40,17 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_store_that_does_not_answer_hangs_nobody(store: Unreachable):
     began = time.monotonic()
-    assert [MEETING._is_called() for _ in range(50)] == [False] * 50
-    said = MEETING.who_is_missing(1.0)
+    assert [given_up("group", 2) for _ in range(50)] == [False] * 50
+    said = SlowCollective(range(2), "group", 2).who_is_missing(1.0)
     assert said == "a collective of the clipping group failed, and the job's store is gone too: it does not answer"
     assert time.monotonic() - began < 10
     assert store.requests == 1  # later ones would wait behind it
 
 
 def test_a_store_that_answers_again_is_asked_again(store: Unreachable):
-    assert not MEETING._is_called()
+    assert not given_up("group", 2)
     store.link.set()
     for thread in roll_call._stuck:
         thread.join()
-    said = MEETING.who_is_missing(1.0)
+    said = SlowCollective(range(2), "group", 2).who_is_missing(1.0)
     assert said.endswith("gone too: connection reset")

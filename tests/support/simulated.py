@@ -5,14 +5,14 @@
 
     norms = simulate(use, 64)
 
-A rank runs until it has to wait for the others' words. Then the next one runs; when all have sent theirs, every rank
+A rank runs until it has to wait for the others' messages. Then the next one runs; when all have sent theirs, every rank
 starts again from the beginning and is handed what was reduced so far. So `use` may change only what lies behind its
-last collective: one call of distclip does. Words sent a second time must have the same bits.
+last collective: one call of distclip does. A message sent a second time must have the same bits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -34,10 +34,44 @@ class Collective:
 
 
 class Waits(BaseException):
-    """A rank has sent its words and cannot go on without those of the others."""
+    """A rank has sent its message and cannot go on without those of the others."""
 
-    def __init__(self, words: Tensor, op: Any) -> None:
-        self.words, self.op = words, op
+    def __init__(self, message: Tensor, op: Any) -> None:
+        self.message, self.op = message, op
+
+
+class Done:
+    """In place of ``dist.Work``: an all-reduce that needs no waiting."""
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class SimulatedBackend:
+    """What one of the ranks communicates through, in place of ``dist.ProcessGroup``."""
+
+    rank: int
+    past: Sequence[Collective]
+    calls: int = 0
+    group_name = "simulated"
+
+    def _get_backend(self, device: torch.device) -> Self:
+        return self
+
+    def allreduce(self, messages: list[Tensor], options: dist.AllreduceOptions) -> Done:
+        (message,) = messages
+        if self.calls == len(self.past):
+            raise Waits(message.clone(), options.reduceOp.op)
+        collective = self.past[self.calls]
+        self.calls += 1
+        sent = collective.sent[self.rank]
+        assert torch.equal(sent.view(torch.uint8), message.contiguous().view(torch.uint8)), "message changed"
+        message.copy_(collective.got)
+        return Done()
 
 
 @dataclass(eq=False)
@@ -46,16 +80,18 @@ class SimulatedGroup:
 
     size: int
     rank: int
-    past: Sequence[Collective]
-    calls: int = field(default=0)
+    backend: SimulatedBackend
+
+    def reference(self) -> SimulatedBackend:
+        return self.backend
 
     @property
-    def process_group(self) -> str:
-        return "simulated"
+    def process_group(self) -> SimulatedBackend:
+        return self.backend
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(range(self.size))
+    def ranks(self) -> Sequence[int]:
+        return range(self.size)
 
     @property
     def global_rank(self) -> int:
@@ -65,15 +101,6 @@ class SimulatedGroup:
 
     def add_clipper(self) -> int:
         return 0
-
-    def all_reduce(self, words: Tensor, op: Any = dist.ReduceOp.SUM, number: int = 0, call: str = "") -> Tensor:
-        if self.calls == len(self.past):
-            raise Waits(words.clone(), op)
-        collective = self.past[self.calls]
-        self.calls += 1
-        sent = collective.sent[self.rank]
-        assert torch.equal(sent.view(torch.uint8), words.contiguous().view(torch.uint8)), "words changed"
-        return words.copy_(collective.got)
 
     def device_for(self, tensors: Iterable[Tensor]) -> torch.device:
         return torch.device("cpu")
@@ -93,16 +120,16 @@ def simulate(use: Callable[[SimulatedGroup], T], size: int, words: int | None = 
     """
     past: list[Collective] = []
     while True:
-        ends: list[Any] = [_run(use, SimulatedGroup(size, rank, past)) for rank in range(size)]
+        ends: list[Any] = [_run(use, SimulatedGroup(size, rank, SimulatedBackend(rank, past))) for rank in range(size)]
         waiting = [end for end in ends if isinstance(end, Waits)]
         if not waiting:
             assert words in (None, len(past)), f"{len(past)} collectives"
             return ends
         done = [rank for rank, end in enumerate(ends) if not isinstance(end, Waits)]
         assert not done, f"ranks {done} are done, the others wait in collective {len(past)}: {ends[done[0]]!r}"
-        assert len({end.words.shape for end in waiting}) == 1, "ranks send unlike numbers of words"
-        assert len({(end.words.dtype, str(end.op)) for end in waiting}) == 1, "ranks send unlike kinds of words"
-        sent, op = [end.words for end in waiting], waiting[0].op
+        assert len({end.message.shape for end in waiting}) == 1, "ranks send messages of unlike lengths"
+        assert len({(end.message.dtype, str(end.op)) for end in waiting}) == 1, "ranks send unlike kinds of messages"
+        sent, op = [end.message for end in waiting], waiting[0].op
         past.append(Collective(op, sent, _reduced(sent, op)))
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from distclip.ranks.presence import name_lost_ranks
+from distclip.ranks import name_lost_ranks
 from support.programs import play
 
 LOOP = """
 import os, sys, torch, torch.distributed as dist
-from distclip.ranks.presence import name_lost_ranks
+from distclip.ranks import name_lost_ranks
 
 dist.init_process_group("gloo")
 words, rank = torch.ones(2), dist.get_rank()

@@ -1,0 +1,91 @@
+"""What this room says to its users: errors, and a warning."""
+
+from collections.abc import Mapping, Sequence
+
+from ..errors import and_more
+
+FEW_CALLS = 3  # ranks of which it is said in which other call they wait
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {and_more(ranks)}"
+
+
+# ---- the clipping group
+
+DESTROYED = "the process group was destroyed: build the Clipper anew"
+NOT_INITIALISED = "group was given but torch.distributed is not initialised: call init_process_group"
+NOT_ON_THIS_AXIS = (
+    "split_over names a group that rank {rank} is not in: give every rank the group that it is in itself, as "
+    "mesh['pp'] and dist.new_subgroups() do, or say layout="
+)
+NOT_IN_GROUP = "rank {rank} is not in the clipping group: only the ranks of `group` may call"
+NOT_ONE_DIM = "split_over takes 1-D mesh slices such as mesh['pp']; got a {ndim}-D mesh {mesh}"
+NO_FLOAT64 = (
+    "norms are reduced in float64, which {device} does not have, and this group reduces nowhere else: give it a "
+    "backend for the CPU too, as in init_process_group('cpu:gloo,{kind}:{backend}')"
+)
+
+
+def differs(odd: Sequence[int], text: str, usual: int, usual_text: str) -> str:
+    """Follows what an error says of a disagreement: the ranks that differ, and one of those that do not."""
+    return f"; {_named(odd)}: {text}; rank {usual}: {usual_text}"
+
+
+# ---- a collective of ours that failed, or takes long
+
+GIVEN_UP = "the others have given up"
+NO_ANSWER = "it does not answer"
+ALL_FAILED = " on all of its ranks: see the backend's message"
+
+
+def failed(call: str, story: str) -> str:
+    return f"a collective of the clipping group failed{f' in {call}' if call else ''}{story}"
+
+
+def missing(ranks: Sequence[int], came: Sequence[int], calls: Mapping[int, str]) -> str:
+    """``calls``: in which other call some of those who are missing wait."""
+    only = f", only {_named(came)} did" if len(came) <= len(ranks) else ""
+    elsewhere = "".join(f", rank {rank} was in {call or 'another call'}" for rank, call in calls.items())
+    return (
+        f": {_named(ranks)} did not come to it or died{only}{elsewhere}; let every rank of the group make the same "
+        "calls, and see the output of the missing ones"
+    )
+
+
+def late(ranks: Sequence[int], seconds: float) -> str:
+    return f": {_named(ranks)} came late to it, {seconds:.1f} s after the others"
+
+
+def store_gone_too(error: RuntimeError) -> str:
+    return f", and the job's store is gone too: {error}"
+
+
+def waits_for(rank: int, absent: Sequence[int], call: str, seconds: float) -> str:
+    return (
+        f"rank {rank} has waited for {seconds:.0f} s{f' in {call}' if call else ''}: {_named(absent)} "
+        f"{'have' if len(absent) > 1 else 'has'} not come. Every rank of the group must make the same calls"
+    )
+
+
+# ---- any collective that failed
+
+NO_STORE = "name_lost_ranks() needs the job's store: call init_process_group first"
+ALL_ALIVE = "a connection broke, or a rank was slower than the timeout allows; all ranks are alive"
+FOLDER, LAUNCHER, RANK_0 = "the folder where ranks meet", "the launcher of rank 0", "rank 0"
+
+
+def store_gone(holder: str) -> str:
+    return f"the job's store is gone: {holder} has ended or cannot be reached"
+
+
+def raised(rank: int, error: BaseException, longest: int) -> str:
+    return f"rank {rank} failed: {' '.join(f'{type(error).__name__}: {error}'.split())[:longest]}"
+
+
+def no_answer(ranks: Sequence[int]) -> str:
+    return f"no answer from {_named(ranks)}: dead, stopped or out of reach"
+
+
+def only_some_clip(clipping: Sequence[int], call: str, others: Sequence[int]) -> str:
+    return f"{_named(clipping)} waited in {call} of distclip, and {_named(others)} did not"

@@ -1,0 +1,120 @@
+"""A collective of ours that takes long or fails: who did not come to it, who came late, who waits in another call."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from warnings import warn
+
+import torch.distributed as dist
+
+from . import errors
+from .roll_call import LOOK, Roll, awaited, within
+
+LONG = 30  # looks after which a warning says for whom a rank waits
+LATE = 0.5  # of the longest wait: who waited less came late
+PATIENCE = 3.0  # seconds for the others' collective to fail too
+
+_failed: Counter[str] = Counter()  # collectives of ours that failed, by the name of their group
+
+
+@dataclass(frozen=True, slots=True)
+class SlowCollective:
+    """A collective of ours that is not done within a millisecond, or has failed.
+
+    Among the global ``ranks`` of the clipping group named ``group``, through the channel of ``signed_length``.
+    ``call``: what this rank makes it for, empty where nobody could be in another call. ``waits``: names it in the
+    store, the same on every rank.
+    """
+
+    ranks: Sequence[int]
+    group: str
+    signed_length: int
+    call: str = ""
+    waits: str = ""
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for it on the host; RuntimeError if it fails, here or elsewhere.
+
+        After half a minute, a RuntimeWarning on the first rank that came says which have not come.
+        """
+        looks = 0
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK))
+                return
+            except RuntimeError:
+                awaited[:] = [self.call]
+                if work.is_completed():  # it failed, or it was done just after we looked
+                    work.wait()
+                    return
+                looks += 1
+                if looks in (1, LONG):
+                    self._warn(looks)
+                # In a ring only the neighbours of a dead rank fail at once. The others join them, and are not taken
+                # for dead themselves.
+                if given_up(self.group, self.signed_length):
+                    raise
+
+    def _warn(self, looks: int) -> None:
+        """Note in the store that this rank waits; long after, the first that did warns of those who do not."""
+        roll = Roll(f"distclip/waits/{self.waits}", self.ranks)
+
+        def ask() -> list[int]:
+            if looks == 1:
+                roll.answer("")
+            elif roll.is_first():
+                return roll.absent()
+            return []
+
+        try:
+            absent = within(LOOK, ask)
+        except RuntimeError:  # the store is gone: the collective will fail, and that says so
+            return
+        if absent:
+            warn(errors.waits_for(dist.get_rank(), absent, self.call, looks * LOOK), RuntimeWarning, stacklevel=3)
+
+    def who_is_missing(self, waited: float) -> str:
+        """Say which ranks did not report to the store that this collective failed for them too.
+
+        ``waited``: for how many seconds this rank was in the collective. Answers within ``PATIENCE`` and 2 seconds.
+        """
+        awaited[:] = [self.call]
+        name = _roll_name(self.group)  # by the collectives that failed before this one
+        _failed[self.group] += 1
+        roll = Roll(f"{name}/{self.signed_length}", self.ranks)
+        calls = Roll(f"{name}/in", self.ranks)
+
+        def call() -> str:
+            calls.answer(self.call)
+            return roll.call(f"{waited:.1f}", lambda: self._story(roll, calls), PATIENCE + 1)[0]
+
+        try:
+            return errors.failed(self.call, within(PATIENCE + 2, call))
+        except RuntimeError as error:
+            return errors.failed(self.call, errors.store_gone_too(error))
+
+    def _story(self, roll: Roll, calls: Roll) -> str:
+        missing = roll.absent(PATIENCE)
+        if missing:
+            came = [rank for rank in self.ranks if rank not in missing]
+            elsewhere = [rank for rank in missing if rank not in Roll(calls.name, missing).absent()]
+            named = elsewhere[: errors.FEW_CALLS]
+            return errors.missing(missing, came, dict(zip(named, calls.answers(named), strict=True)))
+        # A rank that came late fails as well, because the others have given up: it is known by how short it waited.
+        waits = list(map(float, roll.answers(self.ranks)))
+        late = [rank for rank, seconds in zip(self.ranks, waits, strict=True) if seconds < LATE * max(waits)]
+        return errors.late(late, max(waits) - min(waits)) if late and max(waits) > LOOK else errors.ALL_FAILED
+
+
+def given_up(group: str, signed_length: int) -> bool:
+    """Whether a rank has called the roll of this collective of the group."""
+    roll = Roll(f"{_roll_name(group)}/{signed_length}", ())
+    try:
+        return within(LOOK, roll.is_called)
+    except RuntimeError:  # the store is gone: what it could have told, the collective will
+        return False
+
+
+def _roll_name(group: str) -> str:
+    return f"distclip/failed/{group}/{_failed[group]}"

@@ -1,7 +1,7 @@
 """Steps that somebody else calls: how one of them changes nothing, and how we hear that it begins and is over."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import wraps
 from types import MethodType
@@ -61,19 +61,6 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
         if type(optimizer).__module__ not in TORCH:
             refuse_before(optimizer)
             refuse_proxy(optimizer)
-
-
-@contextmanager
-def without_others(holders: Iterable[Tensor], held: Set[int]) -> Iterator[None]:
-    """Inside, those of ``holders`` whose id is not in ``held`` have no gradient.
-
-    No optimizer zeroes theirs, so that they would add up over the steps, and every norm with them.
-    """
-    give_back = withhold(p for p in holders if id(p) not in held)
-    try:
-        yield
-    finally:
-        give_back()
 
 
 def held_by(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """Norms and scaling of local gradients: the only code that touches gradient-sized memory.
 
-On the CPU squares are summed by a compiled kernel where the install built one, all else block by block; on accelerators
-torch's foreach kernels do it, or Triton's where it is asked for.
+On the CPU a compiled kernel sums squares if the install built one, and torch's kernels do the rest block by block; on
+accelerators torch's foreach kernels do it, or Triton's on request.
 """
 
 from .memory import check_memory as check_memory

@@ -8,7 +8,7 @@ COPY = 1 << 16  # elements of a copy where no view exists
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements lie side by side in memory, in any order of dimensions."""
+    """Whether its elements are contiguous in memory, in any order of dimensions."""
     return tensor.is_contiguous() or _in_order_of_memory(tensor).is_contiguous()
 
 
@@ -24,8 +24,8 @@ def bounded(tensor: Tensor, most: int) -> Iterator[Tensor]:
 def flat_views(tensor: Tensor) -> Iterator[Tensor]:
     """Yield contiguous 1-D tensors that hold each element of ``tensor`` once, in no particular order.
 
-    One view when the elements lie densely in memory (any order of dimensions, so channels-last and transposes too).
-    Otherwise slices along the largest dimension, copied at most ``COPY`` elements at a time.
+    One view if the elements are dense in memory (in any order of dimensions: channels-last, transposes). Otherwise
+    slices along the largest dimension, copied at most ``COPY`` elements at a time.
     """
     if tensor.is_contiguous():
         yield tensor.view(-1)

@@ -1,8 +1,8 @@
 """Norms, scaling and clamping on accelerators by torch's own kernels, with few launches and no large copy.
 
-CUDA's foreach kernels take many tensors at once where all have one dtype, lie densely in memory and meet a factor of
-their own dtype. In any other call each tensor gets a kernel of its own, which converts a whole copy of it first where
-it sums in float64, and rounds a 0-d factor to the dtype of the tensor. Nothing here waits.
+CUDA's foreach kernels take many tensors at once if all have one dtype, are dense in memory, and the factor has that
+dtype too. In any other call each tensor gets a kernel of its own, which first converts a whole copy to sum in float64,
+and rounds a 0-d factor to the dtype of the tensor. No host sync.
 
 Private torch API, read in 2.13 (docs/design.md has the places): ``_foreach_norm``, ``_foreach_mul_``,
 ``_foreach_copy_``, ``_foreach_clamp_min_``, ``_foreach_clamp_max_``.
@@ -44,7 +44,7 @@ def norms(tensors: Sequence[Tensor], p: float) -> list[Tensor]:
 def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply every tensor in place by ``factor``, 0-d float32 or float64 on their device.
 
-    The product is made in fp32 and rounded once, also where the tensor is bf16 or fp16; in float64 for float64.
+    The product is in fp32 and rounded once, for bf16 and fp16 tensors too; in float64 for float64.
     """
     for same in _alike(tensors):
         dtype = same[0].dtype
@@ -61,8 +61,8 @@ def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None = None) -> None:
     """Clamp every tensor in place to [low, high], both numbers or both 0-d float64 on their device; NaN stays NaN.
 
-    Bounds that a dtype cannot hold become the largest numbers that it can; inf is no bound. ``unless``: 0-d bool on
-    their device; where it is true nothing changes.
+    Bounds beyond a dtype's range become its largest numbers; inf is no bound. ``unless``: 0-d bool on their device; if
+    it is true nothing changes.
     """
     for same in _alike(tensors):
         if unless is None and not isinstance(low, Tensor):
@@ -75,14 +75,14 @@ def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None
 
 
 def _bound(bound: Any, like: Tensor, unless: Tensor | None, free: float) -> Tensor:
-    """``bound`` in the dtype of ``like``, and ``free`` where nothing may change."""
+    """``bound`` in the dtype of ``like``, or ``free`` if nothing may change."""
     held = _held(bound, like.dtype)
     number = held.to(like.dtype, copy=True) if isinstance(held, Tensor) else like.new_full((), held)
     return number if unless is None else number.masked_fill_(unless, free)
 
 
 def _held(bound: Any, dtype: torch.dtype) -> Any:
-    """``bound`` as ``dtype`` can hold it: where it is finite, within the range of its finite numbers."""
+    """``bound`` within the finite range of ``dtype`` if it is finite."""
     most = torch.finfo(dtype).max
     if isinstance(bound, Tensor):
         return bound if dtype.itemsize == 8 else torch.where(bound.isinf(), bound, bound.clamp(-most, most))
@@ -90,7 +90,7 @@ def _held(bound: Any, dtype: torch.dtype) -> Any:
 
 
 def _norm(tensor: Tensor, p: float) -> Tensor:
-    """The norm of one tensor that no kernel for many takes, part by part: torch converts a copy of what it sums."""
+    """The norm of one tensor that no foreach kernel takes, part by part: torch converts a copy of what it sums."""
     dtype = torch.complex128 if tensor.is_complex() else torch.float64
     parts: list[Tensor] = [torch.linalg.vector_norm(part, p, dtype=dtype) for part in bounded(tensor, LARGE)]
     whole: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), p)
@@ -98,7 +98,7 @@ def _norm(tensor: Tensor, p: float) -> Tensor:
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    """Lists of one dtype, dense in memory or none of them, without empty tensors; complex ones as pairs."""
+    """Lists of one dtype, all dense in memory or none, without empty tensors; complex ones as pairs."""
     groups: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
@@ -108,8 +108,8 @@ def _alike(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """``tensors`` of one dtype, to be changed in place: small ones as copies of many, written back when the next is
-    asked for.
+    """``tensors`` of one dtype, to be changed in place: small ones joined into copies, which are written back when the
+    next is asked for.
     """
     small: list[Tensor] = []
     waiting = 0

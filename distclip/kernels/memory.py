@@ -1,4 +1,4 @@
-"""Memory that no kernel may write: freed under a tensor, or also that of another."""
+"""Memory that no kernel may write: freed under its tensor, or shared with another."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ LOW = 1 << 40  # an address below it may be an offset into memory that was freed
 
 
 def check_memory(tensors: Sequence[Tensor], addresses: Sequence[int] | None = None, shared: bool = False) -> None:
-    """RuntimeError where the memory of one of the ``tensors`` was freed, or two begin at the same place. 60 ns each.
+    """RuntimeError if the memory of one of the ``tensors`` was freed, or two start at the same address. 60 ns each.
 
-    Those that begin inside of others are not seen. ``shared``: they may begin at the same place.
+    Tensors that start inside others are not detected. ``shared``: they may start at the same address.
     """
     found = list(map(Tensor.data_ptr, tensors)) if addresses is None else addresses
     if not found:

@@ -1,7 +1,7 @@
-"""Norms on devices without float64 (MPS, some XPU): 64 squares are added there, in fp32, and the sums on the host.
+"""Norms on devices without float64 (MPS, some XPU): the device adds 64 squares in fp32, the host adds these sums.
 
-Rows of 64 have the error of those on the CPU (:mod:`.sums`): at most 1.5e-7 on constant data. A tensor with a row that
-left the range of fp32 is copied to the host and summed there, and so is every tensor where p is neither 2 nor inf.
+Rows of 64 have the same error as on the CPU (:mod:`.sums`): at most 1.5e-7 on constant data. A tensor with a row
+outside the range of fp32 is copied to the host and summed there, as is every tensor if p is neither 2 nor inf.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ CHUNK = 1 << 22  # elements converted to fp32 at once: 16 MiB
 
 
 def norms_on_host(tensors: Sequence[Tensor], p: float) -> Tensor:
-    """Return the p-norm of each tensor: float64, shape (len(tensors),), on the CPU; waits for their device.
+    """Return the p-norm of each tensor: float64, shape (len(tensors),), on the CPU; syncs with their device.
 
-    What travels is a number of fp32 for each 64 elements (p = inf: one a tensor), in one copy.
+    One fp32 number per 64 elements (p = inf: per tensor) is copied, in one copy.
     """
     rows = [_rows(tensor, p) for tensor in tensors]
     counts = list(map(len, rows))
@@ -29,7 +29,7 @@ def norms_on_host(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def _rows(tensor: Tensor, p: float) -> Tensor:
-    """fp32, 1-D: the norms of rows that hold each element of ``tensor`` once; none where the host must read them."""
+    """fp32, 1-D: the norms of rows that hold each element of ``tensor`` once; none if the host must read them all."""
     if not tensor.numel() or p not in (2, inf) or tensor.is_complex():
         return tensor.new_zeros(0, dtype=torch.float32)
     if p == inf:
@@ -45,7 +45,7 @@ def _rows(tensor: Tensor, p: float) -> Tensor:
 
 
 def _norm(rows: Tensor, tensor: Tensor, p: float) -> float:
-    """The norm of ``tensor`` from those of its rows, or from all of its elements where these tell too little."""
+    """The norm of ``tensor`` from those of its rows, or from all of its elements if a row is out of range."""
     if p == inf:
         return rows.item() if len(rows) else largest([tensor.cpu()])
     total = rows.dot(rows).item()

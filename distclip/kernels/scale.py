@@ -16,11 +16,11 @@ ORDINARY = torch.finfo(torch.float16).max  # the largest number that every dtype
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
-    """Multiply every tensor in place by ``coef``: a Python number, or a 0-d float32 or float64 tensor, not waited for.
+    """Multiply every tensor in place by ``coef``: a Python number, or a 0-d float32 or float64 tensor; no host sync.
 
-    The product is made in fp32 and rounded once, also where the tensor is bf16 or fp16; in float64 for float64. (A
-    Python number handed to the foreach kernel would be off by one bit in 7 % of bf16 elements on the CPU of torch 2.13;
-    a 0-d fp32 tensor is not.)
+    The product is in fp32 and rounded once, for bf16 and fp16 tensors too; in float64 for float64. (A Python number
+    passed to the foreach kernel would be off by one bit in 7 % of bf16 elements on the CPU with torch 2.13; a 0-d fp32
+    tensor is not.)
     """
     for device, group in _by_device(tensors).items():
         with _changing(group, device):
@@ -30,8 +30,8 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor | float) -> None:
 def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None = None) -> None:
     """Clamp every tensor in place to [low, high], real and imaginary parts each; NaN stays NaN.
 
-    Both bounds are numbers, or both 0-d float64 tensors. One that the dtype of a tensor cannot hold is the largest
-    number that it can; inf is no bound. ``unless``: 0-d bool; where it is true nothing changes. None is read.
+    Both bounds are numbers, or both 0-d float64 tensors. Beyond the range of a tensor's dtype a bound is its largest
+    number; inf is no bound. ``unless``: 0-d bool; if it is true nothing changes. No host sync.
     """
     parts = list(map(as_real, tensors))
     ordinary = unless is None and not isinstance(low, Tensor) and max(-low, high) <= ORDINARY
@@ -46,10 +46,10 @@ def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None
 
 
 def _changing(group: Sequence[Tensor], device: torch.device) -> AbstractContextManager[object]:
-    """Where tensors may be changed that were made under ``torch.inference_mode``: inside of it, as may all others.
+    """A context in which tensors made under ``torch.inference_mode`` can be changed: that mode, which takes others too.
 
-    To ask 300 gradients whether they were takes 15 us, to enter it 1 us. Tensors of devices written in Python cannot be
-    viewed inside, so that on accelerators the first tells; torch refuses the others where it was made elsewhere.
+    Entering it takes 1 us, checking 300 gradients 15 us. Tensors of devices written in Python cannot be viewed in it,
+    so on accelerators the first tensor decides; torch refuses others that were made elsewhere.
     """
     return torch.inference_mode() if device.type == "cpu" or group[0].is_inference() else nullcontext()
 

@@ -1,9 +1,9 @@
 """Sums of |x| ** p, accumulated so that nothing overflows, underflows or is rounded away.
 
 torch's own fp32 norm on the CPU adds a whole tensor in fp32: 1.1e-2 off at 1e8 elements (pytorch#169237). In float64
-x ** 2 of any finite fp32, bf16 or fp16 number is exact, from 1e-45 to 3e38. The compiled kernel adds every one of them
-so. Where it was not built, and for what it cannot read, torch's kernels add rows of 64 powers in fp32 and the rows in
-float64; rows that left the range of fp32 are added again in float64. Accelerators convert to float64.
+x ** 2 of any finite fp32, bf16 or fp16 number is exact, from 1e-45 to 3e38: that is how the compiled kernel adds. If it
+was not built, and for what it cannot read, torch's kernels add rows of 64 powers in fp32 and the rows in float64;
+rows outside the range of fp32 are added again in float64. Accelerators convert to float64.
 
 Private torch API, read in 2.13: ``_C._nn.flatten_dense_tensors``.
 """
@@ -36,7 +36,7 @@ on_cpu = attrgetter("is_cpu")
 def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the p-norm of each tensor: float64, shape (len(tensors),), on their common device.
 
-    No temporary is as large as a large tensor. Never waits on an accelerator.
+    No temporary is as large as a large tensor. No host sync.
     """
     if not tensors or tensors[0].device.type == "cpu":
         if p == inf:
@@ -107,7 +107,7 @@ def _sum_of(kind: int, tensors: Sequence[Tensor]) -> float:
 
 
 def largest(tensors: Sequence[Tensor]) -> float:
-    """max(|x|) over all elements of ``tensors`` on the CPU: NaN when any element is, 0 when there are none."""
+    """max(|x|) over all elements of ``tensors`` on the CPU: NaN if any element is, 0 if there are none."""
     found = [0.0]
     for flat in _joined(tensors, inf):
         if flat.is_complex():
@@ -119,7 +119,7 @@ def largest(tensors: Sequence[Tensor]) -> float:
 
 
 class _Rows:
-    """A sum of squares: norms of fp32 rows wait until there are enough of them for one float64 sum."""
+    """A sum of squares: norms of fp32 rows are collected until there are enough for one float64 sum."""
 
     __slots__ = ("_converted", "_count", "_norms", "_parts", "_tails", "_total")
 
@@ -148,7 +148,7 @@ class _Rows:
                 self._add_rows(self._converted[: len(chunk)].copy_(chunk), chunk)
 
     def total(self) -> float:
-        """The sum of all that was added."""
+        """The sum of everything added."""
         self._add_up()
         if self._tails:
             self._total += _exact_sum(_one(self._tails), 2)
@@ -190,7 +190,7 @@ class _Rows:
 def _joined(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
     """Contiguous 1-D tensors that hold every element once: views of large tensors, and copies of many small ones.
 
-    The last comes first: whoever scales them afterwards, from the first on, finds those in the cache.
+    The last comes first: scaling them afterwards, from the first on, finds those in the cache.
     """
     check_memory(tensors)
     small: list[Tensor] = []
@@ -211,7 +211,7 @@ def _joined(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
 
 
 def _flattened(tensors: list[Tensor], p: float) -> Iterator[Tensor]:
-    """One copy for each dtype."""
+    """One copy per dtype."""
     dtypes = dict.fromkeys(map(dtype_of, tensors))  # in their order, which sets have not in common between processes
     for dtype in dtypes:
         same = tensors if len(dtypes) == 1 else [t for t in tensors if t.dtype == dtype]
@@ -219,7 +219,7 @@ def _flattened(tensors: list[Tensor], p: float) -> Iterator[Tensor]:
 
 
 def _real(tensor: Tensor, p: float) -> Tensor:
-    """Complex numbers as pairs where their moduli are not needed: |z| ** 2 is a sum of two squares."""
+    """Complex numbers as pairs if their moduli are not needed: |z| ** 2 is a sum of two squares."""
     return as_real(tensor) if p == 2 else tensor
 
 
@@ -228,7 +228,7 @@ def _one(parts: list[Tensor]) -> Tensor:
 
 
 def _extreme_sum(chunk: Tensor) -> float:
-    """The sum of squares of a 1-D chunk where fp32 does not reach, which is cheap where all of it is zero."""
+    """The sum of squares of a 1-D chunk beyond the range of fp32; cheap if all of it is zero."""
     return sum(_exact_sum(block, 2) for block in torch.split(chunk, CHUNK) if largest([block]) != 0)
 
 

@@ -1,4 +1,4 @@
-"""Numbers on their way from an accelerator to the host, to be read one call later."""
+"""Copying numbers from an accelerator to the host, to be read one call later."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -8,28 +8,28 @@ from torch import Tensor
 
 
 def sent(number: Tensor, device: torch.device) -> Tensor:
-    """``number`` on ``device``: waits for an accelerator only where it comes from there to the host.
+    """``number`` on ``device``: a host sync only if it comes from an accelerator to the host.
 
-    What is copied to the host without a wait may be read before it has arrived.
+    Copied there without a sync, it might be read before it has arrived.
     """
     return number.to(device, non_blocking=device.type != "cpu")
 
 
 def pinned_like(words: Tensor) -> Tensor:
-    """Memory of the host that a copy can be under way to."""
+    """Pinned host memory, for a copy without a host sync."""
     return torch.empty_like(words, device="cpu", pin_memory=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """A copy of a few numbers that was started without waiting for it."""
+    """An asynchronous copy of a few numbers."""
 
     words: Tensor
     arrived: torch.Event | None  # None where the words already are on the host
 
     @classmethod
     def send(cls, row: Tensor, *more: Tensor) -> Self:
-        """Start copying ``row``, 1-D float64, and 0-d numbers after it; never waits."""
+        """Start copying ``row``, 1-D float64, and then 0-d numbers; no host sync."""
         words = torch.cat([row, *(number.double().view(1) for number in more)]) if more else row
         if words.device.type == "cpu":
             return cls(words, None)
@@ -40,7 +40,7 @@ class Flags:
         return cls(host, arrived)
 
     def read(self) -> list[float]:
-        """Wait until they are here and return them. Waiting, and never asking whether, keeps ranks in step."""
+        """Wait for them and return them. Waiting, never polling, keeps ranks in step."""
         if self.arrived is not None:
             self.arrived.synchronize()
         numbers: list[float] = self.words.tolist()

@@ -21,10 +21,9 @@ FINISH = 2048  # block sums that one program adds at once
 def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     """Return the p-norm of each tensor: float64, shape (len(tensors),), on their common device.
 
-    At most two launches a dtype, and a fixed order of adding: the same tensors give the same bits. Complex tensors
-    (p = 2: as pairs), other dtypes and tensors with gaps go to torch's kernels, as all do in the capture of a CUDA
-    graph that was not preceded by a call with the same addresses. Never waits; the first call for a dtype and p
-    compiles.
+    At most two launches per dtype, and a fixed order of additions: the same tensors give the same bits. Complex tensors
+    (p = 2: as pairs), other dtypes and tensors with gaps go to torch's kernels, as do all in the capture of a CUDA
+    graph without an earlier call with the same addresses. No host sync; the first call for a dtype and p compiles.
     """
     norms = tensors[0].new_zeros(len(tensors), dtype=torch.float64)
     parts = list(map(as_real, tensors)) if p == 2 else tensors
@@ -42,12 +41,12 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
-    """Multiply every tensor in place by ``coef``, 0-d float32 on their device, read there: where it is exactly 1
-    nothing is read or written.
+    """Multiply every tensor in place by ``coef``, 0-d float32 on their device, read there: if it is exactly 1 nothing
+    is read or written.
 
-    One launch a dtype. The product is made in fp32 (fp64 in float64) and rounded once, which gives the bits of
-    ``foreach.multiply_``; that does the tensors that :func:`local_norms` also leaves to torch. No tensor may be
-    listed twice. Never waits.
+    One launch per dtype. The product is in fp32 (float64 for float64) and rounded once: the same bits as
+    ``foreach.multiply_``, which does the tensors that :func:`local_norms` also leaves to torch. No tensor may be listed
+    twice. No host sync.
     """
     from . import device
 
@@ -67,7 +66,7 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
 
 
 def _launch_sums(table: Table, dtype: torch.dtype, p: float, norms: Tensor) -> None:
-    """Norms of the tensors of a table, by their places in ``norms``."""
+    """Write the norms of a table's tensors to their places in ``norms``."""
     from . import device
 
     block = block_size(dtype)
@@ -86,7 +85,7 @@ def _launch_sums(table: Table, dtype: torch.dtype, p: float, norms: Tensor) -> N
 
 
 def _groups(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[int]], list[int]]:
-    """Indices of the tensors that the kernels read, by dtype, and of those they cannot; empty ones in neither."""
+    """Indices of the tensors that the kernels can read, by dtype, and of the others; empty ones are in neither."""
     groups: dict[torch.dtype, list[int]] = {}
     others = []
     for i, tensor in enumerate(tensors):

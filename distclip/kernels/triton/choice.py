@@ -1,4 +1,4 @@
-"""Whether these kernels are taken: where DISTCLIP_TRITON=1 asks for them and they run; where they do not, why."""
+"""Whether these kernels are used: if DISTCLIP_TRITON=1 asks for them and they run; if they do not, why."""
 
 import os
 import sysconfig
@@ -22,30 +22,30 @@ def asked() -> bool:
 
 
 def chosen(device: torch.device) -> bool:
-    """Whether the library takes these kernels on ``device``: only where DISTCLIP_TRITON=1 asks for them.
+    """Whether the library uses these kernels on ``device``: only if DISTCLIP_TRITON=1 asks for them.
 
-    They were proved by Triton's interpreter and compiler and have not run on a GPU yet (tests/gpu/check.py does it).
+    Tested with Triton's interpreter and compiler, not yet on a GPU (tests/gpu/check.py does it).
     """
     return asked() and available(device) and device not in _failed
 
 
 def available(device: torch.device) -> bool:
-    """Whether these kernels run on ``device``: an NVIDIA GPU (sm_80 or newer), or the CPU where TRITON_INTERPRET=1."""
+    """Whether these kernels run on ``device``: an NVIDIA GPU (sm_80 or newer), or the CPU with TRITON_INTERPRET=1."""
     return not why_not(device)
 
 
 def why_not(device: torch.device) -> str:
-    """What keeps these kernels from running on ``device``; empty where nothing does. Compiles and launches nothing."""
+    """Why these kernels cannot run on ``device``; empty if they can. Compiles and launches nothing."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return _needs_cpu(device) or _missing_triton()
     return _needs_nvidia(device) or _missing_triton() or _missing_tools() or _too_old(device)
 
 
 def check_choice(devices: Iterable[torch.device]) -> None:
-    """Where DISTCLIP_TRITON=1 cannot be honoured for gradients on ``devices``, say so and why: RuntimeWarning, once.
+    """One RuntimeWarning, with the reason, if DISTCLIP_TRITON=1 cannot be honoured for gradients on ``devices``.
 
-    torch's kernels are taken instead. The first call for a device launches both kinds of kernels on four numbers, which
-    compiles them in some seconds: what fails later than here would fail in the middle of a step.
+    torch's kernels are used instead. The first call for a device launches both kinds of kernels on four numbers, which
+    compiles them in some seconds: a later failure would come in the middle of a step.
     """
     wish = os.environ.get("DISTCLIP_TRITON")
     if not wish or wish == "0":
@@ -59,7 +59,7 @@ def check_choice(devices: Iterable[torch.device]) -> None:
 
 
 def _first_launch(device: torch.device) -> str:
-    """Launch once; what went wrong. Not during the capture of a CUDA graph, which compiling would break."""
+    """Launch once, and return what went wrong. Not during the capture of a CUDA graph, which compiling would break."""
     if device.type != "cuda" or device in _tried or torch.cuda.is_current_stream_capturing():
         return _failed.get(device, "")
     _tried.add(device)
@@ -99,7 +99,7 @@ def _missing_triton() -> str:
 
 @cache
 def _missing_tools() -> str:
-    """Triton builds its launcher with a C compiler and Python's headers."""
+    """Which are missing of those that Triton builds its launcher with: a C compiler and Python's headers."""
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
         return "Triton needs a C compiler: install gcc or clang, or name one in CC"
     headers = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")

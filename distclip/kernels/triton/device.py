@@ -1,8 +1,8 @@
 """The code that runs on the device: three kernels over a table of tensors. Importing this file imports Triton.
 
-A block is ``block`` neighbouring elements in memory, the work of one program. Blocks begin at cache lines, not at the
-tensor, so a full block is read in 16-byte loads wherever the tensor begins; only a tensor's first and last block may
-be partial. A row of the table says where a tensor lies (:mod:`.table`).
+A block is ``block`` neighbouring elements in memory, the work of one program. Blocks start at cache lines, not at the
+tensor, so a full block is read in 16-byte loads wherever the tensor starts; only a tensor's first and last block may be
+partial. A row of the table has the place of a tensor in memory (:mod:`.table`).
 """
 
 from collections.abc import Callable
@@ -37,9 +37,9 @@ def block_sums(
     block: tl.constexpr,
     run: tl.constexpr,
 ) -> None:
-    """One slot of ``sums`` = sum(|x| ** p) over a block, or max(|x|) for p = inf; one program a block.
+    """One slot of ``sums`` = sum(|x| ** p) over a block, or max(|x|) for p = inf; one program per block.
 
-    ``sums``: float64, a slot for every block, so that their order cannot change a bit. ``run``: elements in 16 bytes.
+    ``sums``: float64, a slot per block, so that their order cannot change a bit. ``run``: elements in 16 bytes.
     """
     start, begin, end = _block(rows, row_of_block, dtype, block)
     tl.store(sums + tl.program_id(0), _sum(start, begin, end, p, block, run))
@@ -54,7 +54,7 @@ def norms_of_rows(
     block: tl.constexpr,
     width: tl.constexpr,
 ) -> None:
-    """norms[place] = the p-norm from the block sums, added in a fixed order; one program a tensor."""
+    """norms[place] = the p-norm from the block sums, added in a fixed order; one program per tensor."""
     row = rows + COLUMNS * tl.program_id(0)
     tl.store(norms + tl.load(row + 4), _norm(row, sums, p, block, width))
 
@@ -90,9 +90,9 @@ def scale_blocks(
     dtype: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """x *= coef in place, unless coef (0-d float32) is exactly 1; one program a block.
+    """x *= coef in place, unless coef (0-d float32) is exactly 1; one program per block.
 
-    The product is made in fp32 (float64 for float64) and rounded once.
+    The product is in fp32 (float64 for float64) and rounded once.
     """
     factor = tl.load(coef)
     if dtype == tl.float64:
@@ -112,7 +112,7 @@ def scale_blocks(
 
 @jit
 def _block(rows: tl.tensor, row_of_block: tl.tensor, dtype: tl.constexpr, block: tl.constexpr) -> tl.tensor:
-    """Where this program's block starts, and which of its elements [begin, end) are the tensor's."""
+    """Where this program's block starts, and which of its elements [begin, end) belong to the tensor."""
     # A map instead of a binary search for the row: one load instead of ten that wait for each other, at 4 bytes for
     # each block of 32 KiB.
     row = rows + COLUMNS * tl.load(row_of_block + tl.program_id(0)).to(tl.int64)
@@ -143,8 +143,8 @@ def _sum(
 def _quick_sum(x: tl.tensor, p: tl.constexpr, run: tl.constexpr) -> tl.tensor:
     """sum(|x| ** p) for p = 1, 2, 3 or max(|x|) for p = inf, of a block, as float64.
 
-    fp32 adds the ``run`` neighbours of one load, float64 adds the runs: constant data are off by 7e-8 at most with runs
-    of 8, but by 5e-7 with one fp32 chain of 64 a thread. One addition in ``run`` is float64.
+    fp32 adds the ``run`` neighbours of one load, float64 adds the runs: constant data are off by at most 7e-8 with runs
+    of 8, but by 5e-7 with one fp32 chain of 64 per thread. One addition in ``run`` is float64.
     """
     if p == float("inf"):
         result = _largest(x)
@@ -178,7 +178,7 @@ def _exact_sum(
 
 @jit
 def _bits(x: tl.tensor) -> tl.tensor:
-    """|x| as an integer: its order is that of the numbers, and every NaN is above inf, so that no max loses a NaN."""
+    """|x| as an integer in the same order, where every NaN is above inf, so that no max loses a NaN."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
@@ -188,7 +188,7 @@ def _bits(x: tl.tensor) -> tl.tensor:
 
 @jit
 def _largest(x: tl.tensor) -> tl.tensor:
-    """max(|x|), NaN when any element is, as float64."""
+    """max(|x|), NaN if any element is, as float64."""
     bits = tl.max(_bits(x))
     if x.dtype == tl.float64:
         largest = bits.to(tl.float64, bitcast=True)

@@ -1,4 +1,4 @@
-"""Where tensors lie in device memory: what the kernels read instead of one argument a tensor."""
+"""Where tensors lie in device memory: what the kernels read instead of one argument per tensor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Key = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], tuple[i
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """Addresses of dense tensors of one dtype, on their device. Holds no tensor of the caller's alive.
+    """Addresses of dense tensors of one dtype, on their device. Keeps no tensor of the caller alive.
 
     * ``rows``: int64, (tensors, 5): address rounded down to a cache line, first and end element counted from there,
       number of the first block, place of the tensor in the caller's list.
     * ``row_of_block``: int32, (blocks,).
-    * ``stream``: where it was copied; another stream would not wait for the copy.
+    * ``stream``: the stream that copied it; another would not wait for the copy.
     """
 
     rows: Tensor
@@ -36,7 +36,7 @@ _captured: dict[int, Table] = {}  # by id: a CUDA graph reads its table at every
 
 
 def fits(tensor: Tensor) -> bool:
-    """Whether the kernels can read it: a dtype they know, elements densely in memory, in any order of dimensions."""
+    """Whether the kernels can read it: a dtype they know, dense in memory, in any order of dimensions."""
     if tensor.dtype not in DTYPES or tensor.data_ptr() % tensor.element_size():
         return False
     return is_dense(tensor)
@@ -50,9 +50,9 @@ def block_size(dtype: torch.dtype) -> int:
 def table_of(tensors: Sequence[Tensor], places: Sequence[int]) -> Table | None:
     """The table of non-empty tensors that fit, of one dtype on one device; ``places``: where each one's norm goes.
 
-    The same addresses give the same table again. A new one is one copy from pinned memory, not waited for. None while
-    a CUDA graph is being captured and these addresses are new: a graph may not record a copy from memory that
-    somebody reuses. Call once before the capture with the same gradients.
+    The same addresses give the same table again. A new one is one asynchronous copy from pinned memory. None while a
+    CUDA graph is being captured and these addresses are new: a graph must not record a copy from memory that is reused.
+    Call once before the capture with the same gradients.
     """
     first = tensors[0]
     addresses = tuple(tensor.data_ptr() for tensor in tensors)

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from ..ranks.group import ClippingGroup
-
 COMPARING = 1 << 12  # tag of a call in which copies of gradients are compared
 TURN = 45499  # odd, and its multiples lie far apart: no Clipper meets another one of its group, whatever their steps
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
@@ -21,7 +19,7 @@ class Call(NamedTuple):
 
 @dataclass(slots=True)
 class Calls:
-    """The calls of one Clipper, the ``number``-th that was built for its group.
+    """The calls of one Clipper; ``number``: how many others were built for its group before.
 
     * ``steps``: how many times ``clip_`` or ``step`` were called, ever: it is saved.
     * ``made``: the same since the Clipper was built or a state was loaded, and ``compare_in``: in which of these copies
@@ -30,7 +28,6 @@ class Calls:
       knows it; 0 otherwise. Ranks that loaded or decided otherwise disagree in the next call.
     """
 
-    group: ClippingGroup
     compare_in: float
     number: int = 0
     steps: int = 0
@@ -50,7 +47,7 @@ class Calls:
 
     def verification(self) -> Call:
         """The call of ``verify`` that comes now."""
-        return Call(TURN * self.number, self._by_whom("verify()"), False)
+        return Call(TURN * self.number, f"verify() of Clipper {self.number + 1}" if self.number else "verify()", False)
 
     def compared(self) -> None:
         """Copies were compared in this call; next in one that is twice as far from the beginning."""
@@ -62,10 +59,8 @@ class Calls:
         self.made, self.compare_in = 0, inf if self.compare_in == inf else 1.0
 
     def _call(self, name: str, tag: int, compares: bool) -> Call:
-        name = self._by_whom(name)
+        if self.number:
+            name = f"{name} of Clipper {self.number + 1}"
         if self.loaded:
             name = f"{name} after loading a state (hash {self.loaded:x})"
         return Call(self.steps + self.loaded + TURN * self.number + tag + self.decided, name, compares)
-
-    def _by_whom(self, name: str) -> str:
-        return f"{name} of Clipper {self.number + 1}" if self.group.clippers > 1 else name

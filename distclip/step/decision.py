@@ -48,9 +48,8 @@ class Outcome:
         return len(self.factors) == 1 and self.bounds is None
 
     def read(self) -> "Outcome":
-        """The same with numbers in place of tensors: one copy to the host, and a wait for it."""
-        if not isinstance(self.norm, Tensor):
-            return self
+        """The same with numbers in place of tensors: one copy to the host, and a host sync."""
+        assert isinstance(self.norm, Tensor)
         reduced = self.measured.reduced
         own = self.norm if reduced.own is None else reduced.own
         words = (self.norm, self.disagree, self.coef, self.skip, 0.0 if self.fault is None else self.fault, own)
@@ -129,8 +128,10 @@ def decided(
 def _with_numbers(
     measured: Measured, policy: Policy, state: State, skips_nonfinite: bool, device: torch.device
 ) -> tuple[Outcome, State]:
-    norm, disagree, _ = measured.reduced.read()
-    norm = nan if disagree else norm
+    reduced = measured.reduced
+    assert not isinstance(reduced.norm, Tensor)
+    disagree = bool(reduced.disagree)
+    norm = nan if disagree else reduced.norm
     decision, state = ask(policy, torch.scalar_tensor(norm, dtype=torch.float64, device=device), state)
     answer, finite, dtype = Numbers.of(decision, policy), isfinite(norm), measured.dtype
     if finite and not answer.skip:  # of a norm that is not finite a policy may have made what it cannot answer for

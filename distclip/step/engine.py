@@ -109,7 +109,7 @@ class Engine:
             self.holders = holders = holders_of(listed)
             storage = options.storage(gradients, holders, plan)
             axes = bool(split_over) and where.size > 1
-            calls = Calls(where, compare_in=1.0 if axes or has_copies(plan) else inf)
+            calls = Calls(compare_in=1.0 if axes or has_copies(plan) else inf)
             self.progress = Progress(plan, holders, storage, self.policy, streak, calls, axes, decides_on_device)
         except FAILURES as error:  # the others are about to compare: they raise as well
             device = where.device_for(parameter for part in parts for parameter in part.parameters())
@@ -161,14 +161,16 @@ class Engine:
 
         ``folds``: of these optimizers, where that is known.
         """
-        self.owner.note(optimizers)
-        folds = self._folding.of(optimizers) if folds is None else folds
+        if folds is None:
+            self.owner.note(optimizers)
+            folds = self._folding.of(optimizers)
         on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(may_skip_on_device, optimizers))
         outcome = self._advance(optimizers, folds, _enabled(scaler), alone, skips_on_device=on_device)
         gradients, coef = outcome.measured.runs, None
         if outcome.can_fold and outcome.skip is not True:
             gradients, coef = self._not_folded(outcome, folds), outcome.report.coef
-        outcome.apply_to(gradients)
+        if gradients:
+            outcome.apply_to(gradients)
         return Stepping(outcome, folds, coef, outcome.skip if isinstance(outcome.skip, Tensor) else None)
 
     @shielded
@@ -185,20 +187,17 @@ class Engine:
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
         """See :meth:`Clipper.step`."""
         folds = self._folding.known(optimizers)
-        if folds is None:
+        if folds is None:  # others may have changed since: a framework's proxy accumulates, for example
             self._check(optimizers)
-        scaler = _enabled(scaler)
         stepping = self.begin(optimizers, scaler, folds=folds)
         if stepping.outcome.skip is True:
             return stepping.outcome.report
-        unless_scaled = stepping if scaler is None else replace(stepping, skip=None)
+        if scaler is not None and scaler.is_enabled():
+            self._step_scaled(optimizers, scaler, stepping)
+            return stepping.outcome.report
         for index, optimizer in enumerate(optimizers):
-            with unless_scaled.around(index, optimizer):
-                if scaler is None:
-                    optimizer.step()
-                else:
-                    with skipping(optimizer, stepping.skip):
-                        scaler.step(optimizer)
+            with stepping.around(index, optimizer):
+                optimizer.step()
         return stepping.outcome.report
 
     @shielded
@@ -237,7 +236,8 @@ class Engine:
         fault: LayoutError | None = None,
     ) -> Outcome:
         """Advance once, on gradients that are unscaled where there is a ``scaler``."""
-        fault = fault or self.owner.foreign_to(folds, optimizers)
+        if folds.foreign and fault is None:
+            fault = self.owner.foreign_to(folds, optimizers)
         among = folds.held if alone else None
         if scaler is None:
             return self.progress.advance(skips_on_device, self._fault() or fault, among)
@@ -265,6 +265,12 @@ class Engine:
                     "pass every optimizer to one step()"
                 )
         return None
+
+    def _step_scaled(self, optimizers: Sequence[Optimizer], scaler: GradScaler, stepping: Stepping) -> None:
+        unless_scaled = replace(stepping, skip=None)  # which the scaler tells the optimizer, joined with its own
+        for index, optimizer in enumerate(optimizers):
+            with unless_scaled.around(index, optimizer), skipping(optimizer, stepping.skip):
+                scaler.step(optimizer)
 
     def _check(self, optimizers: Sequence[Optimizer]) -> None:
         """ValueError for what cannot be stepped; the others, who take part in this call, raise as well."""

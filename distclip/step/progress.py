@@ -63,6 +63,7 @@ class Progress:
         self.report: Report | None = None
         self.committed = False
         self.state = made(policy, plan.device)
+        self._trusted = is_trusted(policy)
         self._holders = holders
         self._compares_axes = compares_axes
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
@@ -75,7 +76,8 @@ class Progress:
         ``fault``: what this rank knows to be wrong, raised by all ranks once they have met. ``among``: the ids of the
         parameters whose gradients count; None for all.
         """
-        self._look_back()
+        if self._unread is not None:
+            self._look_back()
         measured = self._measure(self.calls.measurement(), fault or self.plan.memory.late_error, among)
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
@@ -90,13 +92,16 @@ class Progress:
         ``skips_on_device``: whoever steps next is told to skip by a tensor, so that the host need not know.
         """
         # 1. What the step before left on the device is looked at now, by all ranks in the same call.
-        self._look_back()
-        capturing = in_capture(self.plan.device)
+        if self._unread is not None:
+            self._look_back()
+        capturing = self.on_device and in_capture(self.plan.device)
         if capturing and self.plan.reads_flags:
             raise RuntimeError(CAPTURED)
         # 2. Measure: one all-reduce. Whatever is wrong on this rank travels in it, so that no other waits for us.
         call = self.calls.step(capturing)
-        measured = self._measure(call, fault or self.plan.memory.take_late_error(), among)
+        if fault is None and self.plan.memory.late_error is not None:
+            fault = self.plan.memory.take_late_error()
+        measured = self._measure(call, fault, among)
         # 3. Decide, from reduced values alone.
         outcome, state = self._decide(measured)
         # 4. Look at the decision where that is free or somebody must know; else leave it for the next call.
@@ -161,7 +166,8 @@ class Progress:
 
     def _look(self, outcome: Outcome) -> Outcome:
         """The outcome in numbers; raise, on all ranks alike, what must be raised."""
-        outcome = outcome.read()
+        if isinstance(outcome.norm, Tensor):
+            outcome = outcome.read()
         if outcome.disagree:
             raise LayoutError(f"{DISAGREE}{outcome.measured.reduced.who}")
         if outcome.fault:
@@ -171,7 +177,8 @@ class Progress:
             return outcome.blamed_on(self.streak.add(self.plan, measured))
         norm = float(outcome.norm)
         self.streak.end(norm, any(gradient is not None for gradient in measured.gradients))
-        compare_copies(self.plan, norm, measured.reduced.own, f"step {self.calls.steps}")
+        if self.plan.fully_replicated:
+            compare_copies(self.plan, norm, measured.reduced.own, f"step {self.calls.steps}")
         return outcome
 
     def _leave(self, outcome: Outcome) -> None:
@@ -183,8 +190,9 @@ class Progress:
 
     def _look_back(self) -> None:
         """The one fixed place where a step decided on an accelerator is looked at, by waiting and never by a query."""
-        if self._unread is None or in_capture(self.plan.device):
+        if in_capture(self.plan.device):
             return
+        assert self._unread is not None
         (flags, measured), self._unread = self._unread, None
         own, norm, disagree, faults = measured.reduced.sent(flags.read())
         if disagree:
@@ -200,7 +208,7 @@ class Progress:
     def _commit(self, outcome: Outcome, state: State) -> None:
         if not self.on_device:  # where the numbers are reduced, so on all ranks or on none
             self.calls.decided = crc32(f"{outcome.coef:.6g} {outcome.skip} {outcome.bounds}".encode())
-        if is_trusted(self.policy) and not self._captured:
+        if self._trusted and not self._captured:
             self.state = state
         else:  # in place: a captured graph reads the next state where it wrote the last one
             for name, value in state.items():

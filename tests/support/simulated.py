@@ -134,7 +134,7 @@ def simulate(use: Callable[[SimulatedGroup], T], size: int, words: int | None = 
 
 
 def _run(use: Callable[[SimulatedGroup], T], group: SimulatedGroup) -> T | Exception | Waits:
-    with patch("distclip.plan.arguments.ClippingGroup", Groups), patch("distclip.clipper.ClippingGroup", Groups):
+    with patch("distclip.plan.arguments.ClippingGroup", Groups), patch("distclip.step.engine.ClippingGroup", Groups):
         try:
             return use(group)
         except (Waits, Exception) as end:

@@ -1,1 +1,1 @@
-"""`distclip bench`: distclip beside torch's own functions, in turns, in one run."""
+"""`distclip bench`: distclip against torch's own functions, interleaved in one run."""

@@ -19,8 +19,8 @@ Call: TypeAlias = Callable[[], Tensor | None]
 class Contest:
     """The calls of one case, by name, all on the same gradients.
 
-    ``prepare`` makes or restores the gradients before every call. ``norm`` is theirs and ``max_norm`` the bound.
-    ``constants`` are quantities that need no measuring. ``group`` are the ranks that take part, None for all.
+    ``prepare`` makes or restores the gradients before every call. ``norm`` is their norm, ``max_norm`` the bound.
+    ``constants`` are quantities that need no measuring. ``group``: the ranks that take part, None for all.
     """
 
     calls: Mapping[str, Call]
@@ -31,7 +31,7 @@ class Contest:
     group: dist.ProcessGroup | None = None
 
     def check(self, norm: Tensor | None) -> None:
-        """The gradients were the same for every call, so that the bound was in force for all or for none."""
+        """Check that every call had the same gradients, so that the bound was in force for all or for none."""
         if norm is None:
             return
         found = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

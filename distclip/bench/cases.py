@@ -1,4 +1,4 @@
-"""The table of cases, with the goals that the project has set itself."""
+"""The table of cases, with the project's goals."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -180,12 +180,12 @@ CASES = [
 
 
 def chosen(words: Sequence[str]) -> list[Case]:
-    """The cases that a word names, or the beginning of whose names one does; all if there are no words."""
+    """The cases whose names start with one of ``words``; all if there are none."""
     return [case for case in CASES if not words or any(names(word, case) for word in words)]
 
 
 def unknown(words: Sequence[str]) -> list[str]:
-    """The words that name no case."""
+    """Those of ``words`` that name no case."""
     return [word for word in words if not any(names(word, case) for case in CASES)]
 
 

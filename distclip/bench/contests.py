@@ -1,4 +1,4 @@
-"""Who is measured against whom, on which gradients."""
+"""Which calls are compared, on which gradients."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +30,7 @@ def clipping(
 
 
 def functions(place: Place, subject_of: SubjectOf) -> Contest:
-    """Our function beside our Clipper; torch's function is measured as well."""
+    """Our function against our Clipper; torch's function is measured as well."""
     subject = subject_of(place)
     norm, max_norm = norm_and_bound(subject, clips=True)
     calls = {
@@ -42,14 +42,14 @@ def functions(place: Place, subject_of: SubjectOf) -> Contest:
 
 
 def memory(place: Place, subject_of: SubjectOf, *, by: str) -> Contest:
-    """As `clipping`, with what may be allocated: 1 MiB and 64 bytes a parameter, in KiB."""
+    """As `clipping`, with the allowed allocation in KiB: 1 MiB and 64 bytes per parameter."""
     subject = subject_of(place)
     allowed = 1024 + 64 / 1024 * len(subject.parameters)
     return replace(clipping(place, lambda _: subject, by=by), constants={"allowed": allowed})
 
 
 def cold(place: Place, *, tensors: int) -> Contest:
-    """The functions, each on DTensors that neither has seen before."""
+    """The functions, each on DTensors that are new to both."""
     sets = FreshDTensors(place, tensors)
     calls: dict[str, Call] = {
         "torch": lambda: torch.nn.utils.clip_grad_norm_(sets.parameters, 0.1),
@@ -59,7 +59,7 @@ def cold(place: Place, *, tensors: int) -> Contest:
 
 
 def optimizer_step(place: Place, subject_of: SubjectOf, *, clips: bool) -> Contest:
-    """A step of fused AdamW, bare and by the Clipper."""
+    """A step of fused AdamW, bare and with the Clipper."""
     subject = subject_of(place)
     norm, max_norm = norm_and_bound(subject, clips)
     optimizer = still_adamw(subject.model)
@@ -70,7 +70,7 @@ def optimizer_step(place: Place, subject_of: SubjectOf, *, clips: bool) -> Conte
 
 
 def training_step(place: Place) -> Contest:
-    """A whole step of training a small GPT, without clipping and with it. Each has a model of its own."""
+    """A whole training step of a small GPT, without and with clipping, each with its own model."""
     bare, clipped = (gpt(place, layers=4, width=256, time=64, batch=8) for _ in range(2))
     norm, max_norm = norm_and_bound(clipped, clips=True)
     holder = distclip.Clipper(clipped.model, max_norm)
@@ -89,7 +89,7 @@ def training_step(place: Place) -> Contest:
 
 
 def norm_and_bound(subject: Subject, clips: bool) -> tuple[float, float]:
-    """The norm of the gradients after a backward, and a bound that is in force, or finite and far away."""
+    """The norm of the gradients after a backward, and a bound that is in force, or finite and far above."""
     subject.backward()
     norm = distclip.clip_grad_norm_(subject.parameters, inf).item()
     return norm, norm / 10 if clips else norm * 1e9
@@ -109,5 +109,5 @@ def clipper(subject: Subject, max_norm: float) -> Call:
 
 
 def still_adamw(model: nn.Module) -> AdamW:
-    """Fused AdamW that does its work and moves nothing, so that every step meets the same gradients."""
+    """Fused AdamW with a learning rate of 0, so that every step meets the same gradients."""
     return AdamW(model.parameters(), lr=0.0, fused=True)

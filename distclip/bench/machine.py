@@ -1,4 +1,4 @@
-"""Where and how the figures were taken."""
+"""Where and how the figures were measured."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""The models that are clipped."""
+"""The models whose gradients are clipped."""
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Gpt(nn.Module):
 
 
 class Chain(nn.Module):
-    """Many small matrices, one after the other; each adds a little, so that gradients neither vanish nor explode."""
+    """Many small residual matrices in sequence, whose gradients neither vanish nor explode."""
 
     def __init__(self, matrices: int, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks that measure."""
+"""This process's place among the ranks that measure."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Place:
-    """``alone`` is a group of rank 0 by itself, for what is measured in one process."""
+    """``alone``: a group of rank 0 only, for cases of one process."""
 
     rank: int
     world: int
@@ -22,7 +22,7 @@ class Place:
 
     @classmethod
     def join(cls, meeting: str, rank: int, world: int, device: torch.device) -> Self:
-        """Enter the process group at ``meeting``, an init_method: NCCL for CUDA devices, Gloo for the CPU."""
+        """Join the process group at ``meeting``, an init_method: NCCL for CUDA devices, Gloo for the CPU."""
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # ranks share the cores already
         if device.type == "cuda":
@@ -34,35 +34,35 @@ class Place:
 
     @classmethod
     def here(cls, device: torch.device) -> Self:
-        """The place in the process group that this process has entered already."""
+        """The place in the process group that this process has already joined."""
         world = dist.get_world_size()
         mesh, alone = init_device_mesh(device.type, (world,)), dist.new_group([0])
         return cls(rank=dist.get_rank(), world=world, device=device, mesh=mesh, alone=alone)
 
 
 def launched() -> bool:
-    """Whether torchrun, or a launcher like it, has started this process."""
+    """Whether torchrun or a similar launcher started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def shows() -> bool:
-    """Whether this process is the one that shows results and writes them."""
+    """Whether this process shows the results and writes them."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def speaks() -> bool:
-    """Whether this process speaks for its machine, on which all ranks find the same faults."""
+def reports_errors() -> bool:
+    """Whether this process reports errors for its machine, whose ranks all find the same."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def join_launched(kind: str) -> Place:
-    """Join the ranks of the launcher on this kind of device."""
+    """Join the launcher's ranks on this kind of device."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return Place.join("env://", rank, world, device_of(kind, int(os.environ.get("LOCAL_RANK", "0"))))
 
 
 def join_local(folder: str, rank: int, world: int, kind: str) -> Place:
-    """Join ranks of this machine alone: they meet in a private folder and talk over the loopback interface."""
+    """Join ranks of this machine only: they meet in a private folder and communicate over loopback."""
     loopback = next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0"))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     return Place.join(f"file://{folder}/ranks", rank, world, device_of(kind, rank))

@@ -1,4 +1,4 @@
-"""What came of a case: the median of the rounds' own ratios, never a ratio of two medians."""
+"""The result of a case: the median of the rounds' ratios, never a ratio of two medians."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from distclip.bench.case import Case
 class Result:
     """``medians`` are in the case's unit; ``low`` and ``high`` are the quartiles of the ratios.
 
-    ``note`` says why there is no figure, where there is none.
+    ``note``: why there is no figure, if there is none.
     """
 
     case: Case
@@ -42,7 +42,7 @@ class Result:
 
 
 def summary(case: Case, quantities: Mapping[str, Sequence[float]]) -> Result:
-    """The result of rounds, given what each call took in each."""
+    """The result from what each call took in each round."""
     above, below = (quantities[name] for name in case.over)
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     low, high = quartiles(ratios)
@@ -51,6 +51,6 @@ def summary(case: Case, quantities: Mapping[str, Sequence[float]]) -> Result:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The lower and the upper quartile; of one value, itself twice."""
+    """The lower and upper quartile; of one value, itself twice."""
     low, _, high = quantiles(values if len(values) > 1 else [*values, *values], n=4, method="inclusive")
     return low, high

@@ -1,4 +1,4 @@
-"""Rounds: in each, every call is measured once on gradients just made, in an order that turns from round to round."""
+"""Rounds: each measures every call once on fresh gradients, in an order that rotates from round to round."""
 
 import gc
 import json
@@ -37,7 +37,7 @@ def measure(case: Case, place: Place, rounds: int) -> Result | None:
 
 
 def play(case: Case, contest: Contest, device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """What each call took in each round: the most that any rank needed."""
+    """What each call took in each round, on the slowest rank."""
     meter = {"ms": milliseconds, "KiB": kibibytes}[case.unit]
     names = list(contest.calls)
     on_one_clock = share_a_clock(contest.group, device)
@@ -58,7 +58,7 @@ def play(case: Case, contest: Contest, device: torch.device, rounds: int) -> dic
 
 
 def start_together(group: dist.ProcessGroup | None, device: torch.device, on_one_clock: bool) -> None:
-    """Let all ranks go on at the same time; a barrier alone lets them go up to a millisecond apart on a CPU."""
+    """Let all ranks continue at the same time; after a barrier alone they are up to a millisecond apart on a CPU."""
     if not on_one_clock:
         dist.barrier(group)
         return
@@ -70,7 +70,7 @@ def start_together(group: dist.ProcessGroup | None, device: torch.device, on_one
 
 
 def share_a_clock(group: dist.ProcessGroup | None, device: torch.device) -> bool:
-    """Whether all ranks run on one machine since the same start of it, so that their clocks show the same time."""
+    """Whether all ranks run on one machine since the same boot, so that their clocks agree."""
     start = BOOT.read_text() if BOOT.exists() else socket.gethostname()
     number = float(int.from_bytes(blake2b(start.encode(), digest_size=6).digest()))
     extremes = torch.tensor([number, -number], dtype=torch.float64, device=device)
@@ -80,7 +80,7 @@ def share_a_clock(group: dist.ProcessGroup | None, device: torch.device) -> bool
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """No automatic collection; one that is asked for looks only at what was made since."""
+    """No automatic collection; an explicit one looks only at objects made since."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -102,7 +102,7 @@ def milliseconds(call: Call, device: torch.device) -> tuple[float, Tensor | None
 
 
 def kibibytes(call: Call, device: torch.device) -> tuple[float, Tensor | None]:
-    """The most tensor memory that a call holds at one time beside what was there before, and what it returns."""
+    """The peak tensor memory of a call above what was there before, and what it returns."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -114,7 +114,7 @@ def kibibytes(call: Call, device: torch.device) -> tuple[float, Tensor | None]:
 
 
 def allocations(profiled: profile) -> list[int]:
-    """Bytes taken (above 0) and given back (below) by torch's CPU allocator, in order."""
+    """Bytes allocated (above 0) and freed (below) by torch's CPU allocator, in order."""
     with TemporaryDirectory(prefix="distclip-bench-") as folder:
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))

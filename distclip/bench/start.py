@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 
 from distclip.bench.cases import CASES, chosen, unknown
 from distclip.bench.machine import machine
-from distclip.bench.place import Place, join_launched, join_local, launched, shows, speaks
+from distclip.bench.place import Place, join_launched, join_local, launched, reports_errors, shows
 from distclip.bench.result import Result
 from distclip.bench.rounds import measure
 from distclip.bench.table import heading, line, listing
@@ -25,7 +25,7 @@ MOST = 256  # processes of one machine
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Options:
-    """``words`` are the command line, ``rounds`` None for each case's own."""
+    """``words``: the command line; ``rounds``: None for each case's own."""
 
     cases: Sequence[str]
     processes: int
@@ -36,10 +36,10 @@ class Options:
 
 
 def start(options: Options) -> int:
-    """Measure and return the exit code; what the user can put right is one line on stderr and 2."""
+    """Measure and return the exit code; what the user can fix is one line on stderr and 2."""
     problem = problem_with(options)
     if problem is not None:
-        if speaks():
+        if reports_errors():
             complain(problem)
         return 2
     if launched():
@@ -52,7 +52,7 @@ def start(options: Options) -> int:
 
 
 def problem_with(options: Options) -> str | None:
-    """What is wrong with the options on this machine, if anything."""
+    """What is wrong with the options on this machine, or None."""
     strangers = unknown(options.cases)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else options.processes
     gpus = torch.cuda.device_count()
@@ -93,7 +93,7 @@ def run(place: Place, options: Options) -> None:
 
 
 def play_all(place: Place, options: Options) -> None:
-    """Measure the chosen cases one by one; rank 0 shows each result, and keeps the file up to date."""
+    """Measure the chosen cases one by one; rank 0 shows each result and updates the file."""
     cases = chosen(options.cases)
     width = max(len(case.name) for case in cases)
     found: list[Result] = []

@@ -1,4 +1,4 @@
-"""Models with gradients, laid out as users lay them out."""
+"""Models with gradients, wrapped as users wrap them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Subject:
 
 
 def fsdp2(place: Place, *, layers: int, width: int) -> Subject:
-    """Blocks of 12 parameters, each one group of FSDP2."""
+    """Blocks of 12 parameters, each one FSDP2 group."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Block(width) for _ in range(layers))).to(place.device)
     for block in model:
@@ -69,7 +69,7 @@ def gpt(place: Place, *, layers: int, width: int, time: int, batch: int) -> Subj
 
 
 def plain(place: Place, *, tensors: int, elements: int) -> Subject:
-    """Parameters of rank 0 alone."""
+    """Parameters of rank 0 only."""
     torch.manual_seed(0)
     model = nn.ParameterList(nn.Parameter(torch.randn(elements)) for _ in range(tensors)).to(place.device)
 
@@ -82,9 +82,9 @@ def plain(place: Place, *, tensors: int, elements: int) -> Subject:
 
 
 class FreshDTensors:
-    """Sets of DTensor parameters of which no two are alike: other numbers of tensors, of other shapes.
+    """Sets of DTensor parameters, all different in number and shapes.
 
-    What torch keeps of one set is of no use for the next, so that a call on each is as slow as the first of a process.
+    torch's caches of one set do not help the next, so a call on each is as slow as the first of a process.
     """
 
     def __init__(self, place: Place, tensors: int) -> None:
@@ -108,12 +108,12 @@ class FreshDTensors:
 
 
 def data(place: Place, *shape: int) -> Tensor:
-    """Random numbers, others on every rank."""
+    """Random numbers, different on every rank."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(place.rank)).to(place.device)
 
 
 def restoring(parameters: list[nn.Parameter]) -> Callable[[], None]:
-    """A function that writes the gradients of now back to where they lie."""
+    """A function that writes the present gradients back in place."""
     gradients = [gradient_of(parameter) for parameter in parameters]
     originals = [gradient.clone() for gradient in gradients]
 
@@ -125,7 +125,7 @@ def restoring(parameters: list[nn.Parameter]) -> Callable[[], None]:
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a gradient."""
+    """This rank's part of a gradient."""
     gradient = parameter.grad
     assert gradient is not None
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -1,4 +1,4 @@
-"""The table as text, line by line, so that a line can be shown as soon as its case is done."""
+"""The table as text, line by line, so that each line can be shown when its case is done."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def medians(result: Result) -> str:
 
 
 def figure(value: float) -> str:
-    """Three digits, and all of those before the point."""
+    """Three significant digits, and all digits before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 

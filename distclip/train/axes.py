@@ -1,4 +1,4 @@
-"""The axes that the ranks of a job lie along: their sizes, where this rank stands, and the meshes they make."""
+"""The mesh axes of a job: their sizes, this rank's coordinates, and the meshes they make."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from distclip.train.problem import require
 class Axes:
     """Sizes from the outermost axis to the innermost: ranks of one tensor-parallel group are neighbours.
 
-    `shard` is how many data-parallel ranks hold one copy of what they share, `replicate` how many such copies there
-    are; `expert` cuts `shard` again, for experts alone.
+    `shard` is the number of data-parallel ranks that share one replica, `replicate` the number of replicas; `expert`
+    cuts `shard` again, for experts only.
     """
 
     pipeline: int
@@ -25,7 +25,7 @@ class Axes:
 
     @classmethod
     def of(cls, parallel: Parallel, world: int, rank: int = 0) -> "Axes":
-        """The axes of `world` ranks, where data parallelism gets what the others leave.
+        """The axes of `world` ranks; data parallelism gets what the others leave.
 
         Raises:
             ConfigError: the sizes do not fit.
@@ -68,11 +68,11 @@ class Axes:
 
     @property
     def data_rank(self) -> int:
-        """Which part of every batch this rank trains on; ranks of a tensor-parallel group and stages share one."""
+        """Which part of every batch this rank trains on; tensor-parallel groups and stages share one."""
         return self.rank // self.tensor % self.data_size
 
     def mesh(self, device: str) -> DeviceMesh:
-        """`pp, dp_replicate, dp, tp`, but for those of size 1; `dp` is always there. All ranks call."""
+        """`pp, dp_replicate, dp, tp` without those of size 1, but always with `dp`. All ranks call."""
         sizes = {"pp": self.pipeline, "dp_replicate": self.replicate, "dp": self.shard, "tp": self.tensor}
         return named_mesh(device, {name: size for name, size in sizes.items() if size > 1 or name == "dp"})
 
@@ -94,7 +94,7 @@ class Axes:
 
     @property
     def plain(self) -> bool:
-        """Whether data parallelism is all there is."""
+        """Whether there is only data parallelism."""
         return self.pipeline == self.replicate == self.tensor == self.expert == 1
 
 
@@ -103,6 +103,6 @@ def named_mesh(device: str, sizes: dict[str, int]) -> DeviceMesh:
 
 
 def data_mesh(mesh: DeviceMesh, last: str = "dp") -> DeviceMesh:
-    """The axes of a mesh that data parallelism shards and copies over."""
+    """The mesh axes that data parallelism shards and replicates over."""
     names = mesh.mesh_dim_names or ()
     return mesh["dp_replicate", last] if "dp_replicate" in names else mesh[last]

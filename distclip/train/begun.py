@@ -1,4 +1,4 @@
-"""Which ranks train by now: until then, a rank that is sent a stop signal can neither save nor end in good time."""
+"""Which ranks have begun to train: before that, a rank that gets a stop signal can neither save nor end in time."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,14 @@ from distclip.ranks.lost_ranks import MEETING_POINT
 
 
 def say_begun() -> None:
-    """Tell the launcher, if it is ours, that this rank has begun to train."""
+    """Tell our launcher, if there is one, that this rank has begun to train."""
     meeting = os.environ.get(MEETING_POINT)
     if meeting is not None:
         Path(meeting.removeprefix("file://")).with_name(_name(os.getpid())).touch()
 
 
 def has_begun(pid: int, meeting: Path) -> bool:
-    """Whether the rank that is this process has said so; ``meeting``: the folder where ranks meet."""
+    """Whether the rank with this process id has; ``meeting``: the folder where ranks meet."""
     return (meeting / _name(pid)).exists()
 
 

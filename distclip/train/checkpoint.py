@@ -1,7 +1,7 @@
-"""Checkpoints by `torch.distributed.checkpoint`: any number of ranks can read what any other has written.
+"""Checkpoints by `torch.distributed.checkpoint`: any number of ranks can read what any other number has written.
 
-A checkpoint has its name, `step-00000050`, once it is whole and on the disk. Its manifest tells later whether it still
-is; one that is not is put aside, and all ranks go on from the one before.
+A checkpoint gets its name, `step-00000050`, once it is complete and on the disk. Its manifest shows later whether it is
+intact; one that is not is moved aside, and all ranks resume from the one before.
 """
 
 import shutil
@@ -30,14 +30,14 @@ class CheckpointError(RuntimeError):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Found:
-    """The step to go on from, 0 without a checkpoint, and what was wrong with newer checkpoints."""
+    """The step to resume from, 0 without a checkpoint, and what was wrong with newer checkpoints."""
 
     step: int
     damaged: list[str]
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps with a checkpoint in `folder`, in order: one that was not finished has another name."""
+    """The steps with a checkpoint in `folder`, in order; unfinished ones have another name."""
     return sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*") if p.name[5:].isdigit())
 
 
@@ -46,12 +46,12 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def newest_whole(folder: Path, place: Place) -> Found:
-    """Find the newest checkpoint that is as it was written; newer ones are put aside as `step-*.damaged`.
+    """Find the newest intact checkpoint; newer ones are renamed to `step-*.damaged`.
 
-    Rank 0 lists them, every rank reads its share of their files, and all ranks get the same answer. All ranks call.
+    Rank 0 lists them, every rank reads its share of their files, and all ranks get the same result. All ranks call.
 
     Raises:
-        ConfigError: there are checkpoints and none of them is whole.
+        ConfigError: there are checkpoints, and none is intact.
     """
     steps = saved_steps(folder) if place.rank == 0 else []
     flaws: dict[int, str] = {}
@@ -80,17 +80,17 @@ def put_aside(folder: Path, steps: list[int]) -> None:
 
 
 def state_of(held: Holder, step: int) -> dict[str, Any]:
-    """All that the next step depends on. Batches, learning rate and dropout follow from the config and `step`."""
+    """Everything the next step depends on. Batches, learning rate and dropout follow from the config and `step`."""
     return {**held.state(), "clipper": held.clipper.state_dict(), "position": {"step": step}}
 
 
 def save(folder: Path, step: int, held: Holder, *, keep: int, place: Place) -> None:
     """Write the state after `step` steps under a temporary name, rename it, and leave the newest `keep`.
 
-    All ranks call. A run that is killed at any moment leaves whole checkpoints and at most one `.tmp` folder.
+    All ranks call. A run killed at any moment leaves complete checkpoints and at most one `.tmp` folder.
 
     Raises:
-        CheckpointError: on every rank, if any could not write its part. The earlier checkpoints are as they were.
+        CheckpointError: on every rank, if any could not write its part. Earlier checkpoints are unchanged.
     """
     unfinished = path_of(folder, step).with_suffix(".tmp")
     failed = f"cannot write {path_of(folder, step)}"
@@ -107,7 +107,7 @@ def save(folder: Path, step: int, held: Holder, *, keep: int, place: Place) -> N
 
 
 def finish(folder: Path, step: int, metadata: Metadata, sums: dict[str, Sum], keep: int) -> None:
-    """Add index and manifest, give the checkpoint its name once all of it is on the disk, and drop the oldest."""
+    """Add index and manifest, name the checkpoint once all of it is on the disk, and delete the oldest."""
     final = path_of(folder, step)
     unfinished = final.with_suffix(".tmp")
     write_index(unfinished, metadata)
@@ -120,13 +120,13 @@ def finish(folder: Path, step: int, metadata: Metadata, sums: dict[str, Sum], ke
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What a run left that was killed while it wrote or removed a checkpoint."""
+    """Remove what a run left that was killed while writing or deleting a checkpoint."""
     for unfinished in folder.glob("step-*.tmp"):
         shutil.rmtree(unfinished)
 
 
 def load(folder: Path, step: int, held: Holder) -> None:
-    """Put back what `save` wrote after `step` steps. All ranks call."""
+    """Restore what `save` wrote after `step` steps. All ranks call."""
     state = state_of(held, 0)
     try:
         read_state(state, storage_reader=Reader(path_of(folder, step)), planner=Planner())
@@ -138,7 +138,7 @@ def load(folder: Path, step: int, held: Holder) -> None:
 
 
 def on_rank_0(act: Callable[[], None], place: Place, failed: str) -> None:
-    """Let rank 0 work on the disk while the others wait; what fails there is an error everywhere. All ranks call."""
+    """Let rank 0 work on the disk while the others wait; a failure is an error on all ranks. All ranks call."""
     error = None
     if place.rank == 0:
         try:
@@ -150,7 +150,7 @@ def on_rank_0(act: Callable[[], None], place: Place, failed: str) -> None:
 
 
 def reason_of(error: CheckpointException) -> str:
-    """The first failure in one line. Torch's file writer says only in C++ terms that it could not write on."""
+    """The first failure in one line. torch's file writer reports a failed write only in C++ terms."""
     rank, (failure, _) = min(error.failures.items())
     said = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
     if "inline_container" in said:

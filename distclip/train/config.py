@@ -1,4 +1,4 @@
-"""What a run is made of: one frozen dataclass a section of the YAML file, each with its own checks."""
+"""The config of a run: one frozen dataclass per section of the YAML file, each with its own checks."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from distclip.train.tasks.text import TextData
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Train:
-    """How long, in which batches, and what happens every so many steps."""
+    """Length, batches, and what happens every so many steps."""
 
     steps: int | None = None  # either steps or epochs
     epochs: int | None = None
@@ -79,9 +79,9 @@ class Clip:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Parallel:
-    """How many processes there are and how the model is spread over them.
+    """How many processes there are, and how they share the model.
 
-    What `pipeline` and `tensor` leave is data-parallel, and `strategy` says how that axis holds the model.
+    The processes that `pipeline` and `tensor` leave are data-parallel; `strategy` says how that axis holds the model.
     """
 
     strategy: Literal["ddp", "fsdp2", "none", "zero1", "zero2", "zero3"] = "ddp"
@@ -96,7 +96,7 @@ class Parallel:
 
     @property
     def copies_by_fsdp2(self) -> bool:
-        """DDP can neither save a DTensor nor count microbatches: FSDP2 with shards of one rank copies as well."""
+        """DDP can neither save a DTensor nor count microbatches; FSDP2 with shards of one rank replicates as well."""
         return self.strategy == "ddp" and self.tensor * self.pipeline > 1
 
     @property
@@ -143,7 +143,7 @@ class Run:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Config:
-    """A whole run. `task` decides which sections `data` and `model` are."""
+    """A whole run. `task` determines the types of `data` and `model`."""
 
     task: Literal["text", "rows", "digits"]
     name: str

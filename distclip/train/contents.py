@@ -1,4 +1,4 @@
-"""What a run folder may hold when a run goes on with it: what a run has written, and no way out of the folder."""
+"""What a run folder may hold when a run resumes in it: files of a run, and no link out of the folder."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ FILES = ("config.yaml", "metrics.jsonl", "metrics.tmp", "summary.json")
 
 
 def check_contents(folder: Path) -> None:
-    """Files are files, folders are folders, and no link leads elsewhere: what follows them would write there.
+    """Check that files are files, folders are folders, and no link leads elsewhere, where the run would write.
 
     Raises:
-        ConfigError: names the first that is not so.
+        ConfigError: names the first that fails.
         OSError: the folder cannot be read.
     """
     checkpoints = folder / "checkpoints"

@@ -1,4 +1,4 @@
-"""Samples in memory, the batches they make for any number of ranks, and how hard they are without a model."""
+"""Samples in memory, their batches for any number of ranks, and the loss without a model."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +11,7 @@ from distclip.train.problem import require
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Split:
-    """Samples side by side: inputs (samples, ...) and integer targets (samples, ...)."""
+    """Inputs (samples, ...) and integer targets (samples, ...)."""
 
     inputs: Tensor
     targets: Tensor
@@ -22,7 +22,7 @@ class Split:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Dataset:
-    """What a task has loaded: `symbols` different inputs (0: real numbers), `classes` different targets."""
+    """The data of a task: `symbols` different inputs (0: real numbers), `classes` different targets."""
 
     train: Split
     held_out: Split
@@ -31,7 +31,7 @@ class Dataset:
     about: str
 
     def entropy(self) -> float:
-        """The least loss on the held-out part, in nats, of an answer that never looks at the input."""
+        """The least held-out loss, in nats, of a constant prediction."""
         counts = torch.bincount(self.held_out.targets.flatten(), minlength=self.classes).double()
         p = counts[counts > 0] / counts.sum()
         return float(-(p * p.log()).sum())
@@ -48,9 +48,9 @@ def permutation(samples: int, seed: int, epoch: int) -> Tensor:
 class Batches:
     """The training batches of one rank, as a function of the step alone.
 
-    Every epoch is a fresh permutation drawn from (seed, epoch), every step takes the next `batch_size` of it, and
-    rank r of n takes the r-th of n equal parts. So any number of ranks sees the same global batches, and to
-    resume is to ask for another step. What does not fill a batch is left out of that epoch.
+    Every epoch is a new permutation drawn from (seed, epoch), every step takes the next `batch_size` of it, and rank r
+    of n takes the r-th of n equal parts. So any number of ranks sees the same global batches, and resuming is asking
+    for another step. Samples that do not fill a batch are left out of that epoch.
     """
 
     split: Split

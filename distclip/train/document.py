@@ -1,7 +1,7 @@
-"""A YAML document of plain values: all that a config needs, and nothing that leads a reader astray.
+"""A YAML document of plain values: all that a config needs, and nothing that could harm its reader.
 
-Besides the objects that PyYAML's safe loader refuses there are no aliases (nine lines of them can stand for a billion
-values), no tags, no dates, no key given twice, no number beyond 64 bits, and limits on size and depth.
+Besides the objects that PyYAML's safe loader refuses there are no aliases (nine lines of them can expand to a billion
+values), tags, dates or duplicate keys, no number beyond 64 bits, and limits on size and depth.
 """
 
 import re
@@ -18,7 +18,7 @@ NUMBER = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+")  # 1e-3, which is text 
 
 
 class DocumentError(Exception):
-    """This text is no such document. The message says where."""
+    """The text is no such document; the message says where."""
 
 
 def refuse(what: str, mark: Any) -> NoReturn:
@@ -26,10 +26,10 @@ def refuse(what: str, mark: Any) -> NoReturn:
 
 
 def parse(text: str | bytes) -> Any:
-    """The values of a YAML text, in UTF-8 where it comes as bytes.
+    """The values of a YAML text; bytes are UTF-8.
 
     Raises:
-        DocumentError: it is not YAML, is too large, or has parts that are not read here.
+        DocumentError: it is not YAML, is too large, or uses what is not accepted here.
     """
     if len(text) > LARGEST:
         raise DocumentError(f"has more than the {LARGEST:,} bytes that are read")

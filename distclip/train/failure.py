@@ -1,4 +1,4 @@
-"""What ended a run, in one line that one rank says, and the exit code that goes with it."""
+"""What ended a run, in one line from one rank, and the exit code."""
 
 import os
 
@@ -13,7 +13,7 @@ from distclip.train.problem import ConfigError
 
 
 def exit_code_after(error: ConfigError | LayoutError | RuntimeError | OSError) -> int:
-    """Say what went wrong and return the exit code; raises again what is no one's fault but ours."""
+    """Print what went wrong and return the exit code; re-raises what is our own bug."""
     match error:
         case ConfigError():
             if leads():
@@ -36,7 +36,7 @@ def exit_code_after(error: ConfigError | LayoutError | RuntimeError | OSError) -
 
 
 def leads() -> bool:
-    """One process speaks for all, since every rank has found the same; what is no rank speaks for itself."""
+    """Whether this process reports for all: rank 0, since all ranks found the same, or a process that is no rank."""
     try:
         return not launched() or not 0 < number_in("RANK") < number_in("WORLD_SIZE")
     except ConfigError:

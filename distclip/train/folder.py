@@ -39,7 +39,7 @@ class RunFolder:
 
 
 def check_folder(config: Config) -> None:
-    """The run can be written where it should, does not hide another one, and goes on as it began."""
+    """Check that the run can be written there, overwrites no other run, and resumes with the config it began with."""
     path = Path(config.run.dir or config.run.root)
     key = "run.root" if config.run.dir is None else "run.dir"
     try:
@@ -65,7 +65,7 @@ def check_path(path: Path, key: str, config: Config) -> None:
 
 
 def read_before(path: Path) -> Config:
-    """The config that a run was started with."""
+    """The config that the run was started with."""
     try:
         return read_config(path)
     except ConfigError as error:
@@ -91,7 +91,7 @@ def flat(config: Config) -> dict[str, object]:
 
 
 def open_folder(config: Config, place: Place) -> RunFolder:
-    """Make the folder on rank 0 and tell every rank which one it is. All ranks call."""
+    """Make the folder on rank 0, and return it on every rank. All ranks call."""
     if config.run.dir is not None:
         path = Path(config.run.dir)
         if place.rank == 0:
@@ -112,7 +112,7 @@ def timestamped(config: Config, second: int) -> Path:
 
 
 def free_second(config: Config) -> int:
-    """Now, or the next second in which no other run has made its folder; the folder is made."""
+    """Make the folder for this second, or for the next one that no other run has taken."""
     second = int(time.time())
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a rank holds of a model, how it steps, and what of it goes into a checkpoint."""
+"""A rank's part of a model: how it steps, and what goes into a checkpoint."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,13 +25,13 @@ class Holder(Protocol):
     def clipper(self) -> Clipper: ...
 
     def step(self) -> Report:
-        """Clip, step and forget the gradients. All ranks call."""
+        """Clip, step and drop the gradients. All ranks call."""
 
     def state(self) -> dict[str, Any]:
-        """Model and optimizer under the names of the whole model, for any number of ranks. All ranks call."""
+        """Model and optimizer by the names of the whole model, for any number of ranks. All ranks call."""
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned, here or on other ranks. All ranks call."""
+        """Load what `state` returned, here or on other ranks. All ranks call."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -1,8 +1,8 @@
 """The index of a checkpoint: which tensor lies where, as JSON.
 
-Torch writes it as a pickle, `.metadata`, and reads single numbers back by unrestricted unpickling: either can run any
-code. We leave that file for torch's own tools and never read it; tensors and numbers are read by torch's restricted
-unpickler (`weights_only=True`), so that to load a checkpoint runs nothing that is in it.
+torch writes it as a pickle, `.metadata`, and reads single numbers back by unrestricted unpickling: either can run any
+code. We leave that file for torch's own tools and never read it. Tensors and numbers are read by torch's restricted
+unpickler (`weights_only=True`), so loading a checkpoint runs nothing in it.
 
 Private torch API, read in 2.13: `_StorageInfo`, what `Metadata.storage_data` holds.
 """
@@ -56,7 +56,7 @@ def where(place: _StorageInfo) -> dict[str, str | int]:
 
 
 def read_index(folder: Path) -> Metadata:
-    """What `write_index` wrote: files outside of the folder are not among it."""
+    """What `write_index` wrote, which names no file outside the folder."""
     document = json.loads((folder / NAME).read_text(encoding="utf-8"))
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -90,7 +90,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 class Reader(FileSystemReader):
-    """Reads our index in place of torch's pickle."""
+    """Reads our index instead of torch's pickle."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return read_index(Path(self.path))

@@ -1,4 +1,4 @@
-"""A whole run on one rank: load, build, start or go on, train, end."""
+"""A whole run on one rank: load, build, start or resume, train, end."""
 
 import json
 import time
@@ -29,10 +29,10 @@ from distclip.train.ways.zero import check_installed
 
 
 def check(config: Config, world: int) -> Dataset:
-    """All that can be wrong before ranks meet; the data that had to be read for it is returned.
+    """Check all that can be wrong before ranks meet; returns the data that it had to read.
 
     Raises:
-        ConfigError: in one line, with the key that is to be changed.
+        ConfigError: one line with the key to change.
     """
     axes = Axes.of(config.parallel, world)
     check_installed(config)
@@ -43,7 +43,7 @@ def check(config: Config, world: int) -> Dataset:
 
 
 def run_rank(config: Config, world: int, stop: StopSignals) -> int:
-    """Train as one of the `world` ranks that a launcher has started. Returns the exit code."""
+    """Train as one of the `world` ranks of a launcher. Returns the exit code."""
     dataset = check(config, world)
     place = join(config.parallel.timeout)
     with Presence():
@@ -54,14 +54,14 @@ def run_rank(config: Config, world: int, stop: StopSignals) -> int:
 
 
 def train(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> int:
-    """Train in the process group that is there. The folder is made last: what fails before leaves nothing behind."""
+    """Train in the existing process group. The folder is made last: an earlier failure leaves nothing behind."""
     trainer = build(config, dataset, place, stop)
     limit_waits(config.parallel.timeout)
     return Job(config, dataset, trainer, open_folder(config, place)).run()
 
 
 def build(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> Trainer:
-    """Every rank builds the whole model from the same seed, and keeps its part."""
+    """Build the whole model from the same seed on every rank, and keep this rank's part."""
     axes = Axes.of(config.parallel, place.world, place.rank)
     batches = batches_of(config, dataset, axes)
     torch.manual_seed(config.seed)
@@ -81,7 +81,7 @@ def build(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> 
 
 
 def batches_of(config: Config, dataset: Dataset, axes: Axes) -> Batches:
-    """The parts of each batch that data-parallel ranks get; ConfigError if it cannot be cut so."""
+    """The batches of this data-parallel rank; ConfigError if they cannot be divided."""
     size, microbatches = config.train.batch_size, config.parallel.microbatches or config.parallel.pipeline
     parts = axes.data_size * microbatches
     require(
@@ -125,7 +125,7 @@ class Job:
         return 0 if stopped is None else exit_code(stopped)
 
     def train(self, metrics: MetricsFile | None) -> Signals | None:
-        """Step until the end, or until a signal: then all ranks save after the same step."""
+        """Step until the end, or until a signal, after which all ranks save at the same step."""
         say_begun()
         settings, steps = self.config.train, self.trainer.steps
         look_every = settings.eval_every or (settings.epochs and self.trainer.batches.epoch_steps)

@@ -1,4 +1,4 @@
-"""Local ranks, started and watched by torch's own elastic launcher."""
+"""Local ranks, started and watched by torch's elastic launcher."""
 
 import os
 import signal
@@ -43,12 +43,12 @@ def check_processes(processes: int) -> None:
 
 
 def launch(processes: int, words: Sequence[str], *, restarts: int) -> int:
-    """Run `distclip <words>` as so many local ranks and wait for them. Returns the exit code of the whole job.
+    """Run `distclip <words>` as local ranks and wait for them. Returns the exit code of the whole job.
 
-    When a rank has failed, all are started again, `restarts` times at most.
+    When a rank fails, all are restarted, at most `restarts` times.
 
-    A stop signal to this process is passed on to the ranks once they train; they save and end, and those that have not
-    after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT) are killed.
+    A stop signal to this process is forwarded to the ranks once they train; they save and end, and are killed after
+    30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores already
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
@@ -90,10 +90,10 @@ def launch_at(meeting: Path, processes: int, words: Sequence[str], restarts: int
 
 
 class PatientStop:
-    """While entered, a stop signal ends torch's launcher as soon as no rank is starting any more.
+    """While entered, a stop signal ends torch's launcher as soon as no rank is still starting.
 
-    torch's own handler does so at once, and the launcher then kills ranks after 30 s: on a busy machine before their
-    first step, which takes them 2 s of computing to come to.
+    torch's own handler ends it at once, and the launcher kills ranks after 30 s: on a busy machine before their first
+    step, which takes 2 s of computing to reach.
     """
 
     def __init__(self, meeting: Path) -> None:
@@ -120,7 +120,7 @@ class PatientStop:
         self.look(number, frame)
 
     def look(self, number: int, frame: FrameType | None) -> None:
-        """Raise what torch's launcher ends by, or look again a moment later."""
+        """Raise the exception that ends torch's launcher, or check again a moment later."""
         assert self.received is not None
         starting = [pid for pid in ranks_started() if not has_begun(pid, self.meeting)]
         if not starting or time.monotonic() > self.limit:
@@ -129,7 +129,7 @@ class PatientStop:
 
 
 def end_forgotten(received: signal.Signals) -> None:
-    """Pass the signal on to ranks that torch's launcher was just starting when it came, and does not know of."""
+    """Forward the signal to ranks that torch's launcher was just starting when it came, and does not know of."""
     deadline = time.monotonic() + SHUTDOWN
     for number in (received, signal.SIGKILL):
         for pid in ranks_started():
@@ -140,14 +140,14 @@ def end_forgotten(received: signal.Signals) -> None:
 
 
 def ranks_started() -> list[int]:
-    """The children of this process that are ranks and live, where the system tells."""
+    """The live children of this process that are ranks, where the system can tell."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     pids = [int(pid) for pid in children.read_text().split()] if children.exists() else []
     return [pid for pid in pids if RANK.encode() in command_of(pid)]
 
 
 def command_of(pid: int) -> bytes:
-    """Empty where the process has ended."""
+    """Empty if the process has ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""

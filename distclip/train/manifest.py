@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: the files it is made of, with sizes and checksums that tell whether it is whole.
+"""The manifest of a checkpoint: its files, with sizes and checksums that show whether it is intact.
 
-CRC-32 finds files that were cut short, mixed up or have rotted; it is no signature, and keeps nobody out.
+CRC-32 finds files that were truncated, mixed up or corrupted; it is no signature, and protects against nobody.
 """
 
 import json
@@ -34,7 +34,7 @@ def sum_of(path: Path) -> Sum:
 
 
 def data_file(rank: int) -> str:
-    """The one file of a rank, by torch's own rule; a rank all of whose tensors others write has none."""
+    """The file of a rank, by torch's naming; a rank whose tensors others write has none."""
     return f"__{rank}_0.distcp"
 
 
@@ -56,7 +56,7 @@ def write_manifest(folder: Path, step: int, sums: dict[str, Sum]) -> None:
 
 
 def read_manifest(folder: Path, step: int) -> dict[str, Sum]:
-    """What `write_manifest` wrote; ValueError if it is not that, OSError if it is not there."""
+    """What `write_manifest` wrote; ValueError if it is malformed, OSError if it is missing."""
     document = json.loads((folder / NAME).read_text(encoding="utf-8"))
     if not isinstance(document, dict) or document.get("step") != step or not isinstance(document.get("files"), dict):
         raise ValueError(f"{folder / NAME} is not the manifest of step {step}")
@@ -69,7 +69,7 @@ def read_manifest(folder: Path, step: int) -> dict[str, Sum]:
 
 
 def flaw_in(folder: Path, step: int, place: Place) -> str | None:
-    """What is wrong with a checkpoint, or None: every rank reads its share, and all get the same answer.
+    """What is wrong with a checkpoint, or None: every rank reads its share, and all get the same result.
 
     One all-reduce, whatever a rank finds. All ranks call.
     """
@@ -108,7 +108,7 @@ def flaw_of(path: Path, expected: Sum) -> int:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a file that is on the disk, not only on its way there, when this returns."""
+    """Write a file that is on the disk when this returns."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -116,7 +116,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: those of new files, and renames."""
+    """Make the names in a folder durable: new files and renames."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

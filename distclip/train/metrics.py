@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a step, and nothing twice when a run goes on.
+"""`metrics.jsonl`: one JSON object per step, and none twice when a run resumes.
 
 JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", which
 Python's and JavaScript's number parsers read back.
@@ -32,10 +32,10 @@ def read_until(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """One record a step; a last line that a killed run has cut short is not one.
+    """One record per step; a last line that a killed run truncated is ignored.
 
     Raises:
-        ConfigError: names the first line that no run has written.
+        ConfigError: names the first line that is no record.
     """
     if not path.exists():
         return []
@@ -55,7 +55,7 @@ def record_in(line: bytes, where: str) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """Appends records, each line at once on disk, so that a run can be watched and killed."""
+    """Appends records, each line written at once, so that a run can be watched and killed."""
 
     def __init__(self, path: Path, kept: list[dict[str, Any]]) -> None:
         rewritten = path.with_suffix(".tmp")

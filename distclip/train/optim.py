@@ -12,7 +12,7 @@ from distclip.train.config import Optim
 
 
 def build_optimizer(config: Optim, model: nn.Module) -> Optimizer:
-    """One group of parameters a mesh: torch's fused and foreach kernels take no mixture."""
+    """One parameter group per mesh: torch's fused and foreach kernels cannot mix them."""
     by_mesh: defaultdict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
     for p in model.parameters():
         by_mesh[p.device_mesh if isinstance(p, DTensor) else None].append(p)

@@ -1,4 +1,4 @@
-"""Spreading a model over the ranks of a job, as the `parallel` section says."""
+"""Distributing a model over the ranks of a job, as the `parallel` section says."""
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from distclip.train.ways.zero import Zero
 
 
 def spread(model: nn.Module, config: Config, axes: Axes, place: Place) -> tuple[Passes, Holder]:
-    """This rank's part of `model`, which every rank has built whole and alike. All ranks call."""
+    """This rank's part of `model`, which every rank has built whole and identical. All ranks call."""
     if config.parallel.strategy.startswith("zero"):
         zero = Zero.of(model.to(place.device), config, place)
         return zero, zero

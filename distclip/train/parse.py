@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` words to a checked `Config`, and back to YAML."""
+"""From a YAML file and `key=value` overrides to a checked `Config`, and back to YAML."""
 
 import difflib
 import re
@@ -22,10 +22,10 @@ jsonargparse.set_loader(VERBATIM, lambda text: text)
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The run that a YAML file describes after `key=value` words have changed it.
+    """The run that a YAML file with `key=value` overrides describes.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or a key is unknown, missing, of a wrong type or value.
+        ConfigError: the file is missing or not YAML, or a key is unknown, missing, or has a wrong type or value.
     """
     document = read_yaml(Path(path))
     for word in overrides:
@@ -62,7 +62,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def override(document: dict[str, Any], word: str) -> None:
-    """Put one `section.key=value` into the document; the value is read as YAML."""
+    """Put one `section.key=value` into the document; the value is parsed as YAML."""
     key, equals, text = word.removeprefix("--").partition("=")
     require(equals == "=", word, "give overrides as key=value, such as train.steps=50")
     *parents, last = key.split(".")
@@ -77,7 +77,7 @@ def override(document: dict[str, Any], word: str) -> None:
 
 
 def sections(task: str) -> dict[str, Any]:
-    """The type of every top-level key, where `task` decides on `data` and `model`."""
+    """The type of every top-level key; `task` determines those of `data` and `model`."""
     known = {field.name: field.type for field in fields(Config)}
     return known | {"data": TASKS[task].data, "model": TASKS[task].model}
 
@@ -101,7 +101,7 @@ def build(document: dict[str, Any], known: dict[str, Any]) -> Config:
 
 
 def at(document: dict[str, Any], key: str) -> Any:
-    """The value under a dotted key, or ABSENT."""
+    """The value of a dotted key, or ABSENT."""
     *parents, last = key.split(".")
     for name in parents:
         document = document[name]
@@ -118,7 +118,7 @@ def flat(prefix: str, type_: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_keys(document: dict[str, Any], known: dict[str, Any]) -> None:
-    """No key that does not exist, no section that is a value, no required key missing."""
+    """Check that all keys exist, sections are mappings, and no required key is missing."""
     check_names("", document, list(known))
     for field in fields(Config):
         if not is_dataclass(known[field.name]):
@@ -135,9 +135,10 @@ def check_keys(document: dict[str, Any], known: dict[str, Any]) -> None:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether null, text and lists stand only where the type has them, and mappings nowhere.
+    """Whether null, text and lists appear only where the type allows them, and mappings nowhere.
 
-    jsonargparse checks the rest. It would let null pass, read text once more as YAML, and a mapping as a class to make.
+    jsonargparse checks the rest. It would accept null, parse text again as YAML, and take a mapping for a class to
+    make.
     """
     if isinstance(kind, types.UnionType):
         return any(fits(value, part) for part in get_args(kind))
@@ -159,7 +160,7 @@ def check_names(prefix: str, given: dict[str, Any], known: list[str]) -> None:
 
 
 def wrong_type(error: Exception, document: dict[str, Any], types_of: dict[str, Any]) -> ConfigError:
-    """jsonargparse's several lines as one, in the words of the YAML file."""
+    """jsonargparse's several lines as one, in YAML's terms."""
     named = re.search(r'key "([\w.]+)"', str(error))
     if named is None or named[1] not in types_of:
         return ConfigError("config", " ".join(str(error).split()))

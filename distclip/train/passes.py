@@ -15,7 +15,7 @@ class Answer(NamedTuple):
 
 
 class Passes(Protocol):
-    """All ranks call, each with its data-parallel part of the batch; those that see no logits return None."""
+    """All ranks call, each with its data-parallel part of the batch; ranks without logits return None."""
 
     def forward_backward(self, inputs: Tensor, targets: Tensor) -> Answer | None:
         """Leave in `.grad` the gradients of the mean loss over the global batch."""
@@ -25,7 +25,7 @@ class Passes(Protocol):
 
 
 def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of every target, in float32 at least."""
+    """The loss of every target, at least in float32."""
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none").view_as(targets)
 
 
@@ -35,7 +35,7 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Whole:
-    """A model that a rank calls as one, whatever wraps it."""
+    """A model that is called as one, whatever wraps it."""
 
     model: nn.Module
 

@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks, on which device, and what carries its collectives."""
+"""This process's rank and device, and the backend of its collectives."""
 
 import os
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class Place:
 
 
 def launched() -> bool:
-    """Whether torchrun, or a launcher like it, has started this process."""
+    """Whether torchrun or a similar launcher started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def number_in(name: str) -> int:
-    """What a launcher has put into this environment variable."""
+    """The number in a launcher's environment variable."""
     text = os.environ[name]
     number = len(text) < 10 and text.isascii() and text.isdecimal()
     require(number, name, f"a launcher puts a number there, not {text!r}: unset it, or start by a launcher")
@@ -37,7 +37,7 @@ def number_in(name: str) -> int:
 
 
 def launched_world(parallel: Parallel) -> int:
-    """The launcher's number of ranks, which is the one that counts but not fewer than asked for."""
+    """The launcher's number of ranks, which counts, but must not be smaller than asked for."""
     world = number_in("WORLD_SIZE")
     require(number_in("RANK") < world, "RANK", f"{os.environ['RANK']} is not one of WORLD_SIZE={world} ranks")
     require(
@@ -49,10 +49,10 @@ def launched_world(parallel: Parallel) -> int:
 
 
 def join(timeout: float) -> Place:
-    """Enter the process group: NCCL when each local rank has a GPU, Gloo on the CPU otherwise.
+    """Join the process group: NCCL if each local rank has a GPU, otherwise Gloo on the CPU.
 
-    Whoever waits for another rank for more than `timeout` seconds gets an error, but here, where machines that start
-    late are waited for longer.
+    A rank that waits for another for more than `timeout` seconds gets an error, except here, since machines may start
+    late.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -71,13 +71,13 @@ def join(timeout: float) -> Place:
 
 
 def meeting_point() -> str:
-    """Where ranks meet: for those that our launcher starts again after a failure, a new place every time."""
+    """Where ranks meet: a new place for every restart by our launcher."""
     ours = os.environ.get(MEETING_POINT)
     return "env://" if ours is None else f"{ours}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def limit_waits(timeout: float) -> None:
-    """Set the timeout in seconds of all groups: those of mesh axes have torch's own, half an hour with Gloo.
+    """Set the timeout in seconds of all groups: those of mesh axes have torch's default, half an hour with Gloo.
 
     Private torch API, 2.13: the list of groups and the setter.
     """
@@ -86,7 +86,7 @@ def limit_waits(timeout: float) -> None:
 
 
 def from_rank_0(number: int, place: Place) -> int:
-    """Rank 0's number on every rank, by one broadcast: for what each might see differently, as clocks and disks."""
+    """Rank 0's number on every rank, by one broadcast: for what ranks may see differently, as clocks and disks."""
     box = torch.tensor(number, dtype=torch.int64, device=place.device)
     dist.broadcast(box, src=0)
     return int(box)

@@ -1,8 +1,8 @@
-"""What the user can put right: a config key and what is wrong with it, in one line."""
+"""What the user can fix: a config key and what is wrong with it, in one line."""
 
 
 class ConfigError(ValueError):
-    """A value in the config, the command line or the data it points to cannot be used."""
+    """A value in the config, on the command line or in the data cannot be used."""
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(f"{key}: {reason}")

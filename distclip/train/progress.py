@@ -1,4 +1,4 @@
-"""What rank 0 shows: a live line in a terminal, a plain line every so many steps elsewhere, a table at the end."""
+"""What rank 0 shows: a live line on a terminal, a plain line every so many steps elsewhere, a table at the end."""
 
 import time
 from datetime import timedelta
@@ -11,9 +11,9 @@ from rich.table import Table
 
 
 class Tally:
-    """Counts over the whole run, the part before a resume included.
+    """Counts over the whole run, including the part before a resume.
 
-    ``scales``: whether the policy clips by a coefficient. One that clamps values has none to count by.
+    ``scales``: whether the policy clips by a coefficient, by which clipped steps are counted; clamping values does not.
     """
 
     def __init__(self, records: list[dict[str, Any]], *, scales: bool = True) -> None:
@@ -32,7 +32,7 @@ class Tally:
 
 
 class Display:
-    """Shows one run. On ranks other than 0 the console is quiet and nothing below is seen."""
+    """Shows one run. On ranks other than 0 the console is quiet."""
 
     def __init__(self, console: Console, *, start: int, steps: int, unit: str, log_every: int) -> None:
         self.console, self.unit, self.log_every = console, unit, log_every
@@ -84,7 +84,7 @@ class Display:
         return str(timedelta(seconds=round(left)))
 
     def look(self, record: dict[str, Any]) -> str:
-        """The held-out part beside the mean over the steps since the last look."""
+        """The held-out loss beside the mean over the steps since the last evaluation."""
         loss, accuracy = (sum(r[key] for r in self.recent) / len(self.recent) for key in ("loss", "accuracy"))
         return (
             f"epoch {record['epoch']}, step {record['step']}: training loss {loss:.4f} accuracy {accuracy:.1%}, "

@@ -13,12 +13,12 @@ from distclip.train.stop import StopSignals
 
 
 def start(path: str, overrides: Sequence[str]) -> int:
-    """Train and return the exit code; what went wrong is one line on stderr."""
+    """Train and return the exit code; a failure is one line on stderr."""
     return start_rank(path, overrides) if launched() else start_job(path, overrides)
 
 
 def start_job(path: str, overrides: Sequence[str]) -> int:
-    """Start the ranks on this machine, once nothing in the config stands against it."""
+    """Start the ranks on this machine, once the config has passed its checks."""
     try:
         config = read_config(path, overrides)
         check_processes(config.parallel.processes)
@@ -29,9 +29,9 @@ def start_job(path: str, overrides: Sequence[str]) -> int:
 
 
 def start_rank(path: str, overrides: Sequence[str]) -> int:
-    """Be one of the ranks that a launcher has started.
+    """Run as one of a launcher's ranks.
 
-    Stop signals wait for the very end: a launcher sends them to all other ranks as soon as one has failed, while they
+    Stop signals are deferred to the very end: a launcher sends them to all other ranks as soon as one fails, while they
     are still finding out which.
     """
     with StopSignals() as stop:

@@ -1,4 +1,4 @@
-"""Signals as a wish: training goes on to the end of the step, saves, and only then ends."""
+"""Stop signals as requests: training finishes the step, saves, and only then ends."""
 
 import signal
 from types import FrameType, TracebackType
@@ -7,12 +7,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def heeded() -> list[signal.Signals]:
-    """The stop signals, without those that `nohup` or a shell's `&` has told this process to ignore."""
+    """The stop signals, except those that `nohup` or a shell's `&` made this process ignore."""
     return [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
 
 
 def exit_code(received: signal.Signals) -> int:
-    """What a shell reports of a process that a signal has ended: 130 for SIGINT, 143 for SIGTERM."""
+    """What a shell reports for a process ended by a signal: 130 for SIGINT, 143 for SIGTERM."""
     return 128 + received
 
 
@@ -40,10 +40,10 @@ class StopSignals:
         self.received.add(number)
 
     def wishes(self) -> list[float]:
-        """One number a signal, to be summed over ranks with the step's metrics."""
+        """One number per signal, to be summed over ranks with the step's metrics."""
         return [float(s in self.received) for s in STOP_SIGNALS]
 
 
 def agreed(sums: list[float]) -> signal.Signals | None:
-    """The signal to stop for, from the summed wishes: the same on every rank."""
+    """The signal to stop for, from the summed requests: the same on every rank."""
     return next((s for s, wish in zip(STOP_SIGNALS, sums, strict=True) if wish > 0), None)

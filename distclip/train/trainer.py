@@ -1,4 +1,4 @@
-"""One step of training and one look at the held-out part, on one rank."""
+"""One training step and one evaluation on the held-out part, on one rank."""
 
 import time
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class Trainer:
     def step(self, step: int) -> tuple[dict[str, Any], Signals | None]:
         """Train on one global batch: its record, and the signal to stop for if any rank got one.
 
-        Two collectives beside those of the parallelism: the clipper's and one for loss, accuracy and the wish to stop.
-        Reading their results is the step's only wait for the device.
+        Two collectives besides those of the parallelism: the clipper's, and one for loss, accuracy and stop requests.
+        Reading their results is the step's only host sync.
         """
         began = time.perf_counter()
         lr = learning_rate(self.config.optim, step, self.steps)
@@ -61,7 +61,7 @@ class Trainer:
         return record, agreed(wishes)
 
     def seed(self, step: int) -> None:
-        """Draw dropout from (seed, step, part of the batch): no generator has a state that a checkpoint must hold."""
+        """Draw dropout from (seed, step, part of the batch), so that a checkpoint needs no generator state."""
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 10_007 + self.batches.rank)
 
     def summed(self, numbers: list[Tensor | float]) -> list[float]:
@@ -76,8 +76,8 @@ class Trainer:
     def evaluate(self, split: Split) -> dict[str, float]:
         """Mean loss and accuracy over all of `split`.
 
-        Ranks must call the model equally often (FSDP2 gathers in every call), so the last batch is filled up from
-        the beginning and what fills it does not count.
+        Ranks must call the model equally often (FSDP2 gathers in every call), so the last batch is filled up from the
+        beginning, and the filling does not count.
         """
         size, world, rank = self.batches.batch_size, self.batches.world, self.batches.rank
         sums = torch.zeros(3, dtype=torch.float64, device=self.place.device)  # loss, right answers, targets

@@ -1,1 +1,1 @@
-"""One small model a file, each with the config section it is built from."""
+"""One small model per file, with its config section."""

@@ -1,4 +1,4 @@
-"""A small GPT: pre-norm blocks of causal attention and an MLP, or experts in the place of the MLP."""
+"""A small GPT: pre-norm blocks of causal attention and an MLP, or experts in place of the MLP."""
 
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
         self.mlp = Moe(width, config.experts, config.top_k) if config.experts else Mlp(width)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Rows of `qkv` belong to a head each, so that a rank that holds some rows holds whole heads."""
+        """Each row of `qkv` belongs to one head, so that a rank with some of the rows has whole heads."""
         qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_width))  # (batch, time, heads here, 3, head_width)
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # each (batch, heads here, time, head_width)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -75,7 +75,7 @@ class Gpt(nn.Module):
                 nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if residual else 0.02)
 
     def keep_stage(self, index: int, count: int) -> None:
-        """Drop what the other of `count` pipeline stages hold: only the first embeds, only the last has the head."""
+        """Drop what the other `count` - 1 pipeline stages hold: only the first embeds, only the last has the head."""
         first, end = (len(self.blocks) * i // count for i in (index, index + 1))
         for i in range(len(self.blocks)):
             if not first <= i < end:
@@ -86,7 +86,7 @@ class Gpt(nn.Module):
             self.norm = self.head = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of tokens; a pipeline stage after the first gets (batch, time, width), one before the last returns it."""
+        """From tokens; a pipeline stage after the first gets (batch, time, width), one before the last returns it."""
         if self.tokens is not None and self.positions is not None:
             x = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks.values():

@@ -22,7 +22,7 @@ class GruConfig:
 class Gru(nn.Module):
     """Words (batch, time), 0 where a row has ended, to logits (batch, classes).
 
-    `GRUCell` and not `GRU`: FSDP2 replaces parameters behind the back of `nn.GRU`, which keeps its own list.
+    `GRUCell`, not `GRU`: FSDP2 replaces parameters, and `nn.GRU` keeps a list of its own.
     """
 
     def __init__(self, config: GruConfig, *, symbols: int, classes: int) -> None:

@@ -1,4 +1,4 @@
-"""The recurrent net that needs clipping: ReLU units, recurrence started at the identity (Le et al. 2015)."""
+"""A recurrent net that needs clipping: ReLU units, recurrence initialised to the identity (Le et al. 2015)."""
 
 from dataclasses import dataclass
 

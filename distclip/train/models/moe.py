@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of an MLP: each token goes to the `top_k` experts that the router likes best."""
+"""A mixture of experts in place of an MLP: each token goes to the router's `top_k` best experts."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -19,12 +19,12 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.ModuleDict):
-    """Experts under their numbers in the whole model, also on a rank that holds only some of them."""
+    """Experts by their numbers in the whole model, also on a rank that holds only some."""
 
     def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """Tokens (tokens, width), the first `counts[0]` of them for the first expert held here, and so on.
 
-        Every expert computes, one without tokens on none: it then has gradients of zeros, as data parallelism needs.
+        Every expert runs, even on no tokens: it then has zero gradients, as data parallelism needs.
         """
         parts = tokens.split(counts.tolist())  # type: ignore[no-untyped-call]
         return torch.cat([expert(part) for expert, part in zip(self.values(), parts, strict=True)])
@@ -39,9 +39,9 @@ def dispatch_here(experts: Experts, tokens: Tensor, counts: Tensor) -> Tensor:
 
 
 class Moe(nn.Module):
-    """(batch, time, width) to the same: the chosen experts' answers, each times its share of the router's softmax.
+    """(batch, time, width) to the same: the chosen experts' outputs, weighted by the router's softmax.
 
-    No token is dropped and there is no loss for balance: what comes out does not depend on how tokens are batched.
+    No token is dropped and there is no balance loss, so the output does not depend on how tokens are batched.
     """
 
     def __init__(self, width: int, experts: int, top_k: int) -> None:

@@ -1,1 +1,1 @@
-"""The three tasks. Each turns its data into the same thing: inputs, targets and a held-out part."""
+"""The three tasks. Each turns its data into inputs, targets and a held-out part."""

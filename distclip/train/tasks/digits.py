@@ -1,4 +1,4 @@
-"""scikit-learn's bundled digits, an image read as 16 steps of 4 pixels: short, and enough to explode."""
+"""scikit-learn's bundled digits, an image read as 16 steps of 4 pixels: long enough for gradients to explode."""
 
 from dataclasses import dataclass
 

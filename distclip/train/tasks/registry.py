@@ -1,4 +1,4 @@
-"""Which data and which model a task name stands for."""
+"""The data and the model of each task."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from distclip.train.tasks.text import TextData, load_text
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Task:
-    """The types of the config's `data` and `model`, what reads the one and what builds the other."""
+    """The types of the config's `data` and `model`, with their reader and builder."""
 
     data: type[Any]
     model: type[Any]

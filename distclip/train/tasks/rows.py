@@ -1,4 +1,4 @@
-"""Rows of a CSV file, each a text and a label of 0 or 1: the task of telling the two apart."""
+"""Rows of a CSV file, each a text and a label of 0 or 1: binary classification."""
 
 import csv
 import re
@@ -58,7 +58,7 @@ def read_rows(data: RowsData) -> Iterator[tuple[str, int]]:
 
 
 def hashed(text: str, length: int, buckets: int) -> list[int]:
-    """The first words as numbers 1..buckets, filled up with 0. CRC-32, for Python's hash differs by process."""
+    """The first words as numbers 1..buckets, padded with 0. CRC-32, since Python's hash differs by process."""
     words = [zlib.crc32(word.encode()) % buckets + 1 for word in WORD.findall(text.lower())[:length]]
     return words + [0] * (length - len(words))
 

@@ -1,4 +1,4 @@
-"""Characters of a text, in windows: the task of predicting the next one."""
+"""Windows of a text: predicting the next character."""
 
 import random
 import sysconfig
@@ -46,7 +46,7 @@ def text_files(data: TextData) -> list[Path]:
 
 
 def read_text(data: TextData, seed: int) -> str:
-    """At most `max_chars` of the files, in an order drawn from `seed`: the held-out end is then a fair sample."""
+    """At most `max_chars` of the files, in an order drawn from `seed`, so that the held-out end is a fair sample."""
 
     def characters(files: list[Path]) -> Iterator[str]:
         random.Random(seed).shuffle(files)
@@ -60,14 +60,14 @@ def read_text(data: TextData, seed: int) -> str:
 
 
 def windows(text: str, symbol: dict[str, int], length: int) -> Split:
-    """Windows side by side, each beside itself moved on by one character; both are views of one tensor."""
+    """Windows, and the same shifted by one character; both are views of one tensor."""
     codes: Tensor = torch.tensor([symbol.get(c, 0) for c in text])
     cut = codes.unfold(0, length + 1, length)  # (windows, length + 1)
     return Split(inputs=cut[:, :-1], targets=cut[:, 1:])
 
 
 def load_text(data: TextData, seed: int) -> Dataset:
-    """Read, hold the end out, and make the vocabulary from what is left."""
+    """Read, hold the end out, and make the vocabulary from the rest."""
     text = read_text(data, seed)
     kept = len(text) - int(len(text) * data.held_out)
     where = data.path or "the standard library's sources"

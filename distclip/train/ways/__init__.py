@@ -1,1 +1,1 @@
-"""The ways to spread a model over ranks, one a file."""
+"""The ways to distribute a model over ranks, one per file."""

@@ -1,4 +1,4 @@
-"""Data parallelism: DDP copies a model to all ranks of an axis, FSDP2 shards it over them."""
+"""Data parallelism: DDP replicates a model over an axis, FSDP2 shards it."""
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ def copy_by_ddp(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.
 
 
 def shard_by_fsdp2(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
-    """Shard `model.blocks` one by one, where there are such, then the rest; compute in `dtype`, reduce in float32."""
+    """Shard `model.blocks` one by one, if there are any, then the rest; compute in `dtype`, reduce in float32."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     for block in getattr(model, "blocks", {}).values():
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -23,5 +23,5 @@ def shard_by_fsdp2(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None
 
 
 def autocast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Let the model's forward compute in `dtype` wherever torch deems it safe."""
+    """Let the model's forward compute in `dtype` wherever autocast allows it."""
     model.forward = torch.autocast(device.type, dtype)(model.forward)

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank holds some experts of every block, and tokens travel to them and back."""
+"""Expert parallelism: each rank holds some experts of every block, and tokens are exchanged."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from distclip.train.models.moe import Experts, Moe
 
 
 class Exchange(torch.autograd.Function):
-    """Rows to other ranks: `sent[i]` of them to rank i of the group, `received[i]` from it. The gradient goes back."""
+    """Exchange rows: `sent[i]` to rank i of the group, `received[i]` from it; the backward reverses it."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -40,9 +40,9 @@ def all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.P
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Travel:
-    """The dispatch of tokens to experts on the ranks of `group`, each of which holds as many, in order.
+    """The dispatch of tokens to experts on the ranks of `group`, each of which holds equally many, in order.
 
-    Three exchanges a call: numbers of tokens, which the host waits for, the tokens, and their experts' answers.
+    Three exchanges per call: the numbers of tokens, with a host sync, the tokens, and the experts' outputs.
     """
 
     group: dist.ProcessGroup
@@ -60,7 +60,7 @@ class Travel:
 
 
 def keep_experts(model: Gpt, mesh: DeviceMesh) -> None:
-    """Drop the experts that other ranks of `mesh` hold, and let tokens travel to them."""
+    """Drop the experts that other ranks of `mesh` hold, and send them their tokens."""
     index, count = mesh.get_local_rank(), mesh.size()
     for moe in mixtures(model):
         names = list(moe.experts)
@@ -84,5 +84,5 @@ def mixtures(model: Gpt) -> list[Moe]:
 
 
 def layout_of_experts(replicas: int) -> LayoutFn:
-    """Ranks hold different experts, each of whose elements lies on `replicas` of them."""
+    """The layout of experts, each element of which is on `replicas` ranks."""
     return lambda name, parameter: Layout(replicas) if ".experts." in name else None

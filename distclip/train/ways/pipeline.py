@@ -15,7 +15,7 @@ SCHEDULES: dict[str, type[PipelineScheduleSingle]] = {"1f1b": Schedule1F1B, "gpi
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Piped:
-    """One stage of a pipeline: the first is fed the inputs, the last compares with the targets."""
+    """One pipeline stage: the first gets the inputs, the last computes the loss."""
 
     schedule: PipelineScheduleSingle
     first: bool

@@ -7,7 +7,7 @@ from distclip.train.models.gpt import Gpt
 
 
 def cut_layers(model: Gpt, mesh: DeviceMesh) -> None:
-    """Cut the large layers of every block along `mesh`; norms, embeddings and the head stay whole, as plain tensors."""
+    """Cut the large layers of every block along `mesh`; norms, embeddings and the head stay plain tensors."""
     for block in model.blocks.values():
         plan = {
             "qkv": ColwiseParallel(),

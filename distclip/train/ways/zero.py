@@ -1,8 +1,8 @@
 """ZeRO by DeepSpeed (the extra `deepspeed`): optimizer state, gradients and parameters are sharded, stage by stage.
 
-DeepSpeed's own checkpoints are pickles for one number of ranks. Here every parameter and its optimizer state are put
-together and saved whole under the names of the model, as the other ways do. That needs two private things, read in
-DeepSpeed 0.19.8: the flat partitions that its optimizer steps, and `_lazy_init_hp_params_optimizer_state`.
+DeepSpeed's own checkpoints are pickles for one number of ranks. Here every parameter and its optimizer state are
+assembled and saved whole by the names of the model, as with the other ways. That needs private API, read in DeepSpeed
+0.19.8: the flat partitions that its optimizer steps, and `_lazy_init_hp_params_optimizer_state`.
 """
 
 import os
@@ -34,7 +34,7 @@ def check_installed(config: Config) -> None:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Zero:
-    """A DeepSpeed engine, which calls, steps and holds the model."""
+    """A DeepSpeed engine, which holds, runs and steps the model."""
 
     engine: Any
     clipper: Clipper
@@ -43,7 +43,7 @@ class Zero:
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, place: Place) -> "Zero":
-        """Let DeepSpeed spread `model` over all ranks. All ranks call."""
+        """Let DeepSpeed distribute `model` over all ranks. All ranks call."""
         os.environ.setdefault("DS_ACCELERATOR", place.device.type)
         import deepspeed  # takes seconds, and patches torch
 
@@ -113,7 +113,7 @@ class Zero:
                     each["step"].copy_(optimizer[f"state.{name}.step"])
 
     def states(self) -> list[dict[str, Tensor]]:
-        """The torch optimizer's state of every flat tensor that it steps."""
+        """The torch optimizer's state for every flat tensor that it steps."""
         return [self.engine.optimizer.optimizer.state[flat] for flat in self.flat()]
 
     def flat(self) -> list[Tensor]:
@@ -122,7 +122,7 @@ class Zero:
         return list(optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups)
 
     def fill(self) -> None:
-        """Start the optimizer's state with zeros, as its first step would: only then is there one to load into."""
+        """Initialise the optimizer's state with zeros, as its first step would, so that there is one to load into."""
         optimizer = self.engine.optimizer
         fused = any(group["fused"] for group in optimizer.optimizer.param_groups)
         for flat in self.flat():

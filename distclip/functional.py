@@ -108,34 +108,36 @@ def clip_grad_norm_(
     try:
         bound = positive("max_norm", max_norm, "inf measures only")
         p = positive("norm_type", norm_type)
-        found = planned(listed, p, group, split_over, layout)
+        known = planned(listed, p, group, split_over, layout)
     except FAILURES as error:
         tell_ranks(listed, norm_type, group, split_over, layout, error, "clip_grad_norm_()")
         raise
-    plan, memory = found.plan, found.plan.memory
+    plan, memory = known.plan, known.plan.memory
 
     # 2. Measure. The settings are in the agreement word, so that ranks with other ones disagree.
     call = f"clip_grad_norm_(max_norm={bound}, norm_type={p}, error_if_nonfinite={bool(error_if_nonfinite)})"
     measured = measure(
         plan,
-        found.gradients,
-        partial(store_in_grad, found.holders),
+        known.gradients,
+        partial(store_in_grad, known.holders),
         crc32(call.encode()),
-        unmoved=found.unmoved,
+        unmoved=known.unmoved,
         error=memory.late_error and memory.take_late_error(),
         call=call,
     )
 
-    # 3. Decide. Only from reduced values, so that all ranks decide alike.
+    # 3. Decide, from reduced values only, so that all ranks decide alike.
     norm, culprit = _total_norm(plan, measured, error_if_nonfinite)
     if plan.fully_replicated and not isinstance(norm, Tensor):
         compare_copies(plan, norm, measured.reduced.own, "the call before")
 
+    shown, found = _decided(norm, bound, measured.dtype)
+
     # 4. Scale. Where only the sum of powers overflowed all gradients are finite, and the formula would zero them.
-    finite = norm < inf if isinstance(norm, Tensor) else None
     if culprit is None or culprit.kind != "overflow":
-        _scale(measured.runs, norm, bound, measured.dtype, finite)
-    return _presented(norm, finite, measured.dtype)
+        for factor in found:
+            scale_(measured.runs, factor)
+    return shown
 
 
 @shielded
@@ -168,7 +170,11 @@ def get_total_norm(
     call = f"get_total_norm(norm_type={plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
     measured = measure(plan, holders_of(listed), tag=crc32(call.encode()), call=call)
     norm, _ = _total_norm(plan, measured, error_if_nonfinite)
-    return _presented(norm, None, measured.dtype)
+    return (
+        presented_on_device(norm, norm < inf, measured.dtype)
+        if isinstance(norm, Tensor)
+        else presented(norm, measured.dtype)
+    )
 
 
 @shielded
@@ -208,7 +214,8 @@ def clip_grads_with_norm_(
     if pair is not None:
         labels = {id(item.holder): item.piece.label(i) for i, item in enumerate(listed)}
         raise shared_memory(*(labels[id(holders[k])] for k in pair))
-    _scale(gradients, norm.double(), bound, dtype)
+    for factor in _factors(norm.double(), bound, dtype):
+        scale_(gradients, factor)
 
 
 @shielded
@@ -250,7 +257,7 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
     reduced = measured.reduced
     if not (error_if_nonfinite or measured.can_overflow or plan.reads_are_free):
         return reduced.tensor(plan.device), None
-    number, disagrees, _ = reduced.read()
+    number, disagrees = (reduced.norm, reduced.disagree) if plan.reads_are_free else reduced.read()[:2]
     if disagrees:
         raise LayoutError(f"{DISAGREE}{reduced.who}")
     if not (isnan(number) or number == inf) or not (error_if_nonfinite or measured.can_overflow):
@@ -262,23 +269,22 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
     return reduced.norm, culprit
 
 
-def _presented(norm: Scalar, finite: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _decided(norm: Scalar, max_norm: float, dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
+    """The norm as it is returned, and what gradients are multiplied by; never waits for an accelerator."""
     if not isinstance(norm, Tensor):
-        return presented(norm, dtype)
-    return presented_on_device(norm, norm < inf if finite is None else finite, dtype)
+        return presented(norm, dtype), factors(norm, max_norm, None, dtype)[1]
+    finite = norm < inf
+    return presented_on_device(norm, finite, dtype), _factors(norm, max_norm, dtype, finite)
 
 
-def _scale(
-    gradients: Sequence[Tensor], norm: Scalar, max_norm: float, dtype: torch.dtype, finite: Tensor | None = None
-) -> None:
-    if isinstance(norm, Tensor) and not reads_are_free(norm.device):
-        if max_norm < inf:
-            finite = norm < inf if finite is None else finite
-            scale_(gradients, clip_coef_on_device(norm, max_norm, dtype).mul_(finite))  # 0 of inf, as in torch
-        return
-    number = norm.item() if isinstance(norm, Tensor) else norm
-    for factor in factors(number, max_norm, None, dtype)[1]:
-        scale_(gradients, factor)
+def _factors(norm: Tensor, max_norm: float, dtype: torch.dtype, finite: Tensor | None = None) -> Sequence[Tensor]:
+    """What gradients are multiplied by, one after the other."""
+    if reads_are_free(norm.device):
+        return factors(norm.item(), max_norm, None, dtype)[1]
+    if max_norm == inf:
+        return ()
+    finite = norm < inf if finite is None else finite
+    return (clip_coef_on_device(norm, max_norm, dtype).mul_(finite),)  # 0 of inf, as in torch
 
 
 def _gradients(holders: Sequence[Tensor]) -> list[Tensor]:

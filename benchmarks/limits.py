@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/limits.py
 
-First what the parts take: both ranks pass over memory at the same time, as they do in a training step; the all-reduce
-starts at one moment on both. Times are medians of 31 rounds of the slower rank, interleaved.
+First the parts: both ranks pass over memory at the same time, as in a training step; the all-reduce starts at one
+moment on both. Times are medians of 31 rounds of the slower rank, interleaved.
 
 Then the cases of `distclip bench` with many small gradients, against the least that a call can do: read every `.grad`,
-sum and scale memory of which it is told that it holds the gradients, and all-reduce two words. It looks at nothing, so
-that a gradient that has changed or moved would go unnoticed, decides nothing and reports nothing.
+sum and scale memory at addresses known beforehand, and all-reduce two numbers. It checks nothing, so a gradient that
+has changed or moved would go unnoticed; it decides and reports nothing.
 """
 
 import statistics
@@ -128,7 +128,7 @@ def least(place: Place, subject_of: SubjectOf, *, fresh: bool = False, talks: bo
 
 
 def merged(tensors: list[Tensor]) -> list[Tensor]:
-    """One tensor for all that lie in one storage, from the first to the last."""
+    """One tensor for all that lie in one storage."""
     storages: dict[int, list[Tensor]] = {}
     for tensor in tensors:
         storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)

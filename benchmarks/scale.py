@@ -1,13 +1,13 @@
-"""Plans of real models on thousands of ranks, made in one process: what they take, keep and send.
+"""Plans of real models on thousands of ranks, made in one process: their time, memory and messages.
 
     python benchmarks/scale.py                                  # all models, 512 to 16384 ranks, 10 minutes
     python benchmarks/scale.py --worlds 512 16384 --models gpt2 llama3-8b --json figures.json
 
-Weights are on the meta device and have no storage. torch's own ``fully_shard`` and ``distribute_tensor`` cut them, so
-that pieces, placements and meshes are those of a real run. torch's ``fake`` process groups know their ranks and pass
-words on unchanged: which collectives run and how long they are is real, nothing is communicated, and no time of one is
-measured. Figures are those of rank 0. Times are those of the processor, which another program on it changes little.
-Private torch API, 2.13: ``torch.testing._internal.distributed.fake_pg``.
+Weights are on the meta device. torch's own ``fully_shard`` and ``distribute_tensor`` cut them, so pieces, placements
+and meshes are those of a real run. torch's ``fake`` process groups know their ranks and return messages unchanged:
+which collectives run, and their sizes, are real; nothing is communicated, and no time of one is measured. Figures are
+those of rank 0, times are CPU time, which other programs hardly change. Private torch API, 2.13:
+``torch.testing._internal.distributed.fake_pg``.
 """
 
 import argparse
@@ -183,7 +183,7 @@ def fsdp(model: Model, world: int) -> Placed:
 
 
 def hsdp(model: Model, world: int) -> Placed:
-    """FSDP2 over 8 ranks, copied on the others."""
+    """FSDP2 over 8 ranks, replicated on the others."""
     mesh = init_device_mesh("cpu", (world // SHARDS, SHARDS), mesh_dim_names=("replicate", "shard"))
     return Placed(_sharded(model, mesh))
 
@@ -262,7 +262,7 @@ Place = Callable[[Weight], dict[str, Tensor]]
 
 
 def _sharded(model: Model, mesh: DeviceMesh, place: Place = _whole, expert_mesh: DeviceMesh | None = None) -> nn.Module:
-    """What this rank holds of ``model``, each layer one unit of FSDP2; experts on ``expert_mesh``, or left alone."""
+    """This rank's part of ``model``, each layer one FSDP2 unit; experts on ``expert_mesh``, or left alone."""
     root = _group([*model.first, *model.last], place)
     root.add_module("layers", nn.ModuleList(_group(layer, place) for layer in model.layers))
     for layer in root.get_submodule("layers").children():
@@ -326,8 +326,8 @@ class Figures:
     """One model in one layout on one number of ranks, as rank 0 sees it.
 
     * ``parameters``: how many tensors this rank holds; ``elements``: of theirs, on this rank.
-    * ``first_ms``: the first ``Plan.of``, with meshes that were never asked anything; ``again_ms``: the median of
-      more; ``clipper_ms``: ``Clipper(...)`` without checksums of values, which meta tensors have not.
+    * ``first_ms``: the first ``Plan.of``, with new meshes; ``again_ms``: the median of more; ``clipper_ms``:
+      ``Clipper(...)`` without checksums of values, which meta tensors lack.
     * ``kept``: bytes that a plan keeps, its pieces included.
     * ``construction``, ``step``: the collectives of ``Clipper(...)`` and of ``clip_()``.
     """
@@ -418,8 +418,8 @@ def constructed(placed: Placed) -> tuple[Clipper, Sent]:
 def stepped(clipper: Clipper) -> Sent:
     """The collectives of ``clip_()`` in a call that compares no copies. No parameter has a gradient: they run as ever.
 
-    A fake group does not add the words of the other ranks, which therefore seem to disagree, except in the step whose
-    number makes the agreement word 0.
+    A fake group does not add the other ranks' messages, so they seem to disagree, except in the step whose number makes
+    the agreement word 0.
     """
     step = -clipper.engine.plan.code * pow(TAG_STEP, -1, CODES) % CODES
     calls = clipper.engine.progress.calls

@@ -1,6 +1,6 @@
-"""Whether this container can train: clips a small model and compares with the norm that it must have had.
+"""Whether this container can train: clips a small model and checks the norm.
 
-On the CPU, also beside GPUs: a check must not take memory from the job.
+On the CPU, even with GPUs: the check must not take memory from the job.
 """
 
 import sys

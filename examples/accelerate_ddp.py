@@ -9,7 +9,7 @@ torch.manual_seed(0)
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
 x = torch.randn(1280, 8)
-x[700] = torch.nan  # one rank gets it: both skip that step
+x[700] = torch.nan  # only one rank gets it: both skip that step
 data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)), batch_size=16)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 model, optimizer, data = accelerator.prepare(model, optimizer, data)

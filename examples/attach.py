@@ -1,4 +1,4 @@
-"""A loop that keeps its lines: two optimizers, FSDP2, one norm. torchrun --nproc-per-node 2 examples/attach.py"""
+"""An unchanged loop: two optimizers, FSDP2, one norm. torchrun --nproc-per-node 2 examples/attach.py"""
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ matrices = torch.optim.SGD([p for p in model.parameters() if p.ndim == 2], lr=1e
 others = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=1e-2)
 clipper = distclip.attach([matrices, others], model, 1.0)
 
-torch.manual_seed(dist.get_rank())  # other rows on every rank
+torch.manual_seed(dist.get_rank())  # different rows on every rank
 for step in range(20):
     x = torch.randn(16, 8)
     (model(x) - x.sum(1, keepdim=True)).square().mean().backward()

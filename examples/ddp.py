@@ -12,7 +12,7 @@ model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(8, 32), torc
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
 clipper = distclip.Clipper(model, distclip.AutoClip(percentile=10, max_norm=1.0), max_consecutive_skips=5)
 
-torch.manual_seed(dist.get_rank())  # other rows on every rank
+torch.manual_seed(dist.get_rank())  # different rows on every rank
 for step in range(30):
     x = torch.randn(16, 8)
     if step == 10 and dist.get_rank() == 1:

@@ -26,7 +26,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 clipper = take_over(engine, distclip.AutoClip())
 
-torch.manual_seed(dist.get_rank())  # other rows on every rank
+torch.manual_seed(dist.get_rank())  # different rows on every rank
 for step in range(20):
     x = torch.randn(16, 8)
     engine.backward((engine(x) - x.sum(1, keepdim=True)).square().mean())

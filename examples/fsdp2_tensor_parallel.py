@@ -22,7 +22,7 @@ for step in range(10):
     x = torch.randn(16, 8)
     (model(x) - x.flip(1)).square().sum().backward()
     if step == 0:
-        clipper.verify()  # every element counts once, copies agree
+        clipper.verify()  # every element counts once, replicas agree
     report = clipper.step(optimizer)
     optimizer.zero_grad()
     if dist.get_rank() == 0:

@@ -25,7 +25,7 @@ class Sums(LightningModule):
 torch.manual_seed(0)
 x = torch.randn(960, 8)
 y = x.sum(1, keepdim=True)
-x[100, 0] = torch.nan  # all ranks skip the step that one of them sees this in
+x[100, 0] = torch.nan  # one rank gets it: all ranks skip that step
 clip = ClipGradients(distclip.AutoClip(percentile=10, max_norm=1.0), max_consecutive_skips=5)
 trainer = Trainer(
     accelerator="cpu",

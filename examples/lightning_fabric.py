@@ -22,7 +22,7 @@ model = fabric.setup(nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)
 optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2))
 clipper = FabricClipper(fabric, model, 1.0)
 
-torch.manual_seed(fabric.global_rank)  # other rows on every rank
+torch.manual_seed(fabric.global_rank)  # different rows on every rank
 for step in range(20):
     x = torch.randn(16, 8)
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()

@@ -12,9 +12,9 @@ dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
 
 
-def layout(name, p):  # no duplicates are filtered out: how many ranks hold each element is all there is to say
+def layout(name, p):  # no duplicates to filter out: it only says how many ranks hold each element
     pieces = mesh["pp"].size() * (mesh["tp"].size() if p.tensor_model_parallel else 1)
-    stages = 2 if getattr(p, "shared_embedding", False) else 1  # tied: on the first and on the last stage
+    stages = 2 if getattr(p, "shared_embedding", False) else 1  # tied: on the first and the last stage
     return distclip.Layout(stages * dist.get_world_size() // pieces)  # with a distributed optimizer: pieces *= dp
 
 
@@ -22,7 +22,7 @@ def clip_grad_norm(self, clip_grad):  # MegatronOptimizer.clip_grad_norm = clip_
     return distclip.clip_grad_norm_(self.get_parameters(), clip_grad, layout=layout).item()
 
 
-torch.manual_seed(0)  # the same whole gradients everywhere; each rank takes its part of those of its stage
+torch.manual_seed(0)  # the same whole gradients everywhere; each rank takes its part of its stage's
 whole = {"embedding": torch.randn(8, 4), "0.norm": torch.randn(4), "1.linear": torch.randn(4, 4)}
 mine = []
 for name, gradient in whole.items():

@@ -11,7 +11,7 @@ import distclip
 
 
 def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None, pp_mesh=None, **_):
-    """Takes the place of torchtitan.distributed.utils.clip_grad_norm_; experts need no flag: their meshes say it."""
+    """Replaces torchtitan.distributed.utils.clip_grad_norm_; experts need no flag, they have meshes of their own."""
     split_over = [] if pp_mesh is None else [pp_mesh]
     return distclip.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, split_over=split_over)
 
@@ -26,7 +26,7 @@ pipeline = PipelineStage(part, stage, 2, torch.device("cpu"), group=mesh["pp"].g
 schedule = Schedule1F1B(pipeline, n_microbatches=2, loss_fn=mse_loss)
 optimizer = torch.optim.AdamW(part.parameters(), lr=1e-2)
 
-torch.manual_seed(mesh["dp"].get_local_rank())  # other rows on every data-parallel rank
+torch.manual_seed(mesh["dp"].get_local_rank())  # different rows on every data-parallel rank
 for step in range(10):
     x = torch.randn(8, 8)
     schedule.step(x) if stage == 0 else schedule.step(target=x.flip(1))
@@ -34,6 +34,6 @@ for step in range(10):
     optimizer.step()
     optimizer.zero_grad()
     if step % 3 == 0:
-        print(f"step {step}, rank {dist.get_rank()}: {norm.item():.6f}")  # one number, on every rank of every stage
+        print(f"step {step}, rank {dist.get_rank()}: {norm.item():.6f}")  # the same on every rank of every stage
 
 dist.destroy_process_group()

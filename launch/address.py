@@ -1,9 +1,9 @@
 """Which address and interface of this machine lead to HOST: `python3 address.py HOST PORT SECONDS [wait]`.
 
-Prints `ADDRESS INTERFACE IS_HOST`: what torchrun takes as --local-addr, what Gloo and NCCL take as *_SOCKET_IFNAME,
-and 1 where HOST is this machine itself, so that it keeps the job's store, 0 where it is another one. `-` is a part that
-is not known here. Names that do not resolve yet are tried again for so many seconds; with `wait`, so is another machine
-that does not listen at PORT yet, where torch itself would give up after a minute. Linux, IPv4, the standard library.
+Prints `ADDRESS INTERFACE IS_HOST`: torchrun's --local-addr, *_SOCKET_IFNAME for Gloo and NCCL, and 1 if HOST is this
+machine, which then hosts the job's store, else 0. `-` is a part that is unknown. Names that do not resolve yet are
+retried for SECONDS; with `wait`, so is another machine that does not listen at PORT yet, where torch itself would give
+up after a minute. Linux, IPv4, the standard library.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ ENTRIES = 256
 
 
 class Misleading(Exception):
-    """The name of the host will never do, however long one waits."""
+    """The host name will never work, however long one waits."""
 
 
 def find(host: str, port: int, wait: bool) -> str:

@@ -1,6 +1,6 @@
 """Whether the trainer can read a config: `python3 check.py CONFIG [key=value ...]`. If not, one line and exit code 2.
 
-A wrong key would otherwise be found when all machines have met, and again at each restart.
+A wrong key would otherwise be found only after all machines have met, and again at each restart.
 """
 
 import sys

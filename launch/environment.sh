@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: `make_environment EXTRAS` makes a virtual environment with this repository,
-# editable, and those extras in it, or does nothing where that was done before.
+# editable, and those extras, or does nothing if that was done before.
 #
 #   VENV    where it lives                  (default: .venv in the repository)
-#   PYTHON  what it is made from, 3.11+     (default: the first of python3, python3.14 ... python3.11 that will do)
+#   PYTHON  what it is made from, 3.11+     (default: the first of python3, python3.14 ... python3.11 that works)
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
@@ -34,7 +34,7 @@ find_python() {
     fail "needs Python 3.11 or newer with venv (on Debian: apt install python3-venv); PYTHON=... names another"
 }
 
-# What an installation was made for: where a line of it changes, pip runs again.
+# What an installation was made for: if a line of it changes, pip runs again.
 fingerprint() {
     {
         printf '%s\n' "$root" "$1" "${PYTHON:-}" "${CC:-}" "${DISTCLIP_NATIVE:-}"
@@ -46,7 +46,7 @@ fingerprint() {
     } | cksum
 }
 
-# A torch that the Python brings along, as in a GPU container, is used if it is the one that constraints.txt asks for.
+# A torch that comes with the Python, as in a GPU container, is used if it is the version of constraints.txt.
 site_packages_option() {
     "$1" - "$root/constraints.txt" <<'END'
 import importlib.metadata, pathlib, sys
@@ -55,7 +55,7 @@ try:
     found = importlib.metadata.version("torch").partition("+")[0]
 except importlib.metadata.PackageNotFoundError:
     sys.exit()
-if f"torch=={found}" in pinned and sys.prefix == sys.base_prefix:  # a virtual environment does not hand its own on
+if f"torch=={found}" in pinned and sys.prefix == sys.base_prefix:  # a virtual environment does not pass its own on
     print("--system-site-packages")
 END
 }
@@ -74,7 +74,7 @@ make_environment() {
         option=$(site_packages_option "$python")
         "$python" -m venv --clear ${option:+"$option"} "$venv" || fail "could not make $venv with $python"
     fi
-    [[ ! -e $venv/unfinished ]] || rm -f "$venv"/installed-* # nothing is certain after an install that broke off
+    [[ ! -e $venv/unfinished ]] || rm -f "$venv"/installed-* # nothing is certain after an interrupted install
     touch "$venv/unfinished"
     printf 'installing into %s (the first time takes a minute or two, most of it torch)\n' "$venv"
     SECONDS=0

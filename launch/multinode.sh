@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# This machine's part of a job on several. Start it on each of them, with the same settings, in any order:
+# This machine's part of a job on several machines. Start it on each, with the same settings, in any order:
 #
 #   NNODES=2 RDZV_ENDPOINT=10.0.0.1:29500 launch/multinode.sh configs/quickstart.yaml [key=value ...]
 #
 # Where the machines meet (one of the two is required; the first wins):
-#   RDZV_ENDPOINT   host:port, a free port on one of the machines, which keeps the store of the job (c10d)
+#   RDZV_ENDPOINT   host:port, a free port on one of the machines, which hosts the job's store (c10d)
 #   PET_*           PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, as Kubeflow Trainer v2 sets them
 #
 # What runs:
 #   NNODES          machines, or LEAST:MOST of an elastic job   required with RDZV_ENDPOINT
-#   NPROC_PER_NODE  ranks on this machine                       auto: one a GPU, or one a core where there is none
+#   NPROC_PER_NODE  ranks on this machine                       auto: one per GPU, or per core without GPUs
 #   JOB             a name, the same on all machines            the config's
-#   RUN_DIR         the run folder, on a disk that all share    runs/JOB; a run that is there goes on
-#   MAX_RESTARTS    of the ranks, when one of them has failed   3
+#   RUN_DIR         the run folder, on a disk that all share    runs/JOB; an existing run resumes
+#   MAX_RESTARTS    of all ranks, after one has failed          3
 #
 # How long it waits, in seconds unless a unit is given:
 #   JOIN_TIMEOUT    for the other machines                      600
 #   SAVE_TIMEOUT    for a checkpoint, after a signal to stop    120
-#   DEADLINE        for the whole job: then it is stopped       24h; 0 is for ever
+#   DEADLINE        for the whole job, which is then stopped    24h; 0 is for ever
 #
-# Where it must be told (found from the route to RDZV_ENDPOINT):
-#   LOCAL_ADDR      the address of this machine that the other ones reach
+# If the defaults are wrong (found from the route to RDZV_ENDPOINT):
+#   LOCAL_ADDR      the address at which the others reach this machine
 #   IFNAME          the network interface with this address, for Gloo and NCCL
 #   IS_HOST         1 on the machine that RDZV_ENDPOINT names, 0 on the others
 #   PYTHON          a Python with distclip                      .venv/bin/python here, else python3
@@ -68,7 +68,7 @@ words=(run.dir="${RUN_DIR:-runs/$job}" resume=true "$@")
 "$python" "$root/launch/check.py" "$config" "${words[@]}" || exit
 
 # Without these, torch takes what this machine's own name resolves to, which on Debian is 127.0.1.1: ranks on other
-# machines are refused there, and machines that do not know who keeps the store wait for each other.
+# machines are refused there, and machines that do not know which one hosts the store wait for each other.
 address=${LOCAL_ADDR:-} interface=${IFNAME:-} is_host=${IS_HOST:-}
 if [[ -z $address || -z $interface || -z $is_host ]]; then
     found=$("$python" "$root/launch/address.py" "$host" "$port" "$join_timeout" "${wait[@]}") || exit
@@ -85,7 +85,7 @@ if [[ $backend == c10d ]]; then
     [[ $is_host == - ]] || conf+=,is_host=$is_host
     options+=(--nnodes "$machines" --rdzv-backend "$backend" --rdzv-id "$job" --rdzv-endpoint "$host:$port")
     options+=(--rdzv-conf "$conf" --local-addr "$address")
-    # Ranks that start again must not meet in the store of those before them: Gloo would read addresses of the dead.
+    # Restarted ranks must not use the old store: Gloo would read addresses of dead ranks.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$save_timeout}
@@ -95,8 +95,8 @@ printf 'machines %s, ranks on each %s; they meet at %s:%s, this one is %s (%s); 
     "$machines" "$nproc" "$host" "$port" "$address" "$interface" "$deadline"
 until=()
 if [[ $deadline != 0 ]]; then
-    # A session of its own: Ctrl-C reaches `timeout` alone, which passes it on. Were torchrun to get it twice, it would
-    # leave without waiting for its ranks.
+    # A session of its own: Ctrl-C reaches only `timeout`, which forwards it. If torchrun got it twice, it would exit
+    # without waiting for its ranks.
     until=(timeout --foreground --verbose --kill-after $((save_timeout + 30)) "$deadline" setsid)
 fi
 exec "${until[@]}" "$python" -m torch.distributed.run "${options[@]}" \

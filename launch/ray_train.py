@@ -1,8 +1,8 @@
-"""The job by Ray Train: `python launch/ray_train.py WORKERS CONFIG [key=value ...]` from the root of this repository.
+"""The job with Ray Train: `python launch/ray_train.py WORKERS CONFIG [key=value ...]` from the root of this repository.
 
-Needs `pip install "ray[train]"` beside distclip[train]. On several machines: the repository at the same place of each,
-a Ray cluster (RAY_ADDRESS=auto), and a run.dir that all of them see. Each worker of Ray is the parent of one rank,
-because the trainer wants the main thread, for signals, and a process group of its own.
+Needs `pip install "ray[train]"` besides distclip[train]. On several machines: the repository at the same path, a Ray
+cluster (RAY_ADDRESS=auto), and a run.dir on a shared disk. Each Ray worker is the parent of one rank, because the
+trainer needs the main thread, for signals, and a process group of its own.
 """
 
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def work(job: dict[str, Any]) -> None:
-    """Run one rank, on a worker of Ray."""
+    """Run one rank on a Ray worker."""
     here = ray.train.get_context()
     rank = {
         "RANK": here.get_world_rank(),
@@ -37,7 +37,7 @@ def work(job: dict[str, Any]) -> None:
 
 
 def free_address() -> dict[str, Any]:
-    """Where the ranks can meet if this worker has rank 0."""
+    """Where the ranks can meet, if this worker has rank 0."""
     address = ray.util.get_node_ip_address()
     with socket.socket() as listener:
         listener.bind((address, 0))
@@ -45,7 +45,7 @@ def free_address() -> dict[str, Any]:
 
 
 def main(workers: int, config: str, *words: str) -> None:
-    run = [f"run.dir={ROOT / 'runs' / Path(config).stem}", "resume=true"]  # a worker that starts again goes on
+    run = [f"run.dir={ROOT / 'runs' / Path(config).stem}", "resume=true"]  # a restarted worker resumes
     TorchTrainer(
         work,
         train_loop_config={"words": [config, *run, *words]},

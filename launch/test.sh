@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must be green: style, types, tests. Arguments go to pytest: launch/test.sh -k norm
+# Everything that must pass: style, types, tests. Arguments go to pytest: launch/test.sh -k norm
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -9,7 +9,7 @@ cd "$root"
 export OMP_NUM_THREADS=1 # ranks share the cores already
 failed=
 
-report() { # name, exit code, start: one line for a step
+report() { # name, exit code, start: one line per step
     local verdict=ok
     if (($2 != 0)); then
         verdict="FAILED ($2)"
@@ -30,7 +30,7 @@ quietly "ruff check" ruff check .
 quietly "ruff format" ruff format --check .
 quietly "mypy" mypy
 
-# Hundreds of processes import it, and each would compile it anew where PYTHONDONTWRITEBYTECODE is set.
+# Hundreds of processes import it, and each would compile it again if PYTHONDONTWRITEBYTECODE is set.
 "$venv/bin/python" -m compileall -q distclip
 
 start=$SECONDS code=0

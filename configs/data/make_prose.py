@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-ROWS = 2500  # of each label
+ROWS = 2500  # per label
 WORDS = re.compile(r"[A-Za-z]{2,}")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Literal, NoReturn, Unpack
 from weakref import WeakSet, ref
 
@@ -11,12 +12,12 @@ from torch.optim import Optimizer
 
 from .clipper import Clipper
 from .layouts.piece import local_tensor
+from .optimizers.fused import Stepping
 from .optimizers.hooks import SKIP, Arguments, guard, held_by, withhold
 from .optimizers.wrapped import applying, around, steps
 from .policies import Policy
 from .policies.adopt import bound_by_place
 from .report import Report
-from .step.decision import Stepping
 from .step.driver import Driver
 from .step.engine import Engine
 from .step.options import Options
@@ -114,7 +115,7 @@ class Attachment:
         assert stepping is not None
         self._stepped.add(index)
         self._waiting.pop(index, None)
-        stack, skips = ExitStack(), stepping.outcome.skip is True
+        stack, skips = ExitStack(), stepping.skipped
         self._open[index] = stack
         if not skips:
             stack.enter_context(_joined(stepping, optimizer).around(index, optimizer))
@@ -261,4 +262,4 @@ def _joined(stepping: Stepping, optimizer: Optimizer) -> Stepping:
     if stepping.skip is None or not isinstance(found, Tensor):
         return stepping
     both = torch.maximum(stepping.skip.float().to(found.device), found) > 0
-    return Stepping(stepping.outcome, stepping.folds, stepping.coef, both)
+    return replace(stepping, skip=both)

@@ -7,6 +7,7 @@ Nothing here changes once it is made. Frozen dataclasses would say so, and take 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -120,6 +121,9 @@ def holders_of(listed: Iterable[Held]) -> list[Tensor]:
 def same_ranks(mesh: DeviceMesh, other: DeviceMesh) -> bool:
     """Whether both lay the same ranks out in the same way, whatever their axes are called."""
     return mesh is other or torch.equal(mesh.mesh, other.mesh)
+
+
+local_of = attrgetter("_local_tensor")  # of a DTensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ where they do not.
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 
 from ..kernels.transfer import sent
-from ..layouts.piece import local_tensor
+from ..layouts.piece import local_of, local_tensor
+from ..report import Report
 
 FOLDING = (Adam, AdamW, SGD, Adagrad)
 TORCH = {kind.__module__ for kind in (*FOLDING, LBFGS)}  # whose optimizers are looked at no further
@@ -37,6 +38,24 @@ class Folds:
     inside: frozenset[int]
     foreign: frozenset[int]
     of_torch: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stepping:
+    """A decision whose gradients are scaled already, but for those that folding optimizers scale themselves.
+
+    ``skipped``: the host knows that nobody must step. ``coef``, ``skip``: what folding optimizers are told.
+    """
+
+    report: Report
+    skipped: bool
+    folds: Folds
+    coef: Tensor | None
+    skip: Tensor | None
+
+    def around(self, index: int, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """What the step of ``optimizer``, the one of this index, must run inside of."""
+        return folded(optimizer, self.coef, self.skip) if self.folds.by_optimizer[index] else nullcontext()
 
 
 class Folding:
@@ -127,9 +146,10 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
         return
     words: dict[str, Tensor] = {}
     if coef is not None:
-        words["grad_scale"] = sent(coef.float().reciprocal(), device)
+        words["grad_scale"] = coef.float().reciprocal()
     if skip is not None:
-        words["found_inf"] = sent(skip.float(), device)
+        words["found_inf"] = skip.float()
+    words = {name: word if word.device == device else sent(word, device) for name, word in words.items()}
     _straighten(optimizer)
     before = {name: optimizer.__dict__.get(name, ABSENT) for name in words}
     optimizer.__dict__.update(words)
@@ -148,7 +168,10 @@ def _straighten(optimizer: Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
     likes, found = parameters, gradients
-    if set(map(type, gradients)) != {Tensor}:
+    types = set(map(type, gradients))
+    if types == {DTensor}:
+        likes, found = list(map(local_of, parameters)), list(map(local_of, gradients))
+    elif types != {Tensor}:
         likes, found = list(map(local_tensor, parameters)), list(map(local_tensor, gradients))
     if all(map(Tensor.is_contiguous, found)) and all(map(Tensor.is_contiguous, likes)):
         return

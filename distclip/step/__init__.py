@@ -7,7 +7,7 @@ uses these names of the rooms `ranks`, `gradients`, `plan`, `optimizers` and `st
 * ``engine.Engine``: the verbs ``measure``, ``clip_``, ``begin``, ``decide`` and ``step``; ``owner.note`` and
   ``broken_off.note``; ``plan``, ``policy``, ``holders``, ``owner.clipped`` and ``progress.report`` to read.
   ``options.Options``: the keywords of a user that it takes.
-* ``decision.Stepping`` and its ``around(index, optimizer)``: what the step of an optimizer runs inside of;
+* ``optimizers.fused.Stepping`` and its ``around(index, optimizer)``: what the step of an optimizer runs inside of;
   ``decision.Outcome`` and its ``apply_to(gradients)``: a decision that is applied later.
 * ``driver.Driver`` and ``Clipper.of(engine, driver)``: the Clipper that the user gets, and what its methods then do.
 * ``gradients.storage.Storage``: gradients that are not in ``.grad``.

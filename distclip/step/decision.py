@@ -1,16 +1,13 @@
 """Outcome: what a Clipper makes of one measured step, on the host or on an accelerator without waiting for it."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..kernels import clamp_, scale_
-from ..optimizers.fused import Folds, folded
 from ..plan.measured import Measured
 from ..policies import Policy, State
 from ..policies.answer import Numbers, Words, ask, is_trusted
@@ -38,14 +35,6 @@ class Outcome:
     skip: bool | Tensor
     fault: float | Tensor | None = None
     bound: float | None = None
-
-    @property
-    def can_fold(self) -> bool:
-        """Whether an optimizer may do the scaling, by dividing by 1 / coef: one factor, and normal in float32.
-
-        Elementwise bounds come after it, and no optimizer applies them.
-        """
-        return len(self.factors) == 1 and self.bounds is None
 
     def read(self) -> "Outcome":
         """The same with numbers in place of tensors: one copy to the host, and a host sync."""
@@ -88,51 +77,23 @@ class Outcome:
         return replace(self, report=report)
 
 
-@dataclass(frozen=True, slots=True)
-class Stepping:
-    """A decision whose gradients are scaled already, but for those that folding optimizers scale themselves."""
-
-    outcome: Outcome
-    folds: Folds
-    coef: Tensor | None
-    skip: Tensor | None
-
-    def around(self, index: int, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """What the step of ``optimizer``, the one of this index, must run inside of."""
-        return folded(optimizer, self.coef, self.skip) if self.folds.by_optimizer[index] else nullcontext()
-
-
 def _like(word: float | Tensor, other: Tensor) -> Tensor:
     return word.double() if isinstance(word, Tensor) else torch.full_like(other, word)
 
 
-def decided(
-    measured: Measured,
-    policy: Policy,
-    state: State,
-    skips_nonfinite: bool,
-    device: torch.device,
-    on_host: bool,
-    last: Report | None = None,
+def decided_on_host(
+    measured: Measured, policy: Policy, state: State, skips_nonfinite: bool, device: torch.device, trusted: bool
 ) -> tuple[Outcome, State]:
-    """What ``policy`` decides, and its state after it. Where ranks disagree the norm is NaN.
+    """What ``policy`` decides, in numbers, and its state after it. Where ranks disagree the norm is NaN.
 
-    ``on_host``: with numbers, since reading them costs nothing; otherwise nothing waits for ``device``. ``last``: the
-    report before, with a bound that need not be made again where it is a number.
+    ``trusted``: whether the policy's answers keep the rules by construction.
     """
-    if on_host:
-        return _with_numbers(measured, policy, state, skips_nonfinite, device)
-    return _with_tensors(measured, policy, state, skips_nonfinite, device, last)
-
-
-def _with_numbers(
-    measured: Measured, policy: Policy, state: State, skips_nonfinite: bool, device: torch.device
-) -> tuple[Outcome, State]:
     reduced = measured.reduced
     assert not isinstance(reduced.norm, Tensor)
     disagree = bool(reduced.disagree)
     norm = nan if disagree else reduced.norm
-    decision, state = ask(policy, torch.scalar_tensor(norm, dtype=torch.float64, device=device), state)
+    asked = torch.scalar_tensor(norm, dtype=torch.float64, device=device)
+    decision, state = policy.decide(asked, state) if trusted else ask(policy, asked, state)
     answer, finite, dtype = Numbers.of(decision, policy), isfinite(norm), measured.dtype
     if finite and not answer.skip:  # of a norm that is not finite a policy may have made what it cannot answer for
         answer.check(policy)
@@ -142,7 +103,7 @@ def _with_numbers(
     return Outcome(report, measured, answer.bounds, found, norm, disagree, coef.item(), skip), state
 
 
-def _with_tensors(
+def decided_on_device(
     measured: Measured,
     policy: Policy,
     state: State,
@@ -150,7 +111,10 @@ def _with_tensors(
     device: torch.device,
     last: Report | None,
 ) -> tuple[Outcome, State]:
-    """The same in a few kernels on one number each: one asks whether the norm is finite."""
+    """The same in a few kernels on one number each, for which nothing waits: one asks whether the norm is finite.
+
+    ``last``: the report before, with a bound that need not be made again where it is a number.
+    """
     norm, dtype, trusted = measured.reduced.tensor(device), measured.dtype, is_trusted(policy)
     decision, state = ask(policy, norm if trusted else norm.clone(), state)
     answer, finite = Words.of(decision, policy, device), norm < inf  # false for NaN too

@@ -18,7 +18,7 @@ from ..gradients.storage import GradientFn, Storage
 from ..layouts.layout import LayoutFn
 from ..layouts.model import ParameterFilter, Reading, chosen, held_in, parts_of
 from ..layouts.piece import holders_of, once
-from ..optimizers.fused import Folding, Folds, may_skip_on_device
+from ..optimizers.fused import Folding, Folds, Stepping, may_skip_on_device
 from ..optimizers.hooks import check_optimizers, skip_next_step
 from ..optimizers.scaler import claim, join_found_inf, skipping, unscale_
 from ..plan.build import Plan
@@ -34,7 +34,7 @@ from ..shield import shielded
 from . import options
 from .broken_off import BrokenOff
 from .calls import Calls
-from .decision import Outcome, Stepping
+from .decision import Outcome
 from .joining import joinable_in, refuse_join
 from .nonfinite import Nonfinite
 from .owner import Owner
@@ -167,11 +167,13 @@ class Engine:
         on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(may_skip_on_device, optimizers))
         outcome = self._advance(optimizers, folds, _enabled(scaler), alone, skips_on_device=on_device)
         gradients, coef = outcome.measured.runs, None
-        if outcome.can_fold and outcome.skip is not True:
+        # An optimizer scales by dividing by 1 / coef: by one factor, and nothing may come after it.
+        if len(outcome.factors) == 1 and outcome.bounds is None and outcome.skip is not True:
             gradients, coef = self._not_folded(outcome, folds), outcome.report.coef
         if gradients:
             outcome.apply_to(gradients)
-        return Stepping(outcome, folds, coef, outcome.skip if isinstance(outcome.skip, Tensor) else None)
+        skip = outcome.skip if isinstance(outcome.skip, Tensor) else None
+        return Stepping(outcome.report, outcome.skip is True, folds, coef, skip)
 
     @shielded
     @_noted
@@ -190,15 +192,15 @@ class Engine:
         if folds is None:  # others may have changed since: a framework's proxy accumulates, for example
             self._check(optimizers)
         stepping = self.begin(optimizers, scaler, folds=folds)
-        if stepping.outcome.skip is True:
-            return stepping.outcome.report
+        if stepping.skipped:
+            return stepping.report
         if scaler is not None and scaler.is_enabled():
             self._step_scaled(optimizers, scaler, stepping)
-            return stepping.outcome.report
+            return stepping.report
         for index, optimizer in enumerate(optimizers):
             with stepping.around(index, optimizer):
                 optimizer.step()
-        return stepping.outcome.report
+        return stepping.report
 
     @shielded
     def verify(self) -> None:

@@ -24,7 +24,7 @@ from ..policies.checks import count
 from ..report import Report
 from ..shield import shielded
 from .calls import Call, Calls
-from .decision import Outcome, decided
+from .decision import Outcome, decided_on_device, decided_on_host
 from .nonfinite import Streak
 
 DISAGREE = (
@@ -152,9 +152,11 @@ class Progress:
         return replace(measured, reduced=measured.reduced.unscaled(storage.scale(), plan.p))
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
-        last = None if self._captured else self.report  # whose memory may be that of a graph
         skips = self.streak.mode != "propagate"
-        return decided(measured, self.policy, self.state, skips, self.plan.device, not self.on_device, last)
+        last = None if self._captured else self.report  # whose memory may be that of a graph
+        if self.on_device:
+            return decided_on_device(measured, self.policy, self.state, skips, self.plan.device, last)
+        return decided_on_host(measured, self.policy, self.state, skips, self.plan.device, self._trusted)
 
     def _must_look(self, outcome: Outcome, skips_on_device: bool) -> bool:
         return (
@@ -176,7 +178,8 @@ class Progress:
         if not isfinite(outcome.norm):
             return outcome.blamed_on(self.streak.add(self.plan, measured))
         norm = float(outcome.norm)
-        self.streak.end(norm, any(gradient is not None for gradient in measured.gradients))
+        if self.streak.culprit is not None or self.streak.skips or norm == 0:
+            self.streak.end(norm, any(gradient is not None for gradient in measured.gradients))
         if self.plan.fully_replicated:
             compare_copies(self.plan, norm, measured.reduced.own, f"step {self.calls.steps}")
         return outcome

@@ -99,7 +99,8 @@ def test_a_partial_function_and_a_single_rank_work():
 
 
 def test_ranks_are_kept_and_start_alike():
-    first, second = run_ranks(process_and_seed, 2), run_ranks(process_and_seed, 2)
+    # five: no other test has as many, whose groups might crowd these ranks until they are thrown away
+    first, second = run_ranks(process_and_seed, 5), run_ranks(process_and_seed, 5)
     assert first == second
     assert first[0][1:] == first[1][1:] == (first[0][1], 1)
 

@@ -22,19 +22,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .errors import FAILURES, LayoutError
+from .errors import FAILURES
 from .gradients.look import laid_out
-from .gradients.sharing import first_shared, shared_memory
+from .gradients.refusals import pending_sum, shared_memory
+from .gradients.sharing import first_shared
 from .gradients.storage import store_in_grad
 from .kernels import check_memory, clamp_, scale_, triton
 from .kernels.device import has_float64, reads_are_free
 from .layouts.layout import LayoutFn
 from .layouts.piece import held_gradient, holders_of, local_tensor
+from .plan import refusals
 from .plan.arguments import Parameters, held_of, plan_of, tell_ranks
 from .plan.build import Plan
 from .plan.cache import planned
 from .plan.copies import compare_copies
-from .plan.culprit import find_culprit, nonfinite
+from .plan.culprit import find_culprit
 from .plan.measure import measure, norms_of
 from .plan.measured import Measured
 from .policies.checks import bounds, positive
@@ -43,11 +45,6 @@ from .ranks.group import Axis
 from .ranks.message import Scalar
 from .report import Culprit
 from .shield import shielded
-
-DISAGREE = (
-    "the ranks of the clipping group passed other parameters or settings, lack a gradient that others have, or one of "
-    "them stopped with an error of its own: pass the same everywhere, or say split_over="
-)
 
 
 @shielded
@@ -196,12 +193,10 @@ def clip_grads_with_norm_(
     """
     bound = positive("max_norm", max_norm, "inf measures only")
     if isinstance(total_norm, DTensor):
-        raise ValueError("total_norm must be a plain tensor, got a DTensor: use distclip.get_total_norm")
+        raise refusals.norm_is_dtensor()
     norm = torch.as_tensor(total_norm)
     if norm.is_meta:
-        raise ValueError(
-            "total_norm is on the meta device, where it has no value: make it outside of torch.device('meta')"
-        )
+        raise refusals.norm_on_meta()
     if not has_float64(norm.device):
         norm = norm.cpu()
     dtype = torch.float64 if norm.dtype == torch.float64 else torch.float32
@@ -238,10 +233,7 @@ def clip_grad_value_(
     for holder in holders:
         gradient = holder.grad
         if isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements):
-            raise LayoutError(
-                f"a gradient is placed as {gradient.placements}, a sum not made yet, whose terms must not be clamped: "
-                "use Clipper(model, ValueClip(...)), or redistribute it"
-            )
+            raise pending_sum(gradient.placements)
     gradients = _gradients(holders)
     check_memory(gradients, shared=True)
     clamp_(gradients, low, high)
@@ -259,13 +251,13 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
         return reduced.tensor(plan.device), None
     number, disagrees = (reduced.norm, reduced.disagree) if plan.reads_are_free else reduced.read()[:2]
     if disagrees:
-        raise LayoutError(f"{DISAGREE}{reduced.who}")
+        raise refusals.functions_disagree(reduced.who)
     if not (isnan(number) or number == inf) or not (error_if_nonfinite or measured.can_overflow):
         return reduced.norm, None
     culprit = find_culprit(plan, norms_of(plan, measured))
     if error_if_nonfinite:
         what_to_do = "To disable this error and scale the gradients by the non-finite norm anyway, set "
-        raise nonfinite(plan.p, culprit, f"{what_to_do}`error_if_nonfinite=False`")
+        raise refusals.nonfinite(plan.p, culprit, f"{what_to_do}`error_if_nonfinite=False`")
     return reduced.norm, culprit
 
 

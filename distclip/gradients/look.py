@@ -7,13 +7,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import LayoutError
-from ..kernels.dtypes import NUMBERS, REAL, WIDE
+from ..kernels.dtypes import NUMBERS, WIDE
 from ..layouts.piece import Piece, local_tensor, same_ranks
+from . import refusals
 from .local import Local, grouped_by_replicas
 from .realign import cut_locally, is_candidate
-from .sharing import first_shared, overlaps_itself, shared_memory
-
-NOT_REDUCED = "it is not reduced yet (leave no_sync for the last backward)"
+from .sharing import first_shared, overlaps_itself
 
 
 def look(
@@ -40,7 +39,7 @@ def look(
             found = _kept(piece, gradient)
             values = None if found is None else _values(piece, found)
         except LayoutError as problem:
-            error = error or LayoutError(f"the gradient of {piece.label(i)} {problem}")
+            error = error or refusals.unusable(piece.label(i), problem)
             continue
         if found is None or values is None:
             misplaced += 1
@@ -51,7 +50,7 @@ def look(
             instead[source] = found
     if error is None:
         pair = first_shared(parts)
-        error = None if pair is None else shared_memory(*(pieces[indices[k]].label(indices[k]) for k in pair))
+        error = None if pair is None else refusals.shared_memory(*(pieces[indices[k]].label(indices[k]) for k in pair))
     grouped, wide = grouped_by_replicas(replicas[i] for i in indices), any(part.dtype in WIDE for part in parts)
     return Local(parts, grouped, parts, None, indices, wide, misplaced, instead, error)
 
@@ -59,11 +58,7 @@ def look(
 def _kept(piece: Piece, gradient: Tensor) -> Tensor | None:
     """``gradient``, or what takes its place to be summed and scaled; None where it must be realigned before that."""
     if isinstance(gradient, DTensor) != piece.is_dtensor:
-        kinds = ["a plain tensor", "a DTensor"]
-        raise LayoutError(
-            f"is {kinds[isinstance(gradient, DTensor)]}, its parameter {kinds[piece.is_dtensor]}: give both the same "
-            "kind"
-        )
+        raise refusals.other_kind(isinstance(gradient, DTensor))
     if isinstance(gradient, DTensor):
         placed = _placed(piece, gradient)
         if placed is None:
@@ -71,7 +66,7 @@ def _kept(piece: Piece, gradient: Tensor) -> Tensor | None:
         gradient = placed
     local = local_tensor(gradient)
     if local.is_meta:
-        raise LayoutError("is on the meta device, where it has no values: move the model with to_empty()")
+        raise refusals.on_meta()
     if local.layout == torch.sparse_coo and local is gradient:
         return local if local.is_coalesced() else local.coalesce()
     copy = laid_out(gradient)
@@ -82,18 +77,12 @@ def _placed(piece: Piece, gradient: DTensor) -> DTensor | None:
     """``gradient`` in the placements of ``piece``, cut where that is enough; None where it takes communication."""
     assert piece.spec is not None
     if not same_ranks(gradient._spec.mesh, piece.spec.mesh):
-        raise LayoutError(
-            f"lies on {gradient._spec.mesh}, its parameter on {piece.spec.mesh}: redistribute the gradient to the "
-            "parameter's mesh and placements"
-        )
+        raise refusals.other_mesh(gradient._spec.mesh, piece.spec.mesh)
     if gradient._spec.placements == piece.spec.placements:
         return gradient
     cut = cut_locally(piece, gradient)
     if cut is None and not is_candidate(piece):
-        raise LayoutError(
-            f"is placed as {gradient.placements}, its parameter as {piece.spec.placements}: redistribute the gradient "
-            "to the parameter's placements"
-        )
+        raise refusals.other_placements(gradient.placements, piece.spec.placements)
     return cut
 
 
@@ -103,20 +92,15 @@ def _values(piece: Piece, gradient: Tensor) -> Tensor:
     if local.layout == torch.sparse_coo and local is gradient:
         local = local._values()
     if local.layout != torch.strided:
-        raise LayoutError(f"has layout {local.layout}, which is not supported: use strided or sparse_coo")
+        raise refusals.unknown_layout(local.layout)
     if local.dtype not in NUMBERS:
-        raise LayoutError(f"has dtype {local.dtype}, which has no norm: use {', '.join(map(str, REAL))}")
+        raise refusals.no_number(local.dtype)
     if piece.span is not None:
         if local.numel() != piece.shape.numel():
-            raise LayoutError(
-                f"lies in a flat gradient of {local.numel()} elements beside a flat parameter of "
-                f"{piece.shape.numel()}: {NOT_REDUCED}"
-            )
+            raise refusals.flat_of_other_size(local.numel(), piece.shape.numel())
         return local[piece.span]
     if piece.flat_over and local.numel() != piece.here:
-        raise LayoutError(
-            f"has {local.numel()} elements where this rank's part of its parameter has {piece.here}: {NOT_REDUCED}"
-        )
+        raise refusals.part_of_other_size(local.numel(), piece.here)
     return local
 
 

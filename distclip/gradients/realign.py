@@ -19,6 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ..errors import LayoutError
 from ..layouts.piece import Piece, same_ranks
+from . import refusals
 
 BASE = 64  # codes for a placement along one axis; 63 bits of an int64 hold 10 axes
 NOTHING_LOWER = -(1 << 63) + 1
@@ -102,10 +103,7 @@ def _decode(code: int) -> tuple[Placement, ...]:
     while code > 1:
         code, digit = divmod(code, BASE)
         if digit == UNKNOWN:
-            raise LayoutError(
-                "the gradient of a DTensor is a plain tensor, on another mesh, or in a placement that cannot be "
-                "summed: redistribute it"
-            )
+            raise refusals.cannot_be_summed()
         placements.append(Replicate() if digit == 0 else Partial(SUMS[digit - 1]) if digit < 3 else Shard(digit - 3))
     return tuple(reversed(placements))
 
@@ -119,10 +117,7 @@ def _agreed(mesh: DeviceMesh, codes: list[int]) -> list[tuple[Placement, ...] | 
         dist.all_reduce(words, dist.ReduceOp.MAX, group=mesh.get_group(axis))
     highest, lowest = words.chunk(2)
     if bool(((highest != -lowest) & (highest != 0)).any()):
-        raise LayoutError(
-            "the ranks of one mesh hold the gradient of one parameter in different placements: let every rank run the "
-            "same backward"
-        )
+        raise refusals.placements_differ()
     return [_decode(int(code)) if code else None for code in highest.tolist()]
 
 

@@ -6,16 +6,7 @@ from operator import add, le
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError
 from ..kernels.dtypes import size_in_bytes
-
-
-def shared_memory(first: str, second: str) -> LayoutError:
-    """What to raise of two gradients that share memory."""
-    return LayoutError(
-        f"the gradients of {first} and {second} share memory, whose elements would be scaled twice: give each its own "
-        "(p.grad = p.grad.clone())"
-    )
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

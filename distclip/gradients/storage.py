@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError
+from . import refusals
 
 Store: TypeAlias = Callable[[int, Tensor], None]
 """Puts a gradient in the place of that of the parameter of this index."""
@@ -54,10 +54,7 @@ def given_by(function: GradientFn, holders: Sequence[Tensor], names: Sequence[st
     """What ``function`` returns: the very tensors that will be stepped with, which are scaled in place."""
 
     def store(index: int, gradient: Tensor) -> None:
-        raise LayoutError(
-            f"the gradient that gradients= returned for {names[index]} would have to be replaced by another tensor "
-            "(its placements or memory are not those of its parameter): return one that lies as its parameter does"
-        )
+        raise refusals.not_replaceable(names[index])
 
     return Storage(lambda: list(map(function, names, holders)), store)
 

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..errors import LayoutError
 from ..layouts.fsdp1 import is_flattened, is_whole
 from ..layouts.fsdp2 import managed_anywhere
 from ..layouts.layout import LayoutFn
 from ..layouts.model import held_in
 from ..layouts.piece import Held, held_parameter
 from ..ranks.group import Axis, ClippingGroup
+from . import refusals
 from .build import Plan
 from .disagreement import tell_others
 
@@ -33,11 +33,7 @@ def plan_of(
     for i, item in enumerate(listed):
         cut = is_flattened(item.holder) and (bool(item.piece.name) or not is_whole(item.holder))
         if cut and not item.piece.name:
-            raise LayoutError(
-                f"parameter {i} of shape {tuple(item.holder.shape)} is managed by FSDP1 (FullyShardedDataParallel) "
-                "and does not show of what it is a part: pass the FSDP1 module instead of its parameters, as in "
-                "clip_grad_norm_(model, max_norm); with use_orig_params=True those of NO_SHARD do not tell either"
-            )
+            raise refusals.fsdp1_parameter(f"parameter {i} of shape {tuple(item.holder.shape)}")
         seen_cut = seen_cut or cut or item.piece.spec is not None
     talks = bool(group or split_over or layout) or seen_cut
     where = ClippingGroup.of(group) if talks else ClippingGroup.alone()
@@ -86,8 +82,8 @@ def held_of(listed: list[Any]) -> list[Held]:
         return held_in(listed)
     odd = next((kind for kind in kinds if not issubclass(kind, (Tensor, nn.Module))), None)
     if odd is not None:
-        raise ValueError(f"parameters must be tensors or modules, got {odd.__name__} (named_parameters()?)")
-    raise ValueError("parameters must be tensors or modules, got both: pass the modules' parameters() instead")
+        raise refusals.neither_tensor_nor_module(odd.__name__)
+    raise refusals.tensors_and_modules()
 
 
 def _held_tensors(tensors: Sequence[Tensor]) -> list[Held]:
@@ -95,8 +91,5 @@ def _held_tensors(tensors: Sequence[Tensor]) -> list[Held]:
     sharded, copies = managed_anywhere()
     for i, tensor in enumerate(tensors):
         if id(tensor) in copies:
-            raise LayoutError(
-                f"parameter {i} of shape {tuple(tensor.shape)} is an unsharded copy, which FSDP2 shows between forward "
-                "and backward and which has no gradient: pass the module, or call its reshard() first"
-            )
+            raise refusals.unsharded_parameter(f"parameter {i} of shape {tuple(tensor.shape)}")
     return [held_parameter(tensor, reduced=id(tensor) in sharded) for tensor in tensors]

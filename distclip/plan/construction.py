@@ -5,19 +5,15 @@ from zlib import crc32
 
 import torch
 
-from ..errors import LayoutError, and_more
 from ..layouts.piece import Held, once
 from ..ranks.compare import checksums, differing_fields, who_differs
 from ..ranks.group import ClippingGroup
+from . import refusals
 from .build import Plan
 from .copies import values_apart
 from .disagreement import stopped_by
 
 ERROR = "an error of its own"
-SAY_SO = (
-    "say layout=... (distclip.Layout.cut(over=[tp])) where ranks hold different parts of these parameters, or "
-    "split_over=[mesh['pp']] where all that they hold is different"
-)
 
 
 def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str]) -> None:
@@ -28,26 +24,18 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
     """
     different = differing_fields(plan.group, plan.device, _fields(settings, plan.code))
     if ERROR in different:
-        raise LayoutError(f"a rank of the clipping group could not make its Clipper{_who(plan, 'made its Clipper')}")
+        raise refusals.no_clipper(_who(plan, "made its Clipper"))
     if "parameters" in different:
         common = [piece for piece, is_common in zip(plan.pieces, plan.known_to_all, strict=True) if is_common]
         count = sum(piece.here if piece.size is None else piece.size for piece in common)
         mine = f"{len(common)} parameters of {count} elements (hash {plan.code:x})"
-        raise LayoutError(
-            "the ranks of the clipping group hold parameters of other names, shapes, dtypes or placements: say which "
-            f"ranks hold different ones by split_over=[mesh['pp']] or layout=...{_who(plan, mine)}"
-        )
+        raise refusals.other_parameters(_who(plan, mine))
     if different:
         mine = ", ".join(f"{name} {settings[name]}" for name in different)
-        raise ValueError(
-            f"{', '.join(different)} must be the same on every rank: build every Clipper alike{_who(plan, mine)}"
-        )
+        raise refusals.other_settings(different, _who(plan, mine))
     apart = values_apart(plan, once(listed), checksums)
     if apart:
-        raise LayoutError(
-            f"ranks that should hold copies hold other values of {and_more(apart)}: {SAY_SO}, only=... where nobody "
-            "trains them, and build the Clipper after parameters are loaded or broadcast"
-        )
+        raise refusals.other_values(apart)
 
 
 def tell_ranks(group: ClippingGroup, device: torch.device, settings: Mapping[str, str], error: Exception) -> None:

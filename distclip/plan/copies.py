@@ -11,13 +11,13 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError, and_more
 from ..kernels.transfer import sent
 from ..layouts.layout import represents
 from ..layouts.piece import Held
 from ..ranks.compare import projections
 from ..ranks.connections import all_reduce
 from ..ranks.message import Scalar, root
+from . import refusals
 from .build import Plan
 from .measure import norms_of
 from .measured import Measured, Norms
@@ -25,11 +25,6 @@ from .measured import Measured, Norms
 APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
 ALIKE = 1e-2  # copies that were computed in bf16, each for itself, may be so far apart
 WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must differ, or noise around 0 would be told
-SAY_SO = (
-    "reduce gradients before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... "
-    "where ranks hold different parameters, group=... where they train apart, or go on from the last checkpoint if a "
-    "copy was damaged"
-)
 
 
 def compare_copies(plan: Plan, norm: float, own: Scalar | None, call: str, warns: bool = True) -> None:
@@ -43,9 +38,7 @@ def compare_copies(plan: Plan, norm: float, own: Scalar | None, call: str, warns
         return
     mine = float(own) if plan.p == inf else float(root(float(own) * plan.group.size, plan.p))
     if abs(mine - norm) > APART * norm:
-        plan.memory.late_error = LayoutError(
-            f"copies of gradients differ between ranks since {call}, and here had a norm of {mine:.7g}: {SAY_SO}"
-        )
+        plan.memory.late_error = refusals.copies_differ(call, mine)
         if warns:
             warn(f"{plan.memory.late_error}. The next call raises on every rank", RuntimeWarning, stacklevel=3)
 
@@ -73,7 +66,7 @@ def compare_gradients(plan: Plan, measured: Measured) -> bool:
     words = all_reduce(plan.group, drift_words(plan, norms_and_projections(plan, found, copied) / norm, copied)).cpu()
     apart = drifted(words, ALIKE, WEIGHTY * ALIKE).nonzero().flatten().tolist()
     if apart:
-        raise not_replicas([plan.label(copied[k]) for k in apart])
+        raise refusals.not_replicas([plan.label(copied[k]) for k in apart])
     return True
 
 
@@ -117,15 +110,6 @@ def drifted(words: Tensor, tolerance: float, least: float = 0.0) -> Tensor:
     drift, of_squares, along, total, squares = words.abs()
     far = [(drift, total), (of_squares, squares), (along, total)]
     return torch.stack([(off > tolerance * scale) & (off > least) for off, scale in far]).any(0)
-
-
-def not_replicas(names: Sequence[str]) -> LayoutError:
-    return LayoutError(
-        f"ranks that should hold the same gradient do not: {and_more(names)}; reduce gradients before clipping (leave "
-        "no_sync for the last backward; an optimizer that reduces them in its step() comes too late), or say "
-        "layout=lambda name, p: distclip.Layout(1) if ... else None for what each rank has for itself (experts), "
-        "split_over=[mesh['pp']] for stages, group=... for ranks that train apart (local SGD, DiLoCo)"
-    )
 
 
 def replicated(plan: Plan) -> list[int]:

@@ -8,7 +8,6 @@ from math import inf
 import torch
 import torch.distributed as dist
 
-from ..errors import NonFiniteError
 from ..kernels import local_norms
 from ..ranks.compare import broadcast_text
 from ..ranks.connections import all_reduce
@@ -67,14 +66,6 @@ def _made(plan: Plan, index: int) -> str:
 def _bad(norms: Norms) -> list[int]:
     positions: list[int] = (~norms.norms.isfinite()).nonzero().flatten().tolist()
     return positions
-
-
-def nonfinite(p: float, culprit: Culprit, what_to_do: str) -> NonFiniteError:
-    """What to raise; it begins as torch's error does, by which people know it."""
-    return NonFiniteError(
-        f"The total norm of order {p} for gradients from `parameters` is non-finite, so it cannot be clipped: "
-        f"{culprit}; no gradient was changed. {what_to_do}"
-    )
 
 
 def _first_bad(rank: int, norms: Norms) -> int:

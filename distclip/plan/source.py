@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from ..errors import and_more
 from ..kernels import local_norms
 from ..layouts.fsdp2 import groups_of
 from ..layouts.model import held_in, parts_of
@@ -25,6 +24,7 @@ from ..ranks.connections import all_reduce
 from ..ranks.group import ClippingGroup
 from ..report import Culprit
 from ..shield import shielded
+from . import refusals
 from .culprit import KINDS, NOBODY, ranks_that
 
 
@@ -35,10 +35,7 @@ class Source:
         parts = parts_of(model)
         modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
         if any(isinstance(module, FullyShardedDataParallel) for module in modules):
-            raise NotImplementedError(
-                "find_source cannot see gradients before FSDP1 reduces them: wrap it by fully_shard or DDP while "
-                "you look for the source"
-            )
+            raise refusals.no_source_in_fsdp1()
         self._group = ClippingGroup.of(group)
         listed = held_in(parts)
         self._device = self._group.device_for(item.holder for item in listed)
@@ -80,10 +77,7 @@ class Source:
         words = torch.tensor([first, -len(unseen)], device=self._device)
         winner, missed = map(int, all_reduce(group, words, dist.ReduceOp.MIN).tolist())
         if missed:
-            raise RuntimeError(
-                f"find_source has not seen the gradients of {and_more(unseen) or 'another rank'}: call it before "
-                "the forward, and FSDP2's modules themselves, not their methods"
-            )
+            raise refusals.unseen_gradients(unseen)
         if winner == NOBODY:
             return None
         rank, index, kind = winner >> 34, winner >> 2 & 0xFFFFFFFF, KINDS[winner & 3]

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import LayoutError, and_more
+from ..errors import and_more
 from ..layouts.layout import part_of
 from ..layouts.piece import Held
 from ..ranks.compare import HASHES, broadcast_text, checksums, is_constant
 from ..ranks.connections import all_reduce
+from . import refusals
 from .build import Plan
 from .measure import norms_of
 from .measured import Measured, Norms
@@ -79,11 +80,7 @@ def _raise_if_counted(plan: Plan, wrong: Sequence[str]) -> None:
     source = int(all_reduce(plan.group, first, dist.ReduceOp.MIN).item())
     if source < plan.group.size:
         listed = broadcast_text(plan.group, plan.device, source, and_more(wrong))
-        raise LayoutError(
-            f"gradients are not counted once: on rank {plan.group.ranks[source]} {listed}; return "
-            "distclip.Layout(number of ranks that hold it) from layout= (a tied weight on two stages: Layout(2); norm "
-            "layers that tensor-parallel ranks share: all of these)"
-        )
+        raise refusals.gradients_not_counted_once(plan.group.ranks[source], listed)
 
 
 def _summed_shares(plan: Plan, keys: Sequence[int], shares: Sequence[float]) -> Counter[int]:

@@ -5,25 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError, and_more
+from ..errors import LayoutError
 from ..gradients.storage import Storage
 from ..layouts.piece import Held
 from ..ranks.compare import bit_sums
 from ..ranks.connections import all_reduce
+from . import refusals
 from .build import Plan
-from .construction import SAY_SO
-from .copies import drift_words, drifted, norms_and_projections, not_replicas, values_apart
+from .copies import drift_words, drifted, norms_and_projections, values_apart
 from .measure import measure, norms_of
 from .measured import Norms
 from .split import count_split
 
 VERIFYING = 1 << 13  # tag of its measurement
 TOLERANCE = 1e-5  # copies of a gradient may differ in their last bits where a kernel adds in any order
-ABSENT = (
-    "an optimizer in the backward has used them up, the last synchronisation was left out "
-    "(set_requires_gradient_sync(False), set_requires_all_reduce(False)), or zero_grad came before; clip between the "
-    "last backward and zero_grad"
-)
 
 
 def verify(
@@ -40,16 +35,11 @@ def verify(
     """
     measured = measure(plan, storage.read(), storage.store, tag=VERIFYING + tag, error=error, call=call)
     if measured.reduced.read()[1]:
-        raise LayoutError(
-            f"the ranks do not agree: let every rank make the same calls with the same parameters{measured.reduced.who}"
-        )
+        raise refusals.calls_disagree(measured.reduced.who)
     kept = [Held(piece, holders[source]) for piece, source in zip(plan.pieces, plan.sources, strict=True)]
     apart = values_apart(plan, kept, bit_sums)
     if apart:
-        raise LayoutError(
-            f"copies have drifted apart: ranks hold other values of {and_more(apart)}; load or broadcast these "
-            f"parameters anew, or {SAY_SO}"
-        )
+        raise refusals.drifted_apart(apart)
     norms = norms_of(plan, measured)
     _count_common(plan, norms)
     count_split(plan, norms)
@@ -69,13 +59,13 @@ def _count_common(plan: Plan, found: Norms) -> None:
     words = all_reduce(plan.group, torch.cat([counted, told.flatten(), numbers])).cpu()
     present, pieces = words[-2:].tolist()
     if pieces and not present:
-        raise LayoutError(f"there is no gradient on any rank: {ABSENT}")
+        raise refusals.no_gradient()
     counted, *rest = words[:-2].view(6, -1)
     whole = torch.tensor([float(plan.pieces[i].size or 0) for i in common], dtype=torch.float64)
     wrong = ((counted - whole).abs() > 0.5).nonzero().flatten().tolist()
     if wrong:
         listed = [f"{plan.label(common[k])} ({counted[k] / whole[k]:.3g}x)" for k in wrong]
-        raise LayoutError(f"elements are not counted once: {and_more(listed)}; {SAY_SO}")
+        raise refusals.not_counted_once(listed)
     apart = drifted(torch.stack(rest), TOLERANCE).nonzero().flatten().tolist()
     if apart:
-        raise not_replicas([plan.label(common[k]) for k in apart])
+        raise refusals.not_replicas([plan.label(common[k]) for k in apart])

@@ -6,10 +6,10 @@ from warnings import warn
 
 from ..errors import NonFiniteError
 from ..plan.build import Plan
-from ..plan.culprit import find_culprit, nonfinite
+from ..plan.culprit import find_culprit
 from ..plan.measure import norms_of
 from ..plan.measured import Measured
-from ..plan.verify import ABSENT
+from ..plan.refusals import ABSENT, nonfinite
 from ..report import Culprit
 
 Nonfinite: TypeAlias = Literal["skip", "raise", "propagate"]

@@ -310,7 +310,7 @@ def pending_sum() -> list[str]:
 def test_a_pending_sum_is_never_taken_for_a_gradient():
     for messages in run_ranks(pending_sum, 2):
         assert len(messages) == 1
-        assert "a sum not made yet" in messages[0]
+        assert "a pending sum" in messages[0]
 
 
 def wrong_gradient_on_one_rank() -> str:

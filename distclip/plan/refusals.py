@@ -1,0 +1,163 @@
+"""Every error of this room and of the functions: what is wrong, with which parameter or rank, and what to do about it.
+
+``who``: which ranks it is, as ranks have told each other; empty where that was not asked.
+"""
+
+from collections.abc import Sequence
+
+from ..errors import LayoutError, NonFiniteError, and_more
+from ..report import Culprit
+
+SAY_WHERE = (
+    "say layout=... (distclip.Layout.cut(over=[tp])) where ranks hold different parts of these parameters, or "
+    "split_over=[mesh['pp']] where all that they hold is different"
+)
+ABSENT = (
+    "an optimizer in the backward has used them up, the last synchronisation was left out "
+    "(set_requires_gradient_sync(False), set_requires_all_reduce(False)), or zero_grad came before; clip between the "
+    "last backward and zero_grad"
+)
+
+
+# ---- what is passed -----------------------------------------------------------------------------------------
+
+
+def neither_tensor_nor_module(kind: str) -> ValueError:
+    return ValueError(f"parameters must be tensors or modules, got {kind} (named_parameters()?)")
+
+
+def tensors_and_modules() -> ValueError:
+    return ValueError("parameters must be tensors or modules, got both: pass the modules' parameters() instead")
+
+
+def fsdp1_parameter(name: str) -> LayoutError:
+    return LayoutError(
+        f"{name} is managed by FSDP1 (FullyShardedDataParallel) and does not show of what it is a part: pass the FSDP1 "
+        "module instead of its parameters, as in clip_grad_norm_(model, max_norm); with use_orig_params=True those of "
+        "NO_SHARD do not tell either"
+    )
+
+
+def unsharded_parameter(name: str) -> LayoutError:
+    return LayoutError(
+        f"{name} is an unsharded copy, which FSDP2 shows between forward and backward and which has no gradient: pass "
+        "the module, or call its reshard() first"
+    )
+
+
+def norm_is_dtensor() -> ValueError:
+    return ValueError("total_norm must be a plain tensor, got a DTensor: use distclip.get_total_norm")
+
+
+def norm_on_meta() -> ValueError:
+    return ValueError(
+        "total_norm is on the meta device, where it has no value: make it outside of torch.device('meta')"
+    )
+
+
+# ---- ranks that differ --------------------------------------------------------------------------------------
+
+
+def functions_disagree(who: str) -> LayoutError:
+    return LayoutError(
+        "the ranks of the clipping group passed other parameters or settings, lack a gradient that others have, or one "
+        f"of them stopped with an error of its own: pass the same everywhere, or say split_over={who}"
+    )
+
+
+def calls_disagree(who: str) -> LayoutError:
+    return LayoutError(f"the ranks do not agree: let every rank make the same calls with the same parameters{who}")
+
+
+def no_clipper(who: str) -> LayoutError:
+    return LayoutError(f"a rank of the clipping group could not make its Clipper{who}")
+
+
+def other_parameters(who: str) -> LayoutError:
+    return LayoutError(
+        "the ranks of the clipping group hold parameters of other names, shapes, dtypes or placements: say which ranks "
+        f"hold different ones by split_over=[mesh['pp']] or layout=...{who}"
+    )
+
+
+def other_settings(names: Sequence[str], who: str) -> ValueError:
+    return ValueError(f"{', '.join(names)} must be the same on every rank: build every Clipper alike{who}")
+
+
+# ---- replicas that differ -----------------------------------------------------------------------------------
+
+
+def other_values(names: Sequence[str]) -> LayoutError:
+    return LayoutError(
+        f"ranks that should hold copies hold other values of {and_more(names)}: {SAY_WHERE}, only=... where nobody "
+        "trains them, and build the Clipper after parameters are loaded or broadcast"
+    )
+
+
+def drifted_apart(names: Sequence[str]) -> LayoutError:
+    return LayoutError(
+        f"copies have drifted apart: ranks hold other values of {and_more(names)}; load or broadcast these parameters "
+        f"anew, or {SAY_WHERE}"
+    )
+
+
+def copies_differ(call: str, norm: float) -> LayoutError:
+    return LayoutError(
+        f"copies of gradients differ between ranks since {call}, and here had a norm of {norm:.7g}: reduce gradients "
+        "before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... where ranks "
+        "hold different parameters, group=... where they train apart, or go on from the last checkpoint if a copy was "
+        "damaged"
+    )
+
+
+def not_replicas(names: Sequence[str]) -> LayoutError:
+    return LayoutError(
+        f"ranks that should hold the same gradient do not: {and_more(names)}; reduce gradients before clipping (leave "
+        "no_sync for the last backward; an optimizer that reduces them in its step() comes too late), or say "
+        "layout=lambda name, p: distclip.Layout(1) if ... else None for what each rank has for itself (experts), "
+        "split_over=[mesh['pp']] for stages, group=... for ranks that train apart (local SGD, DiLoCo)"
+    )
+
+
+# ---- what verify() finds ------------------------------------------------------------------------------------
+
+
+def no_gradient() -> LayoutError:
+    return LayoutError(f"there is no gradient on any rank: {ABSENT}")
+
+
+def not_counted_once(elements: Sequence[str]) -> LayoutError:
+    return LayoutError(f"elements are not counted once: {and_more(elements)}; {SAY_WHERE}")
+
+
+def gradients_not_counted_once(rank: int, gradients: str) -> LayoutError:
+    return LayoutError(
+        f"gradients are not counted once: on rank {rank} {gradients}; return distclip.Layout(number of ranks that hold "
+        "it) from layout= (a tied weight on two stages: Layout(2); norm layers that tensor-parallel ranks share: all "
+        "of these)"
+    )
+
+
+# ---- norms that are not finite ------------------------------------------------------------------------------
+
+
+def nonfinite(p: float, culprit: Culprit, what_to_do: str) -> NonFiniteError:
+    """It begins as torch's error does, by which people know it."""
+    return NonFiniteError(
+        f"The total norm of order {p} for gradients from `parameters` is non-finite, so it cannot be clipped: "
+        f"{culprit}; no gradient was changed. {what_to_do}"
+    )
+
+
+def no_source_in_fsdp1() -> NotImplementedError:
+    return NotImplementedError(
+        "find_source cannot see gradients before FSDP1 reduces them: wrap it by fully_shard or DDP while you look for "
+        "the source"
+    )
+
+
+def unseen_gradients(names: Sequence[str]) -> RuntimeError:
+    return RuntimeError(
+        f"find_source has not seen the gradients of {and_more(names) or 'another rank'}: call it before the forward, "
+        "and FSDP2's modules themselves, not their methods"
+    )

@@ -545,7 +545,7 @@ def refusals() -> dict[str, str]:
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
-    from distclip.integrations.deepspeed import take_over
+    from distclip.integrations.deepspeed import clipper_of, take_over
 
     def unsupported(config: dict[str, Any], **more: Any) -> str:
         return told(lambda: take_over(engine_of({**zero(1), **config}, **more), BOUND))
@@ -568,6 +568,7 @@ def refusals() -> dict[str, str]:
         "twice": told(lambda: take_over(engine, BOUND)),
         "no engine": told(lambda: take_over(build(), BOUND)),
         "two callers": told(clipper.clip_),
+        "detach": told(clipper.detach),
         "inside accumulation": told(clipper.measure),
         "verify": told(clipper.verify),
         "nothing reduced": told(lambda: taken(engine_of(zero(2))).measure()),
@@ -581,6 +582,8 @@ def refusals() -> dict[str, str]:
     engine = deepspeed.initialize(model=model, optimizer=sgd(model), config=silent | zero(0))[0]
     written = engine.gradient_clipping()
     found["default"] = f"{written}, {told(lambda: take_over(engine, BOUND))}, {engine.gradient_clipping()}"
+    gc.collect()
+    found["not kept"] = f"{clipper_of(engine)}, {clipper_of(engine_of(zero(0)))}"
     for stage in (0, 1):
         engine = engine_of(zero(stage))
         taken(engine, nonfinite="raise")

@@ -212,6 +212,12 @@ def test_experts_count_once(launched, stage, split):
         ("twice", "ValueError: this engine was taken over before"),
         ("no engine", "ValueError: take_over needs the engine that deepspeed.initialize returned"),
         ("two callers", "RuntimeError: engine.step() clips with this Clipper already"),
+        ("detach", "RuntimeError: engine.step() calls this Clipper as long as it lives"),
+        (
+            "not kept",
+            f"Clipper(MaxNorm(max_norm={BOUND}), norm_type=2, 12 parameters, 2 ranks, 0 steps, "
+            "called by engine.step()), None",
+        ),
         ("inside accumulation", "RuntimeError: DeepSpeed has no reduced gradients now"),
         (
             "verify",

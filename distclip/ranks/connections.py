@@ -124,8 +124,8 @@ def _is_done_soon(work: dist.Work) -> bool:
 def _slow(
     group: ClippingGroup, process_group: dist.ProcessGroup, signed_length: int, call: str, opened: Channel | None
 ) -> SlowCollective:
-    waits = "" if opened is None else f"{opened.name}/{opened.begun}"
-    return SlowCollective(group.ranks, process_group.group_name, signed_length, call, waits)
+    name = "" if opened is None else f"{opened.name}/{opened.begun}"
+    return SlowCollective(group.ranks, process_group.group_name, signed_length, call, name)
 
 
 def channel(process_group: dist.ProcessGroup, signed_length: int) -> Channel | None:

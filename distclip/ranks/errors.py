@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import and_more
 
-FEW_CALLS = 3  # ranks of which it is said in which other call they wait
+FEW_CALLS = 3  # missing ranks whose own call is named
 
 
-def _named(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {and_more(ranks)}"
+def _named(ranks: Sequence[int], most: int = 16) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {and_more(ranks, most)}"
 
 
 # ---- the clipping group
@@ -29,7 +29,7 @@ NO_FLOAT64 = (
 
 def differs(odd: Sequence[int], text: str, usual: int, usual_text: str) -> str:
     """Follows what an error says of a disagreement: the ranks that differ, and one of those that do not."""
-    return f"; {_named(odd)}: {text}; rank {usual}: {usual_text}"
+    return f"; {_named(odd, 5)}: {text}; rank {usual}: {usual_text}"
 
 
 # ---- a collective of ours that failed, or takes long
@@ -43,18 +43,18 @@ def failed(call: str, story: str) -> str:
     return f"a collective of the clipping group failed{f' in {call}' if call else ''}{story}"
 
 
-def missing(ranks: Sequence[int], came: Sequence[int], calls: Mapping[int, str]) -> str:
-    """``calls``: in which other call some of those who are missing wait."""
-    only = f", only {_named(came)} did" if len(came) <= len(ranks) else ""
+def missing(ranks: Sequence[int], joined: Sequence[int], calls: Mapping[int, str]) -> str:
+    """``calls``: the other call in which some of those who are missing wait."""
+    only = f", only {_named(joined)} did" if len(joined) <= len(ranks) else ""
     elsewhere = "".join(f", rank {rank} was in {call or 'another call'}" for rank, call in calls.items())
     return (
-        f": {_named(ranks)} did not come to it or died{only}{elsewhere}; let every rank of the group make the same "
-        "calls, and see the output of the missing ones"
+        f": {_named(ranks)} did not join or died{only}{elsewhere}; let every rank of the group make the same calls, "
+        "and see the output of the missing ones"
     )
 
 
 def late(ranks: Sequence[int], seconds: float) -> str:
-    return f": {_named(ranks)} came late to it, {seconds:.1f} s after the others"
+    return f": {_named(ranks)} joined late, {seconds:.1f} s after the others"
 
 
 def store_gone_too(error: RuntimeError) -> str:
@@ -64,7 +64,7 @@ def store_gone_too(error: RuntimeError) -> str:
 def waits_for(rank: int, absent: Sequence[int], call: str, seconds: float) -> str:
     return (
         f"rank {rank} has waited for {seconds:.0f} s{f' in {call}' if call else ''}: {_named(absent)} "
-        f"{'have' if len(absent) > 1 else 'has'} not come. Every rank of the group must make the same calls"
+        f"{'have' if len(absent) > 1 else 'has'} not joined. Every rank of the group must make the same calls"
     )
 
 

@@ -1,4 +1,4 @@
-"""A collective of ours that takes long or fails: who did not come to it, who came late, who waits in another call."""
+"""A collective of ours that takes long or fails: who did not join, who joined late, who waits in another call."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from . import errors
 from .roll_call import LOOK, Roll, awaited, within
 
 LONG = 30  # looks after which a warning says for whom a rank waits
-LATE = 0.5  # of the longest wait: who waited less came late
+LATE = 0.5  # of the longest wait: who waited less joined late
 PATIENCE = 3.0  # seconds for the others' collective to fail too
 
 _failed: Counter[str] = Counter()  # collectives of ours that failed, by the name of their group
@@ -23,20 +23,20 @@ class SlowCollective:
     """A collective of ours that is not done within a millisecond, or has failed.
 
     Among the global ``ranks`` of the clipping group named ``group``, through the channel of ``signed_length``.
-    ``call``: what this rank makes it for, empty where nobody could be in another call. ``waits``: names it in the
-    store, the same on every rank.
+    ``call``: what this rank makes it for, empty where nobody could be in another call. ``name``: that of
+    this one collective in the store, the same on every rank.
     """
 
     ranks: Sequence[int]
     group: str
     signed_length: int
     call: str = ""
-    waits: str = ""
+    name: str = ""
 
     def wait(self, work: dist.Work) -> None:
         """Wait for it on the host; RuntimeError if it fails, here or elsewhere.
 
-        After half a minute, a RuntimeWarning on the first rank that came says which have not come.
+        After half a minute, a RuntimeWarning on the first rank that joined says which have not.
         """
         looks = 0
         while True:
@@ -58,7 +58,7 @@ class SlowCollective:
 
     def _warn(self, looks: int) -> None:
         """Note in the store that this rank waits; long after, the first that did warns of those who do not."""
-        roll = Roll(f"distclip/waits/{self.waits}", self.ranks)
+        roll = Roll(f"distclip/waits/{self.name}", self.ranks)
 
         def ask() -> list[int]:
             if looks == 1:
@@ -97,11 +97,11 @@ class SlowCollective:
     def _story(self, roll: Roll, calls: Roll) -> str:
         missing = roll.absent(PATIENCE)
         if missing:
-            came = [rank for rank in self.ranks if rank not in missing]
+            joined = [rank for rank in self.ranks if rank not in missing]
             elsewhere = [rank for rank in missing if rank not in Roll(calls.name, missing).absent()]
             named = elsewhere[: errors.FEW_CALLS]
-            return errors.missing(missing, came, dict(zip(named, calls.answers(named), strict=True)))
-        # A rank that came late fails as well, because the others have given up: it is known by how short it waited.
+            return errors.missing(missing, joined, dict(zip(named, calls.answers(named), strict=True)))
+        # A rank that joined late fails as well, because the others have given up: it is known by its short wait.
         waits = list(map(float, roll.answers(self.ranks)))
         late = [rank for rank, seconds in zip(self.ranks, waits, strict=True) if seconds < LATE * max(waits)]
         return errors.late(late, max(waits) - min(waits)) if late and max(waits) > LOOK else errors.ALL_FAILED

@@ -239,7 +239,7 @@ def missing(what: str) -> Callable[[Case], Contract]:
 
 
 def absent(case: Case) -> str:
-    return f"rank {case.guilty} did not come"
+    return f"rank {case.guilty} did not join"
 
 
 def gone(case: Case) -> Contract:
@@ -253,7 +253,7 @@ def gone_in_backward(case: Case) -> Contract:
 
 
 def failed_in_backward(case: Case) -> Contract:
-    """The others' collective is one of torch, or of ours: that one names who did not come."""
+    """The others' collective is one of torch, or of ours: that one names who did not join."""
     told = (f"rank {case.guilty} failed: .*{SAID}|{absent(case)}",)
     return Contract(BROKEN, ("Injected",), told if case.named else (), (SAID,))
 
@@ -280,7 +280,7 @@ def added_last(case: Case) -> Contract:
 
 def alone(case: Case) -> tuple[str, ...]:
     """What the guilty rank is told that came without the others."""
-    return (f"{the_others(case)} did not come to it or died, only rank {case.guilty} did",)
+    return (f"{the_others(case)} did not join or died, only rank {case.guilty} did",)
 
 
 def the_others(case: Case) -> str:
@@ -303,7 +303,7 @@ def goes_on(case: Case) -> Contract:
 
 def late(case: Case) -> Contract:
     """Named as late, or as absent where it is later than the others had patience."""
-    return Contract(BROKEN, says=(f"rank {case.guilty} (came late|did not come)",))
+    return Contract(BROKEN, says=(f"rank {case.guilty} (joined late|did not join)",))
 
 
 def warned(case: Case) -> Contract:

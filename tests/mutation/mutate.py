@@ -27,7 +27,7 @@ WORDS = [
     "promises/test_properties.py",
     "clipper/test_functional.py",
     "promises/test_bugs_of_others.py",
-    "ranks/test_words.py",
+    "ranks/test_message.py",
 ]
 MEASURING = [
     *WORDS,

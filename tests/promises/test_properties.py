@@ -126,7 +126,7 @@ def gradients(draw, dtypes: Sequence[torch.dtype] = DTYPES, least: int = 0) -> l
 def norm64(world: World, p: float) -> Tensor:
     """The float64 norm that every rank sees, before it is rounded; one all-reduce."""
     ranks = world.ranks()
-    norms = simulate(lambda group: ranks[group.rank].measured(p, group).reduced.norm, world.size, words=1)
+    norms = simulate(lambda group: ranks[group.rank].measured(p, group).reduced.norm, world.size, collectives=1)
     assert same_bits(norms)
     return torch.tensor(norms[0], dtype=torch.float64)
 
@@ -138,7 +138,7 @@ def clip(world: World, ranks: list[Rank], bound: float, p: float) -> float:
         mine = ranks[group.rank]
         return distclip.clip_grad_norm_(mine.tensors, bound, p, group=group, layout=mine.layout)
 
-    return simulate(use, world.size, words=1)[0].item()
+    return simulate(use, world.size, collectives=1)[0].item()
 
 
 def coefficient(norm: Tensor, bound: float) -> float:
@@ -320,7 +320,7 @@ def verdicts(size: int, p: float, codes: Sequence[int], faulty: Sequence[bool]) 
         reduced = reduce_norm(group, one, p, codes[group.rank], faulty[group.rank], ())
         return reduced.norm.item(), reduced.disagree.item()
 
-    return simulate(use, size, words=1)
+    return simulate(use, size, collectives=1)
 
 
 both = pytest.mark.parametrize("p", [2.0, inf])
@@ -367,7 +367,7 @@ def test_a_faulty_rank_is_seen_whatever_its_code_is(p, size, code, difference, o
 def test_equal_copies_are_equal_on_any_number_of_ranks(size):
     """1 / (1 / 49) is not 49 in float64: nothing may be multiplied by it and then be compared with 0."""
     model = nn.Linear(2, 1)
-    ends = simulate(lambda group: distclip.Clipper(model, 1.0, group=group), size, words=2)
+    ends = simulate(lambda group: distclip.Clipper(model, 1.0, group=group), size, collectives=2)
     assert {type(end) for end in ends} == {distclip.Clipper}
 
 
@@ -428,7 +428,7 @@ def test_two_kinds_of_calls_never_pair(p, size, calls, odd):
     model = nn.Linear(2, 1)
     model.weight.grad = torch.ones(1, 2)
     clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), size)
-    ends = simulate(lambda group: call(clippers, group, calls[group.rank == odd % size]), size, words=4)
+    ends = simulate(lambda group: call(clippers, group, calls[group.rank == odd % size]), size, collectives=4)
     assert {type(end) for end in ends} == {distclip.LayoutError}
 
 
@@ -439,9 +439,9 @@ def test_a_disagreement_that_nothing_waited_for_is_raised_by_the_next_call(p):
     with patch("distclip.step.progress.reads_are_free", lambda device: False):
         clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), 3)
         clippers[1].load_state_dict(clippers[1].state_dict() | {"steps": 7})
-        reports = simulate(lambda group: call(clippers, group, "clip_"), 3, words=4)  # the host asks who it is
+        reports = simulate(lambda group: call(clippers, group, "clip_"), 3, collectives=4)  # the host asks who it is
         assert [report.skip.item() for report in reports] == [True] * 3
-        ends = simulate(lambda group: call(clippers, group, "clip_"), 3, words=0)
+        ends = simulate(lambda group: call(clippers, group, "clip_"), 3, collectives=0)
     assert {type(end) for end in ends} == {distclip.LayoutError}
 
 
@@ -464,9 +464,9 @@ def test_as_few_words_travel_as_the_docstring_says(p, words):
 
     def use(group: SimulatedGroup) -> int:
         call(clippers, group, "measure")
-        return group.past[0].got.numel()
+        return group.backend.past[0].got.numel()
 
-    assert simulate(use, 3, words=1) == [words] * 3
+    assert simulate(use, 3, collectives=1) == [words] * 3
 
 
 def test_a_layer_without_gradients_is_no_reason_to_doubt_a_layout():

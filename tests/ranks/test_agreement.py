@@ -274,7 +274,7 @@ def test_who_did_not_come_is_named(kind):
     said = run_ranks(absent, 3, kind, timeout=30, fresh=True)
     assert said[1] == "did not come"
     for message in (said[0], said[2]):
-        assert "rank 1 did not come to it or died" in message
+        assert "rank 1 did not join or died" in message
 
 
 class Slow:
@@ -317,7 +317,7 @@ def came_late() -> str:
 
 def test_who_came_late_is_named():
     for message in run_ranks(came_late, 3, timeout=30, fresh=True):
-        assert re.search(r"rank 1 came late to it, [123]\.\d s after the others", message)
+        assert re.search(r"rank 1 joined late, [123]\.\d s after the others", message)
 
 
 # ---- two Clippers --------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def another_sum_of_two_words() -> tuple[str, list[float]]:
 def test_what_another_rank_sums_instead_is_not_taken_for_a_message():
     (first, _), (second, metrics) = run_ranks(another_sum_of_two_words, 2, fresh=True)
     assert first.startswith("RuntimeError: a collective of the clipping group failed in clip_grad_norm_(max_norm=1.0,")
-    assert "rank 1 did not come to it or died" in first
+    assert "rank 1 did not join or died" in first
     assert second.startswith("RuntimeError: ")
     assert metrics == [5.0, 1.0]
 
@@ -62,8 +62,8 @@ def another_length() -> str:
 def test_calls_of_other_lengths_wait_for_each_other_and_name_each_other():
     first, second, third = run_ranks(another_length, 3, fresh=True)
     for said in (first, second):
-        assert "rank 2 did not come to it or died, rank 2 was in clip_grad_norm_(max_norm=1.0, norm_type=inf" in said
-    assert "ranks 0, 1 did not come to it or died, only rank 2 did, rank 0 was in clip_grad_norm_(" in third
+        assert "rank 2 did not join or died, rank 2 was in clip_grad_norm_(max_norm=1.0, norm_type=inf" in said
+    assert "ranks 0, 1 did not join or died, only rank 2 did, rank 0 was in clip_grad_norm_(" in third
 
 
 def another_operation() -> str:
@@ -75,7 +75,7 @@ def another_operation() -> str:
 
 def test_as_many_numbers_to_be_added_and_to_be_maximised_do_not_meet():
     for rank, said in enumerate(run_ranks(another_operation, 2, fresh=True)):
-        assert f"rank {1 - rank} did not come to it or died, only rank {rank} did" in said
+        assert f"rank {1 - rank} did not join or died, only rank {rank} did" in said
 
 
 def reuse() -> tuple[list[float], dict[str, int], bool]:
@@ -128,18 +128,20 @@ def test_a_channel_has_the_timeout_of_its_group():
     assert run_ranks(timeouts, 2) == [[timedelta(seconds=7), timedelta(seconds=60)]] * 2
 
 
-def a_channel_that_not_all_open() -> str:
+def a_channel_that_not_all_open() -> tuple[str, list[str]]:
     group = dist.new_group(timeout=timedelta(seconds=2))
     if dist.get_rank() == 0:
-        return "was not there"
-    return message_of(lambda: all_reduce(ClippingGroup.of(group), torch.ones(2), signed_length=2))
+        return "was not there", roll_call.awaited
+    said = message_of(lambda: all_reduce(ClippingGroup.of(group), torch.ones(2), signed_length=2, call="step 1"))
+    return said, roll_call.awaited
 
 
 def test_who_does_not_come_to_open_it_is_named():
     first, *others = run_ranks(a_channel_that_not_all_open, 3, fresh=True)
-    assert first == "was not there"
-    for said in others:
-        assert said.startswith("RuntimeError: a collective of the clipping group failed: rank 0 did not come to it")
+    assert first == ("was not there", [])
+    for said, waits_in in others:
+        assert waits_in == ["step 1"]  # as the roll call of the whole job hears of it
+        assert said.startswith("RuntimeError: a collective of the clipping group failed in step 1: rank 0 did not join")
 
 
 # ---- waiting -----------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def test_one_of_those_who_wait_for_long_says_for_whom():
     assert late == []
     (said,) = first + second
     assert re.fullmatch(
-        r"RuntimeWarning: rank [01] has waited for 2 s in step 7: rank 2 has not come\. Every rank of .*", said
+        r"RuntimeWarning: rank [01] has waited for 2 s in step 7: rank 2 has not joined\. Every rank of .*", said
     )
 
 

@@ -113,17 +113,17 @@ class Groups:
     alone = staticmethod(ClippingGroup.alone)
 
 
-def simulate(use: Callable[[SimulatedGroup], T], size: int, words: int | None = None) -> list[T | Exception]:
+def simulate(use: Callable[[SimulatedGroup], T], size: int, collectives: int | None = None) -> list[T | Exception]:
     """What ``use`` returned or raised on every rank; an AssertionError where some ranks would wait for ever.
 
-    ``words``: how many all-reduces there must have been, if that is known.
+    ``collectives``: how many all-reduces there must have been, if that is known.
     """
     past: list[Collective] = []
     while True:
         ends: list[Any] = [_run(use, SimulatedGroup(size, rank, SimulatedBackend(rank, past))) for rank in range(size)]
         waiting = [end for end in ends if isinstance(end, Waits)]
         if not waiting:
-            assert words in (None, len(past)), f"{len(past)} collectives"
+            assert collectives in (None, len(past)), f"{len(past)} collectives"
             return ends
         done = [rank for rank, end in enumerate(ends) if not isinstance(end, Waits)]
         assert not done, f"ranks {done} are done, the others wait in collective {len(past)}: {ends[done[0]]!r}"

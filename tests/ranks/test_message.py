@@ -19,12 +19,12 @@ BOUNDS = (1e-50, 1e-30, 0.1, 0.3, 1.0, 7.3, 3.4e38, 1e39, 1e200, inf)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def word(number: float) -> Tensor:
+def scalar(number: float) -> Tensor:
     return torch.tensor(number, dtype=torch.float64)
 
 
 def coef_on_device(norm: float, bound: float) -> Tensor:
-    return clip_coef_on_device(word(norm), bound, torch.float32)
+    return clip_coef_on_device(scalar(norm), bound, torch.float32)
 
 
 @pytest.mark.parametrize("bound", BOUNDS[:-1])
@@ -67,7 +67,7 @@ def test_an_infinite_bound_is_a_coefficient_of_one_whatever_the_norm():
 def test_the_presented_norm_has_the_same_bits_from_a_number_and_from_a_tensor(dtype):
     edges = (FLOAT32_MAX, nextafter(FLOAT32_MAX, inf), FLOAT32_MAX * (1 + 2**-25), 2 * FLOAT32_MAX)
     for norm in (*NORMS, *edges, torch.finfo(torch.float64).max):
-        norms = [presented(norm, dtype), presented_on_device(word(norm), word(norm) < inf, dtype)]
+        norms = [presented(norm, dtype), presented_on_device(scalar(norm), scalar(norm) < inf, dtype)]
         assert same_bits(norms), norm
         assert norms[0].dtype == dtype
         shown = norms[0].item()
@@ -99,8 +99,8 @@ def test_reduced_norms_are_the_same_from_numbers_and_from_tensors(sums, p, odd, 
         code, asked = 7 if rank != odd else 8, [rank == 1, False, True]
         return reduce_norm(group, made(sums[rank]), p, code, rank == faulty, asked).read()
 
-    numbers = simulate(lambda group: use(group, float), 3, words=1)
-    tensors = simulate(lambda group: use(group, word), 3, words=1)
+    numbers = simulate(lambda group: use(group, float), 3, collectives=1)
+    tensors = simulate(lambda group: use(group, scalar), 3, collectives=1)
     assert same_bits(numbers)
     assert same_bits(tensors)
     assert tensors[0][1:] == numbers[0][1:]
@@ -121,7 +121,7 @@ def test_reduced_norms_are_the_same_from_numbers_and_from_tensors(sums, p, odd, 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0, inf])
 @pytest.mark.parametrize("total", [0.0, 5e-324, 1e-300, 0.3, 2.0, 1e100, 1.7e308, inf, nan])
 def test_the_norm_of_one_process_is_the_same_from_a_number_and_from_a_tensor(total, p):
-    made = [reduce_norm(ClippingGroup.alone(), own, p, 5, False, [True, False]) for own in (total, word(total))]
+    made = [reduce_norm(ClippingGroup.alone(), own, p, 5, False, [True, False]) for own in (total, scalar(total))]
     assert isinstance(made[0].norm, float)
     assert isinstance(made[1].norm, Tensor)
     assert are_as_good_as_the_same(*(reduced.read()[0] for reduced in made))

@@ -412,7 +412,7 @@ def call(clippers: list[distclip.Clipper], group: SimulatedGroup, name: str) -> 
     engine = clipper.engine
     progress, calls, streak = engine.progress, replace(engine.progress.calls), replace(engine.progress.streak)
     before = dict(vars(progress))
-    with patch.object(engine.plan.group, "past", group.past), patch.object(engine.plan.group, "calls", 0):
+    with patch.object(engine.plan.group, "backend", group.backend):
         try:
             return getattr(clipper, name)()
         except Waits:  # it is called again from the beginning, and counts once

@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 import distclip
-from distclip.clipper import COMPARING, MEASURING, TURN
 from distclip.plan.measure import REALIGNED
 from distclip.plan.verify import VERIFYING
 from distclip.ranks.message import CODES
 from distclip.ranks.slow_collective import SlowCollective
+from distclip.step.calls import COMPARING, MEASURING, TURN
 from support.layouts import DenseNet, backward, build, ddp, fsdp2
 from support.ranks import run_ranks, same_bits
 

@@ -140,16 +140,15 @@ def open_channel(process_group: dist.ProcessGroup, signed_length: int) -> Channe
     It has connections of its own where the group's backend on the host is Gloo: these take 1 ms (two ranks), a thread
     and a socket to each other rank, and are closed with the group.
     """
-    name = f"{process_group.group_name}/{signed_length}"
-    _opened[name] += 1
-    name, own = f"{name}/{_opened[name]}", None
+    name, own = f"{process_group.group_name}/{signed_length}", None
     backend: Any = process_group._get_backend(_CPU)
     backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
     if dist.is_gloo_available() and isinstance(backend, c10d.ProcessGroupGloo) and process_group.size() > 1:
         if given_up(process_group.group_name, signed_length):
             raise RuntimeError(errors.GIVEN_UP)
-        own = _connected(process_group, f"distclip/{name}", backend.options)
-    opened = _channels.setdefault(process_group, {})[signed_length] = Channel(name, own)
+        _opened[name] += 1  # here alone: a group of one rank may have had the name on that rank
+        own = _connected(process_group, f"distclip/{name}/{_opened[name]}", backend.options)
+    opened = _channels.setdefault(process_group, {})[signed_length] = Channel(f"{name}/{_opened[name]}", own)
     return opened
 
 

@@ -118,6 +118,24 @@ def test_a_group_of_the_same_name_has_channels_of_its_own_and_leaves_none(tmp_pa
         assert len({threads for _, threads in found}) == 1
 
 
+def a_group_of_one_before(folder: str) -> tuple[list[float], bool]:
+    """Rank 0 reduces in a group of its own, whose name a group of both has after the default group is made anew."""
+    rank = dist.get_rank()
+    alone = dist.new_group([0])
+    if rank == 0:
+        all_reduce(ClippingGroup.of(alone), torch.ones(2), signed_length=2)
+    name = alone.group_name if rank == 0 else None
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/again", 2), rank=rank, world_size=2)
+    both = dist.new_group(timeout=timedelta(seconds=10))
+    total = all_reduce(ClippingGroup.of(both), torch.ones(2), signed_length=2)
+    return total.tolist(), name in (None, both.group_name)
+
+
+def test_ranks_find_each_other_where_one_had_a_group_of_this_name_alone(tmp_path):
+    assert run_ranks(a_group_of_one_before, 2, str(tmp_path), fresh=True) == [([2.0, 2.0], True)] * 2
+
+
 def timeouts() -> list[timedelta]:
     group = dist.new_group(timeout=timedelta(seconds=7))
     own = open_channel(group, ANY_LENGTH).own._get_backend(torch.device("cpu"))

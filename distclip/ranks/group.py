@@ -17,7 +17,15 @@ from . import errors
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
 
-_clippers: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+@dataclass(slots=True)
+class Clippers:
+    """How many Clippers were built for one group, which its ranks build together: the same on all of them."""
+
+    count: int = 0
+
+
+_clippers: WeakKeyDictionary[dist.ProcessGroup, Clippers] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +79,10 @@ class ClippingGroup:
         return self.ranks[self.rank]
 
     @property
-    def clippers(self) -> int:
-        """How many Clippers were built for it."""
+    def clippers(self) -> "Clippers":
+        """The count of those that were built for it, kept by its process group."""
         process_group = self.process_group
-        return 1 if process_group is None else _clippers.get(process_group, 0)
-
-    def add_clipper(self) -> int:
-        """Count one more, which its ranks build together; how many there were, the same on all of them."""
-        process_group = self.process_group
-        if process_group is None:
-            return 0
-        number = _clippers.get(process_group, 0)
-        _clippers[process_group] = number + 1
-        return number
+        return Clippers() if process_group is None else _clippers.setdefault(process_group, Clippers())
 
     def device_for(self, tensors: Iterable[Tensor]) -> torch.device:
         """Where the message lives: on the device of most elements if the group's backend reduces there, or on the CPU.

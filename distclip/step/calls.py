@@ -1,8 +1,10 @@
 """How the calls of one Clipper are told apart: ranks that make different ones must notice, whatever they make."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
+
+from ..ranks.group import Clippers
 
 COMPARING = 1 << 12  # tag of a call in which copies of gradients are compared
 TURN = 45499  # odd, and its multiples lie far apart: no Clipper meets another one of its group, whatever their steps
@@ -19,7 +21,7 @@ class Call(NamedTuple):
 
 @dataclass(slots=True)
 class Calls:
-    """The calls of one Clipper; ``number``: how many others were built for its group before.
+    """The calls of one Clipper; ``number``: how many of the ``clippers`` of its group were built before.
 
     * ``steps``: how many times ``clip_`` or ``step`` were called, ever: it is saved.
     * ``made``: the same since the Clipper was built or a state was loaded, and ``compare_in``: in which of these copies
@@ -30,10 +32,16 @@ class Calls:
 
     compare_in: float
     number: int = 0
+    clippers: Clippers = field(default_factory=Clippers)
     steps: int = 0
     made: int = 0
     loaded: int = 0
     decided: int = 0
+
+    def count_among(self, clippers: Clippers) -> None:
+        """This Clipper is built, and is one of these."""
+        self.number, self.clippers = clippers.count, clippers
+        clippers.count += 1
 
     def step(self, captured: bool) -> Call:
         """The call of ``clip_`` or ``step`` that comes now; one that is captured in a CUDA graph compares nothing."""
@@ -47,7 +55,7 @@ class Calls:
 
     def verification(self) -> Call:
         """The call of ``verify`` that comes now."""
-        return Call(TURN * self.number, f"verify() of Clipper {self.number + 1}" if self.number else "verify()", False)
+        return Call(TURN * self.number, self._by_whom("verify()"), False)
 
     def compared(self) -> None:
         """Copies were compared in this call; next in one that is twice as far from the beginning."""
@@ -59,8 +67,10 @@ class Calls:
         self.made, self.compare_in = 0, inf if self.compare_in == inf else 1.0
 
     def _call(self, name: str, tag: int, compares: bool) -> Call:
-        if self.number:
-            name = f"{name} of Clipper {self.number + 1}"
+        name = self._by_whom(name)
         if self.loaded:
             name = f"{name} after loading a state (hash {self.loaded:x})"
         return Call(self.steps + self.loaded + TURN * self.number + tag + self.decided, name, compares)
+
+    def _by_whom(self, name: str) -> str:
+        return f"{name} of Clipper {self.number + 1}" if self.clippers.count > 1 else name

@@ -116,7 +116,7 @@ class Engine:
             tell_ranks(where, device, dict.fromkeys(options.SETTINGS, ""), error)
             raise
         compare_ranks(plan, listed, settings)
-        calls.number = plan.group.add_clipper()
+        calls.count_among(plan.group.clippers)
         self.owner = Owner(holders, holders_of(everything))
         self._folding = Folding(self.owner.clipped, may_fold=storage.in_grad)
         self._reading = Reading(parts, holders_of(everything))

@@ -369,10 +369,10 @@ def built_by_some() -> list[int]:
     """Numbers of Clippers of the default group, of which one rank has built another one alone meanwhile."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     model = nn.Linear(2, 2)
-    numbers = [distclip.Clipper(model, 1.0)._number]
+    numbers = [distclip.Clipper(model, 1.0).engine.progress.calls.number]
     if dist.get_rank() == 0:
         distclip.Clipper(model, 1.0, group=alone)
-    return [*numbers, distclip.Clipper(model, 1.0)._number]
+    return [*numbers, distclip.Clipper(model, 1.0).engine.progress.calls.number]
 
 
 def test_clippers_are_counted_by_group():

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip.ranks.group import ClippingGroup
+from distclip.ranks.group import Clippers, ClippingGroup
 
 T = TypeVar("T")
 
@@ -97,10 +97,9 @@ class SimulatedGroup:
     def global_rank(self) -> int:
         return self.rank
 
-    clippers = 1
-
-    def add_clipper(self) -> int:
-        return 0
+    @property
+    def clippers(self) -> Clippers:
+        return Clippers()
 
     def device_for(self, tensors: Iterable[Tensor]) -> torch.device:
         return torch.device("cpu")

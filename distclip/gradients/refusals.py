@@ -71,6 +71,24 @@ def shared_memory(first: str, second: str) -> LayoutError:
     )
 
 
+def nowhere(attribute: str) -> LayoutError:
+    return LayoutError(
+        f"no parameter has the attribute {attribute} that gradients= names: give its right name, and set it to None "
+        "where a rank has no gradients yet"
+    )
+
+
+def no_tensor(kind: str, name: str) -> LayoutError:
+    return LayoutError(f"gradients= has a {kind} for {name}: a tensor or None must be there")
+
+
+def other_size(elements: int, name: str, wanted: int) -> LayoutError:
+    return LayoutError(
+        f"gradients= has {elements} elements for {name} of {wanted}: where each rank has the gradient of a part, say "
+        "layout=lambda name, p: distclip.Layout(1)"
+    )
+
+
 def not_replaceable(name: str) -> LayoutError:
     return LayoutError(
         f"the gradient that gradients= returned for {name} would have to be replaced by another tensor (its placements "

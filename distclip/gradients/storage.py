@@ -11,8 +11,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import refusals
-
 Store: TypeAlias = Callable[[int, Tensor], None]
 """Puts a gradient in the place of that of the parameter of this index."""
 
@@ -40,23 +38,6 @@ def in_grad(holders: Sequence[Tensor]) -> Storage:
     """``.grad``, as torch has it."""
 
     return Storage(partial(gradients_of, holders), partial(store_in_grad, holders), in_grad=True)
-
-
-def in_attribute(holders: Sequence[Tensor], name: str) -> Storage:
-    """Another attribute of the parameters, as ``main_grad``; one without it has no gradient."""
-    return Storage(
-        lambda: [getattr(holder, name, None) for holder in holders],
-        lambda index, gradient: setattr(holders[index], name, gradient),
-    )
-
-
-def given_by(function: GradientFn, holders: Sequence[Tensor], names: Sequence[str]) -> Storage:
-    """What ``function`` returns: the very tensors that will be stepped with, which are scaled in place."""
-
-    def store(index: int, gradient: Tensor) -> None:
-        raise refusals.not_replaceable(names[index])
-
-    return Storage(lambda: list(map(function, names, holders)), store)
 
 
 def store_in_grad(holders: Sequence[Tensor], index: int, gradient: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Measuring gradients with a plan: local sums, the one all-reduce, and a second round where some were misplaced."""
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import inf
 from zlib import crc32
@@ -70,6 +71,13 @@ def measure(
     dtype = torch.float64 if wide else torch.float32
     can_overflow = wide or 7 < plan.p < inf or plan.p < LEAST_P
     return Measured(gradients, local.runs, norms, reduced, realign_first, dtype, can_overflow)
+
+
+def fail_with_others(plan: Plan, failed: Exception, tag: int, call: str, realign_first: bool = False) -> None:
+    """Take part in the measurement of the others, who raise as well, where this rank ``failed`` to get at gradients."""
+    none = [None] * len(set(plan.sources))
+    with suppress(LayoutError):
+        measure(plan, none, None, tag, realign_first=realign_first, error=LayoutError(str(failed)), call=call)
 
 
 def norms_of(plan: Plan, measured: Measured, of: Collection[int] | None = None) -> Norms:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import FAILURES, LayoutError
 from ..gradients.storage import Storage
 from ..layouts.piece import Held
 from ..ranks.compare import bit_sums
@@ -13,7 +13,7 @@ from ..ranks.connections import all_reduce
 from . import refusals
 from .build import Plan
 from .copies import drift_words, drifted, norms_and_projections, values_apart
-from .measure import measure, norms_of
+from .measure import fail_with_others, measure, norms_of
 from .measured import Norms
 from .split import count_split
 
@@ -33,7 +33,12 @@ def verify(
 
     ``error``: what this rank knows to be wrong already. ``tag``, ``call``: of who calls, as in :func:`measure`.
     """
-    measured = measure(plan, storage.read(), storage.store, tag=VERIFYING + tag, error=error, call=call)
+    try:
+        gradients = storage.read()
+    except FAILURES as failed:
+        fail_with_others(plan, failed, VERIFYING + tag, call)
+        raise
+    measured = measure(plan, gradients, storage.store, tag=VERIFYING + tag, error=error, call=call)
     if measured.reduced.read()[1]:
         raise refusals.calls_disagree(measured.reduced.who)
     kept = [Held(piece, holders[source]) for piece, source in zip(plan.pieces, plan.sources, strict=True)]

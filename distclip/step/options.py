@@ -6,7 +6,8 @@ from typing import Any, TypedDict
 import torch.distributed as dist
 from torch import Tensor
 
-from ..gradients.storage import GradientFn, Storage, given_by, in_attribute, in_grad
+from ..gradients.elsewhere import Place, given_by, in_attribute
+from ..gradients.storage import GradientFn, Storage, in_grad
 from ..layouts.layout import LayoutFn
 from ..layouts.model import ParameterFilter
 from ..plan.build import Plan
@@ -71,11 +72,21 @@ def storage(gradients: str | GradientFn | Storage | None, holders: Sequence[Tens
     if gradients is None or gradients == "grad":
         return in_grad(holders)
     if isinstance(gradients, str):
-        return in_attribute(holders, gradients)
+        return in_attribute(_places(holders, plan), gradients)
     if callable(gradients):
-        names = [plan.label(plan.sources.index(source)) for source in range(len(holders))]
-        return given_by(gradients, holders, names)
+        return given_by(_places(holders, plan), gradients)
     raise ValueError(
         'gradients must be the name of an attribute of parameters ("main_grad") or a function of a parameter\'s name '
         f"and the parameter that returns its gradient, got {gradients!r}"
     )
+
+
+def _places(holders: Sequence[Tensor], plan: Plan) -> list[Place]:
+    """By the first piece of each of ``holders``. By ``layout`` ranks may have parts; FSDP1's are checked later."""
+    places = []
+    for source, holder in enumerate(holders):
+        i = plan.sources.index(source)
+        by_layout = not plan.known_to_all[i] and i not in plan.by_split_over
+        is_flat = plan.pieces[i].span is not None or bool(plan.pieces[i].flat_over)
+        places.append(Place(plan.label(i), holder, may_be_part=by_layout or is_flat))
+    return places

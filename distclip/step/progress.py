@@ -8,13 +8,13 @@ from zlib import crc32
 
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import FAILURES, LayoutError
 from ..gradients.storage import Storage
 from ..kernels.device import in_capture, reads_are_free
 from ..kernels.transfer import Flags
 from ..plan.build import Plan
 from ..plan.copies import compare_copies, compare_gradients
-from ..plan.measure import measure, norms_of
+from ..plan.measure import fail_with_others, measure, norms_of
 from ..plan.measured import Measured
 from ..plan.split import compare_axes
 from ..policies import Policy, State
@@ -134,7 +134,11 @@ class Progress:
 
     def _measure(self, call: Call, fault: LayoutError | None, among: Set[int] | None) -> Measured:
         plan, storage = self.plan, self.storage
-        gradients = storage.read()
+        try:
+            gradients = storage.read()
+        except FAILURES as failed:  # of a function of the user, for example
+            fail_with_others(plan, failed, call.tag, call.name, self._realigns)
+            raise
         if among is not None:
             pairs = zip(self._holders, gradients, strict=True)
             gradients = [gradient if id(holder) in among else None for holder, gradient in pairs]

@@ -7,4 +7,9 @@ accelerators torch's foreach kernels do it, or Triton's on request.
 from .memory import check_memory as check_memory
 from .narrow import norms_on_host as norms_on_host
 from .scale import clamp_ as clamp_, scale_ as scale_
-from .sums import largest as largest, local_norms as local_norms, power_sum as power_sum
+from .sums import (
+    largest as largest,
+    local_norms as local_norms,
+    power_sum as power_sum,
+    sum_over_replicas as sum_over_replicas,
+)

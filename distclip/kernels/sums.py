@@ -9,7 +9,7 @@ Private torch API, read in 2.13: ``_C._nn.flatten_dense_tensors``.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf, isnan, nan
 from operator import attrgetter
 
@@ -47,6 +47,20 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     if triton.chosen(tensors[0].device):
         return triton.local_norms(tensors, p)
     return torch.stack(foreach.norms(tensors, p))  # to write by a list of indices would wait for these to be copied
+
+
+def sum_over_replicas(tensors: Sequence[Tensor], by_replicas: Iterable[tuple[int, Sequence[int]]], p: float) -> float:
+    """What tensors on the CPU contribute to a sum of |x| ** p over ranks; for p = inf max(|x|), NaN when any x is.
+
+    ``by_replicas``: how many ranks hold the same elements, and which of the tensors those are, all of them once.
+    """
+    if p == inf:
+        return largest(tensors)
+    amounts = []
+    for replicas, places in by_replicas:
+        alike = tensors if len(places) == len(tensors) else [tensors[k] for k in places]
+        amounts.append(power_sum(alike, p) / replicas)
+    return sum(amounts, 0.0)
 
 
 def power_sum(tensors: Sequence[Tensor], p: float) -> float:

@@ -14,7 +14,7 @@ from ..gradients.local import Local
 from ..gradients.look import look
 from ..gradients.realign import realign
 from ..gradients.storage import Store
-from ..kernels import largest, local_norms, norms_on_host, power_sum
+from ..kernels import local_norms, norms_on_host, sum_over_replicas
 from ..kernels.device import has_float64
 from ..kernels.transfer import sent
 from ..ranks.compare import who_differs
@@ -107,7 +107,7 @@ def _round(
     try:
         local = _found(plan, gradients, error, unmoved)
         norms = None if plan.on_host else _norms(plan, local.parts(), local.indices)
-        mine = _sum_on_host(plan, local) if norms is None else _sum_of(plan, norms)
+        mine = sum_over_replicas(local.runs, local.by_replicas, plan.p) if norms is None else _sum_of(plan, norms)
     except FAILURES as failed:  # of torch, of a gradient whose memory was freed for example: the others wait for us
         named = _named(plan, gradients, failed)
         tell_others(plan.group, plan.device, plan.p, (False, plan.wide) if plan.sends_flags else (), named, call)
@@ -139,18 +139,6 @@ def _named(plan: Plan, gradients: Sequence[Tensor | None], failed: Exception) ->
         return look(plan.pieces, plan.sources, plan.replicas, gradients).error or failed
     except FAILURES:
         return failed
-
-
-def _sum_on_host(plan: Plan, local: Local) -> float:
-    """The sum of powers over replicas, or the largest norm, of gradients on the CPU."""
-    runs = local.runs
-    if plan.p == inf:
-        return largest(runs)
-    amounts = []
-    for replicas, these in local.by_replicas:
-        alike = runs if len(these) == len(runs) else [runs[k] for k in these]
-        amounts.append(power_sum(alike, plan.p) / replicas)
-    return sum(amounts, 0.0)
 
 
 def _sum_of(plan: Plan, norms: Norms) -> Scalar:

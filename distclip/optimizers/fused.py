@@ -110,7 +110,7 @@ class Folding:
 
 def _key(optimizers: Sequence[Optimizer]) -> Hashable:
     return tuple(
-        (type(o), tuple((bool(g.get("fused")), tuple(map(id, g["params"]))) for g in o.param_groups))
+        (id(o), type(o), tuple((bool(g.get("fused")), tuple(map(id, g["params"]))) for g in o.param_groups))
         for o in optimizers
     )
 

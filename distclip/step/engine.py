@@ -119,8 +119,8 @@ class Engine:
         calls.count_among(plan.group.clippers)
         self.owner = Owner(holders, holders_of(everything))
         self._folding = Folding(self.owner.clipped, may_fold=storage.in_grad)
-        self._reading = Reading(parts, holders_of(everything))
-        self._joinable = joinable_in(parts)
+        self._checked: Folds | None = None  # of the optimizers of the latest step()
+        self._reading, self._joinable = Reading(parts, holders_of(everything)), joinable_in(parts)
         self.broken_off = BrokenOff(where.size > 1)
 
     @shielded
@@ -189,8 +189,10 @@ class Engine:
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
         """See :meth:`Clipper.step`."""
         folds = self._folding.known(optimizers)
-        if folds is None:  # others may have changed since: a framework's proxy accumulates, for example
+        if folds is None or folds is not self._checked:  # not torch's: a framework's proxy may accumulate by now
             self._check(optimizers)
+            self.owner.note(optimizers)
+            folds = self._checked = self._folding.of(optimizers)
         stepping = self.begin(optimizers, scaler, folds=folds)
         if stepping.skipped:
             return stepping.report

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from .clipper import Clipper
 from .layouts.piece import local_tensor
 from .optimizers.fused import Stepping
-from .optimizers.hooks import SKIP, Arguments, guard, held_by, withhold
-from .optimizers.wrapped import applying, around, steps
+from .optimizers.hooks import SKIP, Arguments, guard, parameters_of, withhold
+from .optimizers.wrapped import clip_target, is_optimizer, with_inner
 from .policies import Policy
 from .policies.adopt import bound_by_place
 from .report import Report
@@ -39,9 +39,9 @@ class Attachment:
         self._claimed: WeakSet[Optimizer] = WeakSet()  # those, and what is inside of them
         for optimizer in optimizers:
             self._undo += (guard(optimizer, self._after, self._before, raised=self._raised), _refuse_copies(optimizer))
-            self._claimed.update(around(optimizer))
+            self._claimed.update(with_inner(optimizer))
         _attached.update(self._claimed)
-        engine.owner.note(optimizers)
+        engine.owner.register(optimizers)
 
     def detach(self) -> None:
         """Take the hooks away: from now on the optimizers step as if they had never been attached."""
@@ -54,7 +54,7 @@ class Attachment:
 
     def measure(self) -> Report:
         """As the steps do, of the gradients that the attached optimizers hold."""
-        return self._engine.measure(self._present(), alone=True)
+        return self._engine.measure(self._present(), only_theirs=True)
 
     def _present(self) -> list[Optimizer]:
         return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
@@ -75,7 +75,7 @@ class Attachment:
         def clipped() -> Any:  # the gradients are made in there, and the step cannot be left any more
             loss = closure()
             if self._enter(optimizer):
-                self._open[self._index(optimizer)].callback(withhold(held_by(optimizer)))
+                self._open[self._index(optimizer)].callback(withhold(parameters_of(optimizer)))
             return loss
 
         if len(args) > 1:
@@ -131,7 +131,7 @@ class Attachment:
     def _raised(self, optimizer: Optimizer, kind: type[BaseException]) -> None:
         """Its step was left by an exception: where the ranks had decided, those of the others are made."""
         if any(self._optimizers[index]() is optimizer for index in self._open):
-            self._engine.broken_off.note(kind)
+            self._engine.interruption.record(kind)
 
     def _decide_for_all(self) -> None:
         """The first step since all have stepped: measure, scale, and remember what the others will step with."""
@@ -146,7 +146,7 @@ class Attachment:
                     "and they would be clipped again: where it steps less often, clear them by zero_grad() meanwhile, "
                     "which must set them to None, or attach optimizers that step at different times one by one"
                 )
-        self._stepping = self._engine.begin(present, alone=True)
+        self._stepping = self._engine.begin(present, only_theirs=True)
         self._stepped.clear()
         if len(present) > 1:
             self._waiting = {
@@ -235,15 +235,15 @@ def _to_attach_to(given: Sequence[Any]) -> list[Optimizer]:
         raise ValueError("attach needs at least one optimizer")
     found: list[Optimizer] = []
     for index, optimizer in enumerate(given):
-        if not steps(optimizer):
-            inside = [name for name, value in getattr(optimizer, "__dict__", {}).items() if steps(value)]
+        if not is_optimizer(optimizer):
+            inside = [name for name, value in getattr(optimizer, "__dict__", {}).items() if is_optimizer(value)]
             raise ValueError(
                 f"attach takes optimizers, and then the model; got {type(optimizer).__name__} as optimizer {index}: "
                 "call attach(optimizer, model, policy), with one optimizer or a list of them"
                 + (f" (this one has an optimizer in .{inside[0]})" if inside else "")
             )
-        applies = applying(optimizer)
-        if any(applies is one for one in found) or any(one in _attached for one in around(applies)):
+        applies = clip_target(optimizer)
+        if any(applies is one for one in found) or any(one in _attached for one in with_inner(applies)):
             raise ValueError(
                 "this optimizer has a Clipper attached already and would be clipped twice: call detach() on what "
                 "attach() returned first"

@@ -23,7 +23,7 @@ from ..clipper import Clipper
 from ..layouts.fsdp1 import is_flattened
 from ..optimizers.hooks import guard, watch
 from ..optimizers.scaler import is_unscaled, unscale_
-from ..optimizers.wrapped import refuse_before
+from ..optimizers.wrapped import refuse_clip_before_step
 from ..plan.arguments import Parameters
 from ..policies import MaxNorm, Policy
 from ..report import Report
@@ -95,9 +95,9 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         prepared = self._to_step(engine.owner.clipped)
         inner = list(map(_inner, prepared))
         for optimizer in inner:
-            refuse_before(optimizer)
+            refuse_clip_before_step(optimizer)
         list(map(_hear, prepared))
-        report = engine.clip_(inner, self.scaler, alone=True)
+        report = engine.clip_(inner, self.scaler, only_theirs=True)
         for optimizer in prepared:
             if optimizer.scaler is None:
                 optimizer._is_overflow = report.skip
@@ -112,7 +112,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
                 "the gradients are still multiplied by the loss scale: call accelerator.unscale_gradients() before "
                 "measure(), or clip_(), whose report tells the norm"
             )
-        return engine.measure(inner, alone=True)
+        return engine.measure(inner, only_theirs=True)
 
     def _clips_any_of(self, ids: Set[int]) -> bool:
         """Whether a :meth:`clipper` of this Accelerator clips any of these parameters."""

@@ -21,8 +21,8 @@ from torch.optim import LBFGS, Optimizer
 
 from ..clipper import Clipper
 from ..optimizers.hooks import guard, watch
-from ..optimizers.scaler import has_begun, is_unscaled
-from ..optimizers.wrapped import refuse_before
+from ..optimizers.scaler import is_unscaled, needs_update
+from ..optimizers.wrapped import refuse_clip_before_step
 from ..policies import Policy
 from ..policies.adopt import as_policy
 from ..report import Report
@@ -97,7 +97,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         self._expected = True
         if _nothing_to_step(trainer, optimizer):
             return
-        report = self.clipper.engine.clip_([optimizer], trainer.scaler, alone=True)
+        report = self.clipper.engine.clip_([optimizer], trainer.scaler, only_theirs=True)
         self._steps += 1
         self._clipped = self._clipped + (report.coef < 1)
         every = trainer.log_every_n_steps
@@ -190,7 +190,7 @@ class _FabricCalls:
         try:
             report = self.engine.step(*inner, scaler=self.scaler)
         finally:  # where its step has begun, the scaler would take the next gradients for unscaled
-            if self.scaler is not None and any(has_begun(self.scaler, optimizer) for optimizer in inner):
+            if self.scaler is not None and any(needs_update(self.scaler, optimizer) for optimizer in inner):
                 self.scaler.update()
         for optimizer in inner:
             self.fabric.call("on_after_optimizer_step", strategy=self.fabric.strategy, optimizer=optimizer)
@@ -208,7 +208,7 @@ def _called_by_trainer(trainer: Trainer, optimizer: Optimizer, policy: Policy, o
     def measure() -> Report:
         if scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer):
             raise RuntimeError(SCALED + "measure() in on_before_optimizer_step")
-        return engine.measure([optimizer], alone=True)
+        return engine.measure([optimizer], only_theirs=True)
 
     return Clipper.of(engine, Driver("ClipGradients", measure=measure))
 
@@ -278,7 +278,7 @@ def _only_optimizer(trainer: Trainer) -> Optimizer:
     optimizer: Optimizer = trainer.optimizers[0]
     if isinstance(optimizer, LBFGS):
         raise ValueError("LBFGS takes the gradients several times a step, which no clipping suits: remove one of them")
-    refuse_before(optimizer)
+    refuse_clip_before_step(optimizer)
     if trainer.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
             f"under precision={trainer.precision!r} Lightning leaves the gradients of a fused optimizer scaled: make "

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..clipper import Clipper
 from ..optimizers.hooks import watch
-from ..optimizers.wrapped import refuse_before
+from ..optimizers.wrapped import refuse_clip_before_step
 from ..policies import Policy
 from ..step.driver import Driver
 from ..step.engine import Engine
@@ -54,7 +54,7 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
         if self._engine is not None:
             self.clipper = self._engine(trainer.deepspeed, self._policy, **self._options)
         else:
-            refuse_before(_inner(trainer.optimizer))
+            refuse_clip_before_step(_inner(trainer.optimizer))
             engine = Engine(trainer.model_wrapped, self._policy, **self._options)
             self.clipper = Clipper.of(engine, Driver(type(trainer).__name__))
         resumed, self._resumed, self._clipped = self._resumed, None, False

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from ..kernels.device import reads_are_free
 from ..shield import untraced
 from .fused import FOLDING, TORCH, folded, may_skip_on_device
-from .wrapped import refuse_before, refuse_proxy
+from .wrapped import refuse_clip_before_step, refuse_proxy
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 SKIP: Final = "skip"
@@ -59,11 +59,11 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
         if isinstance(optimizer, LBFGS):
             raise ValueError("LBFGS makes its gradients several times a step: call clip_() in its closure instead")
         if type(optimizer).__module__ not in TORCH:
-            refuse_before(optimizer)
+            refuse_clip_before_step(optimizer)
             refuse_proxy(optimizer)
 
 
-def held_by(optimizer: Optimizer) -> Iterator[Tensor]:
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     """Its parameters."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
@@ -86,7 +86,7 @@ def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor) -> None:
         elif skip:
             give_back = _skipping[optimizer] = ExitStack()
             if optimizer in _inside or optimizer not in _watched:  # its step may be under way: this is the closure
-                give_back.callback(withhold(held_by(optimizer)))
+                give_back.callback(withhold(parameters_of(optimizer)))
         else:
             continue
         watch(optimizer)
@@ -207,7 +207,7 @@ class _Hearing:
             return begun
         if self.inside:
             raise _Skipped(self)
-        self.withheld.callback(withhold(held_by(optimizer)))
+        self.withheld.callback(withhold(parameters_of(optimizer)))
         return None
 
     def tell(self, optimizer: Optimizer) -> None:
@@ -247,7 +247,7 @@ def _function(method: Any) -> Any:
 
 
 def _versions(optimizer: Optimizer) -> int:
-    return sum(parameter._version for parameter in held_by(optimizer))
+    return sum(parameter._version for parameter in parameters_of(optimizer))
 
 
 def _folds(optimizer: Optimizer) -> bool:

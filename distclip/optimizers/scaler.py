@@ -70,8 +70,8 @@ def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
     return _state(scaler, optimizer)["stage"] is OptState.UNSCALED
 
 
-def has_begun(scaler: GradScaler, optimizer: Optimizer) -> bool:
-    """Whether ``scaler`` has unscaled gradients of ``optimizer`` since ``scaler.update()``, which must come then."""
+def needs_update(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether ``scaler`` has unscaled gradients of ``optimizer`` since its last ``update()``, so that one is due."""
     return bool(_state(scaler, optimizer)["found_inf_per_device"])
 
 

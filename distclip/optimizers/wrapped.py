@@ -20,12 +20,12 @@ TAKE_OVER = "call distclip.integrations.deepspeed.take_over(engine, policy)"
 ATTACH = "call distclip.attach(optimizer, model, policy) once, and optimizer.step(), which then clips"
 
 
-def steps(found: Any) -> bool:
+def is_optimizer(found: Any) -> bool:
     """Whether this is an optimizer, of torch or not."""
     return callable(getattr(found, "step", None)) and isinstance(getattr(found, "param_groups", None), (list, tuple))
 
 
-def around(optimizer: Any) -> list[Any]:
+def with_inner(optimizer: Any) -> list[Any]:
     """``optimizer``, those inside of it that hold the same parameters, and those inside of these."""
     found = [optimizer]
     for one in found:
@@ -33,7 +33,7 @@ def around(optimizer: Any) -> list[Any]:
     return found
 
 
-def applying(optimizer: Any) -> Any:
+def clip_target(optimizer: Any) -> Any:
     """The one whose gradients are final when its step begins, so that they are clipped then.
 
     That is the innermost: what is around it may accumulate, ask, or make other gradients first. A skip that only the
@@ -60,7 +60,7 @@ def applying(optimizer: Any) -> Any:
     return applies
 
 
-def refuse_before(optimizer: Any) -> None:
+def refuse_clip_before_step(optimizer: Any) -> None:
     """ValueError for what must not be clipped before its ``step()``: the gradients it applies are not there yet."""
     name = _name(optimizer)
     if deepspeed_steps(optimizer):
@@ -124,7 +124,7 @@ def _inside(optimizer: Any) -> dict[str, Any]:
     found = {
         id(value): (name, value)
         for name, value in getattr(optimizer, "__dict__", {}).items()
-        if not isinstance(value, ProxyTypes) and value is not optimizer and steps(value) and _ids(value) == held
+        if not isinstance(value, ProxyTypes) and value is not optimizer and is_optimizer(value) and _ids(value) == held
     }
     return dict(found.values())
 

@@ -32,9 +32,9 @@ from ..ranks.group import Axis, ClippingGroup
 from ..report import Report
 from ..shield import shielded
 from . import options
-from .broken_off import BrokenOff
 from .calls import Calls
 from .decision import Outcome
+from .interruption import Interruption
 from .joining import joinable_in, refuse_join
 from .nonfinite import Nonfinite
 from .owner import Owner
@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 
 def _noted(verb: Callable[Concatenate["Engine", P], R]) -> Callable[Concatenate["Engine", P], R]:
-    """``verb``, of which the ranks hear in the next call where it was broken off: see :class:`BrokenOff`."""
+    """``verb``, of which the ranks hear in the next call where it was broken off: see :class:`Interruption`."""
 
     @wraps(verb)
     def call(self: "Engine", *args: P.args, **kwargs: P.kwargs) -> R:
@@ -53,7 +53,7 @@ def _noted(verb: Callable[Concatenate["Engine", P], R]) -> Callable[Concatenate[
         try:
             return verb(self, *args, **kwargs)
         except BaseException as error:
-            self.broken_off.note_unless_told(type(error), self.progress.committed)
+            self.interruption.record_unless_shared(type(error), self.progress.committed)
             raise
 
     return call  # type: ignore[return-value]  # mypy wants the name self of a Callable, which has none
@@ -75,8 +75,8 @@ class Engine:
     * ``decide()``: decide now, and apply that later to what ``Outcome.apply_to`` is handed;
     * ``step(*optimizers, scaler)``: clip and step.
 
-    ``alone``: gradients that none of ``optimizers`` holds are in no norm, and stay as they are: nobody zeroes them.
-    ``broken_off.note(kind)`` tells of an exception that kept this rank from a step that the others have made.
+    ``only_theirs``: leave gradients that none of ``optimizers`` holds out of the norm, and as they are: nobody zeroes
+    them. ``interruption.record(kind)``: an exception has kept this rank from a step that the other ranks have made.
     """
 
     @shielded
@@ -121,18 +121,18 @@ class Engine:
         self._folding = Folding(self.owner.clipped, may_fold=storage.in_grad)
         self._checked: Folds | None = None  # of the optimizers of the latest step()
         self._reading, self._joinable = Reading(parts, holders_of(everything)), joinable_in(parts)
-        self.broken_off = BrokenOff(where.size > 1)
+        self.interruption = Interruption(where.size > 1)
 
     @shielded
-    def measure(self, optimizers: Sequence[Optimizer] = (), alone: bool = False) -> Report:
+    def measure(self, optimizers: Sequence[Optimizer] = (), only_theirs: bool = False) -> Report:
         """Norm and decision for the gradients as they are; nothing changes. See :meth:`Clipper.measure`."""
-        among = self._folding.of(optimizers).held if alone else None
+        among = self._folding.of(optimizers).held if only_theirs else None
         return self.progress.measure(self._fault(), among).report
 
     @shielded
     @_noted
     def clip_(
-        self, optimizers: Sequence[Optimizer] = (), scaler: GradScaler | None = None, alone: bool = False
+        self, optimizers: Sequence[Optimizer] = (), scaler: GradScaler | None = None, only_theirs: bool = False
     ) -> Report:
         """Clip in place; the next step of each of ``optimizers`` changes nothing where the decision is to skip.
 
@@ -140,7 +140,9 @@ class Engine:
         before it: that is a host sync.
         """
         folds = self._folding.of(optimizers)
-        outcome = self._advance(optimizers, folds, _enabled(scaler), alone, skips_on_device=_enabled(scaler) is None)
+        outcome = self._advance(
+            optimizers, folds, _enabled(scaler), only_theirs, skips_on_device=_enabled(scaler) is None
+        )
         outcome.apply_to(outcome.measured.runs)
         report = outcome.report
         if optimizers:
@@ -154,7 +156,7 @@ class Engine:
         self,
         optimizers: Sequence[Optimizer],
         scaler: GradScaler | None = None,
-        alone: bool = False,
+        only_theirs: bool = False,
         folds: Folds | None = None,
     ) -> Stepping:
         """Decide, and scale what ``optimizers`` will not scale themselves while they step.
@@ -162,10 +164,10 @@ class Engine:
         ``folds``: of these optimizers, where that is known.
         """
         if folds is None:
-            self.owner.note(optimizers)
+            self.owner.register(optimizers)
             folds = self._folding.of(optimizers)
         on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(may_skip_on_device, optimizers))
-        outcome = self._advance(optimizers, folds, _enabled(scaler), alone, skips_on_device=on_device)
+        outcome = self._advance(optimizers, folds, _enabled(scaler), only_theirs, skips_on_device=on_device)
         gradients, coef = outcome.measured.runs, None
         # An optimizer scales by dividing by 1 / coef: by one factor, and nothing may come after it.
         if len(outcome.factors) == 1 and outcome.bounds is None and outcome.skip is not True:
@@ -191,7 +193,7 @@ class Engine:
         folds = self._folding.known(optimizers)
         if folds is None or folds is not self._checked:  # not torch's: a framework's proxy may accumulate by now
             self._check(optimizers)
-            self.owner.note(optimizers)
+            self.owner.register(optimizers)
             folds = self._checked = self._folding.of(optimizers)
         stepping = self.begin(optimizers, scaler, folds=folds)
         if stepping.skipped:
@@ -222,30 +224,30 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`Clipper.load_state_dict`."""
         self.progress.load_state_dict(state)
-        self.broken_off.forget()
+        self.interruption.forget()
 
     def _fault(self) -> LayoutError | None:
         """What this rank knows to be wrong before it looks at a gradient; RuntimeError where others would not come."""
         if self._joinable:
             refuse_join(self._joinable)
-        return self.broken_off.fault or self._reading.lost()
+        return self.interruption.fault or self._reading.lost()
 
     def _advance(
         self,
         optimizers: Sequence[Optimizer],
         folds: Folds,
         scaler: GradScaler | None,
-        alone: bool,
+        only_theirs: bool,
         skips_on_device: bool,
         fault: LayoutError | None = None,
     ) -> Outcome:
         """Advance once, on gradients that are unscaled where there is a ``scaler``."""
         if folds.foreign and fault is None:
             fault = self.owner.foreign_to(folds, optimizers)
-        among = folds.held if alone else None
+        among = folds.held if only_theirs else None
         if scaler is None:
             return self.progress.advance(skips_on_device, self._fault() or fault, among)
-        fault = fault or self._out_of_reach(folds, alone)
+        fault = fault or self._out_of_reach(folds, only_theirs)
         claim(scaler, optimizers, self)
         unscale_(scaler, optimizers)
         try:
@@ -257,12 +259,12 @@ class Engine:
         join_found_inf(scaler, optimizers, ~norm.isfinite() if isinstance(norm, Tensor) else not isfinite(norm))
         return outcome
 
-    def _out_of_reach(self, folds: Folds, alone: bool) -> LayoutError | None:
+    def _out_of_reach(self, folds: Folds, only_theirs: bool) -> LayoutError | None:
         """What is wrong where a GradScaler cannot unscale a gradient: it knows what optimizers hold, in ``.grad``."""
         if not self.progress.storage.in_grad:
             raise ValueError("a GradScaler unscales what is in .grad, and gradients= is elsewhere: unscale that before")
         for source, holder in enumerate(self.holders):
-            if holder.grad is not None and id(holder) not in folds.held and not alone:
+            if holder.grad is not None and id(holder) not in folds.held and not only_theirs:
                 label = self.plan.label(self.plan.sources.index(source))
                 return LayoutError(
                     f"{label} has a gradient and is in none of the optimizers, so that the scaler cannot unscale it: "

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from ..errors import LayoutError
 from ..optimizers.fused import Folds
-from ..optimizers.hooks import held_by
-from ..optimizers.wrapped import around
+from ..optimizers.hooks import parameters_of
+from ..optimizers.wrapped import with_inner
 
 _alive: WeakValueDictionary[int, "Owner"] = WeakValueDictionary()
 
@@ -30,11 +30,11 @@ class Owner:
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         _alive[id(self)] = self
 
-    def note(self, optimizers: Iterable[Optimizer]) -> None:
+    def register(self, optimizers: Iterable[Optimizer]) -> None:
         """From now on it is known to clip for ``optimizers``, and for what is inside of them."""
         for optimizer in optimizers:
             if optimizer not in self._optimizers:
-                self._optimizers.update(around(optimizer))
+                self._optimizers.update(with_inner(optimizer))
 
     def rivals(self) -> int:
         """How many others clip parameters of this one, and are not known to do so for other optimizers."""
@@ -51,7 +51,7 @@ class Owner:
         known = self.clipped | self.left_out
         elsewhere = frozenset[int]().union(*(other.clipped for other in self._others()))
         for optimizer in optimizers:
-            held = {id(parameter): parameter for parameter in held_by(optimizer)}
+            held = {id(parameter): parameter for parameter in parameters_of(optimizer)}
             foreign = [p for i, p in held.items() if i not in known and p.requires_grad]  # frozen ones are not stepped
             if len(foreign) < len(held):
                 foreign = [p for p in foreign if id(p) not in elsewhere]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
-from distclip.optimizers.hooks import guard, held_by, skip_next_step, watch, withhold
+from distclip.optimizers.hooks import guard, parameters_of, skip_next_step, watch, withhold
 from support.ranks import same_bits
 
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -19,7 +19,7 @@ class Nested(SGD):
 
     def step(self, closure=None):
         loss = super().step(closure)
-        for parameter in held_by(self):  # what a decay of its own does
+        for parameter in parameters_of(self):  # what a decay of its own does
             if parameter.grad is not None:
                 parameter.data.add_(parameter.grad)
         return loss
@@ -100,7 +100,7 @@ def test_a_flag_of_a_step_that_never_came_is_taken_back(monkeypatch):
 def test_a_gradient_made_meanwhile_is_kept():
     model, optimizer = net_and()
     backward(model)
-    give_back = withhold(held_by(optimizer))
+    give_back = withhold(parameters_of(optimizer))
     assert model.weight.grad is model.bias.grad is None
     model.weight.grad = other = torch.ones(2, 3)
     give_back()

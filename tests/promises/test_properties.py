@@ -417,7 +417,7 @@ def call(clippers: list[distclip.Clipper], group: SimulatedGroup, name: str) -> 
             return getattr(clipper, name)()
         except Waits:  # it is called again from the beginning, and counts once
             vars(progress).update({**before, "calls": calls, "streak": streak})
-            engine.broken_off.forget()
+            engine.interruption.forget()
             raise
 
 

@@ -3,7 +3,7 @@
 from ..errors import FAILURES, LayoutError
 
 
-class BrokenOff:
+class Interruption:
     """Knows of a call that was broken off, and says how to go on.
 
     What is among ``FAILURES`` has an answer of its own until the ranks have decided: they raise together, and nothing
@@ -17,13 +17,13 @@ class BrokenOff:
         self._in_group = in_group
         self.fault: LayoutError | None = None  # what every rank is told in the next call
 
-    def note_unless_told(self, kind: type[BaseException], committed: bool) -> None:
+    def record_unless_shared(self, kind: type[BaseException], committed: bool) -> None:
         """A call was left by an exception of this ``kind``; ``committed``: after the ranks had decided."""
         alarm = issubclass(kind, TimeoutError)  # an OSError that handlers raise, wherever the call is
         if committed or alarm or not issubclass(kind, FAILURES):
-            self.note(kind)
+            self.record(kind)
 
-    def note(self, kind: type[BaseException]) -> None:
+    def record(self, kind: type[BaseException]) -> None:
         """An exception of this ``kind`` has broken a step off after the ranks had decided."""
         if self._in_group:
             self.fault = LayoutError(

@@ -1,12 +1,12 @@
 """Drop-in functions with the signatures of ``torch.nn.utils``: patch them over torch's, or call them in their place.
 
-They talk if and only if they must: when a parameter is a DTensor or lies in an FSDP1 module, or ``group``,
-``split_over`` or ``layout`` is given (then also for an empty list), they make one all-reduce on every call, whatever
-gradients exist; otherwise they stay local, as torch, and every rank must hold all parameters. What plain tensors cannot
-show is not seen: pipeline stages and experts held as plain tensors need ``split_over`` or ``layout``, or a
-:class:`Clipper`, which compares the ranks. Two models whose parameters have the same names (bare tensors have none),
-shapes, dtypes and placements look alike: ranks that call for them in another order get one norm of both and no error.
-Names can tell them apart, as of ``nn.ModuleDict({"critic_1": critic})``, and Clippers always are.
+They communicate only where they must: if a parameter is a DTensor or lies in an FSDP1 module, or ``group``,
+``split_over`` or ``layout`` is given (then also for an empty list), every call makes one all-reduce, whatever gradients
+exist. Otherwise they stay local, like torch's, and every rank must hold all parameters. Plain tensors do not show how
+they are cut: pipeline stages and experts held as such need ``split_over`` or ``layout``, or a :class:`Clipper`, which
+compares the ranks. Two models whose parameters have the same names (bare tensors have none), shapes, dtypes and
+placements look alike: ranks that call for them in a different order get one norm of both and no error. Names tell them
+apart, as in ``nn.ModuleDict({"critic_1": critic})``; a Clipper always does.
 """
 
 from collections.abc import Iterable, Sequence
@@ -70,25 +70,25 @@ def clip_grad_norm_(
     4. Scale the gradients, where that changes anything.
 
     * ``parameters``: an iterable of parameters, one tensor, one module or several. Each counts once, however often it
-      is listed. FSDP1 can be seen only from the module; its parameters without it are a LayoutError, but for the flat
-      ones of NO_SHARD, which are whole. A generator that is used up warns, as torch's does.
+      is listed. FSDP1 shows only on the module: its parameters without it are a LayoutError, except the flat ones of
+      NO_SHARD, which are whole. An exhausted generator warns, as torch's function does.
     * ``max_norm``: above 0; ``inf`` measures only. (torch accepts 0; it is a ValueError here.)
-    * ``norm_type``: p > 0, or inf. Another one on some rank is an error, like another ``max_norm``; with inf beside a
-      number ranks wait for each other until the group's timeout (four words never meet two), and are named then.
-    * ``error_if_nonfinite``: raise NonFiniteError on every rank, gradients untouched, naming parameter and rank. Three
-      more all-reduces when it raises, and one wait a call on accelerators. Otherwise a norm that is not finite goes
-      through the formula as in torch, except that gradients that are all finite are left as they are.
-    * ``foreach``: accepted for torch's sake; the kernels are chosen by device.
+    * ``norm_type``: p > 0, or inf. Ranks that pass different ones get an error, as with ``max_norm``; if some pass inf
+      and some a number, their messages never pair, and they are named when the group's timeout is over.
+    * ``error_if_nonfinite``: raise NonFiniteError on every rank, gradients untouched, naming parameter and rank: one
+      host sync a call on accelerators, and three more all-reduces when it raises. Otherwise a norm that is not finite
+      goes through the formula as in torch, except that gradients that are all finite are left as they are.
+    * ``foreach``: accepted for compatibility with torch; the kernels are chosen by device.
     * ``group``, ``split_over``, ``layout``: as for :class:`Clipper`, on every rank or on none.
 
-    Collectives: none, or one all-reduce of two float64 words (four for inf), as the module says. With DTensors that
-    FSDP2 does not manage, ``group``, ``split_over`` or ``layout``, two words more say whether some rank holds float64,
-    and whether a gradient lies otherwise than its parameter (sequence-parallel norms leave pending sums); reading them
-    costs a wait on accelerators. If one does, the ranks of its mesh redistribute it into ``.grad`` and the norm is
-    reduced again. A LayoutError is raised on all ranks where they disagree, also where one of them could not read what
-    it was passed and raises an error of its own; on accelerators, where nothing waits for that, the norm is NaN
-    instead. Where every rank holds all gradients and those of one have a norm that is 1e-6 off, that one warns, and the
-    next call for these parameters raises it (CPU).
+    Collectives: none, or one all-reduce of two float64 numbers (four for inf), as the module says. With DTensors that
+    FSDP2 does not manage, ``group``, ``split_over`` or ``layout``, it carries two flags more: some rank holds float64,
+    some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms leave pending
+    sums). Reading them is a host sync on accelerators. Misplaced gradients are redistributed into ``.grad`` by the
+    ranks of their mesh, and the norm is reduced again. Ranks that disagree all raise a LayoutError, also if one of them
+    cannot read what it was passed and raises an error of its own; on accelerators, where the host does not read that,
+    the norm is NaN instead. If every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns, and the
+    next call for these parameters raises on all (CPU).
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -180,8 +180,8 @@ def clip_grads_with_norm_(
 ) -> None:
     """Scale the gradients of ``parameters`` in place by ``min(1, max_norm / (total_norm + 1e-6))``.
 
-    ``total_norm``: 0-d, the same on every rank, for example from :func:`get_total_norm`. No collective; never waits
-    for an accelerator. Each parameter is scaled once, and gradients that share memory are a LayoutError; nothing is
+    ``total_norm``: 0-d, the same on every rank, for example from :func:`get_total_norm`. No collective and no
+    host sync. Each parameter is scaled once, and gradients that share memory are a LayoutError; nothing is
     touched where the factor, float64 if ``total_norm`` is and float32 otherwise, is 1 on the CPU.
 
     >>> import torch
@@ -219,7 +219,7 @@ def clip_grad_value_(
 ) -> None:
     """Clamp every gradient element in place to ``[-clip_value, clip_value]``, or to ``(min, max)``.
 
-    ``clip_value`` is in the unit of the gradients. NaN stays NaN, inf becomes a bound. No collective; never waits.
+    ``clip_value`` is in the unit of the gradients. NaN stays NaN, inf becomes a bound. No collective and no host sync.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -245,7 +245,7 @@ def _listed(parameters: Parameters) -> list[Any]:
 
 
 def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tuple[Scalar, Culprit | None]:
-    """The float64 norm, and the culprit where a wait was allowed to look for one."""
+    """The float64 norm, and the culprit where a host sync was allowed to look for one."""
     reduced = measured.reduced
     if not (error_if_nonfinite or measured.can_overflow or plan.reads_are_free):
         return reduced.tensor(plan.device), None
@@ -262,7 +262,7 @@ def _total_norm(plan: Plan, measured: Measured, error_if_nonfinite: bool) -> tup
 
 
 def _decided(norm: Scalar, max_norm: float, dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
-    """The norm as it is returned, and what gradients are multiplied by; never waits for an accelerator."""
+    """The norm as it is returned, and what gradients are multiplied by; no host sync."""
     if not isinstance(norm, Tensor):
         return presented(norm, dtype), factors(norm, max_norm, None, dtype)[1]
     finite = norm < inf

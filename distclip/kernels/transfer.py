@@ -21,14 +21,14 @@ def pinned_like(numbers: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Flags:
+class Transfer:
     """An asynchronous copy of a few numbers."""
 
     numbers: Tensor
     arrived: torch.Event | None  # None where they already are on the host
 
     @classmethod
-    def send(cls, row: Tensor, *more: Tensor) -> Self:
+    def begin(cls, row: Tensor, *more: Tensor) -> Self:
         """Start copying ``row``, 1-D float64, and then 0-d numbers; no host sync."""
         numbers = torch.cat([row, *(number.double().view(1) for number in more)]) if more else row
         if numbers.device.type == "cpu":

@@ -35,8 +35,8 @@ def plan_of(
         if cut and not item.piece.name:
             raise refusals.fsdp1_parameter(f"parameter {i} of shape {tuple(item.holder.shape)}")
         seen_cut = seen_cut or cut or item.piece.spec is not None
-    talks = bool(group or split_over or layout) or seen_cut
-    where = ClippingGroup.of(group) if talks else ClippingGroup.alone()
+    communicates = bool(group or split_over or layout) or seen_cut
+    where = ClippingGroup.of(group) if communicates else ClippingGroup.alone()
     return Plan.of(listed, p, where, split_over, layout, sends_flags=group is not None)
 
 
@@ -59,8 +59,8 @@ def tell_ranks(
     tensors = [t for item in listed for t in (item.parameters() if isinstance(item, nn.Module) else [item])]
     tensors = [t for t in tensors if isinstance(t, Tensor)]
     bare = {id(item) for item in listed if isinstance(item, Tensor) and is_whole(item)}
-    said = bool(group or split_over or layout)
-    if not said and not any(isinstance(t, DTensor) or (is_flattened(t) and id(t) not in bare) for t in tensors):
+    says_so = bool(group or split_over or layout)
+    if not says_so and not any(isinstance(t, DTensor) or (is_flattened(t) and id(t) not in bare) for t in tensors):
         return
     try:
         where = ClippingGroup.of(group)
@@ -68,8 +68,8 @@ def tell_ranks(
         return
     ours = managed_anywhere()[0] if reduces else set()
     moves = any(isinstance(t, DTensor) and t.device_mesh.size() > 1 and id(t) not in ours for t in tensors)
-    sends_flags = group is not None or (where.size > 1 and (said or moves))
-    p = inf if norm_type == inf else 2.0  # of all others it only matters that they send as many words
+    sends_flags = group is not None or (where.size > 1 and (says_so or moves))
+    p = inf if norm_type == inf else 2.0  # of all others it only matters that they send as many numbers
     tell_others(where, where.device_for(tensors), p, (False, False) if sends_flags else (), error, call)
 
 

@@ -20,15 +20,15 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
     """Raise on every rank unless parameters, ``settings`` and the values of copies are the same on all of them.
 
     LayoutError for parameters and values, or where a rank called :func:`tell_ranks` instead; ValueError for settings.
-    Two all-reduces, each with a wait.
+    Two all-reduces, each with a host sync.
     """
     different = differing_fields(plan.group, plan.device, _fields(settings, plan.code))
     if ERROR in different:
         raise refusals.no_clipper(_who(plan, "made its Clipper"))
     if "parameters" in different:
-        common = [piece for piece, is_common in zip(plan.pieces, plan.known_to_all, strict=True) if is_common]
-        count = sum(piece.here if piece.size is None else piece.size for piece in common)
-        mine = f"{len(common)} parameters of {count} elements (hash {plan.code:x})"
+        known = [piece for piece, is_known in zip(plan.pieces, plan.known_to_all, strict=True) if is_known]
+        count = sum(piece.here if piece.size is None else piece.size for piece in known)
+        mine = f"{len(known)} parameters of {count} elements (hash {plan.code:x})"
         raise refusals.other_parameters(_who(plan, mine))
     if different:
         mine = ", ".join(f"{name} {settings[name]}" for name in different)

@@ -24,7 +24,7 @@ from .measured import Measured, Norms
 
 APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
 ALIKE = 1e-2  # copies that were computed in bf16, each for itself, may be so far apart
-WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must differ, or noise around 0 would be told
+WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must differ, or noise around 0 would count
 
 
 def compare_copies(plan: Plan, norm: float, own: Scalar | None, call: str, warns: bool = True) -> None:
@@ -53,8 +53,8 @@ def compare_gradients(plan: Plan, measured: Measured) -> bool:
 
     Copies differ whose norms, or projections on one direction, are further apart than the arithmetic of bf16 would
     bring them, and so far that the norm of the model is another. Squares of the norms travel too: differences that
-    cancel in a sum do not in both. Reads the reduced words, so that ranks that disagree part here; then one all-reduce
-    of five float64 words for each parameter that has copies. Two waits on accelerators.
+    cancel in a sum do not in both. Reads the reduced numbers, so that ranks that disagree part here; then one
+    all-reduce of five float64 numbers for each parameter that has copies. Two host syncs on accelerators.
     """
     norm, disagree, _ = measured.reduced.read()
     if disagree or not isfinite(norm):

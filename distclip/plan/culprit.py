@@ -25,7 +25,7 @@ OWN, REDUCED, COPIED = "O", "R", "C"  # how the rank that is named came by its g
 def find_culprit(plan: Plan, norms: Norms) -> Culprit:
     """The first parameter of the lowest rank whose gradient is not finite, the same answer on every rank.
 
-    Three all-reduces, of one int64, of 1024 bytes and of a float64 a rank, and three waits. ``norms.parts`` may be
+    Three all-reduces, of one int64, of 1024 bytes and of a float64 a rank, and three host syncs. ``norms.parts`` may be
     empty where the gradients have changed since; then an inf norm is taken for an inf gradient.
     """
     group, device = plan.group, plan.device
@@ -36,8 +36,8 @@ def find_culprit(plan: Plan, norms: Norms) -> Culprit:
     winner %= OVERFLOW
     rank, index, kind = winner >> 34, winner >> 2 & 0xFFFFFFFF, KINDS[winner & 3]
     here = f"{_made(plan, index)}{plan.label(index)}" if group.rank == rank else ""
-    told = broadcast_text(group, device, rank, here)
-    made, name = told[:1], told[1:]
+    answer = broadcast_text(group, device, rank, here)
+    made, name = answer[:1], answer[1:]
     if kind == "overflow" or made == OWN:
         return Culprit(kind, name, group.ranks[rank], (group.ranks[rank],))
     bad = {plan.label(norms.indices[k]) for k in _bad(norms)}
@@ -45,11 +45,11 @@ def find_culprit(plan: Plan, norms: Norms) -> Culprit:
     return Culprit(kind, name, group.ranks[rank], ranks, reduced=made == REDUCED or len(ranks) > 1)
 
 
-def ranks_that(group: ClippingGroup, device: torch.device, say_so: bool) -> tuple[int, ...]:
-    """The global ranks that ``say_so``: one all-reduce of a float64 word a rank, and a wait."""
+def ranks_that(group: ClippingGroup, device: torch.device, is_one: bool) -> tuple[int, ...]:
+    """The global ranks for which ``is_one`` is true: one all-reduce of a float64 number a rank, and a host sync."""
     rows = torch.zeros(group.size, dtype=torch.float64, device=device)
-    rows[group.rank] = say_so
-    return tuple(group.ranks[k] for k, said in enumerate(all_reduce(group, rows).tolist()) if said)
+    rows[group.rank] = is_one
+    return tuple(group.ranks[k] for k, found in enumerate(all_reduce(group, rows).tolist()) if found)
 
 
 def _made(plan: Plan, index: int) -> str:

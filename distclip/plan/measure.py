@@ -41,9 +41,10 @@ def measure(
 ) -> Measured:
     """Measure ``gradients``, one for each source, None where there is none.
 
-    1. Sum what this rank has. 2. Make it global: one all-reduce if the group has one. 3. Where its flags say that some
-    rank has misplaced gradients, realign them, hand them to ``store`` if it is given, and measure again;
-    ``realign_first`` does so before, which every rank must then do. 4. Raise what this rank has found to be wrong.
+    1. Sum what this rank has, and make it global: one all-reduce if the group has several ranks. ``realign_first``
+       realigns misplaced gradients before, which every rank must then do.
+    2. Where the flags say that some rank has misplaced gradients, realign them and do the first again.
+    3. Raise what this rank has found to be wrong; else hand gradients that were replaced to ``store``, if it is given.
 
     * ``tag``: mixed into the agreement word, to tell calls apart that must not pair.
     * ``unmoved``: they are the very tensors of the last time, where they were (see :meth:`.Memory.knows`).
@@ -52,18 +53,23 @@ def measure(
 
     Host syncs: one a round on accelerators where the flags must be read, else none.
     """
+    # 1. Sum what this rank has, and make it global. With an error of its own it takes part first: the others wait.
     given = error
     if realign_first:
         gradients, found = _realigned(plan, gradients, store)
         error = error or found
     local, norms, reduced = _round(plan, gradients, error, tag, call, unmoved)
     wide = plan.wide or local.wide
+
+    # 2. Where some rank has misplaced gradients, realign and do it again: by reduced flags, so all ranks or none.
     if plan.reads_flags:
         _, disagree, (misplaced, wide) = reduced.read()
-        if misplaced and not disagree:  # read from reduced values, so that all ranks go this way or none
+        if misplaced and not disagree:
             gradients, error = _realigned(plan, gradients, store)
             local, norms, reduced = _round(plan, gradients, error, tag + REALIGNED, call)
             realign_first = True
+
+    # 3. Raise what this rank has found to be wrong: all ranks have met, and raise too.
     if local.error is not None:
         raise LayoutError(f"{given}{reduced.who}") if local.error is given else local.error
     if local.instead:

@@ -61,8 +61,8 @@ class Source:
 
         Every rank calls, after a backward; all get the same answer: of the lowest such rank, the parameter that its
         backward came to first. ``ranks`` are all of them. None also where a gradient became so by being reduced. One
-        all-reduce of two int64 words, two more where there is a culprit, a wait each. RuntimeError, on all ranks, where
-        some have gradients that no hook has seen.
+        all-reduce of two int64 numbers, two more where there is a culprit, a host sync each. RuntimeError, on all
+        ranks, where some have gradients that no hook has seen.
         """
         peaks, self._peaks = self._peaks, {}
         names = list(peaks)

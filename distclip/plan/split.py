@@ -32,8 +32,8 @@ def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> N
     Norm layers of hand-made tensor parallelism do, and weights that are tied across stages. Parameters are the same
     whose values and gradients have the same shape and bits, on ranks that hold the same part of them. Values that are
     all one number, as zeros at the start, tell nothing: a later call does. The ``FEW_SMALL`` smallest and ``FEW_LARGE``
-    largest of each rank are looked at. Three all-reduces, of a word twice and of two words a parameter and rank, and
-    waits.
+    largest of each rank are looked at. Three all-reduces, of a number twice and of two numbers a parameter and rank,
+    and host syncs.
     """
     pieces, sources = plan.pieces, plan.sources
     here = [
@@ -45,11 +45,11 @@ def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> N
     found = zip(norms.indices, norms.parts, norms.norms.tolist(), strict=True)
     shown = [(i, part, norm) for i, part, norm in found if i in chosen and norm > 0]
     values = [Held(pieces[i], holders[sources[i]]).values() for i, _, _ in shown]
-    told = [not is_constant(each) for each in values]
+    telling = [not is_constant(each) for each in values]
     sums = checksums([part for _, part, _ in shown], plan.device) + HASHES * checksums(values, plan.device)
     keys = {
         i: _key(plan, i, part, norm, int(total))
-        for (i, part, norm), total, tells in zip(shown, sums.tolist(), told, strict=True)
+        for (i, part, norm), total, tells in zip(shown, sums.tolist(), telling, strict=True)
         if tells
     }
     counted = _summed_shares(plan, list(keys.values()), [1 / plan.replicas[i] for i in keys])

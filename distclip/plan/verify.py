@@ -46,31 +46,31 @@ def verify(
     if apart:
         raise refusals.drifted_apart(apart)
     norms = norms_of(plan, measured)
-    _count_common(plan, norms)
+    _count_known(plan, norms)
     count_split(plan, norms)
 
 
-def _count_common(plan: Plan, found: Norms) -> None:
+def _count_known(plan: Plan, found: Norms) -> None:
     """There are gradients, every element counts once, and copies of a gradient are equal.
 
-    One all-reduce of six words a piece, and two.
+    One all-reduce of six numbers a piece, and two.
     """
-    common = [i for i, is_common in enumerate(plan.known_to_all) if is_common]
-    sizes = [float(plan.pieces[i].here) for i in common]
-    counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[common]
-    comparable = torch.tensor([float(plan.pieces[i].aligned) for i in common], device=plan.device)
-    told = drift_words(plan, norms_and_projections(plan, found, common) * comparable, common)
+    known = [i for i, is_known in enumerate(plan.known_to_all) if is_known]
+    sizes = [float(plan.pieces[i].here) for i in known]
+    counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[known]
+    comparable = torch.tensor([float(plan.pieces[i].aligned) for i in known], device=plan.device)
+    drift = drift_words(plan, norms_and_projections(plan, found, known) * comparable, known)
     numbers = counted.new_tensor([len(found.indices), len(plan.pieces)])
-    words = all_reduce(plan.group, torch.cat([counted, told.flatten(), numbers])).cpu()
+    words = all_reduce(plan.group, torch.cat([counted, drift.flatten(), numbers])).cpu()
     present, pieces = words[-2:].tolist()
     if pieces and not present:
         raise refusals.no_gradient()
     counted, *rest = words[:-2].view(6, -1)
-    whole = torch.tensor([float(plan.pieces[i].size or 0) for i in common], dtype=torch.float64)
+    whole = torch.tensor([float(plan.pieces[i].size or 0) for i in known], dtype=torch.float64)
     wrong = ((counted - whole).abs() > 0.5).nonzero().flatten().tolist()
     if wrong:
-        listed = [f"{plan.label(common[k])} ({counted[k] / whole[k]:.3g}x)" for k in wrong]
+        listed = [f"{plan.label(known[k])} ({counted[k] / whole[k]:.3g}x)" for k in wrong]
         raise refusals.not_counted_once(listed)
     apart = drifted(torch.stack(rest), TOLERANCE).nonzero().flatten().tolist()
     if apart:
-        raise refusals.not_replicas([plan.label(common[k]) for k in apart])
+        raise refusals.not_replicas([plan.label(known[k]) for k in apart])

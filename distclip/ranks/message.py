@@ -38,7 +38,7 @@ class Reduced:
 
     * ``norm``: the total norm, float64; a tensor is NaN where ranks disagree.
     * ``disagree``: whether ranks sent different codes or reported a fault.
-    * ``answers``: for each question, whether some rank said yes: a number above 0.
+    * ``flags``: for each that was sent, whether some rank has set it: a number above 0.
     * ``own``: what this rank alone has put in, where every rank holds all gradients whole; else None.
     * ``who``: after what an error says of the disagreement, which ranks it is; empty where that was not asked.
     * ``row``: own number, norm and disagreement side by side in memory, (3,) float64, where they lie so.
@@ -46,7 +46,7 @@ class Reduced:
 
     norm: Scalar
     disagree: Tensor | bool
-    answers: tuple[Scalar, ...]
+    flags: tuple[Scalar, ...]
     own: Scalar | None = None
     who: str = ""
     row: Tensor | None = None
@@ -85,12 +85,12 @@ class Reduced:
         return self.disagree is False and self.own is None
 
     def read(self) -> tuple[float, bool, list[bool]]:
-        """Norm, disagreement and answers as numbers: one host sync if they are on an accelerator."""
+        """Norm, disagreement and flags as numbers: one host sync if they are on an accelerator."""
         if not isinstance(self.norm, Tensor):
-            return self.norm, bool(self.disagree), [float(answer) > 0 for answer in self.answers]
-        row = torch.stack([_beside(self.norm, scalar) for scalar in (self.norm, self.disagree, *self.answers)])
-        norm, disagree, *answers = row.tolist()
-        return norm, bool(disagree), [answer > 0 for answer in answers]
+            return self.norm, bool(self.disagree), [float(flag) > 0 for flag in self.flags]
+        row = torch.stack([_beside(self.norm, scalar) for scalar in (self.norm, self.disagree, *self.flags)])
+        norm, disagree, *flags = row.tolist()
+        return norm, bool(disagree), [flag > 0 for flag in flags]
 
 
 def _beside(norm: Tensor, scalar: Scalar) -> Tensor:
@@ -104,26 +104,26 @@ def reduce_norm(
     p: float,
     code: int,
     faulty: bool,
-    questions: Sequence[bool],
+    flags: Sequence[bool],
     replicated: bool = False,
     call: str = "",
 ) -> Reduced:
     """Make ``local``, this rank's sum of powers over replicas (p = inf: its largest norm), global.
 
-    One all-reduce of two float64 numbers (p = inf: four) and one for each of ``questions``, made by every rank of the
+    One all-reduce of two float64 numbers (p = inf: four) and one for each of ``flags``, made by every rank of the
     group whatever it holds; none in one process. See [Note: what travels] above. A ``faulty`` rank, which is about to
     raise, takes part so that the others do not wait for it. ``replicated``: every rank of the group holds all that is
     summed. ``call``: what it is for, as errors say.
     """
     if isinstance(local, Tensor) and group.reference is None:  # nobody to disagree with, and no message to be made
-        return Reduced(local if p == inf else root(local, p), False, tuple(questions))
+        return Reduced(local if p == inf else root(local, p), False, tuple(flags))
     reduce = _reduce_max if p == inf else _reduce_sum
-    fault, asked = inf if faulty else 0.0, list(map(float, questions))
-    row, norm, disagree, *answers = reduce(group, local, p, code % CODES, fault, asked, call)
+    fault, own_flags = inf if faulty else 0.0, list(map(float, flags))
+    row, norm, disagree, *found = reduce(group, local, p, code % CODES, fault, own_flags, call)
     own = local if replicated else None
     if isinstance(norm, Tensor):
         norm.masked_fill_(disagree, nan)
-    return Reduced(norm, disagree, tuple(answers), own, row=row)
+    return Reduced(norm, disagree, tuple(found), own, row=row)
 
 
 def _reduce_sum(
@@ -132,17 +132,17 @@ def _reduce_sum(
     p: float,
     code: int,
     fault: float,
-    asked: list[float],
+    own_flags: list[float],
     call: str,
 ) -> tuple[Any, ...]:
     # The sum modulo M is 0 when all sent the same code: rank 0 sends code * (M - size + 1), every other one code. All
     # terms are whole numbers below 2**53, so the sum is exact in any order.
     word = code * (MODULUS - len(group.ranks) + 1) if group.rank == 0 else float(code)
-    row, (total, agreement, *answers) = _all_reduce(group, [local], [word + fault, *asked], dist.ReduceOp.SUM, call)
+    row, (total, agreement, *found) = _all_reduce(group, [local], [word + fault, *own_flags], dist.ReduceOp.SUM, call)
     if row is None:
-        return None, root(total, p), agreement % MODULUS != 0, *answers
+        return None, root(total, p), agreement % MODULUS != 0, *found
     norm = total.sqrt_() if p == 2 else total.pow_(1 / p)  # where they lie, for the host to have them as they do
-    return row, norm, agreement.remainder_(MODULUS) != 0, *answers
+    return row, norm, agreement.remainder_(MODULUS) != 0, *found
 
 
 def _reduce_max(
@@ -151,20 +151,20 @@ def _reduce_max(
     p: float,
     code: int,
     fault: float,
-    asked: list[float],
+    own_flags: list[float],
     call: str,
 ) -> tuple[Any, ...]:
-    known = [code + fault, -float(code), *asked]
+    known = [code + fault, -float(code), *own_flags]
     # Gloo's MAX drops NaN by position: what is not finite travels as a flag beside a norm of 0.
     if not isinstance(local, Tensor):
         flag = 2.0 if isnan(local) else 1.0 if isinf(local) else 0.0
         own = [0.0 if flag else local, flag]
-        _, (norm, flag, high, low, *answers) = _all_reduce(group, own, known, dist.ReduceOp.MAX, call)
-        return None, nan if flag == 2 else inf if flag == 1 else norm, high != -low, *answers
+        _, (norm, flag, high, low, *found) = _all_reduce(group, own, known, dist.ReduceOp.MAX, call)
+        return None, nan if flag == 2 else inf if flag == 1 else norm, high != -low, *found
     flags = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
     finite = torch.where(flags == 0, local, 0.0)
-    _, (norm, flags, high, low, *answers) = _all_reduce(group, [finite, flags], known, dist.ReduceOp.MAX, call)
-    return None, torch.where(flags == 2, nan, torch.where(flags == 1, inf, norm)), high != -low, *answers
+    _, (norm, flags, high, low, *found) = _all_reduce(group, [finite, flags], known, dist.ReduceOp.MAX, call)
+    return None, torch.where(flags == 2, nan, torch.where(flags == 1, inf, norm)), high != -low, *found
 
 
 def _all_reduce(

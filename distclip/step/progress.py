@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import FAILURES, LayoutError
 from ..gradients.storage import Storage
 from ..kernels.device import in_capture, reads_are_free
-from ..kernels.transfer import Flags
+from ..kernels.transfer import Transfer
 from ..plan.build import Plan
 from ..plan.copies import compare_copies, compare_gradients
 from ..plan.measure import fail_with_others, measure, norms_of
@@ -68,7 +68,7 @@ class Progress:
         self._compares_axes = compares_axes
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._captured = False  # whether a call was, so that a CUDA graph holds the state's memory
-        self._unread: tuple[Flags, Measured] | None = None
+        self._unread: tuple[Transfer, Measured] | None = None
 
     def measure(self, fault: LayoutError | None, among: Set[int] | None = None) -> Outcome:
         """Measure and decide; nothing changes.
@@ -193,15 +193,15 @@ class Progress:
         measured = outcome.measured
         kept = replace(measured, norms=norms_of(self.plan, measured)).without_gradients()
         faults = [outcome.fault] if isinstance(outcome.fault, Tensor) else []
-        self._unread = Flags.send(measured.reduced.to_send(self.plan.device), *faults), kept
+        self._unread = Transfer.begin(measured.reduced.to_send(self.plan.device), *faults), kept
 
     def _look_back(self) -> None:
         """The one fixed place where a step decided on an accelerator is looked at, by waiting and never by a query."""
         if in_capture(self.plan.device):
             return
         assert self._unread is not None
-        (flags, measured), self._unread = self._unread, None
-        own, norm, disagree, faults = measured.reduced.sent(flags.read())
+        (transfer, measured), self._unread = self._unread, None
+        own, norm, disagree, faults = measured.reduced.sent(transfer.read())
         if disagree:
             raise LayoutError(DISAGREE)
         if not isfinite(norm):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import distclip
 from distclip.kernels import foreach, scale_
-from distclip.kernels.transfer import Flags
+from distclip.kernels.transfer import Transfer
 from distclip.ranks.group import ClippingGroup
 from distclip.train.trainer import Trainer
 from distclip.train.ways.zero import Zero
@@ -226,7 +226,7 @@ def late_flags() -> list[list[float]]:
     with on_the_accelerator():
         for current in (0, 1):
             with current_device(current):
-                found.append(Flags.send(here(torch.tensor([3.0])).double(), here(torch.tensor(True))).read())
+                found.append(Transfer.begin(here(torch.tensor([3.0])).double(), here(torch.tensor(True))).read())
     return found
 
 

@@ -5,6 +5,8 @@ import gc
 import pytest
 import torch
 
+from support.roads import clipper_of as clipper_of
+
 torch.set_num_threads(1)
 
 

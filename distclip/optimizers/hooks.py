@@ -68,19 +68,21 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor) -> None:
+def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor, on_device: bool | None = None) -> None:
     """Let the next step of each optimizer, which a framework calls, change nothing where ``skip`` is true.
 
     ``skip`` is a report's: 0-d bool. Call it between the last backward and the step, or inside the step's closure.
-    Fused Adam, AdamW, SGD and Adagrad are told through ``found_inf`` where ``skip`` is on an accelerator, so that
-    nothing waits; ``skip`` is waited for otherwise, and the step then not made: its hooks and what it counts see none.
+    Fused Adam, AdamW, SGD and Adagrad are told through ``found_inf`` if ``on_device``, so that nothing waits (None:
+    where ``skip`` is on an accelerator); otherwise ``skip`` is waited for, and the step not made: its hooks and what it
+    counts see none.
     Inside the closure the step is under way, and an optimizer that nobody watched may be in it: gradients are taken
     away until the step is over or has raised, and what it counts by itself may go on.
     """
+    on_device = not reads_are_free(skip.device) if on_device is None else on_device
     for optimizer in optimizers:
         _flags.pop(optimizer, ExitStack()).close()  # of a step that never came
         _skipping.pop(optimizer, None)  # what it withheld are not the gradients of this one
-        if not reads_are_free(skip.device) and _folds(optimizer) and may_skip_on_device(optimizer):
+        if on_device and _folds(optimizer) and may_skip_on_device(optimizer):
             flag = _flags[optimizer] = ExitStack()
             flag.enter_context(folded(optimizer, None, skip))
         elif skip:

@@ -164,14 +164,13 @@ class TestSkipping:
         assert "found_inf" not in vars(optimizer)
 
     @pytest.mark.parametrize("kind", [Adam, AdamW, Adagrad, SGD])
-    def test_without_waiting_where_reading_is_not_free(self, kind, monkeypatch):
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
+    def test_without_waiting_where_reading_is_not_free(self, kind):
         model = torch.nn.Linear(3, 3)
         optimizer = kind(model.parameters(), lr=0.1, fused=True)
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             pytest.skip(f"the fused {kind.__name__} of torch {torch.__version__} knows no found_inf")
         seen = []
-        clipper = distclip.attach(optimizer, model, 0.5)
+        clipper = distclip.attach(optimizer, model, 0.5, decides_on_device=True)  # to the Engine, as its other options
         optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append((o.found_inf.item(), len(_all(o)))))
         for broken in (False, True, False):
             optimizer.zero_grad()

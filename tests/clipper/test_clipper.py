@@ -14,6 +14,7 @@ import distclip
 from support.layouts import build
 from support.oracle import same_tensors, true_norm, whole_gradients
 from support.ranks import same_bits
+from support.roads import clipper_on_device
 
 OPTIMIZERS = {
     "adam": lambda p: Adam(p, lr=0.1),
@@ -37,14 +38,6 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(params=["host", "device"])
-def decided_on(request, monkeypatch):
-    """Where decisions are read: at once on the host, or, as on accelerators, one call later."""
-    if request.param == "device":
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
-    return request.param
-
-
 def fill(model: nn.Module, seed: int, scale: float = 1.0) -> None:
     chance = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -63,10 +56,10 @@ def numbers(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("policy", [1.0, distclip.ValueClip(0.5)], ids=repr)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_skipped_first_step_never_was(decided_on, name, policy):
+def test_a_skipped_first_step_never_was(clipper_of, name, policy):
     model, fresh = small(), small()
     optimizer, reference = (OPTIMIZERS[name](m.parameters()) for m in (model, fresh))
-    clipper = distclip.Clipper(model, policy)
+    clipper = clipper_of(model, policy)
     fill(model, 0)
     model[1].bias.grad[1] = nan
     assert clipper.step(optimizer).skip.item() is True
@@ -90,10 +83,10 @@ def test_a_skipped_first_step_never_was(decided_on, name, policy):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("bound", [0.5, 100.0])
-def test_three_steps_are_clip_then_step(decided_on, name, bound):
+def test_three_steps_are_clip_then_step(clipper_of, name, bound):
     model, reference = small(), small()
     optimizer, theirs = (OPTIMIZERS[name](m.parameters()) for m in (model, reference))
-    clipper = distclip.Clipper(model, bound)
+    clipper = clipper_of(model, bound)
     for step in range(3):
         fill(model, step)
         fill(reference, step)
@@ -118,8 +111,8 @@ class Scalings(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def scalings(model, *optimizers, policy=0.1) -> int:
-    clipper = distclip.Clipper(model, policy)
+def scalings(model, *optimizers, policy=0.1, clipper_of=distclip.Clipper) -> int:
+    clipper = clipper_of(model, policy)
     fill(model, 0)
     with Scalings() as seen:
         clipper.step(*optimizers)
@@ -139,10 +132,10 @@ def test_a_fused_optimizer_folds_and_others_do_not():
     assert scalings(model, Mine(model.parameters(), fused=True)) == count
 
 
-def test_what_no_folding_optimizer_holds_is_scaled(decided_on):
+def test_what_no_folding_optimizer_holds_is_scaled(clipper_of):
     model = small()
     held = SGD(model[0].parameters(), lr=0.0, fused=True)
-    clipper = distclip.Clipper(model, 0.1)
+    clipper = clipper_of(model, 0.1)
     fill(model, 0)
     before = whole_gradients(model.parameters())
     report = clipper.step(held)
@@ -152,14 +145,14 @@ def test_what_no_folding_optimizer_holds_is_scaled(decided_on):
         torch.testing.assert_close(p.grad, g * coef, rtol=1e-6, atol=0)
 
 
-def test_several_optimizers_fold_and_scale_side_by_side(decided_on):
+def test_several_optimizers_fold_and_scale_side_by_side(clipper_of):
     model, reference = small(), small()
 
     def pair(m):
         return AdamW(m[0].parameters(), lr=0.1, fused=True), RMSprop(m[1].parameters(), lr=0.1)
 
     optimizers, theirs = pair(model), pair(reference)
-    clipper = distclip.Clipper(model, 0.5)
+    clipper = clipper_of(model, 0.5)
     for step in range(2):
         fill(model, step)
         fill(reference, step)
@@ -178,11 +171,11 @@ def test_one_parameter_in_two_fused_optimizers_is_scaled_once():
     assert true_norm(whole_gradients(model.parameters())) == pytest.approx(0.1, rel=1e-5)
 
 
-def test_attributes_of_the_optimizer_are_as_before(decided_on):
+def test_attributes_of_the_optimizer_are_as_before(clipper_of):
     model = small()
     optimizer = AdamW(model.parameters(), fused=True)
     before = dict(optimizer.__dict__)
-    scalings(model, optimizer)
+    scalings(model, optimizer, clipper_of=clipper_of)
     assert optimizer.__dict__.keys() == before.keys()
     optimizer.grad_scale = mark = torch.tensor(1.0)
 
@@ -191,37 +184,37 @@ def test_attributes_of_the_optimizer_are_as_before(decided_on):
 
     optimizer.register_step_pre_hook(fail)
     with pytest.raises(KeyError, match="hook"):
-        scalings(model, optimizer)
+        scalings(model, optimizer, clipper_of=clipper_of)
     assert optimizer.grad_scale is mark
     assert "found_inf" not in optimizer.__dict__
 
 
-def test_clip_leaves_the_bits_where_the_coefficient_is_one(decided_on):
+def test_clip_leaves_the_bits_where_the_coefficient_is_one(clipper_of):
     model = small()
     fill(model, 0)
     before = whole_gradients(model.parameters())
-    report = distclip.Clipper(model, 1e3).clip_()
+    report = clipper_of(model, 1e3).clip_()
     assert report.to_dict() == {"norm": report.norm.item(), "max_norm": 1e3, "coef": 1.0, "skip": False}
     assert same_bits([before, whole_gradients(model.parameters())])
 
 
-def test_clip_leaves_the_gradients_of_a_skipped_step(decided_on):
+def test_clip_leaves_the_gradients_of_a_skipped_step(clipper_of):
     for policy in (0.1, distclip.ValueClip(0.1)):
         model = small()
         fill(model, 0)
         model[0].bias.grad[0] = inf
         before = whole_gradients(model.parameters())
-        report = distclip.Clipper(model, policy).clip_()
+        report = clipper_of(model, policy).clip_()
         assert (report.skip.item(), report.coef.item(), report.norm.item()) == (True, 1.0, inf)
         assert same_bits([before, whole_gradients(model.parameters())])
 
 
-def test_value_clipping_clamps_and_steps(decided_on):
+def test_value_clipping_clamps_and_steps(clipper_of):
     model = small()
     fill(model, 0)
     expected = [g.clamp(-0.2, 0.3) for g in whole_gradients(model.parameters())]
     before = [p.detach().clone() for p in model.parameters()]
-    report = distclip.Clipper(model, distclip.ValueClip((-0.2, 0.3))).step(SGD(model.parameters(), lr=1.0, fused=True))
+    report = clipper_of(model, distclip.ValueClip((-0.2, 0.3))).step(SGD(model.parameters(), lr=1.0, fused=True))
     assert report.coef.item() == 1.0
     for p, b, e in zip(model.parameters(), before, expected, strict=True):
         torch.testing.assert_close(p.detach(), b - e)
@@ -245,7 +238,7 @@ class Bounds:
 
 @pytest.mark.parametrize("bounds", [(-1e5, 1e5), (-1.0, 1e39), (-1e300, 1.0), (-1e300, inf), (-65504.0, 65505.0)])
 @pytest.mark.parametrize("how", ["ValueClip", "Decision", "function"])
-def test_element_bounds_beyond_the_range_of_a_dtype_are_its_largest_numbers(how, bounds, decided_on):
+def test_element_bounds_beyond_the_range_of_a_dtype_are_its_largest_numbers(how, bounds, clipper_of):
     low, high = bounds
     dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
     model = nn.ParameterList(nn.Parameter(torch.zeros(len(LARGE), dtype=dtype)) for dtype in dtypes)
@@ -256,7 +249,7 @@ def test_element_bounds_beyond_the_range_of_a_dtype_are_its_largest_numbers(how,
         distclip.clip_grad_value_(model, bounds)
     else:
         policy = distclip.ValueClip(bounds) if how == "ValueClip" else Bounds(low, high)
-        distclip.Clipper(model, policy, nonfinite="propagate").clip_()
+        clipper_of(model, policy, nonfinite="propagate").clip_()
     for p in model:
         most = torch.finfo(p.dtype).max
         least = low if low == -inf else max(low, -most)
@@ -268,10 +261,10 @@ def test_element_bounds_beyond_the_range_of_a_dtype_are_its_largest_numbers(how,
             assert torch.equal(grad.double().nan_to_num(7.0), wanted.to(grad.dtype).double().nan_to_num(7.0))
 
 
-def test_a_step_with_bounds_beyond_the_range_counts_once(decided_on):
+def test_a_step_with_bounds_beyond_the_range_counts_once(clipper_of):
     model = small().half()
     fill(model, 0)
-    clipper = distclip.Clipper(model, Bounds(-1e300, 1e5))
+    clipper = clipper_of(model, Bounds(-1e300, 1e5))
     before = whole_gradients(model.parameters())
     clipper.step(SGD(model.parameters(), lr=0.1))
     assert (clipper.steps, clipper.state_dict()["policy"]["n"].item()) == (1, 1.0)
@@ -291,10 +284,10 @@ def test_measure_changes_nothing():
     assert clipper.state_dict()["steps"] == 1
 
 
-def test_raise_names_the_culprit_and_touches_nothing(decided_on):
+def test_raise_names_the_culprit_and_touches_nothing(clipper_of):
     model = small()
     optimizer = AdamW(model.parameters(), fused=True)
-    clipper = distclip.Clipper(model, 1.0, nonfinite="raise")
+    clipper = clipper_of(model, 1.0, nonfinite="raise")
     fill(model, 0)
     model[1].weight.grad[0, 0] = -inf
     before = whole_gradients(model.parameters())
@@ -304,27 +297,27 @@ def test_raise_names_the_culprit_and_touches_nothing(decided_on):
     assert not optimizer.state
 
 
-def test_propagate_does_what_torch_does(decided_on):
+def test_propagate_does_what_torch_does(clipper_of):
     model, reference = small(), small()
     for m in (model, reference):
         fill(m, 0)
         m[0].bias.grad[0] = nan
-    assert distclip.Clipper(model, 1.0, nonfinite="propagate").clip_().skip.item() is False
+    assert clipper_of(model, 1.0, nonfinite="propagate").clip_().skip.item() is False
     nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     assert same_bits([whole_gradients(m.parameters()) for m in (model, reference)])
     optimizer = SGD(model.parameters(), lr=1.0, fused=True)
-    distclip.Clipper(model, 1.0, nonfinite="propagate").step(optimizer)
+    clipper_of(model, 1.0, nonfinite="propagate").step(optimizer)
     assert all(p.isnan().all() for p in model.parameters())
 
 
-def test_a_skip_is_reported_with_its_culprit(decided_on):
+def test_a_skip_is_reported_with_its_culprit(clipper_of):
     model = small()
     optimizer = AdamW(model.parameters(), fused=True)
-    clipper = distclip.Clipper(model, 1.0)
+    clipper = clipper_of(model, 1.0)
     fill(model, 0)
     model[0].weight.grad[0, 0] = nan
     report = clipper.step(optimizer)
-    if decided_on == "device":  # known one call late
+    if clipper_of is clipper_on_device:  # known one call late
         assert report.culprit is None
         fill(model, 1)
         clipper.measure()
@@ -346,13 +339,12 @@ def test_an_overflow_is_skipped_and_said():
     assert same_bits([before, whole_gradients(model.parameters())])
 
 
-def test_one_optimizer_that_cannot_skip_by_itself_keeps_the_others_from_it(monkeypatch):
+def test_one_optimizer_that_cannot_skip_by_itself_keeps_the_others_from_it():
     """Fused SGD with dampening keeps uninitialised momentum where it skips its first step: then nobody steps."""
-    monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     model = small()
     optimizers = [SGD(model[0].parameters(), lr=0.1, momentum=0.9, dampening=0.5, fused=True)]
     optimizers.append(torch.optim.AdamW(model[1].parameters(), lr=0.1, fused=True))
-    clipper = distclip.Clipper(model, 1.0)
+    clipper = clipper_on_device(model, 1.0)
     fill(model, 0)
     model[0].bias.grad[0] = nan
     before = [p.detach().clone() for p in model.parameters()]
@@ -361,11 +353,10 @@ def test_one_optimizer_that_cannot_skip_by_itself_keeps_the_others_from_it(monke
     assert not any(state for optimizer in optimizers for state in optimizer.state.values())
 
 
-def test_a_loaded_state_leaves_what_was_before_it_behind(monkeypatch):
+def test_a_loaded_state_leaves_what_was_before_it_behind():
     """The flags of a step that was not looked at yet are not counted in the state that was loaded since."""
-    monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     model = small()
-    clipper = distclip.Clipper(model, 1.0)
+    clipper = clipper_on_device(model, 1.0)
     state = clipper.state_dict()
     fill(model, 0)
     model[0].bias.grad[0] = nan
@@ -387,10 +378,10 @@ def test_one_skip_in_a_row_can_be_all_that_is_allowed():
         clipper.clip_()
 
 
-def test_so_many_skips_in_a_row_and_no_more(decided_on):
+def test_so_many_skips_in_a_row_and_no_more(clipper_of):
     model = small()
     optimizer = SGD(model.parameters(), lr=0.1, fused=True)
-    clipper = distclip.Clipper(model, 1.0, max_consecutive_skips=2)
+    clipper = clipper_of(model, 1.0, max_consecutive_skips=2)
 
     def step(bad: bool) -> None:
         fill(model, 0)
@@ -400,11 +391,11 @@ def test_so_many_skips_in_a_row_and_no_more(decided_on):
 
     for bad in (True, True, False, True, True):
         step(bad)
-    if decided_on == "device":
+    if clipper_of is clipper_on_device:
         step(True)  # which the next call raises
     with pytest.raises(distclip.NonFiniteError, match=r"3 steps in a row.*0\.bias on rank 0 has NaN"):
         step(True)
-    if decided_on == "host":
+    if clipper_of is distclip.Clipper:
         assert clipper.state_dict()["consecutive_skips"] == 3
 
 

@@ -55,19 +55,11 @@ def values(model) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.fixture(params=[False, True], ids=["host", "device"])
-def late(request, monkeypatch):
-    """Decide on the host, or as on an accelerator, where nothing is waited for."""
-    if request.param:
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
-    return request.param
-
-
-def trained(make, scaled: bool, unscaled_by: str, bound: float) -> tuple[list[float], list[Tensor]]:
+def trained(clipper_of, make, scaled: bool, unscaled_by: str, bound: float) -> tuple[list[float], list[Tensor]]:
     """Norms and parameters of five steps of two optimizers, with a scaler or without one."""
     model, norms = net(), []
     optimizers = [make(model[0].parameters()), make(model[1].parameters())]
-    clipper = distclip.Clipper(model, bound)
+    clipper = clipper_of(model, bound)
     scaler = scaler_on_cpu(enabled=scaled)
     for step in range(5):
         backward(model, step, scaler)
@@ -83,9 +75,9 @@ def trained(make, scaled: bool, unscaled_by: str, bound: float) -> tuple[list[fl
 @pytest.mark.parametrize("bound", [1.0, 1e6])
 @pytest.mark.parametrize("unscaled_by", ["user", "us"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_scaler_changes_neither_norms_nor_parameters(late, name, unscaled_by, bound):
-    norms, parameters = trained(OPTIMIZERS[name], True, unscaled_by, bound)
-    plain_norms, plain = trained(OPTIMIZERS[name], False, unscaled_by, bound)
+def test_a_scaler_changes_neither_norms_nor_parameters(clipper_of, name, unscaled_by, bound):
+    norms, parameters = trained(clipper_of, OPTIMIZERS[name], True, unscaled_by, bound)
+    plain_norms, plain = trained(clipper_of, OPTIMIZERS[name], False, unscaled_by, bound)
     assert norms == pytest.approx(plain_norms, rel=1e-6)
     assert max(norms) > 1.0, "never clipped"
     for mine, theirs in zip(parameters, plain, strict=True):
@@ -93,12 +85,12 @@ def test_a_scaler_changes_neither_norms_nor_parameters(late, name, unscaled_by, 
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_skip_for_the_policys_reason_keeps_the_scale(late, name):
+def test_a_skip_for_the_policys_reason_keeps_the_scale(clipper_of, name):
     model = net()
     optimizer, scaler, clipper = (
         OPTIMIZERS[name](model.parameters()),
         scaler_on_cpu(),
-        distclip.Clipper(model, SkipsAll()),
+        clipper_of(model, SkipsAll()),
     )
     before = values(model)
     for step in range(3):
@@ -111,9 +103,9 @@ def test_a_skip_for_the_policys_reason_keeps_the_scale(late, name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_overflow_is_skipped_and_lowers_the_scale(late, name):
+def test_an_overflow_is_skipped_and_lowers_the_scale(clipper_of, name):
     model = net()
-    optimizer, scaler, clipper = OPTIMIZERS[name](model.parameters()), scaler_on_cpu(), distclip.Clipper(model, 1.0)
+    optimizer, scaler, clipper = OPTIMIZERS[name](model.parameters()), scaler_on_cpu(), clipper_of(model, 1.0)
     before = values(model)
     backward(model, 0, scaler)
     model[1].bias.grad[0] = inf

@@ -87,12 +87,11 @@ def test_a_step_that_never_came_is_forgotten():
     assert model.weight.grad is fresh
 
 
-def test_a_flag_of_a_step_that_never_came_is_taken_back(monkeypatch):
-    monkeypatch.setattr("distclip.optimizers.hooks.reads_are_free", lambda device: False)
+def test_a_flag_of_a_step_that_never_came_is_taken_back():
     model, optimizer = net_and(Adam, fused=True)
     backward(model)
-    skip_next_step([optimizer], YES)
-    skip_next_step([optimizer], NO)
+    skip_next_step([optimizer], YES, on_device=True)
+    skip_next_step([optimizer], NO, on_device=True)
     assert changed(model, optimizer)
     assert "found_inf" not in vars(optimizer)
 
@@ -110,11 +109,10 @@ def test_a_gradient_made_meanwhile_is_kept():
 
 @pytest.mark.parametrize("kind", [Adam, AdamW, Adagrad, SGD])
 @pytest.mark.parametrize("skip", [YES, NO])
-def test_fused_optimizers_are_told_on_the_device(kind, skip, monkeypatch):
-    monkeypatch.setattr("distclip.optimizers.hooks.reads_are_free", lambda device: False)
+def test_fused_optimizers_are_told_on_the_device(kind, skip):
     model, optimizer = net_and(kind, fused=True)
     backward(model)
-    skip_next_step([optimizer], skip)
+    skip_next_step([optimizer], skip, on_device=True)
     assert model.weight.grad is not None
     assert vars(optimizer)["found_inf"].item() == float(skip)
     assert changed(model, optimizer) == (not skip)

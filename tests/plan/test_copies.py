@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from functools import partial
 from math import inf
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,9 +22,10 @@ import distclip
 from distclip.layouts.piece import local_tensor
 from support.layouts import backward, build, ddp, fsdp2
 from support.ranks import count_collectives, run_ranks
+from support.roads import ROADS
 
 pytestmark = pytest.mark.filterwarnings("ignore:copies of gradients differ:RuntimeWarning")
-HOST, DEVICE = "host", "device"  # where decisions are read: at once, or, as on accelerators, one call later
+HOST, DEVICE = ROADS
 
 
 def changed(layout: Any, by: float, road: str, norm_type: float = 2.0, fused: bool = True) -> dict[str, Any]:
@@ -34,21 +34,20 @@ def changed(layout: Any, by: float, road: str, norm_type: float = 2.0, fused: bo
     make = partial(AdamW, fused=True) if fused else SGD
     optimizer = make(model.parameters(), lr=0.1)
     called, collectives = [], []
-    with patch("distclip.step.progress.reads_are_free", lambda device: road == HOST):
-        clipper = distclip.Clipper(model, 0.1, norm_type=norm_type)
-        for step in range(6):
-            optimizer.zero_grad()
-            backward(model, step)
-            if step == 2 and dist.get_rank() == dist.get_world_size() - 1:
-                gradient = local_tensor(next(model.parameters()).grad).view(-1)
-                gradient[gradient.abs().argmax()] *= by
-            with count_collectives() as counts:
-                try:
-                    clipper.step(optimizer)
-                    called.append("stepped")
-                except distclip.LayoutError as error:
-                    called.append(str(error))
-            collectives.append(counts.total())
+    clipper = ROADS[road](model, 0.1, norm_type=norm_type)
+    for step in range(6):
+        optimizer.zero_grad()
+        backward(model, step)
+        if step == 2 and dist.get_rank() == dist.get_world_size() - 1:
+            gradient = local_tensor(next(model.parameters()).grad).view(-1)
+            gradient[gradient.abs().argmax()] *= by
+        with count_collectives() as counts:
+            try:
+                clipper.step(optimizer)
+                called.append("stepped")
+            except distclip.LayoutError as error:
+                called.append(str(error))
+        collectives.append(counts.total())
     return {"called": called, "collectives": collectives}
 
 
@@ -168,29 +167,28 @@ def test_measure_hears_of_it_and_a_loaded_state_knows_nothing_of_it():
         assert "copies of gradients differ between ranks since step 2" in said
 
 
-def last_call(road: str, by: float) -> list[str]:
+def last_call(by: float) -> list[str]:
     """The warnings of one call whose gradients, on rank 1, are ``by`` times those of the others."""
     model = ddp()
-    with patch("distclip.step.progress.reads_are_free", lambda device: road == HOST):
-        clipper = distclip.Clipper(model, 0.1)
-        for step in range(3):
-            model.zero_grad()
-            backward(model, step)
-            if step < 2:
-                clipper.clip_()
-        if dist.get_rank() == 1:
-            for parameter in model.parameters():
-                parameter.grad.mul_(by)
-        with warnings.catch_warnings(record=True, action="always") as warned:
-            clipper.step(SGD(model.parameters(), lr=0.1))
+    clipper = distclip.Clipper(model, 0.1)
+    for step in range(3):
+        model.zero_grad()
+        backward(model, step)
+        if step < 2:
+            clipper.clip_()
+    if dist.get_rank() == 1:
+        for parameter in model.parameters():
+            parameter.grad.mul_(by)
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        clipper.step(SGD(model.parameters(), lr=0.1))
     return [str(warning.message) for warning in warned]
 
 
 def test_a_last_call_whose_gradients_differ_is_not_silent():
-    for (said,) in run_ranks(last_call, 3, HOST, 1e3):
+    for (said,) in run_ranks(last_call, 3, 1e3):
         assert "copies of gradients differ between ranks since step 2, and here had a norm of" in said
         assert said.endswith("The next call raises on every rank")
-    assert run_ranks(last_call, 2, HOST, 1.0) == [[], []]
+    assert run_ranks(last_call, 2, 1.0) == [[], []]
 
 
 # ---- the first call, and calls 2, 4, 8, ... ------------------------------------------------------------------

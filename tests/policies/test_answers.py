@@ -137,13 +137,10 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("name", GOOD)
-def test_any_real_number_is_taken(monkeypatch, name, late):
-    if late:
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
+def test_any_real_number_is_taken(clipper_of, name):
     model = five()
-    clipper = Clipper(model, Answers(GOOD[name]))
+    clipper = clipper_of(model, Answers(GOOD[name]))
     for _ in range(2):
         model.weight.grad = torch.tensor([[3.0, 4.0]])
         report = clipper.clip_()
@@ -154,12 +151,9 @@ def test_any_real_number_is_taken(monkeypatch, name, late):
 
 
 @pytest.mark.parametrize("skip", [True, np.bool_(True), 1, torch.tensor([True]), torch.ones((), dtype=torch.int64)])
-@pytest.mark.parametrize("late", [False, True])
-def test_a_skip_may_be_a_bool_or_a_tensor_and_leaves_the_numbers_unread(monkeypatch, skip, late):
-    if late:
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
+def test_a_skip_may_be_a_bool_or_a_tensor_and_leaves_the_numbers_unread(clipper_of, skip):
     model = five()
-    clipper = Clipper(model, Answers(Decision(f64(nan), skip=skip, coef=f64(-1.0))))
+    clipper = clipper_of(model, Answers(Decision(f64(nan), skip=skip, coef=f64(-1.0))))
     for _ in range(2):
         assert clipper.clip_().skip
         assert model.weight.grad.tolist() == [[3.0, 4.0]]
@@ -175,20 +169,17 @@ class Twice:
         return Decision(2 * norm, bounds=(-2 * norm, 2 * norm), coef=0.5 + 0 * norm), state
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_bound_made_of_a_norm_that_is_not_finite_is_no_error(monkeypatch, late):
-    if late:
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
+def test_a_bound_made_of_a_norm_that_is_not_finite_is_no_error(clipper_of):
     for nonfinite in ("skip", "propagate"):
         model = five()
-        clipper = Clipper(model, Twice(), nonfinite=nonfinite)
+        clipper = clipper_of(model, Twice(), nonfinite=nonfinite)
         for bad in (nan, inf):
             model.weight.grad = torch.tensor([[bad, 4.0]])
             report = clipper.clip_()
             assert report.skip.item() == (nonfinite == "skip")
         model.weight.grad = torch.tensor([[3.0, 4.0]])
         assert clipper.clip_().coef == 0.5
-    clipper = Clipper(model, Twice(), nonfinite="raise")
+    clipper = clipper_of(model, Twice(), nonfinite="raise")
     model.weight.grad = torch.tensor([[nan, 4.0]])
     with pytest.raises(distclip.NonFiniteError):
         clipper.clip_()
@@ -211,20 +202,17 @@ class InPlace:
         return Decision(f64(1.0)), {"a": state["b"], "b": state["a"]}
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_policy_that_changes_what_it_is_handed_changes_nothing_by_measure(monkeypatch, late):
-    if late:
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
+def test_a_policy_that_changes_what_it_is_handed_changes_nothing_by_measure(clipper_of):
     model = five()
     policy = InPlace()
-    clipper = Clipper(model, policy)
+    clipper = clipper_of(model, policy)
     for _ in range(2):
         assert clipper.measure().norm == 5
         assert clipper.state_dict()["policy"] == {"a": 1.0, "b": 2.0}
     assert clipper.clip_().norm == 5
     assert clipper.state_dict()["policy"] == {"a": 3.0, "b": 2.0}
     assert policy.own == {"a": 1.0, "b": 2.0}
-    assert Clipper(model, policy).state_dict()["policy"] == {"a": 1.0, "b": 2.0}
+    assert clipper_of(model, policy).state_dict()["policy"] == {"a": 1.0, "b": 2.0}
 
 
 class Kept:

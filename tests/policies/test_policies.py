@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distclip import AutoClip, Clipper, Decision, MaxNorm, Policy, ValueClip
+from support.roads import clipper_on_device
 
 CPU = torch.device("cpu")
 
@@ -131,12 +132,9 @@ def test_autoclip_goes_on_from_a_state_that_holds_zeros():
         assert coefficients(AutoClip(50, window=4), [2.0, 2.0, 8.0], state) == [1.0, 1.0, 0.25]
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_autoclip_takes_a_coefficient_that_no_float64_holds_for_the_least(monkeypatch, late):
-    if late:
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
+def test_autoclip_takes_a_coefficient_that_no_float64_holds_for_the_least(clipper_of):
     weight = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    clipper = Clipper(weight, AutoClip(0), norm_type=inf)
+    clipper = clipper_of(weight, AutoClip(0), norm_type=inf)
     for norm in (1e-30, 1e300):
         weight.weight.grad = torch.full((1, 1), norm, dtype=torch.float64)
         coef = clipper.clip_().coef.item()
@@ -188,15 +186,12 @@ class Alternating:
         return Decision(torch.full_like(norm, 0.5), skip=state["odd"]), {"odd": ~state["odd"]}
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_policy_of_ones_own_may_skip(monkeypatch, late):
-    if late:
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
+def test_a_policy_of_ones_own_may_skip(clipper_of):
     for optimizer_type, options in ((torch.optim.SGD, {"fused": True}), (torch.optim.RMSprop, {})):
         weight = torch.nn.Linear(2, 1, bias=False)
         optimizer = optimizer_type(weight.parameters(), lr=0.1, **options)
         for nonfinite in ("skip", "propagate"):
-            clipper = Clipper(weight, Alternating(), nonfinite=nonfinite)
+            clipper = clipper_of(weight, Alternating(), nonfinite=nonfinite)
             moved = []
             for _ in range(4):
                 before = weight.weight.detach().clone()
@@ -217,12 +212,9 @@ class Delayed:
         return Decision(state["before"]), {"last": norm, "before": state["last"]}
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_state_may_hand_its_tensors_on(monkeypatch, late):
-    if late:
-        monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
+def test_a_state_may_hand_its_tensors_on(clipper_of):
     weight = torch.nn.Linear(1, 1, bias=False)
-    clipper = Clipper(weight, Delayed())
+    clipper = clipper_of(weight, Delayed())
     bounds = []
     for norm in (1.0, 2.0, 3.0, 4.0):
         weight.weight.grad = torch.full((1, 1), norm)
@@ -232,9 +224,8 @@ def test_a_state_may_hand_its_tensors_on(monkeypatch, late):
 
 def test_the_state_stays_where_it_was_captured(monkeypatch):
     """A captured CUDA graph reads and writes the same memory at every replay."""
-    monkeypatch.setattr("distclip.step.progress.reads_are_free", lambda device: False)
     model = torch.nn.Linear(2, 1)
-    clipper, addresses = Clipper(model, AutoClip(window=3)), {}
+    clipper, addresses = clipper_on_device(model, AutoClip(window=3)), {}
     for step in range(5):
         monkeypatch.setattr("distclip.step.progress.in_capture", lambda device, step=step: step == 1)
         if step == 1:

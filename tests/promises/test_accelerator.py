@@ -160,6 +160,20 @@ def test_functions_and_steps_with_a_scaler_do_not_wait(size):
         assert norm == pytest.approx(right, rel=2e-7)
 
 
+def five() -> tuple[float, list[float]]:
+    """The norm, which is 5, and what the function that clips to 1 without a wait makes of the gradient."""
+    with on_the_accelerator():
+        model = model_of((2,))
+        model[0].grad = torch.tensor([3.0, 4.0]).to(DEVICE)
+        with no_waits():
+            norm = distclip.clip_grad_norm_(model.parameters(), 1.0)
+        return raw(norm).item(), raw(model[0].grad).tolist()
+
+
+def test_a_function_that_does_not_wait_clips_all_the_same():
+    assert run_ranks(five, 1, fresh=True) == [(5.0, pytest.approx([0.6, 0.8]))]
+
+
 def attached(words_on_the_device: bool) -> list[list[int]]:
     """How often the steps of a fused and of another optimizer wait, that were made to clip."""
     counts = []

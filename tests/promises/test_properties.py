@@ -28,6 +28,7 @@ from distclip.ranks.message import CODES, reduce_norm
 from support.oracle import same_tensors, true_norm
 from support.parallel import mesh_of
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.roads import clipper_on_device
 from support.simulated import SimulatedGroup, Waits, simulate
 
 P = (0.5, 1.0, 2.0, 3.0, inf)
@@ -436,23 +437,21 @@ def test_two_kinds_of_calls_never_pair(p, size, calls, odd):
 def test_a_disagreement_that_nothing_waited_for_is_raised_by_the_next_call(p):
     model = nn.Linear(2, 1)
     model.weight.grad = torch.ones(1, 2)
-    with patch("distclip.step.progress.reads_are_free", lambda device: False):
-        clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), 3)
-        clippers[1].load_state_dict(clippers[1].state_dict() | {"steps": 7})
-        reports = simulate(lambda group: call(clippers, group, "clip_"), 3, collectives=4)  # the host asks who it is
-        assert [report.skip.item() for report in reports] == [True] * 3
-        ends = simulate(lambda group: call(clippers, group, "clip_"), 3, collectives=0)
+    clippers = simulate(lambda group: clipper_on_device(model, 1.0, group=group, norm_type=p), 3)
+    clippers[1].load_state_dict(clippers[1].state_dict() | {"steps": 7})
+    reports = simulate(lambda group: call(clippers, group, "clip_"), 3, collectives=4)  # the host asks who it is
+    assert [report.skip.item() for report in reports] == [True] * 3
+    ends = simulate(lambda group: call(clippers, group, "clip_"), 3, collectives=0)
     assert {type(end) for end in ends} == {distclip.LayoutError}
 
 
 def test_the_culprit_is_not_waited_for_where_waiting_costs():
     model = nn.Linear(2, 1)
     model.weight.grad = torch.full((1, 2), nan)
-    with patch("distclip.step.progress.reads_are_free", lambda device: False):
-        clipper = distclip.Clipper(model, 1.0)
-        assert clipper.clip_().culprit is None
-        assert clipper.culprit is None
-        clipper.measure()
+    clipper = clipper_on_device(model, 1.0)
+    assert clipper.clip_().culprit is None
+    assert clipper.culprit is None
+    clipper.measure()
     assert str(clipper.culprit) == "weight on rank 0 has NaN in its gradient"
 
 
@@ -528,12 +527,3 @@ def test_a_bad_norm_of_bare_gradients_is_returned_unless_asked_to_raise():
     assert distclip.get_total_norm([torch.tensor([nan])]).isnan()
     with pytest.raises(distclip.NonFiniteError):
         distclip.get_total_norm([torch.tensor([nan])], error_if_nonfinite=True)
-
-
-def test_a_function_that_never_waits_clips_all_the_same():
-    weight = torch.zeros(2)
-    weight.grad = torch.tensor([3.0, 4.0])
-    syncs = "distclip.plan.build.reads_are_free", "distclip.functional.reads_are_free"
-    with patch(syncs[0], lambda device: False), patch(syncs[1], lambda device: False):
-        assert distclip.clip_grad_norm_([weight], 1.0) == 5
-    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))

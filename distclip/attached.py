@@ -28,8 +28,9 @@ _attached: WeakSet[Optimizer] = WeakSet()
 class Attachment:
     """The optimizers of one :func:`attach`, whose steps make the calls of its Clipper."""
 
-    def __init__(self, engine: Engine, optimizers: Sequence[Optimizer]) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, optimizers: Sequence[Optimizer], in_grad: bool) -> None:
+        """``in_grad``: gradients are in ``.grad``, of which they can be taken away from a step that is under way."""
+        self._engine, self._in_grad = engine, in_grad
         self._optimizers = [ref(optimizer) for optimizer in optimizers]
         self._stepped: set[int] = set()  # of the optimizers since the latest decision
         self._stepping: Stepping | None = None
@@ -71,6 +72,11 @@ class Attachment:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
             return SKIP if self._enter(optimizer) else None
+        if not self._in_grad:
+            raise RuntimeError(
+                "a step with a closure cannot be skipped where gradients= says that gradients are not in .grad: call "
+                "clip_() of a Clipper in the closure instead of attach()"
+            )
 
         def clipped() -> Any:  # the gradients are made in there, and the step cannot be left any more
             loss = closure()
@@ -192,9 +198,10 @@ def attach(
     applies the gradients is clipped, when it steps; a Lookahead or a schedule-free wrapper as a whole.
 
     A closure may make the gradients, once a step. RuntimeError for LBFGS, which runs it more often, for gradients that
-    a GradScaler has not unscaled, and where the gradients of the second optimizer are not those that the first one's
-    step saw; ValueError for an optimizer that is attached already, for what is none, and where it cannot be told which
-    of two optimizers inside of one steps. Source: ``torch.optim.Optimizer.register_step_pre_hook``.
+    a GradScaler has not unscaled, for a closure with ``gradients=``, and where the gradients of the second optimizer
+    are not those that the first one's step saw; ValueError for an optimizer that is attached already, for what is none,
+    and where it cannot be told which of two optimizers inside of one steps. Source:
+    ``torch.optim.Optimizer.register_step_pre_hook``.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
@@ -208,7 +215,7 @@ def attach(
     listed = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
     attached = _to_attach_to(listed)
     engine = Engine(model, policy, **options)
-    attachment = Attachment(engine, attached)
+    attachment = Attachment(engine, attached, in_grad=options.get("gradients") in (None, "grad"))
     return Clipper.of(engine, Driver("optimizer.step()", measure=attachment.measure, detach=attachment.detach))
 
 

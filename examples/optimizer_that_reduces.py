@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 
 from distclip import Clipper, Layout
-from distclip.step import driver, engine
+from distclip.step.driver import Driver
+from distclip.step.engine import Engine
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -14,8 +15,8 @@ class ShardedAdamW(torch.optim.AdamW):
         rank, self.world = dist.get_rank(), dist.get_world_size()
         self.rows = rows = {p: p.detach().chunk(self.world)[rank] for p in model.parameters()}  # views of the model
         super().__init__(self.rows.values(), **options)
-        self.engine = engine.Engine(model, policy, gradients=lambda _, p: rows[p].grad, layout=lambda *_: Layout(1))
-        self.clipper = Clipper.of(self.engine, driver.Driver("ShardedAdamW.step()"))
+        self.engine = Engine(model, policy, gradients=lambda _, p: rows[p].grad, layout=lambda *_: Layout(1))
+        self.clipper = Clipper.of(self.engine, Driver("ShardedAdamW.step()"))
 
     def step(self):
         for p, rows in self.rows.items():  # 1. reduce: the mean over ranks, of this rank's rows
@@ -31,9 +32,8 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 8))
 optimizer = ShardedAdamW(model, 1.0, lr=1e-2)
-torch.manual_seed(dist.get_rank())  # other data on every rank
 for _ in range(20):
-    (model(x := torch.randn(16, 8)) - x.flip(1)).square().mean().backward()
+    (model(x := torch.randn(16, 8) + dist.get_rank()) - x.flip(1)).square().mean().backward()
     optimizer.step()
     model.zero_grad()
 print(optimizer.clipper.report.to_dict())

@@ -166,6 +166,15 @@ def test_an_attached_optimizer_steps_with_them(way):
         assert after == pytest.approx(1.0, rel=1e-5)
 
 
+def test_an_attached_step_with_a_closure_is_refused_since_it_could_not_be_skipped():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    distclip.attach(optimizer, model, 1.0, gradients="main_grad")
+    with pytest.raises(RuntimeError, match=r"closure cannot be skipped where gradients= says"):
+        optimizer.step(lambda: accumulate(model, 30.0))
+    assert same_tensors(whole(model.parameters()), whole(build().parameters()))
+
+
 def poisoned(make: Any) -> dict[str, Any]:
     model = make()
     clipper = distclip.Clipper(model, 1.0, gradients="main_grad")

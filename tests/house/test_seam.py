@@ -8,7 +8,8 @@ from pathlib import Path
 import distclip.step
 
 PACKAGE = Path(distclip.step.__file__).parents[1]
-FRIENDS = [PACKAGE / "attached.py", *sorted((PACKAGE / "integrations").glob("*.py"))]
+EXAMPLE = PACKAGE.parent / "examples/optimizer_that_reduces.py"
+FRIENDS = [PACKAGE / "attached.py", *sorted((PACKAGE / "integrations").glob("*.py")), EXAMPLE]
 ROOMS = ("gradients", "optimizers", "plan", "ranks", "step")  # of which the note of the seam lists what friends use
 
 

@@ -12,7 +12,7 @@ from ..kernels.device import has_float64
 from ..kernels.dtypes import as_real
 from ..kernels.flat import bounded
 from ..kernels.transfer import sent
-from . import errors
+from . import refusals
 from .connections import all_reduce
 from .group import ClippingGroup
 
@@ -48,7 +48,7 @@ def who_differs(group: ClippingGroup, device: torch.device, mine: str) -> str:
     if not odd:
         return ""
     text, usual_text = [broadcast_text(group, device, rank, mine) for rank in (odd[0], usual)]
-    return errors.differs([group.ranks[rank] for rank in odd], text, group.ranks[usual], usual_text)
+    return refusals.differs([group.ranks[rank] for rank in odd], text, group.ranks[usual], usual_text)
 
 
 def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

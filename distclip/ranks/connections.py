@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from . import errors
+from . import refusals
 from .group import ClippingGroup
 from .roll_call import awaited
 from .slow_collective import SlowCollective, given_up
@@ -145,7 +145,7 @@ def open_channel(process_group: dist.ProcessGroup, signed_length: int) -> Channe
     backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
     if dist.is_gloo_available() and isinstance(backend, c10d.ProcessGroupGloo) and process_group.size() > 1:
         if given_up(process_group.group_name, signed_length):
-            raise RuntimeError(errors.GIVEN_UP)
+            raise RuntimeError(refusals.GIVEN_UP)
         _opened[name] += 1  # here alone: a group of one rank may have had the name on that rank
         own = _connected(process_group, f"distclip/{name}/{_opened[name]}", backend.options)
     opened = _channels.setdefault(process_group, {})[signed_length] = Channel(f"{name}/{_opened[name]}", own)

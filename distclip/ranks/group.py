@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..kernels.device import device_of, has_float64
-from . import errors
+from . import refusals
 
 Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 """Ranks along one mesh axis: a 1-D slice such as ``mesh["pp"]``, or a process group."""
@@ -45,13 +45,13 @@ class ClippingGroup:
         """``group``, or the default group, or this process alone when torch.distributed is not initialised."""
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
-                raise ValueError(errors.NOT_INITIALISED)
+                raise ValueError(refusals.NOT_INITIALISED)
             return cls(None, (0,), 0)
         process_group = group or dist.group.WORLD
         assert process_group is not None
         rank = dist.get_rank(process_group)
         if rank < 0:
-            raise ValueError(errors.NOT_IN_GROUP.format(rank=dist.get_rank()))
+            raise ValueError(refusals.NOT_IN_GROUP.format(rank=dist.get_rank()))
         return cls(ref(process_group), _compact(dist.get_process_group_ranks(process_group)), rank)
 
     @classmethod
@@ -67,7 +67,7 @@ class ClippingGroup:
             return None
         process_group = self.reference()
         if process_group is None:
-            raise RuntimeError(errors.DESTROYED)
+            raise RuntimeError(refusals.DESTROYED)
         return process_group
 
     @property
@@ -103,7 +103,7 @@ class ClippingGroup:
         kind = next(iter(backends))
         device = torch.device(kind, torch.get_device_module(kind).current_device())
         if not has_float64(device):
-            raise ValueError(errors.NO_FLOAT64.format(device=device, kind=kind, backend=backends[kind]))
+            raise ValueError(refusals.NO_FLOAT64.format(device=device, kind=kind, backend=backends[kind]))
         return device
 
 
@@ -127,8 +127,8 @@ def axis_ranks(axis: Axis) -> tuple[int, ...]:
     """The global ranks along ``axis`` that share this rank's other coordinates."""
     if isinstance(axis, DeviceMesh):
         if axis.ndim != 1:
-            raise ValueError(errors.NOT_ONE_DIM.format(ndim=axis.ndim, mesh=axis))
+            raise ValueError(refusals.NOT_ONE_DIM.format(ndim=axis.ndim, mesh=axis))
         axis = axis.get_group()
     if not isinstance(axis, dist.ProcessGroup):
-        raise ValueError(errors.NOT_ON_THIS_AXIS.format(rank=dist.get_rank()))
+        raise ValueError(refusals.NOT_ON_THIS_AXIS.format(rank=dist.get_rank()))
     return tuple(dist.get_process_group_ranks(axis))

@@ -17,7 +17,7 @@ from typing import TypeGuard
 
 import torch.distributed as dist
 
-from . import errors
+from . import refusals
 from .roll_call import LOOK, Roll, awaited, within
 
 MEETING_POINT = "DISTCLIP_MEETING_POINT"  # in the environment: where ranks meet that `distclip train` has started
@@ -40,7 +40,7 @@ def name_lost_ranks() -> Iterator[None]:
     collective, and one request a second to the job's store meanwhile. RuntimeError where there is no process group.
     """
     if not dist.is_initialized():
-        raise RuntimeError(errors.NO_STORE)
+        raise RuntimeError(refusals.NO_STORE)
     with Presence():
         try:
             yield
@@ -77,7 +77,7 @@ class Presence:
         if error is None or of_backend(error) or of_backend(error.__cause__) or self.thread.is_alive():
             return  # all is well, or another rank is to blame, or the store does not answer
         with suppress(RuntimeError):  # the store is gone
-            _of_job().leave(errors.raised(dist.get_rank(), error, LONGEST))  # before this rank's connections close
+            _of_job().leave(refusals.raised(dist.get_rank(), error, LONGEST))  # before this rank's connections close
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def who_is_gone() -> Finding:
     try:
         return Finding(*within(LIMIT, call, behind=True))
     except RuntimeError:
-        return Finding(errors.store_gone(_holder()), True)
+        return Finding(refusals.store_gone(_holder()), True)
 
 
 def _of_job() -> Roll:
@@ -110,20 +110,20 @@ def _story(roll: Roll) -> str:
     gone = roll.absent(ANSWERED)
     left = roll.left()
     if left or gone:
-        return left or errors.no_answer(gone)
+        return left or refusals.no_answer(gone)
     places = roll.answers(roll.ranks)
     clipping = [rank for rank, where in enumerate(places) if where != HERE]
     others = [rank for rank, where in enumerate(places) if where == HERE]
     if clipping and others:
-        return errors.only_some_clip(clipping, places[clipping[0]], others)
-    return errors.ALL_ALIVE
+        return refusals.only_some_clip(clipping, places[clipping[0]], others)
+    return refusals.ALL_ALIVE
 
 
 def _holder() -> str:
     """Who holds the store. Torchrun's agent does unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is set."""
     if MEETING_POINT in os.environ:
-        return errors.FOLDER
-    return errors.LAUNCHER if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else errors.RANK_0
+        return refusals.FOLDER
+    return refusals.LAUNCHER if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else refusals.RANK_0
 
 
 def _whereabouts() -> str:

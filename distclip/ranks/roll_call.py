@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from . import errors
+from . import refusals
 
 LOOK = 1.0  # seconds between two looks of a rank that waits: whether a roll is called
 
@@ -100,5 +100,5 @@ def within(seconds: float, ask: Callable[[], T], behind: bool = False) -> T:
     if failures:
         raise failures[0]
     if not found:
-        raise RuntimeError(errors.NO_ANSWER)
+        raise RuntimeError(refusals.NO_ANSWER)
     return found[0]

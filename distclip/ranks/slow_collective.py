@@ -8,7 +8,7 @@ from warnings import warn
 
 import torch.distributed as dist
 
-from . import errors
+from . import refusals
 from .roll_call import LOOK, Roll, awaited, within
 
 LONG = 30  # looks after which a warning says for whom a rank waits
@@ -72,7 +72,7 @@ class SlowCollective:
         except RuntimeError:  # the store is gone: the collective will fail, and that says so
             return
         if absent:
-            warn(errors.waits_for(dist.get_rank(), absent, self.call, looks * LOOK), RuntimeWarning, stacklevel=3)
+            warn(refusals.waits_for(dist.get_rank(), absent, self.call, looks * LOOK), RuntimeWarning, stacklevel=3)
 
     def who_is_missing(self, waited: float) -> str:
         """Say which ranks did not report to the store that this collective failed for them too.
@@ -90,21 +90,21 @@ class SlowCollective:
             return roll.call(f"{waited:.1f}", lambda: self._story(roll, calls), PATIENCE + 1)[0]
 
         try:
-            return errors.failed(self.call, within(PATIENCE + 2, call))
+            return refusals.failed(self.call, within(PATIENCE + 2, call))
         except RuntimeError as error:
-            return errors.failed(self.call, errors.store_gone_too(error))
+            return refusals.failed(self.call, refusals.store_gone_too(error))
 
     def _story(self, roll: Roll, calls: Roll) -> str:
         missing = roll.absent(PATIENCE)
         if missing:
             joined = [rank for rank in self.ranks if rank not in missing]
             elsewhere = [rank for rank in missing if rank not in Roll(calls.name, missing).absent()]
-            named = elsewhere[: errors.FEW_CALLS]
-            return errors.missing(missing, joined, dict(zip(named, calls.answers(named), strict=True)))
+            named = elsewhere[: refusals.FEW_CALLS]
+            return refusals.missing(missing, joined, dict(zip(named, calls.answers(named), strict=True)))
         # A rank that joined late fails as well, because the others have given up: it is known by its short wait.
         waits = list(map(float, roll.answers(self.ranks)))
         late = [rank for rank, seconds in zip(self.ranks, waits, strict=True) if seconds < LATE * max(waits)]
-        return errors.late(late, max(waits) - min(waits)) if late and max(waits) > LOOK else errors.ALL_FAILED
+        return refusals.late(late, max(waits) - min(waits)) if late and max(waits) > LOOK else refusals.ALL_FAILED
 
 
 def given_up(group: str, signed_length: int) -> bool:

@@ -1,4 +1,4 @@
-"""What this room says to its users: errors, and a warning."""
+"""Every error of this room, and its warning: which ranks, in which call, and what to do about it."""
 
 from collections.abc import Mapping, Sequence
 

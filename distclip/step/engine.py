@@ -139,14 +139,12 @@ class Engine:
         Unscales first with a ``scaler``, which skips non-finite steps by itself and must hear of the policy's own skip
         before it: that is a host sync.
         """
-        folds = self._folding.of(optimizers)
-        outcome = self._advance(
-            optimizers, folds, _enabled(scaler), only_theirs, skips_on_device=_enabled(scaler) is None
-        )
+        scaler, folds = _enabled(scaler), self._folding.of(optimizers)
+        outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=scaler is None)
         outcome.apply_to(outcome.measured.runs)
         report = outcome.report
         if optimizers:
-            skip = report.skip if _enabled(scaler) is None else (report.skip & report.norm.isfinite()).cpu()
+            skip = report.skip if scaler is None else (report.skip & report.norm.isfinite()).cpu()
             skip_next_step(optimizers, skip)
         return report
 
@@ -210,13 +208,7 @@ class Engine:
     def verify(self) -> None:
         """See :meth:`Clipper.verify`."""
         refuse_join(self._joinable)
-        fault, rivals = self._reading.lost(), self.owner.rivals()
-        if rivals:
-            fault = LayoutError(
-                f"{rivals} other Clipper(s) hold parameters of this one and would clip them again: keep one Clipper "
-                "for each parameter; where optimizers share parameters on purpose (DiLoCo), attach() one to each, or "
-                "call verify() after each has made a step()"
-            )
+        fault = self.owner.rivalry() or self._reading.lost()
         progress, call = self.progress, self.progress.calls.verification()
         verify(progress.plan, self.holders, progress.storage, fault, call.tag, call.name)
 

@@ -36,9 +36,16 @@ class Owner:
             if optimizer not in self._optimizers:
                 self._optimizers.update(with_inner(optimizer))
 
-    def rivals(self) -> int:
-        """How many others clip parameters of this one, and are not known to do so for other optimizers."""
-        return sum(1 for other in self._others() if self._may_be_clipped_by(other))
+    def rivalry(self) -> LayoutError | None:
+        """What is wrong where others clip parameters of this one, and are not known to do so for other optimizers."""
+        rivals = sum(1 for other in self._others() if self._may_be_clipped_by(other))
+        if not rivals:
+            return None
+        return LayoutError(
+            f"{rivals} other Clipper(s) hold parameters of this one and would clip them again: keep one Clipper for "
+            "each parameter; where optimizers share parameters on purpose (DiLoCo), attach() one to each, or call "
+            "verify() after each has made a step()"
+        )
 
     def foreign_to(self, folds: Folds, optimizers: Sequence[Optimizer]) -> LayoutError | None:
         """What is wrong where an optimizer holds parameters that nobody clips, and would step them as they are.

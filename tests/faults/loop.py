@@ -31,7 +31,7 @@ import distclip
 from distclip.layouts.piece import local_tensor
 from distclip.ranks import name_lost_ranks
 from support.layouts import batch, build, ddp, fsdp2
-from support.parallel import _tensor_parallel, mesh_of, rows
+from support.parallel import mesh_of, rows, tensor_parallel
 
 STEPS = 4
 FAULTY_STEP = 1  # one before it fills momentum and the policy's window, two after it show what it left behind
@@ -83,7 +83,7 @@ class Injected(Exception):
 
 
 def _tensor_parallel_net() -> nn.Module:
-    return _tensor_parallel(build(), mesh_of(("tp", dist.get_world_size())), sequence=False)
+    return tensor_parallel(build(), mesh_of(("tp", dist.get_world_size())), sequence=False)
 
 
 LAYOUTS: dict[str, Callable[[], nn.Module]] = {

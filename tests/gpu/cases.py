@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import triton
-from distclip.kernels.triton.table import KEPT, _recent, block_size, table_of
+from distclip.kernels.triton.table import KEPT, block_size, recent, table_of
 from support.oracle import true_norm
 
 Case = Callable[[torch.device], Iterator[str]]
@@ -133,6 +133,8 @@ def layouts(p: float, device: torch.device) -> Iterator[str]:
 
 def far_elements(device: torch.device) -> Iterator[str]:
     """A block 2**34 elements behind the start of its tensor (a table that says so: nobody has that much memory)."""
+    from triton.language import float32
+
     from distclip.kernels.triton import device as kernels
 
     x = noise(2 * BLOCK + 200).to(device)
@@ -144,13 +146,12 @@ def far_elements(device: torch.device) -> Iterator[str]:
     row_of_block = torch.zeros(blocks, dtype=torch.int32, device=device)
     sums = torch.empty(blocks, dtype=torch.float64, device=device)
     coef = torch.tensor(0.5, device=device)
-    name = triton._triton_dtype(torch.float32)
-    kernels.block_sums[(blocks,)](rows, row_of_block, sums, name, 2.0, BLOCK, 4, num_warps=8)
+    kernels.block_sums[(blocks,)](rows, row_of_block, sums, float32, 2.0, BLOCK, 4, num_warps=8)
     right = x.double().square().sum().item()
     if abs(sums.sum().item() - right) > PROMISE * right:
         yield f"sum {sums.sum().item()}, should be {right}"
     half = x * coef
-    kernels.scale_blocks[(blocks,)](rows, row_of_block, coef, name, BLOCK, num_warps=8)
+    kernels.scale_blocks[(blocks,)](rows, row_of_block, coef, float32, BLOCK, num_warps=8)
     if not torch.equal(x, half):
         yield "not scaled"
 
@@ -186,9 +187,9 @@ def tables(device: torch.device) -> Iterator[str]:
     others = [table_of(tensors, (0, i)) for i in range(2, 2 + 2 * KEPT)]
     if [table_of(tensors, (0, i)) for i in range(2 + KEPT, 2 + 2 * KEPT)] != others[KEPT:]:
         yield "one of the latest tables was built again"
-    if len(_recent) > KEPT:
-        yield f"{len(_recent)} tables kept"
-    _recent.clear()
+    if len(recent) > KEPT:
+        yield f"{len(recent)} tables kept"
+    recent.clear()
     tensors[0].zero_()  # a table knows addresses only: new values are seen
     yield from wrong_norms(tensors, 2.0)
 

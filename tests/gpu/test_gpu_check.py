@@ -242,8 +242,8 @@ def broken(name: str) -> list[str]:
     norms = plan.local_norms
 
     def cast(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
-        for same in foreach._alike(tensors):
-            torch._foreach_mul_(same, factor.to(same[0].dtype))
+        for tensor in tensors:
+            tensor.mul_(factor.to(tensor.dtype))
 
     def waiting(tensors: list[torch.Tensor], p: float) -> torch.Tensor:
         found = norms(tensors, p)

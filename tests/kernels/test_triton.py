@@ -257,8 +257,8 @@ def gpu(monkeypatch):
     state = SimpleNamespace(cuda_stream=1, capturing=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(tables, "_recent", {})
-    monkeypatch.setattr(tables, "_captured", {})
+    monkeypatch.setattr(tables, "recent", {})
+    monkeypatch.setattr(tables, "captured", {})
     return state
 
 
@@ -269,7 +269,7 @@ def test_a_table_is_copied_again_for_another_stream(gpu):
     second = table_of([OnGpu(1024)], [0])
     assert second is not first
     assert torch.equal(second.rows, first.rows)
-    assert len(tables._recent) == 1
+    assert len(tables.recent) == 1
 
 
 def test_a_capture_copies_nothing_and_keeps_the_table_that_it_read(gpu):
@@ -283,7 +283,7 @@ def test_a_capture_copies_nothing_and_keeps_the_table_that_it_read(gpu):
     for i in range(2 * KEPT):
         table_of([OnGpu(4096 * i)], [0])
     assert read() is not None
-    assert len(tables._recent) == KEPT
+    assert len(tables.recent) == KEPT
 
 
 def test_a_table_that_no_capture_read_is_forgotten(gpu):

@@ -285,12 +285,14 @@ def test_no_more_lists_are_known_than_promised():
     for ps in lists:
         fill(ps)
         clip(ps, ps)
-    assert 0 < len(cache.plans._of_tensors) <= cache.MOST
+    with plans_made() as made:
+        for ps in lists[-cache.MOST :]:
+            clip(ps, ps)
+    assert not made
     with plans_made() as made:
         for ps in lists:  # also those that were forgotten
             clip(ps, ps)
     assert len(made) == len(lists)
-    assert len(cache.plans._of_tensors) <= cache.MOST
 
 
 def test_the_list_in_use_is_the_last_to_be_forgotten():
@@ -310,10 +312,11 @@ def test_plans_of_modules_go_with_their_modules():
             for model in models:
                 fill(model.parameters())
                 clip(model, list(model.parameters()))
-    assert len(made) == len(models)
+        kept = [weakref.ref(cache.planned([model], 2.0, None, (), None).plan.weights) for model in models]
+    assert len(made) == len(models) == len([alive for alive in kept if alive() is not None])
     del models, model
     gc.collect()
-    assert len(cache.plans._of_modules) == 0
+    assert not [alive for alive in kept if alive() is not None]
 
 
 # ---- swapping --------------------------------------------------------------------------------------------------

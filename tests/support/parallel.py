@@ -254,7 +254,7 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def _tensor_parallel(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> nn.Module:
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> nn.Module:
     plan: dict[str, Any] = {}
     for i in range(len(model.blocks)):
         plan[f"blocks.{i}.1"] = ColwiseParallel(input_layouts=Shard(1)) if sequence else ColwiseParallel()
@@ -276,20 +276,20 @@ def hsdp(dtype, scale):
 
 def tp(dtype, scale):
     """Norm layers and embedding outside the tensor-parallel plan, as plain tensors."""
-    model = _tensor_parallel(net(dtype), mesh_of(("tp", dist.get_world_size())), sequence=False)
+    model = tensor_parallel(net(dtype), mesh_of(("tp", dist.get_world_size())), sequence=False)
     return Job([model], mean_square(model, rows(0, 1), scale), lambda: full_gradients(model))
 
 
 def tp_sequence(dtype, scale):
     """Norm layers with Partial gradients, a row-wise embedding with a Replicate gradient for a Shard parameter."""
-    model = _tensor_parallel(net(dtype), mesh_of(("tp", dist.get_world_size())), sequence=True)
+    model = tensor_parallel(net(dtype), mesh_of(("tp", dist.get_world_size())), sequence=True)
     return Job([model], mean_square(model, rows(0, 1), scale), lambda: full_gradients(model), realigns=True)
 
 
 def _fsdp2_tp(dtype, scale, sequence, dp_axes):
     mesh = mesh_of(*dp_axes, ("tp", 2))
     names = tuple(name for name, _ in dp_axes)
-    model = _tensor_parallel(net(dtype), mesh["tp"], sequence)
+    model = tensor_parallel(net(dtype), mesh["tp"], sequence)
     _shard(model, mesh[names] if len(names) > 1 else mesh[names[0]])
     count = dist.get_world_size() // 2
     mine = rows(dist.get_rank() // 2, count)
@@ -314,7 +314,7 @@ def hsdp_tp_sequence(dtype, scale):
 
 def _fsdp1_tp(dtype, scale, orig):
     mesh = mesh_of(("dp", dist.get_world_size() // 2), ("tp", 2))
-    inner = _tensor_parallel(net(dtype), mesh["tp"], sequence=False)
+    inner = tensor_parallel(net(dtype), mesh["tp"], sequence=False)
     job = _fsdp1(
         dtype,
         scale,
@@ -355,7 +355,7 @@ def fsdp1_tp_flat(dtype, scale):
 
 def ddp_tp(dtype, scale):
     mesh = mesh_of(("dp", dist.get_world_size() // 2), ("tp", 2))
-    inner = _tensor_parallel(net(dtype), mesh["tp"], sequence=False)
+    inner = tensor_parallel(net(dtype), mesh["tp"], sequence=False)
     model = DistributedDataParallel(inner, device_mesh=mesh["dp"])
     job = Job([model], mean_square(model, rows(mesh["dp"].get_local_rank(), mesh["dp"].size()), scale), dict)
     return _gathered_by_hand(job, net(dtype), mean_square_of_one(dtype, scale))

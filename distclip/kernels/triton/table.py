@@ -31,8 +31,8 @@ class Table:
     stream: int
 
 
-_recent: dict[Key, Table] = {}  # oldest first
-_captured: dict[int, Table] = {}  # by id: a CUDA graph reads its table at every replay, so these are never freed
+recent: dict[Key, Table] = {}  # oldest first
+captured: dict[int, Table] = {}  # by id: a CUDA graph reads its table at every replay, so these are never freed
 
 
 def fits(tensor: Tensor) -> bool:
@@ -61,16 +61,16 @@ def table_of(tensors: Sequence[Tensor], places: Sequence[int]) -> Table | None:
     if first.is_cuda:
         stream = torch.cuda.current_stream(first.device).cuda_stream
         capturing = torch.cuda.is_current_stream_capturing()
-    table = _recent.pop(key, None)
+    table = recent.pop(key, None)
     if capturing:
         if table is not None:
-            _recent[key] = _captured[id(table)] = table
+            recent[key] = captured[id(table)] = table
         return table
     if table is None or table.stream != stream:
         table = _build(key, stream)
-    _recent[key] = table
-    while len(_recent) > KEPT:
-        del _recent[next(iter(_recent))]  # freed in the order of its own stream: kernels that still read it come first
+    recent[key] = table
+    while len(recent) > KEPT:
+        del recent[next(iter(recent))]  # freed in the order of its own stream: kernels that still read it come first
     return table
 
 

@@ -46,22 +46,18 @@ from .policies.adopt import bound_by_place
 from .ranks.group import Axis
 from .report import Report
 from .shield import untraced
+from .step import refusals
 from .step.driver import Driver
 from .step.engine import Engine
 from .step.nonfinite import Nonfinite
 
 T = TypeVar("T")
 
-FIXED = (
-    "a Clipper keeps the policy that its ranks have agreed on: build another for another bound, Clipper(model, 0.5), "
-    "or give it a policy whose bound changes with its own state"
-)
-
 
 class ReadOnly(Generic[T]):
     """An attribute of a Clipper that ``read`` finds in it; ``hint``: what to do in place of assigning to it."""
 
-    def __init__(self, read: Callable[["Clipper"], T], doc: str, hint: str = "it says what a call did") -> None:
+    def __init__(self, read: Callable[["Clipper"], T], doc: str, hint: str = refusals.READ_ONLY) -> None:
         self._read, self._hint = read, hint
         self.__doc__ = doc
 
@@ -114,12 +110,12 @@ class Clipper:
     policy = ReadOnly(
         lambda clipper: clipper.engine.policy,
         "The policy that it was built with: no other takes its place, since all ranks have agreed on this one.",
-        FIXED,
+        refusals.POLICY_IS_FIXED,
     )
     max_norm = ReadOnly(
         lambda clipper: clipper.engine.policy.max_norm,  # type: ignore[attr-defined]
         "The bound of a Clipper that was built with a number; AttributeError with another policy.",
-        FIXED,
+        refusals.POLICY_IS_FIXED,
     )
     report = ReadOnly(
         lambda clipper: clipper.engine.progress.report,
@@ -183,10 +179,7 @@ class Clipper:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """A Clipper is neither copied nor pickled: it would hold a model that the loop does not train."""
-        raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled, since it clips the parameters of one model: save "
-            "state_dict(), or build one for the copied model and load_state_dict() that"
-        )
+        raise refusals.not_copied(type(self).__name__)
 
     @untraced
     def measure(self) -> Report:
@@ -260,7 +253,7 @@ class Clipper:
         """
         if self._driver is not None:
             if self._driver.detach is None:
-                raise RuntimeError(f"{self._driver.name} calls this Clipper as long as it lives: there is no detaching")
+                raise refusals.not_detachable(self._driver.name)
             self._driver.detach()
             self._driver = None
 
@@ -270,8 +263,5 @@ class Clipper:
             return getattr(self.engine, name)  # type: ignore[no-any-return]
         driven: Callable[..., Any] | None = getattr(self._driver, name)
         if driven is None and name in ("clip_", "step"):
-            raise RuntimeError(
-                f"{self._driver.name} clips with this Clipper already: do not call clip_() or step() yourself "
-                "(measure() looks without changing anything, and report says what the latest step did)"
-            )
+            raise refusals.clips_already(self._driver.name)
         return getattr(self.engine, name) if driven is None else driven

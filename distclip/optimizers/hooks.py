@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from ..kernels.device import reads_are_free
 from ..shield import untraced
+from . import refusals
 from .fused import FOLDING, TORCH, folded, may_skip_on_device
 from .wrapped import refuse_clip_before_step, refuse_proxy
 
@@ -48,16 +49,14 @@ def withhold(parameters: Iterable[Tensor]) -> Callable[[], None]:
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """ValueError for what ``step()`` cannot step, or would step with other gradients than were clipped."""
     if not optimizers:
-        raise ValueError("step() needs the optimizers to step: step(optimizer), or call clip_() and step yourself")
+        raise refusals.no_optimizer()
     for index, optimizer in enumerate(optimizers):
         if not hasattr(optimizer, "param_groups"):
-            raise ValueError(
-                f"step() takes optimizers one by one, got {type(optimizer).__name__}: step(*optimizers, scaler=scaler)"
-            )
+            raise refusals.not_an_optimizer(type(optimizer).__name__)
         if any(optimizer is other for other in optimizers[:index]):
-            raise ValueError(f"step() was given the same {type(optimizer).__name__} twice: give it once")
+            raise refusals.given_twice(type(optimizer).__name__)
         if isinstance(optimizer, LBFGS):
-            raise ValueError("LBFGS makes its gradients several times a step: call clip_() in its closure instead")
+            raise refusals.lbfgs()
         if type(optimizer).__module__ not in TORCH:
             refuse_clip_before_step(optimizer)
             refuse_proxy(optimizer)
@@ -141,10 +140,7 @@ def guard(
             versions = _versions(self) if called is None else 0
             result = inner(*args, **kwargs)
             if called is None and not hearing.begun and _versions(self) != versions:
-                raise RuntimeError(
-                    f"the step of this {type(self).__name__} was replaced by one that does not call that of its class, "
-                    "and nothing heard it begin: the step was not clipped; call the Clipper in that function instead"
-                )
+                raise refusals.step_replaced(type(self).__name__)
             hearing.tell(self)
             return result
         except _Skipped as skipped:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from . import refusals
+
 OWNERS = "distclip"  # whose calls an optimizer's state has seen
 
 
@@ -25,10 +27,7 @@ def claim(scaler: GradScaler, optimizers: Sequence[Optimizer], owner: object) ->
     for optimizer in optimizers:
         owners = _state(scaler, optimizer).setdefault(OWNERS, [])  # until update()
         if any(one is owner for one, _ in owners):
-            raise RuntimeError(
-                "scaler.update() was not called since the last step, and new gradients would pass for unscaled: call "
-                "it after every step, also after one that was skipped or raised"
-            )
+            raise refusals.update_missing()
         owners.append((owner, optimizer))  # kept, so that no other optimizer gets its id, the scaler's key
 
 
@@ -42,9 +41,7 @@ def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
     found = [p.grad for o in optimizers for group in o.param_groups for p in group["params"]]
     ids = [id(gradient) for gradient in found if gradient is not None]
     if len(set(ids)) < len(ids):
-        raise ValueError(
-            "a scaler would unscale a gradient twice: give each parameter to one optimizer and a gradient of its own"
-        )
+        raise refusals.unscaled_twice()
     for optimizer in optimizers:
         state = _state(scaler, optimizer)
         if state["stage"] is not OptState.UNSCALED:

@@ -7,6 +7,8 @@ and pytorch_optimizer 4.1; none of them is imported.
 from typing import Any
 from weakref import ProxyTypes
 
+from . import refusals
+
 PROXIES = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}  # of them, step() may be many things
 WHOLE = {  # take gradients as they are, and count or move parameters around the step inside
     "LARC",
@@ -16,8 +18,6 @@ WHOLE = {  # take gradients as they are, and count or move parameters around the
     "ScheduleFreeWrapperReference",
     "TRAC",
 }
-TAKE_OVER = "call distclip.integrations.deepspeed.take_over(engine, policy)"
-ATTACH = "call distclip.attach(optimizer, model, policy) once, and optimizer.step(), which then clips"
 
 
 def is_optimizer(found: Any) -> bool:
@@ -41,18 +41,15 @@ def clip_target(optimizer: Any) -> Any:
     as a whole. ValueError where it cannot be told, or where gradients go past the innermost.
     """
     if deepspeed_steps(optimizer):
-        raise ValueError(f"{_name(optimizer)} does not step itself, DeepSpeed's engine does: {TAKE_OVER}")
+        raise refusals.deepspeed_steps_it(_name(optimizer))
     if "WSAM" in _names(optimizer):
-        raise ValueError("WSAM adds gradients to parameters itself, after the step inside: call clip_() in its closure")
+        raise refusals.adds_gradients_itself()
     seen: list[Any] = []
     applies = optimizer
     while all(applies is not one for one in seen):
         names = _names(applies)
         if "AcceleratedOptimizer" in names and applies.scaler is not None:
-            raise ValueError(
-                f"{_name(applies)} replaces the step inside at each of its own, for its GradScaler: use "
-                "Accelerator.clipper() of distclip.integrations.accelerate"
-            )
+            raise refusals.replaces_inner_step(_name(applies))
         if names & WHOLE and not names & PROXIES:
             break
         seen.append(applies)
@@ -64,16 +61,13 @@ def refuse_clip_before_step(optimizer: Any) -> None:
     """ValueError for what must not be clipped before its ``step()``: the gradients it applies are not there yet."""
     name = _name(optimizer)
     if deepspeed_steps(optimizer):
-        raise ValueError(f"{name} does not step itself, DeepSpeed's engine does: {TAKE_OVER}")
+        raise refusals.deepspeed_steps_it(name)
     if callable(getattr(getattr(optimizer, "manager", None), "should_commit", None)):
-        raise ValueError(
-            f"{name} asks its manager inside step() whether to commit and heals there, which a skipped step would "
-            f"lose: {ATTACH}"
-        )
+        raise refusals.asks_to_commit(name)
     if hasattr(optimizer, "original_optimizer") and hasattr(optimizer, "pre_step"):
-        raise ValueError(f"{name} makes its gradients inside step(), after a clip before it: {ATTACH}")
+        raise refusals.gradients_inside_step(name)
     if hasattr(optimizer, "second_step") or any("SAM" in kind for kind in _names(optimizer)):
-        raise ValueError(f"{name} steps with second gradients, which a clip before step() does not see: {ATTACH}")
+        raise refusals.second_gradients(name)
 
 
 def refuse_proxy(optimizer: Any) -> None:
@@ -81,20 +75,17 @@ def refuse_proxy(optimizer: Any) -> None:
     names = _names(optimizer)
     if "AcceleratedOptimizer" in names:
         if optimizer.scaler is not None:
-            raise ValueError(_scaled(optimizer, "Accelerator.clipper() of distclip.integrations.accelerate"))
+            raise refusals.unscales_inside_step(_name(optimizer), refusals.ACCELERATE)
         if not optimizer.gradient_state.sync_gradients:
-            raise ValueError(
-                f"{_name(optimizer)} does nothing in step() while accelerate accumulates gradients, which would be "
-                "clipped incomplete: call step() where accelerator.sync_gradients is true"
-            )
+            raise refusals.accumulates(_name(optimizer))
     for proxy, clipper in (("LightningOptimizer", "ClipGradients"), ("_FabricOptimizer", "FabricClipper")):
         if proxy in names:
             strategy = optimizer._strategy
             if "DeepSpeedStrategy" in _names(strategy):
-                raise ValueError(f"{_name(optimizer)} does not step itself, DeepSpeed's engine does: {TAKE_OVER}")
+                raise refusals.deepspeed_steps_it(_name(optimizer))
             precision = getattr(strategy, "precision_plugin", None) or getattr(strategy, "precision", None)
             if getattr(precision, "scaler", None) is not None:
-                raise ValueError(_scaled(optimizer, f"{clipper} of distclip.integrations.lightning"))
+                raise refusals.unscales_inside_step(_name(optimizer), f"{clipper} of distclip.integrations.lightning")
 
 
 def deepspeed_steps(optimizer: Any) -> bool:
@@ -111,10 +102,7 @@ def _inner(optimizer: Any) -> Any:
     found = list(_inside(optimizer).items())
     if len(found) > 1:
         (first, _), (second, _), *_ = found
-        raise ValueError(
-            f"{_name(optimizer)} holds two optimizers of the same parameters, .{first} and .{second}, and which of "
-            f"them steps is not known: call distclip.attach(optimizer.{first}, model, policy) with the one that does"
-        )
+        raise refusals.two_inside(_name(optimizer), first, second)
     return found[0][1] if found else optimizer
 
 
@@ -139,7 +127,3 @@ def _names(found: Any) -> set[str]:
 
 def _name(optimizer: Any) -> str:
     return type(optimizer).__name__
-
-
-def _scaled(optimizer: Any, clipper: str) -> str:
-    return f"{_name(optimizer)} unscales inside step(), and the norm would be that of scaled gradients: use {clipper}"

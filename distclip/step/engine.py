@@ -31,7 +31,7 @@ from ..policies.checks import positive
 from ..ranks.group import Axis, ClippingGroup
 from ..report import Report
 from ..shield import shielded
-from . import options
+from . import options, refusals
 from .calls import Calls
 from .decision import Outcome
 from .interruption import Interruption
@@ -254,14 +254,11 @@ class Engine:
     def _out_of_reach(self, folds: Folds, only_theirs: bool) -> LayoutError | None:
         """What is wrong where a GradScaler cannot unscale a gradient: it knows what optimizers hold, in ``.grad``."""
         if not self.progress.storage.in_grad:
-            raise ValueError("a GradScaler unscales what is in .grad, and gradients= is elsewhere: unscale that before")
+            raise refusals.scaler_with_gradients()
         for source, holder in enumerate(self.holders):
             if holder.grad is not None and id(holder) not in folds.held and not only_theirs:
                 label = self.plan.label(self.plan.sources.index(source))
-                return LayoutError(
-                    f"{label} has a gradient and is in none of the optimizers, so that the scaler cannot unscale it: "
-                    "pass every optimizer to one step()"
-                )
+                return refusals.not_unscaled(label)
         return None
 
     def _step_scaled(self, optimizers: Sequence[Optimizer], scaler: GradScaler, stepping: Stepping) -> None:

@@ -1,6 +1,7 @@
 """A call that was broken off, by a signal handler or in the optimizer's step: ranks may be a step apart after it."""
 
 from ..errors import FAILURES, LayoutError
+from . import refusals
 
 
 class Interruption:
@@ -26,10 +27,7 @@ class Interruption:
     def record(self, kind: type[BaseException]) -> None:
         """An exception of this ``kind`` has broken a step off after the ranks had decided."""
         if self._in_group:
-            self.fault = LayoutError(
-                f"an earlier call was broken off by {kind.__name__} on this rank, so that ranks may be a step apart: "
-                "load one checkpoint on every rank, model and optimizer and Clipper.load_state_dict(), or start anew"
-            )
+            self.fault = refusals.interrupted(kind.__name__)
 
     def forget(self) -> None:
         """All ranks have begun anew."""

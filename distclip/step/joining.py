@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import refusals
+
 
 def joinable_in(parts: Iterable[nn.Module]) -> Sequence[DistributedDataParallel]:
     """The modules in ``parts`` whose ranks may run out of data one by one."""
@@ -22,9 +24,4 @@ def refuse_join(modules: Iterable[DistributedDataParallel]) -> None:
     for module in modules:
         config = module._join_config
         if config.enable and not config.throw_on_early_termination:
-            raise RuntimeError(
-                "the model is inside join(), where a Clipper's all-reduce would wait for ranks that have run out of "
-                "data: call distclip.clip_grad_norm_(model.parameters(), max_norm), which makes none under DDP, or "
-                "join(throw_on_early_termination=True). A join that is over leaves its mark: model.join(enable=False) "
-                "takes it away"
-            )
+            raise refusals.inside_join()

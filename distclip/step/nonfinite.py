@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 from warnings import warn
 
-from ..errors import NonFiniteError
 from ..plan.build import Plan
 from ..plan.culprit import find_culprit
 from ..plan.measure import norms_of
 from ..plan.measured import Measured
-from ..plan.refusals import ABSENT, nonfinite
+from ..plan.refusals import nonfinite
 from ..report import Culprit
+from . import refusals
 
 Nonfinite: TypeAlias = Literal["skip", "raise", "propagate"]
 MODES: tuple[Nonfinite, ...] = ("skip", "raise", "propagate")
@@ -34,7 +34,7 @@ class Streak:
         self.skips, self.culprit = 0, None
         if norm == 0 and not has_gradients and not self.warned:
             self.warned = True
-            warn(f"no gradient on this rank, and a norm of 0 over all: {ABSENT}", RuntimeWarning, stacklevel=6)
+            warn(refusals.NO_GRADIENT, RuntimeWarning, stacklevel=6)
 
     def add(self, plan: Plan, measured: Measured) -> Culprit:
         """A step had a norm that is not finite: name the culprit, count, and raise where that was asked for.
@@ -43,12 +43,9 @@ class Streak:
         """
         self.culprit = find_culprit(plan, norms_of(plan, measured))
         if self.mode == "raise":
-            raise nonfinite(plan.p, self.culprit, "To skip such steps on all ranks, say nonfinite='skip'")
+            raise nonfinite(plan.p, self.culprit, refusals.SKIP_INSTEAD)
         if self.mode == "skip":
             self.skips += 1
             if self.most is not None and self.skips > self.most:
-                raise NonFiniteError(
-                    f"{self.skips} steps in a row had a norm that is not finite: {self.culprit}; "
-                    f"max_consecutive_skips={self.most} allows no more"
-                )
+                raise refusals.too_many_skips(self.skips, self.culprit, self.most)
         return self.culprit

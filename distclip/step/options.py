@@ -14,6 +14,7 @@ from ..plan.build import Plan
 from ..policies import Policy
 from ..policies.adopt import spelled
 from ..ranks.group import Axis
+from . import refusals
 from .nonfinite import MODES, Nonfinite, Streak
 
 SETTINGS = (
@@ -59,9 +60,9 @@ def settings(
 def streak(nonfinite: Nonfinite, max_consecutive_skips: int | None) -> Streak:
     """ValueError for what neither may be."""
     if nonfinite not in MODES:
-        raise ValueError(f"nonfinite must be one of {', '.join(MODES)}, got {nonfinite!r}")
+        raise refusals.unknown_mode(nonfinite, MODES)
     if max_consecutive_skips is not None and max_consecutive_skips < 1:
-        raise ValueError(f"max_consecutive_skips must be at least 1 or None, got {max_consecutive_skips!r}")
+        raise refusals.too_few_skips(max_consecutive_skips)
     return Streak(nonfinite, max_consecutive_skips)
 
 
@@ -75,10 +76,7 @@ def storage(gradients: str | GradientFn | Storage | None, holders: Sequence[Tens
         return in_attribute(_places(holders, plan), gradients)
     if callable(gradients):
         return given_by(_places(holders, plan), gradients)
-    raise ValueError(
-        'gradients must be the name of an attribute of parameters ("main_grad") or a function of a parameter\'s name '
-        f"and the parameter that returns its gradient, got {gradients!r}"
-    )
+    raise refusals.unknown_gradients(gradients)
 
 
 def _places(holders: Sequence[Tensor], plan: Plan) -> list[Place]:

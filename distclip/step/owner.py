@@ -11,6 +11,7 @@ from ..errors import LayoutError
 from ..optimizers.fused import Folds
 from ..optimizers.hooks import parameters_of
 from ..optimizers.wrapped import with_inner
+from . import refusals
 
 _alive: WeakValueDictionary[int, "Owner"] = WeakValueDictionary()
 
@@ -39,13 +40,7 @@ class Owner:
     def rivalry(self) -> LayoutError | None:
         """What is wrong where others clip parameters of this one, and are not known to do so for other optimizers."""
         rivals = sum(1 for other in self._others() if self._may_be_clipped_by(other))
-        if not rivals:
-            return None
-        return LayoutError(
-            f"{rivals} other Clipper(s) hold parameters of this one and would clip them again: keep one Clipper for "
-            "each parameter; where optimizers share parameters on purpose (DiLoCo), attach() one to each, or call "
-            "verify() after each has made a step()"
-        )
+        return refusals.rivals(rivals) if rivals else None
 
     def foreign_to(self, folds: Folds, optimizers: Sequence[Optimizer]) -> LayoutError | None:
         """What is wrong where an optimizer holds parameters that nobody clips, and would step them as they are.
@@ -63,11 +58,7 @@ class Owner:
             if len(foreign) < len(held):
                 foreign = [p for p in foreign if id(p) not in elsewhere]
             if foreign:
-                return LayoutError(
-                    f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters, first one of shape "
-                    f"{tuple(foreign[0].shape)}, that this Clipper does not: build it anew, after the model has got "
-                    "them, from all modules whose parameters are stepped (only=... leaves some of them unclipped)"
-                )
+                return refusals.not_clipped(type(optimizer).__name__, len(foreign), len(held), foreign[0].shape)
         return None
 
     def _others(self) -> Iterator[Self]:

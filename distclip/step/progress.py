@@ -23,20 +23,10 @@ from ..policies.answer import is_trusted, refusal_of
 from ..policies.checks import count
 from ..report import Report
 from ..shield import shielded
+from . import refusals
 from .calls import Call, Calls
 from .decision import Outcome, decided_on_device, decided_on_host
 from .nonfinite import Streak
-
-DISAGREE = (
-    "the ranks of the clipping group do not agree: one of them stopped with an error of its own (see its message), "
-    "holds other parameters, lacks a gradient that others have, made a different number of Clipper calls, called "
-    "another Clipper, or has a policy that decided otherwise in the step before; let every rank make the same calls in "
-    "order"
-)
-CAPTURED = (
-    "no norm can be read inside the capture of a CUDA graph: leave out nonfinite='raise', p > 7, float64 gradients, "
-    "layout=, split_over= and DTensors that FSDP2 does not manage, and give step() fused optimizers"
-)
 
 
 class Progress:
@@ -81,7 +71,7 @@ class Progress:
         measured = self._measure(self.calls.measurement(), fault or self.plan.memory.late_error, among)
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
-            raise LayoutError(f"{DISAGREE}{measured.reduced.who}")
+            raise refusals.ranks_disagree(measured.reduced.who)
         return outcome
 
     def advance(
@@ -96,7 +86,7 @@ class Progress:
             self._look_back()
         capturing = self.on_device and in_capture(self.plan.device)
         if capturing and self.plan.reads_flags:
-            raise RuntimeError(CAPTURED)
+            raise refusals.read_in_capture()
         # 2. Measure: one all-reduce. Whatever is wrong on this rank travels in it, so that no other waits for us.
         call = self.calls.step(capturing)
         if fault is None and self.plan.memory.late_error is not None:
@@ -107,7 +97,7 @@ class Progress:
         # 4. Look at the decision where that is free or somebody must know; else leave it for the next call.
         if self._must_look(outcome, skips_on_device):
             if capturing:
-                raise RuntimeError(CAPTURED)
+                raise refusals.read_in_capture()
             outcome = self._look(outcome)
         elif not capturing:
             self._leave(outcome)
@@ -175,7 +165,7 @@ class Progress:
         if isinstance(outcome.norm, Tensor):
             outcome = outcome.read()
         if outcome.disagree:
-            raise LayoutError(f"{DISAGREE}{outcome.measured.reduced.who}")
+            raise refusals.ranks_disagree(outcome.measured.reduced.who)
         if outcome.fault:
             raise refusal_of(float(outcome.fault), self.policy)
         measured = outcome.measured
@@ -203,7 +193,7 @@ class Progress:
         (transfer, measured), self._unread = self._unread, None
         own, norm, disagree, faults = measured.reduced.sent(transfer.read())
         if disagree:
-            raise LayoutError(DISAGREE)
+            raise refusals.ranks_disagree()
         if not isfinite(norm):
             self.streak.add(self.plan, measured)
             return

@@ -1,4 +1,4 @@
-"""How others step: fused optimizers, GradScaler, hooks, and optimizers around optimizers.
+"""How optimizers step: fused ones, with a GradScaler, through hooks, and around other optimizers.
 
-May set attributes and hooks of an optimizer, and takes them back. Knows no plan and no policy.
+May set attributes and hooks of an optimizer, and removes them again. Knows no plan and no policy.
 """

@@ -1,9 +1,7 @@
 """Folding: letting a fused optimizer apply the coefficient and the skip while it reads the gradients anyway.
 
 torch's fused Adam, AdamW, SGD and Adagrad divide every gradient by ``optimizer.grad_scale`` and leave parameters and
-state alone where ``optimizer.found_inf`` is 1: the road that GradScaler takes (torch 2.13, ``torch/optim/*.py``).
-On the CPU they take the elements of a gradient to lie in memory as those of its parameter do, and read and write others
-where they do not.
+state alone where ``optimizer.found_inf`` is 1: GradScaler's own way (torch 2.13, ``torch/optim/*.py``).
 """
 
 from collections import Counter
@@ -21,7 +19,7 @@ from ..layouts.piece import local_of, local_tensor
 from ..report import Report
 
 FOLDING = (Adam, AdamW, SGD, Adagrad)
-TORCH = {kind.__module__ for kind in (*FOLDING, LBFGS)}  # whose optimizers are looked at no further
+TORCH = {kind.__module__ for kind in (*FOLDING, LBFGS)}  # modules whose optimizers need no further checks
 ABSENT = object()
 
 
@@ -29,22 +27,22 @@ ABSENT = object()
 class Folds:
     """Which of a step's optimizers fold, and ids of parameters.
 
-    ``held``: those that any of them holds; ``inside``: that the folding ones hold; ``foreign``: that nobody clips here.
-    ``of_torch``: whether all are of classes of torch, of which nothing else has to be known.
+    * ``parameters``: of all these optimizers; ``folded``: of those that fold; ``foreign``: that nobody clips here.
+    * ``of_torch``: whether all are of torch's own classes, which need no further checks.
     """
 
     by_optimizer: tuple[bool, ...]
-    held: frozenset[int]
-    inside: frozenset[int]
+    parameters: frozenset[int]
+    folded: frozenset[int]
     foreign: frozenset[int]
     of_torch: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Stepping:
-    """A decision whose gradients are scaled already, but for those that folding optimizers scale themselves.
+    """A decision for optimizers that step now: all gradients are scaled but those that folding ones scale themselves.
 
-    ``skipped``: the host knows that nobody must step. ``coef``, ``skip``: what folding optimizers are told.
+    ``skipped``: the host knows that none of them must step. ``coef``, ``skip``: for those that fold.
     """
 
     report: Report
@@ -54,21 +52,21 @@ class Stepping:
     skip: Tensor | None
 
     def around(self, index: int, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """What the step of ``optimizer``, the one of this index, must run inside of."""
+        """What the step of ``optimizer``, the one of this index, must run inside."""
         return folded(optimizer, self.coef, self.skip) if self.folds.by_optimizer[index] else nullcontext()
 
 
 class Folding:
     """Which optimizers may fold: exactly torch's classes, every group fused, and every parameter clipped by us.
 
-    A parameter in two optimizers keeps both from folding: each would scale its gradient. Worked out anew only where
-    the optimizers, their parameters or their ``fused`` changed.
+    A parameter in two optimizers keeps both from folding: each would scale its gradient. Found anew only where the
+    optimizers, their parameters or their ``fused`` have changed.
     """
 
     __slots__ = ("_clipped", "_folds", "_key", "_may_fold")
 
     def __init__(self, clipped: frozenset[int], may_fold: bool = True) -> None:
-        """``clipped``: the ids of the parameters that share the coefficient, all of them kept alive by the caller.
+        """``clipped``: ids of the parameters that share the coefficient, kept alive by the caller.
 
         ``may_fold``: their gradients are in ``.grad``, where optimizers read them.
         """
@@ -81,18 +79,18 @@ class Folding:
         """Which of ``optimizers`` fold."""
         key = _key(optimizers)
         if self._folds is None or key != self._key:
-            self._key, self._folds = key, self._worked_out(optimizers)
+            self._key, self._folds = key, self._found(optimizers)
         return self._folds
 
     def known(self, optimizers: Sequence[Optimizer]) -> Folds | None:
-        """The same where these are the optimizers of the latest call, all of them of torch; None otherwise."""
+        """The same where these are the optimizers of the latest call and all of torch's own classes; None otherwise."""
         try:
             same = self._folds is not None and self._folds.of_torch and _key(optimizers) == self._key
         except AttributeError:  # some are no optimizers
             return None
         return self._folds if same else None
 
-    def _worked_out(self, optimizers: Sequence[Optimizer]) -> Folds:
+    def _found(self, optimizers: Sequence[Optimizer]) -> Folds:
         ids = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
         holders = Counter(i for own in ids for i in own)
         folds = tuple(
@@ -103,9 +101,9 @@ class Folding:
             and all(i in self._clipped and holders[i] == 1 for i in own)
             for optimizer, own in zip(optimizers, ids, strict=True)
         )
-        inside = frozenset(i for own, fold in zip(ids, folds, strict=True) if fold for i in own)
+        folded_ids = frozenset(i for own, fold in zip(ids, folds, strict=True) if fold for i in own)
         of_torch = all(type(optimizer).__module__ in TORCH for optimizer in optimizers)
-        return Folds(folds, frozenset(holders), inside, frozenset(holders) - self._clipped, of_torch)
+        return Folds(folds, frozenset(holders), folded_ids, frozenset(holders) - self._clipped, of_torch)
 
 
 def _key(optimizers: Sequence[Optimizer]) -> Hashable:
@@ -116,13 +114,11 @@ def _key(optimizers: Sequence[Optimizer]) -> Hashable:
 
 
 def may_skip_on_device(optimizer: Optimizer) -> bool:
-    """Whether ``found_inf`` leaves this folding optimizer as if the step had never been; prepares it so that it does.
-
-    Fused SGD with momentum that skips its very first step would keep uninitialised memory as momentum, so the buffers
-    are made first, as zeros. With dampening a zero buffer is not what the first step makes: False until it was taken.
-    """
+    """Whether ``found_inf`` leaves this folding optimizer as if it had not stepped; prepares SGD for that."""
     if type(optimizer) is not SGD:
         return True
+    # Fused SGD with momentum that skips its very first step keeps uninitialised memory as momentum (torch 2.13), so we
+    # make the buffers first. Zeros are what the first step starts from, but with dampening: then not until it was made.
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
@@ -136,35 +132,38 @@ def may_skip_on_device(optimizer: Optimizer) -> bool:
 def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> Iterator[None]:
     """Inside, ``optimizer.step()`` multiplies gradients by ``coef`` and does nothing where ``skip`` is true.
 
-    Either may be None: no factor, never skipped. Both are 0-d, and copied to the parameters' device where they are
-    elsewhere; ``coef`` is normal in float32, which keeps its inverse finite. The gradients are left scaled; one that
-    lies otherwise than its parameter is replaced by a copy.
+    Either may be None: no factor, never skipped. Both are 0-d, and copied to the parameters' device if they are
+    elsewhere. ``coef`` must be a normal number in float32, so that its inverse is finite. The gradients are left
+    scaled; one whose strides are not its parameter's is replaced by a copy.
     """
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), None)
     if device is None:  # a rank whose stage or experts have no parameters for it
         yield
         return
-    words: dict[str, Tensor] = {}
+    attributes: dict[str, Tensor] = {}
     if coef is not None:
-        words["grad_scale"] = coef.float().reciprocal()
+        attributes["grad_scale"] = coef.float().reciprocal()
     if skip is not None:
-        words["found_inf"] = skip.float()
-    words = {name: word if word.device == device else sent(word, device) for name, word in words.items()}
-    _straighten(optimizer)
-    before = {name: optimizer.__dict__.get(name, ABSENT) for name in words}
-    optimizer.__dict__.update(words)
+        attributes["found_inf"] = skip.float()
+    attributes = {name: t if t.device == device else sent(t, device) for name, t in attributes.items()}
+    _match_strides(optimizer)
+    before = {name: optimizer.__dict__.get(name, ABSENT) for name in attributes}
+    optimizer.__dict__.update(attributes)
     try:
         yield
     finally:
         for name, value in before.items():
             if value is ABSENT:
-                optimizer.__dict__.pop(name, None)  # a GradScaler that stepped has taken it away
+                optimizer.__dict__.pop(name, None)  # a GradScaler that has stepped has deleted it
             else:
                 optimizer.__dict__[name] = value
 
 
-def _straighten(optimizer: Optimizer) -> None:
-    """Let every gradient lie in memory as its parameter does: those of a backward do, those that users set may not."""
+def _match_strides(optimizer: Optimizer) -> None:
+    """Give every gradient the strides of its parameter: those of a backward have them, those that users set may not.
+
+    torch's fused CPU kernels (2.13) read and write gradients as if they had, and so other elements where they do not.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
     likes, found = parameters, gradients

@@ -1,4 +1,4 @@
-"""Steps that somebody else calls: how one of them changes nothing, and how we hear that it begins and is over."""
+"""Steps that someone else calls: how to make one of them change nothing, and how to notice its beginning and end."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -21,18 +21,18 @@ Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 SKIP: Final = "skip"
 Begin: TypeAlias = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Arguments | Literal["skip"] | None]
 
-_PATCHED = Optimizer.profile_hook_step(Optimizer.step).__code__  # what torch puts in place of a class's step
+_PATCHED = Optimizer.profile_hook_step(Optimizer.step).__code__  # what torch patches a class's step with
 
-_flags: WeakKeyDictionary[Optimizer, ExitStack] = WeakKeyDictionary()
-_skipping: WeakKeyDictionary[Optimizer, ExitStack] = WeakKeyDictionary()  # what gives back, for the step to be skipped
-_inside: WeakSet[Optimizer] = WeakSet()  # of those watched: whose step is under way
+_flags: WeakKeyDictionary[Optimizer, ExitStack] = WeakKeyDictionary()  # found_inf is set until these close
+_skipping: WeakKeyDictionary[Optimizer, ExitStack] = WeakKeyDictionary()  # the next step is skipped; returns gradients
+_inside: WeakSet[Optimizer] = WeakSet()  # of those watched: whose step is running
 _watched: WeakSet[Optimizer] = WeakSet()
 
 
 def withhold(parameters: Iterable[Tensor]) -> Callable[[], None]:
-    """Take the gradients of ``parameters`` away; the result gives them back.
+    """Take the gradients of ``parameters`` away, and return a function that gives them back.
 
-    A parameter that has got another gradient by then keeps that one.
+    A parameter that has another gradient by then keeps that one.
     """
     withheld = [(p, p.grad) for p in parameters if p.grad is not None]
     for parameter, _ in withheld:
@@ -47,7 +47,7 @@ def withhold(parameters: Iterable[Tensor]) -> Callable[[], None]:
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """ValueError for what ``step()`` cannot step, or would step with other gradients than were clipped."""
+    """ValueError for what ``step()`` cannot step, or would step with gradients other than the clipped ones."""
     if not optimizers:
         raise refusals.no_optimizer()
     for index, optimizer in enumerate(optimizers):
@@ -63,30 +63,32 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Its parameters."""
+    """The parameters of all its groups."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor, on_device: bool | None = None) -> None:
     """Let the next step of each optimizer, which a framework calls, change nothing where ``skip`` is true.
 
-    ``skip`` is a report's: 0-d bool. Call it between the last backward and the step, or inside the step's closure.
-    Fused Adam, AdamW, SGD and Adagrad are told through ``found_inf`` if ``on_device``, so that nothing waits (None:
-    where ``skip`` is on an accelerator); otherwise ``skip`` is waited for, and the step not made: its hooks and what it
-    counts see none.
-    Inside the closure the step is under way, and an optimizer that nobody watched may be in it: gradients are taken
-    away until the step is over or has raised, and what it counts by itself may go on.
+    ``skip`` is a report's: 0-d bool. Call this between the last backward and the step, or inside the step's closure.
+
+    * ``on_device`` (None: where ``skip`` is on an accelerator): fused Adam, AdamW, SGD and Adagrad skip by
+      ``found_inf``, without a host sync.
+    * Otherwise ``skip`` is read, a host sync on an accelerator, and the step is not made: its hooks and step counts
+      do not see it.
+    * Inside the closure the step is already running, and so may be that of an optimizer that was not watched before:
+      its gradients are taken away until it has ended or raised, and its step counts may advance.
     """
     on_device = not reads_are_free(skip.device) if on_device is None else on_device
     for optimizer in optimizers:
         _flags.pop(optimizer, ExitStack()).close()  # of a step that never came
-        _skipping.pop(optimizer, None)  # what it withheld are not the gradients of this one
+        _skipping.pop(optimizer, None)  # the gradients it withheld are not those of this step
         if on_device and _folds(optimizer) and may_skip_on_device(optimizer):
             flag = _flags[optimizer] = ExitStack()
             flag.enter_context(folded(optimizer, None, skip))
         elif skip:
             give_back = _skipping[optimizer] = ExitStack()
-            if optimizer in _inside or optimizer not in _watched:  # its step may be under way: this is the closure
+            if optimizer in _inside or optimizer not in _watched:  # its step may be running: this is the closure
                 give_back.callback(withhold(parameters_of(optimizer)))
         else:
             continue
@@ -94,80 +96,86 @@ def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor, on_device: boo
 
 
 def watch(optimizer: Optimizer) -> None:
-    """Hear of the steps of ``optimizer`` from now on, for good: torch does not let a hook remove itself.
+    """Notice the steps of ``optimizer`` from now on, for good: torch does not let a hook remove itself (2.13).
 
-    Whoever skips its steps later, and knows it now, says so: :func:`skip_next_step` then leaves gradients in place,
-    and knows whether a step is under way, of the first one too that was when it was called.
+    Call it early for optimizers whose steps may be skipped later: :func:`skip_next_step` then knows from the first step
+    on whether one is running, and leaves the gradients of one that is not in place.
     """
     if optimizer not in _watched:
-        guard(optimizer, _end_of_skipping, _begin_skipping)
+        guard(optimizer, _end_watched, _begin_watched)
         _watched.add(optimizer)
 
 
 def guard(
     optimizer: Optimizer,
-    over: Callable[[Optimizer], None],
+    end: Callable[[Optimizer], None],
     begin: Begin | None = None,
     stepped: Callable[[Optimizer], None] | None = None,
     raised: Callable[[Optimizer, type[BaseException]], None] | None = None,
 ) -> Callable[[], None]:
-    """Call ``begin`` once when a step of ``optimizer`` begins, and ``over(optimizer)`` when it has ended or raised.
+    """Call ``begin`` once when a step of ``optimizer`` begins, and ``end(optimizer)`` when it has ended or raised.
 
-    ``stepped(optimizer)`` comes before ``over`` where it has not raised, was not left out, and may raise itself;
-    ``raised(optimizer, kind)`` where it has, by an exception of that kind, and was called as ``optimizer.step``.
-    ``begin(optimizer, args, kwargs)`` may return other arguments, ``optimizer`` first among them, or SKIP: then the
-    step is not made, and its later pre hooks and its post hooks are not called. The result takes all back and lets go
-    of both, also where somebody has wrapped the step since.
+    * ``begin(optimizer, args, kwargs)`` may return other arguments, ``optimizer`` first among them, or SKIP: then the
+      step is not made, and neither its later pre hooks nor its post hooks are called.
+    * ``stepped(optimizer)`` comes before ``end`` if the step was made and has not raised; it may raise itself.
+    * ``raised(optimizer, kind)`` comes before ``end`` if the step was called as ``optimizer.step`` and has raised an
+      exception of that kind.
 
-    torch calls hooks only where ``Optimizer.__init__`` has patched the class, once for each class whose ``step`` calls
-    that of its base, and post hooks not after an exception. So the instance's ``step`` is wrapped, as LR schedulers do:
-    its beginning is the first pre hook inside, after those that others put in before, or the call, where the class has
-    none or ``optimizer.__init__`` was called again, which drops all hooks; its end is the end. A step of the class past
-    the wrapper is heard by the hooks alone, and gets no gradients where it is to be skipped.
+    Returns a function that removes all of it and drops the callbacks, also where someone has wrapped the step since.
+
+    torch's hooks (2.13) are not enough: they run only where ``Optimizer.__init__`` has patched the class, once for each
+    class whose ``step`` calls that of its base, and post hooks do not run after an exception. So the instance's
+    ``step`` is wrapped, as LR schedulers do. The step begins with the first pre hook inside, after those that were
+    registered before; or with the call, where the class has no hooks or a second ``optimizer.__init__`` has dropped
+    them. If the class's ``step`` is called past the wrapper, only the hooks notice, and a step to be skipped runs
+    without gradients.
     """
     inner, reference = optimizer.step, ref(optimizer)
-    hearing, hooks = _Hearing(over, begin, stepped, raised), "_optimizer_step_pre_hooks" in vars(optimizer)
-    called = hooks and _calls_hooks(optimizer)  # None: not known
+    guarded, hooks = _Guarded(end, begin, stepped, raised), "_optimizer_step_pre_hooks" in vars(optimizer)
+    called = hooks and _calls_hooks(optimizer)  # None: unknown
 
     @untraced
     @wraps(inner)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        hearing.inside, hearing.begun = True, False
+        guarded.inside, guarded.begun = True, False
         try:
             if called is False or (handles and handles[0].id not in self._optimizer_step_pre_hooks):
-                (_, *given), kwargs = hearing.before(self, (self, *args), kwargs) or ((self, *args), kwargs)
+                (_, *given), kwargs = guarded.pre_hook(self, (self, *args), kwargs) or ((self, *args), kwargs)
                 args = tuple(given)
             versions = _versions(self) if called is None else 0
             result = inner(*args, **kwargs)
-            if called is None and not hearing.begun and _versions(self) != versions:
+            if called is None and not guarded.begun and _versions(self) != versions:
                 raise refusals.step_replaced(type(self).__name__)
-            hearing.tell(self)
+            guarded.report_stepped(self)
             return result
         except _Skipped as skipped:
-            if skipped.hearing is not hearing:
+            if skipped.guarded is not guarded:
                 raise
             return None
         except BaseException as error:
-            if hearing.raised is not None:
-                hearing.raised(self, type(error))
+            if guarded.raised is not None:
+                guarded.raised(self, type(error))
             raise
         finally:
-            hearing.inside = False
-            hearing.after(self)
+            guarded.inside = False
+            guarded.finish(self)
 
     wrapper = MethodType(step, optimizer)
     before = optimizer.__dict__.get("step")
     optimizer.step = wrapper  # type: ignore[method-assign]
     handles = []
     if hooks:
-        handles = [optimizer.register_step_pre_hook(hearing.before), optimizer.register_step_post_hook(hearing.ended)]
+        handles = [
+            optimizer.register_step_pre_hook(guarded.pre_hook),
+            optimizer.register_step_post_hook(guarded.post_hook),
+        ]
 
     def remove() -> None:
-        hearing.over = hearing.begin = hearing.stepped = hearing.raised = None
+        guarded.end = guarded.begin = guarded.stepped = guarded.raised = None
         for handle in handles:
             handle.remove()
         found = reference()
-        if found is not None and found.__dict__.get("step") is wrapper:  # else somebody has wrapped it since
+        if found is not None and found.__dict__.get("step") is wrapper:  # else someone has wrapped it since
             del found.__dict__["step"]
             if before is not None:
                 found.__dict__["step"] = before
@@ -176,26 +184,29 @@ def guard(
 
 
 class _Skipped(Exception):
-    """Leaves a step that must not be made, from a pre hook of it to the guard that has put the hook in."""
+    """Leaves a step that must not be made: raised in its pre hook, caught by the guard that registered the hook."""
 
-    def __init__(self, hearing: "_Hearing") -> None:
+    def __init__(self, guarded: "_Guarded") -> None:
         super().__init__("distclip skips this step")
-        self.hearing = hearing
+        self.guarded = guarded
 
 
 @dataclass(slots=True)
-class _Hearing:
-    """Whom a guard tells, and where the step is: inside the wrapped one, and begun, by the hooks of the first class."""
+class _Guarded:
+    """The callbacks of a guard, and how far the step is.
 
-    over: Callable[[Optimizer], None] | None
+    ``inside``: the wrapped step is running; ``begun``: ``begin`` was called in it, and is not for its base classes.
+    """
+
+    end: Callable[[Optimizer], None] | None
     begin: Begin | None
     stepped: Callable[[Optimizer], None] | None
     raised: Callable[[Optimizer, type[BaseException]], None] | None
     inside: bool = False
     begun: bool = False
-    withheld: ExitStack = field(default_factory=ExitStack)  # by a step past the wrapper
+    withheld: ExitStack = field(default_factory=ExitStack)  # from a step past the wrapper
 
-    def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    def pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if self.begin is None or (self.inside and self.begun):
             return None
         self.begun = True
@@ -208,28 +219,28 @@ class _Hearing:
         self.withheld.callback(withhold(parameters_of(optimizer)))
         return None
 
-    def tell(self, optimizer: Optimizer) -> None:
+    def report_stepped(self, optimizer: Optimizer) -> None:
         if self.stepped is not None:
             self.stepped(optimizer)
 
-    def ended(self, optimizer: Optimizer, *_: Any) -> None:
+    def post_hook(self, optimizer: Optimizer, *_: Any) -> None:
         if not self.inside:
             try:
-                self.tell(optimizer)
+                self.report_stepped(optimizer)
             finally:
-                self.after(optimizer)
+                self.finish(optimizer)
 
-    def after(self, optimizer: Optimizer) -> None:
+    def finish(self, optimizer: Optimizer) -> None:
         self.withheld.close()
-        if self.over is not None:
-            self.over(optimizer)
+        if self.end is not None:
+            self.end(optimizer)
 
 
 def _calls_hooks(optimizer: Optimizer) -> bool | None:
-    """Whether the ``step`` that it has now is the one torch has patched, seen through what others put on the instance.
+    """Whether its present ``step`` is the one torch has patched, below whatever wraps it on the instance; None: hidden.
 
-    None where they hide it. The attribute ``hooked`` tells nothing: decorators copy it, and an LR scheduler or a guard
-    may hold a ``step`` from before the class was patched.
+    The attribute ``hooked`` (torch 2.13) does not show it: decorators copy it, and an LR scheduler or a guard may hold
+    a ``step`` from before the class was patched.
     """
     of_class = type(optimizer).step
     own, found = (of_class, getattr(of_class, "__wrapped__", None)), _function(optimizer.step)
@@ -252,12 +263,12 @@ def _folds(optimizer: Optimizer) -> bool:
     return type(optimizer) in FOLDING and all(group.get("fused") for group in optimizer.param_groups)
 
 
-def _begin_skipping(optimizer: Optimizer, *_: Any) -> Literal["skip"] | None:
+def _begin_watched(optimizer: Optimizer, *_: Any) -> Literal["skip"] | None:
     _inside.add(optimizer)
     return SKIP if optimizer in _skipping else None
 
 
-def _end_of_skipping(optimizer: Optimizer) -> None:
+def _end_watched(optimizer: Optimizer) -> None:
     _inside.discard(optimizer)
     _flags.pop(optimizer, ExitStack()).close()
     _skipping.pop(optimizer, ExitStack()).close()

@@ -1,8 +1,8 @@
-"""GradScaler beside a Clipper: gradients are unscaled first, and what one rank found not finite all ranks know.
+"""GradScaler beside a Clipper: gradients are unscaled first, and all ranks skip where one finds an inf.
 
-``scaler.unscale_`` looks at the gradients of its own rank. A rank that finds an inf would skip and lower its loss scale
-while the others step and raise theirs; the global norm tells all of them. Private torch API, read in 2.13 and 2.11:
-``_per_optimizer_states``.
+``scaler.unscale_`` checks the gradients of its own rank only. A rank that finds an inf would skip and lower its loss
+scale while the others step and raise theirs; the global norm makes all of them skip. Private torch API, read in 2.13
+and 2.11: ``_per_optimizer_states``, which ``scaler.update()`` clears.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,25 +16,24 @@ from torch.optim import Optimizer
 
 from . import refusals
 
-OWNERS = "distclip"  # whose calls an optimizer's state has seen
+OWNERS = "distclip"  # key, in the scaler's state of an optimizer, of who clipped for it since update()
 
 
 def claim(scaler: GradScaler, optimizers: Sequence[Optimizer], owner: object) -> None:
-    """Note that ``owner`` clips for ``optimizers`` now; RuntimeError where it did so since ``scaler.update()``.
+    """Record that ``owner`` clips for ``optimizers`` now; RuntimeError where it has since ``scaler.update()``.
 
-    The scaler would take the new gradients for unscaled, as the old ones were.
+    The scaler would take the new gradients for unscaled, since the old ones were.
     """
     for optimizer in optimizers:
-        owners = _state(scaler, optimizer).setdefault(OWNERS, [])  # until update()
+        owners = _state(scaler, optimizer).setdefault(OWNERS, [])
         if any(one is owner for one, _ in owners):
             raise refusals.update_missing()
-        owners.append((owner, optimizer))  # kept, so that no other optimizer gets its id, the scaler's key
+        owners.append((owner, optimizer))  # kept alive: the scaler's key is its id, which no other may get
 
 
 def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
     """Unscale the gradients of every optimizer for which that was not done since ``scaler.update()``.
 
-    An optimizer without a gradient on this rank has nothing that is not finite: torch's scaler would refuse to step it.
     RuntimeError, from torch, for an optimizer that the scaler has stepped since; ValueError for a gradient that torch
     would unscale twice.
     """
@@ -46,6 +45,7 @@ def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
         state = _state(scaler, optimizer)
         if state["stage"] is not OptState.UNSCALED:
             scaler.unscale_(optimizer)
+        # Without a gradient on this rank there is no entry, and scaler.step() asserts that there is one (torch 2.13).
         if not state["found_inf_per_device"]:
             scale = scaler._get_scale_async()
             assert scale is not None, "unscale_ refuses to go on without"
@@ -53,7 +53,7 @@ def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
 
 
 def join_found_inf(scaler: GradScaler, optimizers: Sequence[Optimizer], nonfinite: bool | Tensor) -> None:
-    """Let ``scaler`` know of a norm that is not finite on any rank, so that all skip and lower the scale alike."""
+    """Report a norm that is not finite to ``scaler``, so that all ranks skip and lower the scale alike."""
     if nonfinite is False:
         return
     for optimizer in optimizers:

@@ -1,7 +1,7 @@
-"""Optimizers around optimizers: which of them applies the gradients, and what cannot be clipped before it steps.
+"""Optimizers around optimizers: which of them to clip for, and which cannot be clipped for before they step.
 
-What is known of others, read in accelerate 1.15, lightning 2.6, torchft 2026.10, opacus 1.6, schedulefree 1.4, timm 1.0
-and pytorch_optimizer 4.1; none of them is imported.
+Recognised by class names and attributes, as read in accelerate 1.15, lightning 2.6, torchft 2026.10, opacus 1.6,
+schedulefree 1.4, timm 1.0 and pytorch_optimizer 4.1; none of them is imported.
 """
 
 from typing import Any
@@ -9,8 +9,12 @@ from weakref import ProxyTypes
 
 from . import refusals
 
-PROXIES = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}  # of them, step() may be many things
-WHOLE = {  # take gradients as they are, and count or move parameters around the step inside
+PROXIES = {
+    "AcceleratedOptimizer",
+    "LightningOptimizer",
+    "_FabricOptimizer",
+}  # whose step() may do many things
+WHOLE = {  # take gradients as they are, and count or move parameters around the inner step
     "LARC",
     "Lookahead",
     "OrthoGrad",
@@ -21,12 +25,12 @@ WHOLE = {  # take gradients as they are, and count or move parameters around the
 
 
 def is_optimizer(found: Any) -> bool:
-    """Whether this is an optimizer, of torch or not."""
+    """Whether this has what optimizers have, of torch or not: ``step`` and ``param_groups``."""
     return callable(getattr(found, "step", None)) and isinstance(getattr(found, "param_groups", None), (list, tuple))
 
 
 def with_inner(optimizer: Any) -> list[Any]:
-    """``optimizer``, those inside of it that hold the same parameters, and those inside of these."""
+    """``optimizer``, those it wraps that hold the same parameters, and those that they wrap."""
     found = [optimizer]
     for one in found:
         found += [value for value in _inside(one).values() if all(value is not known for known in found)]
@@ -34,11 +38,12 @@ def with_inner(optimizer: Any) -> list[Any]:
 
 
 def clip_target(optimizer: Any) -> Any:
-    """The one whose gradients are final when its step begins, so that they are clipped then.
+    """The optimizer whose gradients are final when its step begins, so that they are clipped then.
 
-    That is the innermost: what is around it may accumulate, ask, or make other gradients first. A skip that only the
-    innermost knows would count in a Lookahead, though, and move the average of a schedule-free wrapper: these are taken
-    as a whole. ValueError where it cannot be told, or where gradients go past the innermost.
+    That is the innermost: those around it may accumulate, ask a manager, or make other gradients first. Only a
+    Lookahead or a schedule-free wrapper is clipped for as a whole: if just the inner step were skipped, the one would
+    count it and the other would move its average. ValueError where the innermost is ambiguous, or where gradients
+    bypass it.
     """
     if deepspeed_steps(optimizer):
         raise refusals.deepspeed_steps_it(_name(optimizer))
@@ -58,7 +63,7 @@ def clip_target(optimizer: Any) -> Any:
 
 
 def refuse_clip_before_step(optimizer: Any) -> None:
-    """ValueError for what must not be clipped before its ``step()``: the gradients it applies are not there yet."""
+    """ValueError for one whose gradients are not there yet before its ``step()``, so that a clip would miss them."""
     name = _name(optimizer)
     if deepspeed_steps(optimizer):
         raise refusals.deepspeed_steps_it(name)
@@ -71,7 +76,7 @@ def refuse_clip_before_step(optimizer: Any) -> None:
 
 
 def refuse_proxy(optimizer: Any) -> None:
-    """ValueError for a framework's proxy whose ``step()`` would do nothing now, or unscale gradients after a clip."""
+    """ValueError for a framework's proxy whose ``step()`` would do nothing now, or unscale after the clip."""
     names = _names(optimizer)
     if "AcceleratedOptimizer" in names:
         if optimizer.scaler is not None:
@@ -89,7 +94,7 @@ def refuse_proxy(optimizer: Any) -> None:
 
 
 def deepspeed_steps(optimizer: Any) -> bool:
-    """Whether an engine of DeepSpeed keeps its gradients and steps it: as ``engine.optimizer``, or accelerate's."""
+    """Whether a DeepSpeed engine keeps its gradients and steps it: ``engine.optimizer``, or accelerate's wrapper."""
     kinds = type(optimizer).__mro__
     return any(
         kind.__module__.startswith("deepspeed.runtime.") or kind.__name__ == "DeepSpeedOptimizerWrapper"
@@ -98,7 +103,7 @@ def deepspeed_steps(optimizer: Any) -> bool:
 
 
 def _inner(optimizer: Any) -> Any:
-    """The one inside of it, or itself where there is none; ValueError where there are two."""
+    """The one that it wraps, or itself if there is none; ValueError if there are two."""
     found = list(_inside(optimizer).items())
     if len(found) > 1:
         (first, _), (second, _), *_ = found
@@ -107,7 +112,7 @@ def _inner(optimizer: Any) -> Any:
 
 
 def _inside(optimizer: Any) -> dict[str, Any]:
-    """Its attributes that are optimizers of the same parameters, each once."""
+    """Its attributes that are optimizers of the same parameters, by name, each once."""
     held = _ids(optimizer)
     found = {
         id(value): (name, value)

@@ -26,7 +26,7 @@ RULES = {
     "skip": "a bool, a 0-d tensor or None",
 }
 FIELDS = tuple(RULES)
-TRUSTED = (MaxNorm, ValueClip, AutoClip)
+TRUSTED = (MaxNorm, ValueClip, AutoClip)  # by their exact class: a subclass may decide otherwise
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Numbers:
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class Tensors:
     """A decision in 0-d tensors on an accelerator, float64 or bool, without a host sync.
 
     Elementwise bounds that are numbers stay so, and so does the bound of a trusted policy. ``skip`` is None if no step
@@ -74,7 +74,7 @@ class Words:
     trusted: bool
 
     @classmethod
-    def of(cls, decision: Decision, policy: Policy, device: torch.device) -> "Words":
+    def of(cls, decision: Decision, policy: Policy, device: torch.device) -> "Tensors":
         """Bring ``decision`` to ``device``; ValueError if a field is no number, or bounds that are numbers are bad."""
         skip, coef, bound, trusted = decision.skip, decision.coef, decision.max_norm, is_trusted(policy)
         return cls(
@@ -125,7 +125,7 @@ def ask(policy: Policy, norm: Tensor, state: State) -> tuple[Decision, State]:
 
 
 def refusal_of(fault: float, policy: Policy) -> ValueError:
-    """The error for what :meth:`Words.fault` found."""
+    """The error for what :meth:`Tensors.fault` found."""
     return refusal(FIELDS[int(fault) - 1], policy)
 
 

@@ -1,8 +1,8 @@
-"""One call of a Clipper, from measured gradients to what the optimizers are told; and the seam for whoever calls it.
+"""One call of a Clipper, from measured gradients to the optimizers' steps; and the seam for whoever makes that call.
 
 [Note: the seam]
-Whatever calls a Clipper in its user's place (`attach`, the integrations, an optimizer that reduces gradients itself)
-uses these names of the rooms `ranks`, `gradients`, `plan`, `optimizers` and `step`, and subclasses nothing:
+What calls a Clipper in its user's place (`attach`, the integrations, an optimizer that reduces gradients itself) uses
+these names of the rooms `ranks`, `gradients`, `plan`, `optimizers` and `step`, and subclasses nothing:
 
 * ``engine.Engine``: the verbs ``measure``, ``clip_``, ``begin``, ``decide`` and ``step``; ``owner.register`` and
   ``interruption.record``; ``plan``, ``policy``, ``holders``, ``owner.clipped`` and ``progress.report`` to read.

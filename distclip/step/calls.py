@@ -1,4 +1,4 @@
-"""How the calls of one Clipper are told apart: ranks that make different ones must notice, whatever they make."""
+"""The tags of a Clipper's calls, by which ranks that make different calls disagree instead of pairing them."""
 
 from dataclasses import dataclass, field
 from math import inf
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from ..ranks.group import Clippers
 
-COMPARING = 1 << 12  # tag of a call in which copies of gradients are compared
-TURN = 45499  # odd, and its multiples lie far apart: no Clipper meets another one of its group, whatever their steps
+COMPARING = 1 << 12  # tag of a call that compares replicas of gradients
+TURN = 45499  # odd, with multiples far apart: the tags of two Clippers of one group never meet, whatever their steps
 MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
 
 
 class Call(NamedTuple):
-    """One call: what is mixed into the agreement word, what errors call it, whether copies are compared in it."""
+    """One call: what goes into the agreement word, its name in errors, whether replicas of gradients are compared."""
 
     tag: int
     name: str
@@ -58,11 +58,11 @@ class Calls:
         return Call(TURN * self.number, self._by_whom("verify()"), False)
 
     def compared(self) -> None:
-        """Copies were compared in this call; next in one that is twice as far from the beginning."""
+        """Replicas were compared in this call; next in one twice as far from the beginning: calls 1, 2, 4, 8, ..."""
         self.compare_in = 2 * self.made
 
     def begin_anew(self, steps: int, loaded: int) -> None:
-        """A state was loaded, with so many ``steps``."""
+        """A state with so many ``steps`` was loaded; ``loaded``: its hash."""
         self.steps, self.loaded, self.decided = steps, loaded, 0
         self.made, self.compare_in = 0, inf if self.compare_in == inf else 1.0
 

@@ -1,4 +1,4 @@
-"""Outcome: what a Clipper makes of one measured step, on the host or on an accelerator without waiting for it."""
+"""Outcome: what a policy decides on one measured step, on the host, or on an accelerator without a host sync."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,19 +10,21 @@ from torch import Tensor
 from ..kernels import clamp_, scale_
 from ..plan.measured import Measured
 from ..policies import Policy, State
-from ..policies.answer import Numbers, Words, ask, is_trusted
+from ..policies.answer import Numbers, Tensors, ask, is_trusted
 from ..policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device, rounded
 from ..report import Culprit, Report
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One measured and decided step.
+    """One measured and decided step. Numbers where the host knows them, 0-d tensors otherwise.
 
-    ``factors``: what gradients are multiplied by, one after the other. ``norm`` and what follows are numbers where the
-    host knows them, 0-d tensors otherwise: ``coef`` before it was rounded where no number bounds the norm, and what is
-    wrong with the policy's answer that the host has not refused (see :meth:`.policies.answer.Words.fault`).
-    ``bound``: the number that torch's formula clips to, where the host knows it.
+    * ``bounds``: to which each element is clamped; ``factors``: by which gradients are multiplied, one after the other.
+    * ``disagree``: whether ranks made different calls, and the norm means nothing.
+    * ``coef``: the coefficient; not yet rounded to the report's dtype where the bound is a tensor.
+    * ``fault``: what is wrong with the policy's answer, where only the device has checked it; see
+      :meth:`.policies.answer.Tensors.fault`.
+    * ``bound``: the number that torch's formula clips to, where the host knows it.
     """
 
     report: Report
@@ -37,27 +39,28 @@ class Outcome:
     bound: float | None = None
 
     def read(self) -> "Outcome":
-        """The same with numbers in place of tensors: one copy to the host, and a host sync."""
+        """The same with numbers in place of tensors: one copy to the host, which is a host sync."""
         assert isinstance(self.norm, Tensor)
         reduced = self.measured.reduced
         own = self.norm if reduced.own is None else reduced.own
-        words = (self.norm, self.disagree, self.coef, self.skip, 0.0 if self.fault is None else self.fault, own)
-        norm, disagree, coef, skip, fault, own = torch.stack([_like(word, self.norm) for word in words]).tolist()
+        numbers = (self.norm, self.disagree, self.coef, self.skip, 0.0 if self.fault is None else self.fault, own)
+        norm, disagree, coef, skip, fault, own = torch.stack([_like(number, self.norm) for number in numbers]).tolist()
         if reduced.own is not None:
             reduced = replace(reduced, own=own)
         measured = replace(self.measured, reduced=reduced)
         found: tuple[Tensor, ...] = ()
         if coef != 1.0:
-            known_to, told = (inf, coef) if self.bound is None else (self.bound, None)
-            found = factors(norm, known_to, told, measured.dtype)[1]
-        found = self.factors if len(found) == 1 else found  # which is where gradients are
+            bound, given = (inf, coef) if self.bound is None else (self.bound, None)
+            found = factors(norm, bound, given, measured.dtype)[1]
+        found = self.factors if len(found) == 1 else found  # the same number, already on the gradients' device
         known = replace(self, measured=measured, factors=found, norm=norm, disagree=bool(disagree), coef=coef)
         return replace(known, skip=bool(skip), fault=fault)
 
     def apply_to(self, gradients: Sequence[Tensor]) -> None:
-        """Scale and clamp ``gradients``, plain tensors, in place; with numbers on the host only where that is needed.
+        """Scale and clamp ``gradients``, plain tensors, in place.
 
-        Nothing where the step is skipped, or may be by a tensor that is not read here.
+        Changes nothing where the step is skipped: a ``skip`` that is a tensor comes with a coefficient of 1. A host
+        sync only for gradients on the host, where the decision is on an accelerator.
         """
         if self.skip is True:
             return
@@ -69,24 +72,24 @@ class Outcome:
             clamp_(gradients, low, high, unless)
 
     def blamed_on(self, culprit: Culprit) -> "Outcome":
-        """The same with the culprit in its report. Finite gradients whose powers overflow are left as they are."""
+        """The same with the culprit in its report."""
         report = replace(self.report, culprit=culprit)
-        if culprit.kind == "overflow":
+        if culprit.kind == "overflow":  # only the sum did: all gradients are finite, and the formula would zero them
             report = replace(report, coef=torch.ones_like(report.coef))
             return replace(self, report=report, factors=(), coef=1.0)
         return replace(self, report=report)
 
 
-def _like(word: float | Tensor, other: Tensor) -> Tensor:
-    return word.double() if isinstance(word, Tensor) else torch.full_like(other, word)
+def _like(number: float | Tensor, other: Tensor) -> Tensor:
+    return number.double() if isinstance(number, Tensor) else torch.full_like(other, number)
 
 
 def decided_on_host(
     measured: Measured, policy: Policy, state: State, skips_nonfinite: bool, device: torch.device, trusted: bool
 ) -> tuple[Outcome, State]:
-    """What ``policy`` decides, in numbers, and its state after it. Where ranks disagree the norm is NaN.
+    """What ``policy`` decides, in numbers, and its state after that. Where ranks disagree the norm is NaN.
 
-    ``trusted``: whether the policy's answers keep the rules by construction.
+    ``trusted``: the policy's answers keep the rules by construction.
     """
     reduced = measured.reduced
     assert not isinstance(reduced.norm, Tensor)
@@ -95,7 +98,7 @@ def decided_on_host(
     asked = torch.scalar_tensor(norm, dtype=torch.float64, device=device)
     decision, state = policy.decide(asked, state) if trusted else ask(policy, asked, state)
     answer, finite, dtype = Numbers.of(decision, policy), isfinite(norm), measured.dtype
-    if finite and not answer.skip:  # of a norm that is not finite a policy may have made what it cannot answer for
+    if finite and not answer.skip:  # what a policy makes of a norm that is not finite need not be usable
         answer.check(policy)
     skip, bound = answer.skip or (skips_nonfinite and not finite), answer.max_norm
     coef, found = (torch.ones((), dtype=dtype), ()) if skip else factors(norm, bound, answer.coef, dtype)
@@ -111,13 +114,13 @@ def decided_on_device(
     device: torch.device,
     last: Report | None,
 ) -> tuple[Outcome, State]:
-    """The same in a few kernels on one number each, for which nothing waits: one asks whether the norm is finite.
+    """The same in a few kernels on one number each, without a host sync.
 
-    ``last``: the report before, with a bound that need not be made again where it is a number.
+    ``last``: the previous report, whose ``max_norm`` is reused where the bound is a number.
     """
     norm, dtype, trusted = measured.reduced.tensor(device), measured.dtype, is_trusted(policy)
-    decision, state = ask(policy, norm if trusted else norm.clone(), state)
-    answer, finite = Words.of(decision, policy, device), norm < inf  # false for NaN too
+    decision, state = ask(policy, norm if trusted else norm.clone(), state)  # a policy of a user may write to its norm
+    answer, finite = Tensors.of(decision, policy, device), norm < inf  # false for NaN too
     skip = _skipped(answer.skip, finite, skips_nonfinite)
     shown: Tensor = norm
     fault: Tensor | None = None
@@ -142,11 +145,11 @@ def _skipped(wanted: Tensor | None, finite: Tensor, skips_nonfinite: bool) -> Te
 
 
 def _coefs(
-    answer: Words, norm: Tensor, finite: Tensor, skip: Tensor, dtype: torch.dtype, skips_nonfinite: bool
+    answer: Tensors, norm: Tensor, finite: Tensor, skip: Tensor, dtype: torch.dtype, skips_nonfinite: bool
 ) -> tuple[Tensor, Tensor]:
     """The coefficient as exactly as it is known here, and as a report shows it; 1 where the step is skipped.
 
-    Of a norm that is inf it is 0 where something bounds it, as in torch.
+    For a norm of inf that something bounds it is 0, as in torch.
     """
     if answer.coef is None and isinstance(answer.max_norm, float):
         if answer.max_norm == inf:
@@ -160,8 +163,8 @@ def _coefs(
     return exact, coef if skips_nonfinite else torch.where(norm == inf, exact.to(dtype), coef)
 
 
-def _exact(norm: Tensor, answer: Words) -> Tensor:
-    """In memory of its own."""
+def _exact(norm: Tensor, answer: Tensors) -> Tensor:
+    """In memory of its own, which is then written to."""
     if answer.coef is not None:
         return answer.coef if answer.trusted else answer.coef.clone()
     assert isinstance(answer.max_norm, Tensor)

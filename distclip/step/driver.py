@@ -1,4 +1,4 @@
-"""Who makes the calls of a Clipper in its user's place."""
+"""Driver: what calls a Clipper in its user's place."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from ..report import Report
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What the methods of a Clipper do where something else than its user's loop makes its calls.
+    """What the methods of a Clipper do where a framework or an optimizer calls it, not its user's loop.
 
-    * ``name``: of what makes them, as errors say it: ``"optimizer.step()"``.
-    * ``measure``, ``verify``: in place of the engine's; None for these.
-    * ``clip_``, ``step``: where the user still makes these; None where calling them would clip twice (RuntimeError).
-    * ``detach``: gives up driving; None where that cannot be (RuntimeError).
+    * ``name``: of the caller, as errors spell it: ``"optimizer.step()"``.
+    * ``measure``, ``verify``: in place of the engine's; None for the engine's.
+    * ``clip_``, ``step``: where the user still calls these; None where that would clip twice (RuntimeError).
+    * ``detach``: stops the caller; None where that is impossible (RuntimeError).
     """
 
     name: str

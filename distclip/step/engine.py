@@ -1,4 +1,4 @@
-"""Engine: what a Clipper does, as verbs for a loop, a framework or an optimizer that calls it in a user's place."""
+"""Engine: what a Clipper does, for the loop, the framework or the optimizer that makes its calls."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -44,8 +44,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _noted(verb: Callable[Concatenate["Engine", P], R]) -> Callable[Concatenate["Engine", P], R]:
-    """``verb``, of which the ranks hear in the next call where it was broken off: see :class:`Interruption`."""
+def _records_interruption(verb: Callable[Concatenate["Engine", P], R]) -> Callable[Concatenate["Engine", P], R]:
+    """``verb``; where an exception leaves it on this rank alone, all ranks raise in the next call."""
 
     @wraps(verb)
     def call(self: "Engine", *args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,19 +60,19 @@ def _noted(verb: Callable[Concatenate["Engine", P], R]) -> Callable[Concatenate[
 
 
 class Engine:
-    """Everything but the face of a :class:`Clipper`, whose arguments it takes.
+    """Everything behind the face of a :class:`Clipper`, whose arguments it takes.
 
-    * ``gradients``: also the :class:`Storage` of the gradients of all parameters, each once, in the model's order.
-    * ``decides_on_device``: whether the host leaves the decision where the norm is reduced; None for where reading it
-      would be a host sync. (True sends the CPU down the road of accelerators.)
+    * ``gradients``: also a :class:`Storage` of the gradients of all parameters, each once, in the model's order.
+    * ``decides_on_device``: whether the decision stays where the norm is reduced; None: where reading it would be a
+      host sync. (True makes the CPU decide as accelerators do.)
 
-    Its verbs differ from those of a Clipper in what they know of whoever steps:
+    Its verbs know more than those of a Clipper about whoever steps:
 
-    * ``measure(optimizers)``: look, and change nothing;
-    * ``clip_(optimizers, scaler)``: clip now; the next step of each of ``optimizers``, which somebody else calls,
-      changes nothing where the decision is to skip;
-    * ``begin(optimizers, scaler)``: decide now, and step inside ``around()`` of what is returned, one after the other;
-    * ``decide()``: decide now, and apply that later to what ``Outcome.apply_to`` is handed;
+    * ``measure(optimizers)``: norm and decision; nothing changes.
+    * ``clip_(optimizers, scaler)``: clip now; the next step of each of ``optimizers``, called by someone else, changes
+      nothing where the decision is to skip.
+    * ``begin(optimizers, scaler)``: decide now, then step inside ``around()`` of what is returned, one by one.
+    * ``decide()``: decide now; ``Outcome.apply_to`` scales gradients later.
     * ``step(*optimizers, scaler)``: clip and step.
 
     ``only_theirs``: leave gradients that none of ``optimizers`` holds out of the norm, and as they are: nobody zeroes
@@ -111,7 +111,7 @@ class Engine:
             axes = bool(split_over) and where.size > 1
             calls = Calls(compare_in=1.0 if axes or has_copies(plan) else inf)
             self.progress = Progress(plan, holders, storage, self.policy, streak, calls, axes, decides_on_device)
-        except FAILURES as error:  # the others are about to compare: they raise as well
+        except FAILURES as error:  # the other ranks are about to compare, and would hang: they raise as well
             device = where.device_for(parameter for part in parts for parameter in part.parameters())
             tell_ranks(where, device, dict.fromkeys(options.SETTINGS, ""), error)
             raise
@@ -126,18 +126,18 @@ class Engine:
     @shielded
     def measure(self, optimizers: Sequence[Optimizer] = (), only_theirs: bool = False) -> Report:
         """Norm and decision for the gradients as they are; nothing changes. See :meth:`Clipper.measure`."""
-        among = self._folding.of(optimizers).held if only_theirs else None
-        return self.progress.measure(self._fault(), among).report
+        counted = self._folding.of(optimizers).parameters if only_theirs else None
+        return self.progress.measure(self._fault(), counted).report
 
     @shielded
-    @_noted
+    @_records_interruption
     def clip_(
         self, optimizers: Sequence[Optimizer] = (), scaler: GradScaler | None = None, only_theirs: bool = False
     ) -> Report:
         """Clip in place; the next step of each of ``optimizers`` changes nothing where the decision is to skip.
 
-        Unscales first with a ``scaler``, which skips non-finite steps by itself and must hear of the policy's own skip
-        before it: that is a host sync.
+        With a ``scaler`` it unscales first. The scaler skips non-finite steps itself, and has to know of the policy's
+        own skip before that, which is a host sync.
         """
         scaler, folds = _enabled(scaler), self._folding.of(optimizers)
         outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=scaler is None)
@@ -149,7 +149,7 @@ class Engine:
         return report
 
     @shielded
-    @_noted
+    @_records_interruption
     def begin(
         self,
         optimizers: Sequence[Optimizer],
@@ -159,7 +159,7 @@ class Engine:
     ) -> Stepping:
         """Decide, and scale what ``optimizers`` will not scale themselves while they step.
 
-        ``folds``: of these optimizers, where that is known.
+        ``folds``: of these optimizers, if known.
         """
         if folds is None:
             self.owner.register(optimizers)
@@ -167,7 +167,7 @@ class Engine:
         on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(may_skip_on_device, optimizers))
         outcome = self._advance(optimizers, folds, _enabled(scaler), only_theirs, skips_on_device=on_device)
         gradients, coef = outcome.measured.runs, None
-        # An optimizer scales by dividing by 1 / coef: by one factor, and nothing may come after it.
+        # 8. Scale. An optimizer that folds divides by 1 / coef: one factor, and no clamping after it.
         if len(outcome.factors) == 1 and outcome.bounds is None and outcome.skip is not True:
             gradients, coef = self._not_folded(outcome, folds), outcome.report.coef
         if gradients:
@@ -176,24 +176,27 @@ class Engine:
         return Stepping(outcome.report, outcome.skip is True, folds, coef, skip)
 
     @shielded
-    @_noted
+    @_records_interruption
     def decide(self) -> Outcome:
         """Decide, and change nothing but the policy's state: :meth:`.decision.Outcome.apply_to` scales gradients later.
 
-        The decision is in numbers: a host sync on an accelerator. The result keeps no gradient alive once
-        ``outcome.measured`` is let go.
+        A host sync on an accelerator, since the decision is in numbers. The outcome keeps the gradients alive.
         """
         return self._advance((), self._folding.of(()), None, False, skips_on_device=False)
 
-    @_noted
+    @_records_interruption
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
         """See :meth:`Clipper.step`."""
+        # 1. Check the optimizers, if they are not those of the latest step or not torch's own: a framework's proxy that
+        #    could be stepped then may accumulate now.
         folds = self._folding.known(optimizers)
-        if folds is None or folds is not self._checked:  # not torch's: a framework's proxy may accumulate by now
+        if folds is None or folds is not self._checked:
             self._check(optimizers)
             self.owner.register(optimizers)
             folds = self._checked = self._folding.of(optimizers)
+        # 2 to 8.
         stepping = self.begin(optimizers, scaler, folds=folds)
+        # 9. Step, or not.
         if stepping.skipped:
             return stepping.report
         if scaler is not None and scaler.is_enabled():
@@ -219,7 +222,10 @@ class Engine:
         self.interruption.forget()
 
     def _fault(self) -> LayoutError | None:
-        """What this rank knows to be wrong before it looks at a gradient; RuntimeError where others would not come."""
+        """What this rank knows to be wrong before it looks at a gradient, for all ranks to raise.
+
+        RuntimeError inside ``join()``, where other ranks would not take part.
+        """
         if self._joinable:
             refuse_join(self._joinable)
         return self.interruption.fault or self._reading.lost()
@@ -233,42 +239,45 @@ class Engine:
         skips_on_device: bool,
         fault: LayoutError | None = None,
     ) -> Outcome:
-        """Advance once, on gradients that are unscaled where there is a ``scaler``."""
+        """Phases 2 to 7 of :meth:`Clipper.step`."""
         if folds.foreign and fault is None:
             fault = self.owner.foreign_to(folds, optimizers)
-        among = folds.held if only_theirs else None
+        counted = folds.parameters if only_theirs else None
         if scaler is None:
-            return self.progress.advance(skips_on_device, self._fault() or fault, among)
+            return self.progress.advance(skips_on_device, self._fault() or fault, counted)
         fault = fault or self._out_of_reach(folds, only_theirs)
+        # 2. Unscale.
         claim(scaler, optimizers, self)
         unscale_(scaler, optimizers)
+        # 3 to 7. The scalers of all ranks must know of a norm that is not finite, to lower the same scale.
         try:
-            outcome = self.progress.advance(skips_on_device, self._fault() or fault, among)
+            outcome = self.progress.advance(skips_on_device, self._fault() or fault, counted)
         except NonFiniteError:
             join_found_inf(scaler, optimizers, True)
             raise
-        norm = outcome.norm  # not finite on any rank: the scalers of all must know
+        norm = outcome.norm
         join_found_inf(scaler, optimizers, ~norm.isfinite() if isinstance(norm, Tensor) else not isfinite(norm))
         return outcome
 
     def _out_of_reach(self, folds: Folds, only_theirs: bool) -> LayoutError | None:
-        """What is wrong where a GradScaler cannot unscale a gradient: it knows what optimizers hold, in ``.grad``."""
+        """The error where a GradScaler cannot unscale a gradient: it knows what optimizers hold, in ``.grad``."""
         if not self.progress.storage.in_grad:
             raise refusals.scaler_with_gradients()
         for source, holder in enumerate(self.holders):
-            if holder.grad is not None and id(holder) not in folds.held and not only_theirs:
+            if holder.grad is not None and id(holder) not in folds.parameters and not only_theirs:
                 label = self.plan.label(self.plan.sources.index(source))
                 return refusals.not_unscaled(label)
         return None
 
     def _step_scaled(self, optimizers: Sequence[Optimizer], scaler: GradScaler, stepping: Stepping) -> None:
-        unless_scaled = replace(stepping, skip=None)  # which the scaler tells the optimizer, joined with its own
+        # The scaler sets found_inf itself, and skipping() adds the policy's skip to that.
+        without_skip = replace(stepping, skip=None)
         for index, optimizer in enumerate(optimizers):
-            with unless_scaled.around(index, optimizer), skipping(optimizer, stepping.skip):
+            with without_skip.around(index, optimizer), skipping(optimizer, stepping.skip):
                 scaler.step(optimizer)
 
     def _check(self, optimizers: Sequence[Optimizer]) -> None:
-        """ValueError for what cannot be stepped; the others, who take part in this call, raise as well."""
+        """ValueError for what cannot be stepped; the other ranks, which make this call too, raise as well."""
         try:
             check_optimizers(optimizers)
         except ValueError as error:
@@ -278,13 +287,13 @@ class Engine:
             raise
 
     def _not_folded(self, outcome: Outcome, folds: Folds) -> Sequence[Tensor]:
-        """The gradients that no folding optimizer scales, those that no optimizer holds included."""
-        if not folds.inside:
+        """The gradients that no folding optimizer scales, including those that no optimizer holds."""
+        if not folds.folded:
             return outcome.measured.runs
-        if folds.inside >= self.owner.clipped:
+        if folds.folded >= self.owner.clipped:
             return ()
         pairs = zip(self.holders, outcome.measured.gradients, strict=True)
-        plan, left = self.plan, [None if id(holder) in folds.inside else g for holder, g in pairs]
+        plan, left = self.plan, [None if id(holder) in folds.folded else g for holder, g in pairs]
         return look(plan.pieces, plan.sources, plan.replicas, left).parts()
 
 

@@ -1,34 +1,34 @@
-"""A call that was broken off, by a signal handler or in the optimizer's step: ranks may be a step apart after it."""
+"""A call left by an exception, of a signal handler or the optimizer's step: ranks may be a step apart after it."""
 
 from ..errors import FAILURES, LayoutError
 from . import refusals
 
 
 class Interruption:
-    """Knows of a call that was broken off, and says how to go on.
+    """An exception that only this rank has met, which all ranks raise in the next call.
 
-    What is among ``FAILURES`` has an answer of its own until the ranks have decided: they raise together, and nothing
-    has changed. After that the others go on, whatever it is.
+    Until the ranks have decided, those in ``FAILURES`` need no such thing: they are raised on all ranks together, and
+    nothing has changed. Afterwards the other ranks step, whatever the exception is.
     """
 
     __slots__ = ("_in_group", "fault")
 
     def __init__(self, in_group: bool) -> None:
-        """``in_group``: there are other ranks. One process alone goes on as it is."""
+        """``in_group``: there are other ranks. A single process can go on as it is."""
         self._in_group = in_group
-        self.fault: LayoutError | None = None  # what every rank is told in the next call
+        self.fault: LayoutError | None = None  # raised by every rank in the next call
 
     def record_unless_shared(self, kind: type[BaseException], committed: bool) -> None:
         """A call was left by an exception of this ``kind``; ``committed``: after the ranks had decided."""
-        alarm = issubclass(kind, TimeoutError)  # an OSError that handlers raise, wherever the call is
+        alarm = issubclass(kind, TimeoutError)  # in FAILURES as an OSError, but a signal handler raises it anywhere
         if committed or alarm or not issubclass(kind, FAILURES):
             self.record(kind)
 
     def record(self, kind: type[BaseException]) -> None:
-        """An exception of this ``kind`` has broken a step off after the ranks had decided."""
+        """An exception of this ``kind`` has kept this rank from a step that the others have made."""
         if self._in_group:
             self.fault = refusals.interrupted(kind.__name__)
 
     def forget(self) -> None:
-        """All ranks have begun anew."""
+        """A state was loaded, on all ranks."""
         self.fault = None

@@ -20,7 +20,7 @@ def joinable_in(parts: Iterable[nn.Module]) -> Sequence[DistributedDataParallel]
 
 
 def refuse_join(modules: Iterable[DistributedDataParallel]) -> None:
-    """RuntimeError inside a ``join()``, unless it stops all ranks together, in the forward, when the first runs out."""
+    """RuntimeError inside a ``join()``, unless it stops all ranks in the forward when the first runs out of data."""
     for module in modules:
         config = module._join_config
         if config.enable and not config.throw_on_early_termination:

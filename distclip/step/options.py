@@ -30,7 +30,7 @@ SETTINGS = (
 
 
 class Options(TypedDict, total=False):
-    """The keywords of :class:`Clipper`, for those who make one on behalf of a user."""
+    """The keywords of :class:`Clipper`, for those who build one on behalf of a user."""
 
     group: dist.ProcessGroup | None
     split_over: Sequence[Axis]
@@ -50,7 +50,7 @@ def settings(
     given: Sequence[Any],
     gradients: Any,
 ) -> dict[str, str]:
-    """A text for each setting, equal on ranks that were built alike; of ``given`` only whether they were."""
+    """A text for each setting, for ranks to compare; of ``given`` and functions only whether they were given."""
     texts = ["given" if each else "not given" for each in given]
     where = gradients if isinstance(gradients, str) else "not given" if gradients is None else "given"
     known = (str(p), spelled(policy), nonfinite, str(max_consecutive_skips), *texts, where)
@@ -58,7 +58,7 @@ def settings(
 
 
 def streak(nonfinite: Nonfinite, max_consecutive_skips: int | None) -> Streak:
-    """ValueError for what neither may be."""
+    """Their :class:`Streak`; ValueError for what they cannot be."""
     if nonfinite not in MODES:
         raise refusals.unknown_mode(nonfinite, MODES)
     if max_consecutive_skips is not None and max_consecutive_skips < 1:

@@ -1,4 +1,4 @@
-"""Who clips what, and for which optimizers: no parameter is clipped twice in a step, and none is stepped unclipped."""
+"""Who clips what, and for which optimizers: no parameter is clipped twice in a step, and none steps unclipped."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
@@ -19,8 +19,8 @@ _alive: WeakValueDictionary[int, "Owner"] = WeakValueDictionary()
 class Owner:
     """The parameters of one Clipper, by id, and the optimizers that it is known to clip for.
 
-    ``clipped``: those in its norm. ``left_out``: those of its model that ``only=`` leaves alone. Whoever makes one
-    keeps these parameters alive.
+    ``clipped``: those in its norm. ``left_out``: those of its model that ``only=`` leaves alone. Whoever makes an Owner
+    keeps these parameters alive, so that no other gets their ids.
     """
 
     __slots__ = ("__weakref__", "_optimizers", "clipped", "left_out")
@@ -32,21 +32,21 @@ class Owner:
         _alive[id(self)] = self
 
     def register(self, optimizers: Iterable[Optimizer]) -> None:
-        """From now on it is known to clip for ``optimizers``, and for what is inside of them."""
+        """From now on it is known to clip for ``optimizers``, and for those that they wrap."""
         for optimizer in optimizers:
             if optimizer not in self._optimizers:
                 self._optimizers.update(with_inner(optimizer))
 
     def rivalry(self) -> LayoutError | None:
-        """What is wrong where others clip parameters of this one, and are not known to do so for other optimizers."""
+        """The error where others clip some of these parameters, and not for optimizers known to be different ones."""
         rivals = sum(1 for other in self._others() if self._may_be_clipped_by(other))
         return refusals.rivals(rivals) if rivals else None
 
     def foreign_to(self, folds: Folds, optimizers: Sequence[Optimizer]) -> LayoutError | None:
-        """What is wrong where an optimizer holds parameters that nobody clips, and would step them as they are.
+        """The error where an optimizer would step parameters that nobody clips; None where none does.
 
-        Those that ``only`` leaves out are left alone on purpose. Another Clipper may clip some, but not all that an
-        optimizer holds: then the optimizers of two Clippers were mixed up.
+        Those that ``only`` leaves out are unclipped on purpose. Another Clipper may clip some that an optimizer holds,
+        but not all: then the optimizers of two Clippers were mixed up.
         """
         if folds.foreign <= self.left_out:
             return None
@@ -62,7 +62,7 @@ class Owner:
         return None
 
     def _others(self) -> Iterator[Self]:
-        """Another thread may make one meanwhile, so the references are listed at once."""
+        # valuerefs() lists them at once: another thread may build a Clipper meanwhile.
         found = [owner for each in _alive.valuerefs() if (owner := each()) is not None]
         return (owner for owner in found if owner is not self)  # type: ignore[misc]
 

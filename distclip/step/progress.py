@@ -1,4 +1,4 @@
-"""What one call of a Clipper reads and commits: from gradients to a decision, the policy's state and the counters."""
+"""From gradients to a decision: what one call of a Clipper measures, decides and commits."""
 
 from collections.abc import Set
 from dataclasses import replace
@@ -32,9 +32,10 @@ from .nonfinite import Streak
 class Progress:
     """Advances a policy over the steps of one plan.
 
-    ``holders``, ``storage``: the parameters of the plan, and where their gradients are. ``on_device``: whether the
-    decision stays on the device where the norm is reduced, which nothing then waits for. ``report``: of the latest
-    step. ``committed``: whether the ranks have decided in the call that is being made, so that the others will step.
+    * ``holders``, ``storage``: the parameters of the plan, and where their gradients are.
+    * ``on_device``: whether the decision stays where the norm is reduced, without a host sync.
+    * ``report``: of the latest step.
+    * ``committed``: whether the ranks have decided in the call now being made, so that the other ranks will step.
     """
 
     def __init__(
@@ -58,50 +59,51 @@ class Progress:
         self._compares_axes = compares_axes
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._captured = False  # whether a call was, so that a CUDA graph holds the state's memory
-        self._unread: tuple[Transfer, Measured] | None = None
+        self._unchecked: tuple[Transfer, Measured] | None = None  # the previous step, not read by the host yet
 
-    def measure(self, fault: LayoutError | None, among: Set[int] | None = None) -> Outcome:
+    def measure(self, fault: LayoutError | None, counted: Set[int] | None = None) -> Outcome:
         """Measure and decide; nothing changes.
 
-        ``fault``: what this rank knows to be wrong, raised by all ranks once they have met. ``among``: the ids of the
-        parameters whose gradients count; None for all.
+        ``fault``: what this rank knows to be wrong. It takes part in the all-reduce first, and then all ranks raise.
+        ``counted``: ids of the parameters whose gradients are in the norm; None for all.
         """
-        if self._unread is not None:
-            self._look_back()
-        measured = self._measure(self.calls.measurement(), fault or self.plan.memory.late_error, among)
+        if self._unchecked is not None:
+            self._check_previous()
+        measured = self._measure(self.calls.measurement(), fault or self.plan.memory.late_error, counted)
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
             raise refusals.ranks_disagree(measured.reduced.who)
         return outcome
 
     def advance(
-        self, skips_on_device: bool, fault: LayoutError | None = None, among: Set[int] | None = None
+        self, skips_on_device: bool, fault: LayoutError | None = None, counted: Set[int] | None = None
     ) -> Outcome:
-        """Measure, decide, look at the decision or leave that for the next call, and commit the policy's state.
+        """Phases 3 to 7 of :meth:`Clipper.step`.
 
-        ``skips_on_device``: whoever steps next is told to skip by a tensor, so that the host need not know.
+        ``skips_on_device``: whoever steps next takes the skip as a tensor, so that the host need not know it.
         """
-        # 1. What the step before left on the device is looked at now, by all ranks in the same call.
-        if self._unread is not None:
-            self._look_back()
+        # 3. Check the previous step, if the host did not wait for it. All ranks do so in the same call, before they
+        #    communicate: on a norm that is not finite they make three all-reduces here.
+        if self._unchecked is not None:
+            self._check_previous()
         capturing = self.on_device and in_capture(self.plan.device)
         if capturing and self.plan.reads_flags:
             raise refusals.read_in_capture()
-        # 2. Measure: one all-reduce. Whatever is wrong on this rank travels in it, so that no other waits for us.
+        # 4. Measure: one all-reduce. This rank's own fault travels in it: raised earlier, it would hang the others.
         call = self.calls.step(capturing)
         if fault is None and self.plan.memory.late_error is not None:
             fault = self.plan.memory.take_late_error()
-        measured = self._measure(call, fault, among)
-        # 3. Decide, from reduced values alone.
+        measured = self._measure(call, fault, counted)
+        # 5. Decide, from reduced values only, so that all ranks decide alike.
         outcome, state = self._decide(measured)
-        # 4. Look at the decision where that is free or somebody must know; else leave it for the next call.
-        if self._must_look(outcome, skips_on_device):
+        # 6. Check the decision where the host knows it or has to; otherwise in phase 3 of the next call.
+        if self._must_check_now(outcome, skips_on_device):
             if capturing:
                 raise refusals.read_in_capture()
-            outcome = self._look(outcome)
+            outcome = self._check(outcome)
         elif not capturing:
-            self._leave(outcome)
-        # 5. Commit: from here on the other ranks step, whatever happens on this one.
+            self._check_later(outcome)
+        # 7. Commit. From here on the other ranks step, whatever happens on this one.
         self._captured = self._captured or capturing
         self._commit(outcome, state)
         return outcome
@@ -119,19 +121,19 @@ class Progress:
         self.state = fitting(state["policy"], made(self.policy, self.plan.device))
         self.streak.skips = skips
         self.calls.begin_anew(steps, hash_of(self.state, skips))
-        self._unread = None
+        self._unchecked = None
         self.plan.memory.take_late_error()
 
-    def _measure(self, call: Call, fault: LayoutError | None, among: Set[int] | None) -> Measured:
+    def _measure(self, call: Call, fault: LayoutError | None, counted: Set[int] | None) -> Measured:
         plan, storage = self.plan, self.storage
         try:
             gradients = storage.read()
         except FAILURES as failed:  # of a function of the user, for example
             fail_with_others(plan, failed, call.tag, call.name, self._realigns)
             raise
-        if among is not None:
+        if counted is not None:
             pairs = zip(self._holders, gradients, strict=True)
-            gradients = [gradient if id(holder) in among else None for holder, gradient in pairs]
+            gradients = [gradient if id(holder) in counted else None for holder, gradient in pairs]
         measured = measure(
             plan, gradients, storage.store, call.tag, realign_first=self._realigns, error=fault, call=call.name
         )
@@ -139,7 +141,9 @@ class Progress:
             if self._compares_axes:
                 compare_axes(plan, self._holders, measured)
             self.calls.compared()
-        if measured.realigned and not self._realigns:  # where ranks disagree, some of them have raised before this line
+        if measured.realigned and not self._realigns:
+            # This changes the order of collectives in later calls. Where ranks disagree, some have raised before this
+            # line, and the others must not change it by themselves.
             self._realigns = not measured.reduced.read()[1]
         if storage.scale is None:
             return measured
@@ -147,12 +151,12 @@ class Progress:
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
         skips = self.streak.mode != "propagate"
-        last = None if self._captured else self.report  # whose memory may be that of a graph
+        last = None if self._captured else self.report  # a graph may own its memory, and write to it in a replay
         if self.on_device:
             return decided_on_device(measured, self.policy, self.state, skips, self.plan.device, last)
         return decided_on_host(measured, self.policy, self.state, skips, self.plan.device, self._trusted)
 
-    def _must_look(self, outcome: Outcome, skips_on_device: bool) -> bool:
+    def _must_check_now(self, outcome: Outcome, skips_on_device: bool) -> bool:
         return (
             not self.on_device
             or self.streak.mode == "raise"
@@ -160,8 +164,8 @@ class Progress:
             or (outcome.skip is not False and not skips_on_device)
         )
 
-    def _look(self, outcome: Outcome) -> Outcome:
-        """The outcome in numbers; raise, on all ranks alike, what must be raised."""
+    def _check(self, outcome: Outcome) -> Outcome:
+        """The outcome in numbers: at most one host sync. Errors are raised on all ranks alike."""
         if isinstance(outcome.norm, Tensor):
             outcome = outcome.read()
         if outcome.disagree:
@@ -170,44 +174,47 @@ class Progress:
             raise refusal_of(float(outcome.fault), self.policy)
         measured = outcome.measured
         if not isfinite(outcome.norm):
-            return outcome.blamed_on(self.streak.add(self.plan, measured))
+            return outcome.blamed_on(self.streak.record_nonfinite(self.plan, measured))
         norm = float(outcome.norm)
         if self.streak.culprit is not None or self.streak.skips or norm == 0:
-            self.streak.end(norm, any(gradient is not None for gradient in measured.gradients))
+            self.streak.record_finite(norm, any(gradient is not None for gradient in measured.gradients))
         if self.plan.fully_replicated:
             compare_copies(self.plan, norm, measured.reduced.own, f"step {self.calls.steps}")
         return outcome
 
-    def _leave(self, outcome: Outcome) -> None:
-        """Start copying to the host what the next call looks at, and keep no gradient for that."""
+    def _check_later(self, outcome: Outcome) -> None:
+        """Start copying to the host what the next call checks; keeps no gradient alive."""
         measured = outcome.measured
         kept = replace(measured, norms=norms_of(self.plan, measured)).without_gradients()
         faults = [outcome.fault] if isinstance(outcome.fault, Tensor) else []
-        self._unread = Transfer.begin(measured.reduced.to_send(self.plan.device), *faults), kept
+        self._unchecked = Transfer.begin(measured.reduced.to_send(self.plan.device), *faults), kept
 
-    def _look_back(self) -> None:
-        """The one fixed place where a step decided on an accelerator is looked at, by waiting and never by a query."""
-        if in_capture(self.plan.device):
+    def _check_previous(self) -> None:
+        """Check the previous step, decided on an accelerator: its numbers have arrived by now, or are waited for.
+
+        Never by polling, which ranks would answer differently, so that some would raise a call earlier than others.
+        """
+        if in_capture(self.plan.device):  # in which the host can read nothing: the first call after it checks
             return
-        assert self._unread is not None
-        (transfer, measured), self._unread = self._unread, None
+        assert self._unchecked is not None
+        (transfer, measured), self._unchecked = self._unchecked, None
         own, norm, disagree, faults = measured.reduced.sent(transfer.read())
         if disagree:
             raise refusals.ranks_disagree()
         if not isfinite(norm):
-            self.streak.add(self.plan, measured)
+            self.streak.record_nonfinite(self.plan, measured)
             return
-        self.streak.end(norm, measured.norms is not None and len(measured.norms.indices) > 0)
+        self.streak.record_finite(norm, measured.norms is not None and len(measured.norms.indices) > 0)
         compare_copies(self.plan, norm, own, f"step {self.calls.steps - 1}", warns=False)  # this call raises
         if any(faults):
             raise refusal_of(faults[0], self.policy)
 
     def _commit(self, outcome: Outcome, state: State) -> None:
-        if not self.on_device:  # where the numbers are reduced, so on all ranks or on none
+        if not self.on_device:  # which follows from where numbers are reduced, so on all ranks or on none
             self.calls.decided = crc32(f"{outcome.coef:.6g} {outcome.skip} {outcome.bounds}".encode())
         if self._trusted and not self._captured:
             self.state = state
-        else:  # in place: a captured graph reads the next state where it wrote the last one
+        else:  # in place: a captured graph reads the state where it wrote it; and a policy may return what it keeps
             for name, value in state.items():
                 self.state[name].copy_(value)
         self.calls.steps += 1

@@ -1,37 +1,39 @@
 """Clipper: a plan and a policy, the object that a training loop holds.
 
 [Note: collectives and host syncs]
-At construction the parameters of all ranks, the settings and the policy are compared by two all-reduces of a float64
-word or two for each parameter. Every ``measure``, ``clip_`` and ``step`` then makes one all-reduce of two float64 words
-(four for p = inf), also under DDP, so that ranks decide alike even when one replica is corrupt. On top of that:
+Construction compares the parameters, the settings and the policy of all ranks, by two all-reduces of one or two
+float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then makes one all-reduce of two float64 numbers
+(four for p = inf), under DDP too, so that ranks decide alike even when one replica is corrupt. In addition:
 
-* With DTensors that FSDP2 does not manage, ``split_over`` or ``layout``: two words more, which say whether some rank
-  holds float64, and whether gradients lie otherwise than their parameters (sequence-parallel norms leave pending sums).
-  Those are then redistributed into ``.grad``, from then on before the all-reduce.
-* In calls 1, 2, 4, 8, ... of ``clip_`` and ``step``, counted from construction or a loaded state: copies of gradients
-  are compared before anything is scaled, by one all-reduce of five words for each parameter that has copies, and along
-  ``split_over`` by three all-reduces more. LayoutError on all ranks where copies differ (a reduction that was left out,
-  experts taken for copies), or where ranks along ``split_over`` hold the same values and gradients. Where the norm was
-  not finite the next call compares instead.
-* In the other calls, where every rank holds all gradients and those of one have a norm that is 1e-6 off: that rank
-  warns, and the next call raises on all ranks.
-* On a norm that is not finite: three small all-reduces name the culprit.
+* With DTensors that FSDP2 does not manage, ``split_over`` or ``layout``, the message carries two flags more: some rank
+  holds float64; some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms
+  leave pending sums). Misplaced gradients are redistributed into ``.grad``, in later calls before the all-reduce.
+* Calls 1, 2, 4, 8, ... of ``clip_`` and ``step``, counted from construction or a loaded state, compare replicas of
+  gradients before anything is scaled: one all-reduce more, of five numbers for each replicated parameter, and three
+  more along ``split_over``. LayoutError on all ranks where replicas differ (a missing reduction, experts taken for
+  replicas), or where ranks along ``split_over`` hold the same values and gradients. If the norm was not finite, the
+  next call compares instead.
+* In the other calls, if every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns, and the next
+  call raises on all ranks.
+* On a norm that is not finite three small all-reduces find the culprit.
 
-Nothing waits for an accelerator but ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold, float64
-gradients, p > 7, the two words more, and payloads that travel on the host (Gloo, and devices without float64): together
-one host sync a step, two with the words more. Comparing copies, in those few calls, costs two more. Gradients on the
-host beside those on an accelerator wait for their factor. Without a host sync, non-finite norms, disagreement and bad
-answers of a policy are looked at when the next call starts, so that an error and :attr:`Clipper.culprit` come one call
-late. A bad answer skips its step, for which a policy of your own costs a host sync under ``"propagate"`` too where an
-optimizer cannot fold. A coefficient below float32's normal numbers, exact elsewhere, is the least of them where the
-host does not know it. Inside the capture of a CUDA graph nothing is looked at (RuntimeError where it must be), and a
-replay is no call: it advances the policy, but counts no step.
+On an accelerator there is no host sync, except for ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
+float64 gradients, p > 7, the two flags, and messages that go through the host (Gloo, and devices without float64): one
+a step for all of these together, two with the flags. Comparing replicas costs two more, in those few calls. Gradients
+on the host beside those on an accelerator wait for their coefficient.
 
-A call that raises leaves gradients and policy state as they were, but for pending sums that were made by then.
+Without a host sync, non-finite norms, disagreement and bad answers of a policy are checked when the next call starts,
+so that the error and :attr:`Clipper.culprit` come one call late. A bad answer skips its step; for that, a policy of
+your own costs a host sync under ``"propagate"`` too if an optimizer cannot fold. A coefficient below float32's normal
+numbers becomes the smallest of them where the host does not know it; elsewhere it is exact. While a CUDA graph is
+captured nothing is checked (RuntimeError where it must be), and a replay is no call: it advances the policy, but counts
+no step.
+
+A call that raises leaves gradients and policy state as they were, but some misplaced gradients may be redistributed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Self, SupportsIndex, TypeVar, overload
+from typing import Any, SupportsIndex
 
 import torch.distributed as dist
 from torch import nn
@@ -50,30 +52,11 @@ from .step import refusals
 from .step.driver import Driver
 from .step.engine import Engine
 from .step.nonfinite import Nonfinite
-
-T = TypeVar("T")
-
-
-class ReadOnly(Generic[T]):
-    """An attribute of a Clipper that ``read`` finds in it; ``hint``: what to do in place of assigning to it."""
-
-    def __init__(self, read: Callable[["Clipper"], T], doc: str, hint: str = refusals.READ_ONLY) -> None:
-        self._read, self._hint = read, hint
-        self.__doc__ = doc
-
-    @overload
-    def __get__(self, clipper: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, clipper: "Clipper", owner: type) -> T: ...
-    def __get__(self, clipper: "Clipper | None", owner: type) -> Self | T:
-        return self if clipper is None else self._read(clipper)
-
-    def __set__(self, clipper: "Clipper", value: object) -> None:
-        raise AttributeError(self._hint)
+from .step.read_only import ReadOnly
 
 
 class Clipper:
-    """Clips by the true global norm, skips alike on all ranks, and keeps the policy's state.
+    """Clips by the true global norm, skips steps alike on all ranks, and keeps the policy's state.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
@@ -90,47 +73,48 @@ class Clipper:
     * ``split_over``: 1-D mesh slices or process groups whose ranks hold *different* parameters (``mesh["pp"]``).
     * ``layout``: ``(name, parameter) -> Layout | None``, for parameters that metadata does not describe.
     * ``only``: ``(name, parameter) -> bool``, which parameters are in the norm and are scaled; None means all. The
-      others are left alone: no optimizer scales them, but a step that is skipped skips them too.
+      others are not scaled, but a step that is skipped skips them too.
     * ``norm_type``: p > 0, or inf. 1, 2, 3 and inf are right from 1e-30 to 1e30; at p = 100 a norm below 8e-4 is lost.
     * ``nonfinite``: what a norm that is not finite does. ``"skip"``: no rank steps and gradients stay as they are.
       ``"raise"``: NonFiniteError on every rank, gradients untouched. ``"propagate"``: scale and step, as torch does.
-    * ``max_consecutive_skips``: so many non-finite steps in a row are skipped; the next raises NonFiniteError.
+    * ``max_consecutive_skips``: at most so many non-finite steps in a row are skipped; the next raises
+      NonFiniteError.
     * ``gradients``: where they are, if not in ``.grad``: the name of another attribute of the parameters
-      (``"main_grad"``), or ``(name, parameter) -> Tensor | None``. They are scaled in place, by us and by no optimizer,
+      (``"main_grad"``), or ``(name, parameter) -> Tensor | None``. They are scaled in place before the optimizers step,
       and a GradScaler cannot unscale them.
 
-    LayoutError or ValueError on all ranks where they hold other parameters, other values of what should be copies, or
-    other settings. A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated
-    when, and where the host waits: [Note: collectives and host syncs] at the head of :mod:`distclip.clipper`.
+    LayoutError or ValueError on all ranks where ranks differ in parameters, in the values of replicas or in settings.
+    A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated when, and
+    what is a host sync: [Note: collectives and host syncs] at the head of :mod:`distclip.clipper`.
     """
 
     engine: Engine
     _driver: Driver | None
 
     policy = ReadOnly(
-        lambda clipper: clipper.engine.policy,
-        "The policy that it was built with: no other takes its place, since all ranks have agreed on this one.",
+        lambda engine: engine.policy,
+        "The policy that it was built with. It cannot be replaced, since all ranks have agreed on it.",
         refusals.POLICY_IS_FIXED,
     )
     max_norm = ReadOnly(
-        lambda clipper: clipper.engine.policy.max_norm,  # type: ignore[attr-defined]
+        lambda engine: engine.policy.max_norm,  # type: ignore[attr-defined]
         "The bound of a Clipper that was built with a number; AttributeError with another policy.",
         refusals.POLICY_IS_FIXED,
     )
     report = ReadOnly(
-        lambda clipper: clipper.engine.progress.report,
-        """What the latest ``clip_`` or ``step`` did, also where a hook made the call; None before the first.
+        lambda engine: engine.progress.report,
+        """What the latest ``clip_`` or ``step`` did, also where a hook made that call; None before the first.
 
-        A GradScaler that skips an attached optimizer by itself makes no call, and this stays what it was.
+        A GradScaler that skips an attached optimizer itself makes no call, and the report stays the one before.
         """,
     )
     steps = ReadOnly(
-        lambda clipper: clipper.engine.progress.calls.steps,
-        "How many times ``clip_`` or ``step`` were called: where it has not grown, ``report`` is of an older step.",
+        lambda engine: engine.progress.calls.steps,
+        "How many times ``clip_`` or ``step`` were called. While it does not grow, ``report`` is of an older step.",
     )
     culprit = ReadOnly(
-        lambda clipper: clipper.engine.progress.streak.culprit,
-        "Where the norm of the latest ``clip_`` or ``step`` came from if it was not finite; None if it was.",
+        lambda engine: engine.progress.streak.culprit,
+        "The cause of a norm that was not finite, in the latest ``clip_`` or ``step``; None if it was finite.",
     )
 
     @bound_by_place("Clipper(model, {})")
@@ -178,15 +162,14 @@ class Clipper:
         )
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """A Clipper is neither copied nor pickled: it would hold a model that the loop does not train."""
+        """TypeError: a copy would clip a model that the loop does not train."""
         raise refusals.not_copied(type(self).__name__)
 
     @untraced
     def measure(self) -> Report:
-        """Return norm and decision for the gradients as they are: nothing changes, neither policy state nor counters.
+        """Return norm and decision for the gradients as they are; nothing changes, not even policy state or counters.
 
-        One all-reduce. Ranks that disagree get a LayoutError at once where reading is free, a norm of NaN on
-        accelerators.
+        One all-reduce. Ranks that disagree get a LayoutError on the CPU, a norm of NaN on accelerators.
         """
         report: Report = self._call("measure")()
         return report
@@ -195,9 +178,9 @@ class Clipper:
     def clip_(self) -> Report:
         """Scale (or clamp) the gradients in place as the policy decides, and advance the policy once.
 
-        Call after the last backward of a step, after unscaling, before ``optimizer.step()``. Gradients keep their
-        bits where the coefficient is 1 and where ``report.skip`` is true: then the caller must not step. One
-        all-reduce (on a non-finite norm three more).
+        Call it after the last backward of a step, after unscaling, before ``optimizer.step()``, and do not step where
+        ``report.skip`` is true. Gradients keep their bits then, and where the coefficient is 1. One all-reduce (on a
+        non-finite norm three more).
         """
         report: Report = self._call("clip_")()
         return report
@@ -206,13 +189,17 @@ class Clipper:
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
         """Clip and step every optimizer, or skip on all ranks alike; advance the policy once.
 
-        1. Check that each of ``optimizers`` steps with gradients that are there now, and with no others.
-        2. Unscale, where there is a ``scaler``, every optimizer for which you did not.
-        3. Measure: one all-reduce (on a non-finite norm three more).
-        4. Decide: the policy sees the reduced norm, the same bits on every rank.
-        5. Scale what no optimizer will scale itself. A fused Adam, AdamW, SGD or Adagrad applies the coefficient
+        1. Check the optimizers: each steps with the gradients that are there now, and with no others.
+        2. Unscale the gradients, if there is a ``scaler``, of every optimizer for which you did not.
+        3. Check the previous step, if the host did not wait for it: its errors are raised here.
+        4. Measure: one all-reduce (on a non-finite norm three more).
+        5. Decide: the policy sees the reduced norm, the same bits on every rank.
+        6. Check the decision: one host sync on an accelerator if any optimizer cannot fold. If all can, the next call
+           does so, in phase 3.
+        7. Commit: the policy's state and the counters advance.
+        8. Scale what no optimizer will scale itself. A fused Adam, AdamW, SGD or Adagrad applies the coefficient
            itself, without a pass over the gradients; afterwards the content of ``.grad`` is unspecified.
-        6. Step, or not: one host sync on an accelerator if any optimizer cannot fold.
+        9. Step, or skip.
 
         Gradients that none of the optimizers holds are in the norm and scaled too: a discriminator's, in a step of the
         generator, unless they were set to None or it has a Clipper of its own (``attach`` leaves them out). With a
@@ -226,30 +213,33 @@ class Clipper:
     def verify(self) -> None:
         """Prove the layout on the gradients of a backward, before the step; LayoutError on all ranks if it is wrong.
 
-        The norm's own sum, with 1 in place of |g|**p, must count every parameter's elements once. Copies of a parameter
-        must hold the same bits, and copies of a gradient must be equal (inside ``no_sync`` they are not). Where
-        ``split_over`` or ``layout`` say that ranks hold different parameters, gradients of the same shape and bits must
-        add up to one (a tied weight on two stages does not). No other Clipper may hold the same parameters, unless both
-        are known to step other optimizers (DiLoCo's inner and outer): attached, or given them in a step before. Five
-        all-reduces of a few words a parameter, and a host sync; gradients are never gathered.
+        * The norm's own sum, with 1 in place of ``|g|**p``, must count every parameter's elements once.
+        * Replicas of a parameter must hold the same bits, and those of its gradient be equal (inside ``no_sync`` they
+          are not).
+        * Where ``split_over`` or ``layout`` say that ranks hold different parameters, gradients of the same shape and
+          bits must add up to one (a tied weight on two stages does not).
+        * No other Clipper may hold the same parameters, unless both are known to clip for different optimizers
+          (DiLoCo's inner and outer): attached to them, or given them in an earlier step.
+
+        Five all-reduces of a few numbers a parameter, and a host sync; gradients are never gathered.
         """
         self._call("verify")()
 
     def state_dict(self) -> dict[str, Any]:
-        """The policy's state and the counters: the same on every rank, for any number of ranks, copied."""
+        """Return a copy of the policy's state and the counters: the same on every rank, for any number of ranks."""
         return self.engine.progress.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned, here or on another number of ranks; ValueError if it is not.
+        """Load what :meth:`state_dict` returned, on any number of ranks; ValueError if it is anything else.
 
-        Every rank must load the same: the next call is a LayoutError on all of them where one did not.
+        Every rank must load the same: if one does not, the next call is a LayoutError on all of them.
         """
         self.engine.load_state_dict(state)
 
     def detach(self) -> None:
-        """Take the hooks of :func:`attach` away: from now on the optimizers step as if they had never been attached.
+        """Remove the hooks of :func:`attach`: from now on the optimizers step as if they had never been attached.
 
-        RuntimeError where a framework calls this Clipper and cannot let go of it; nothing where nobody does.
+        RuntimeError where a framework calls this Clipper and cannot stop; nothing happens where only you call it.
         """
         if self._driver is not None:
             if self._driver.detach is None:

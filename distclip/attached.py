@@ -1,4 +1,4 @@
-"""attach: a loop keeps its lines, and `optimizer.step()` clips by the true global norm first."""
+"""attach: the training loop stays as it is, and `optimizer.step()` clips by the true global norm first."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -32,12 +32,13 @@ class Attachment:
         """``in_grad``: gradients are in ``.grad``, of which they can be taken away from a step that is under way."""
         self._engine, self._in_grad = engine, in_grad
         self._optimizers = [ref(optimizer) for optimizer in optimizers]
-        self._stepped: set[int] = set()  # of the optimizers since the latest decision
+        self._stepped: set[int] = set()  # which optimizers, since the latest decision
         self._stepping: Stepping | None = None
-        self._waiting: dict[int, list[tuple[Tensor, int]]] = {}  # gradients of those not stepped yet, as they were left
-        self._open: dict[int, ExitStack] = {}
+        # Of those that have not stepped since: their gradients, with the versions that these had when they were scaled.
+        self._scaled: dict[int, list[tuple[Tensor, int]]] = {}
+        self._running: dict[int, ExitStack] = {}  # the steps now running; closed when they end
         self._undo: list[Callable[[], Any]] = []
-        self._claimed: WeakSet[Optimizer] = WeakSet()  # those, and what is inside of them
+        self._claimed: WeakSet[Optimizer] = WeakSet()  # those, and what they wrap
         for optimizer in optimizers:
             self._undo += (guard(optimizer, self._after, self._before, raised=self._raised), _refuse_copies(optimizer))
             self._claimed.update(with_inner(optimizer))
@@ -45,7 +46,7 @@ class Attachment:
         engine.owner.register(optimizers)
 
     def detach(self) -> None:
-        """Take the hooks away: from now on the optimizers step as if they had never been attached."""
+        """Remove the hooks: from now on the optimizers step as if they had never been attached."""
         while self._undo:
             self._undo.pop()()
         for optimizer in self._present():
@@ -54,7 +55,7 @@ class Attachment:
         self._claimed.clear()
 
     def measure(self) -> Report:
-        """As the steps do, of the gradients that the attached optimizers hold."""
+        """Measure what the steps do: the gradients that the attached optimizers hold."""
         return self._engine.measure(self._present(), only_theirs=True)
 
     def _present(self) -> list[Optimizer]:
@@ -63,7 +64,7 @@ class Attachment:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | Literal["skip"] | None:
-        if any(self._optimizers[index]() is optimizer for index in self._open):
+        if any(self._optimizers[index]() is optimizer for index in self._running):
             self._after(optimizer)
             raise RuntimeError(
                 f"{type(optimizer).__name__} was stepped past optimizer.step, which attach() wraps, and raised or "
@@ -78,10 +79,10 @@ class Attachment:
                 "clip_() of a Clipper in the closure instead of attach()"
             )
 
-        def clipped() -> Any:  # the gradients are made in there, and the step cannot be left any more
+        def clipped() -> Any:  # it makes the gradients, and by then the step cannot be left: skip by taking them away
             loss = closure()
             if self._enter(optimizer):
-                self._open[self._index(optimizer)].callback(withhold(parameters_of(optimizer)))
+                self._running[self._index(optimizer)].callback(withhold(parameters_of(optimizer)))
             return loss
 
         if len(args) > 1:
@@ -98,9 +99,9 @@ class Attachment:
         )
 
     def _enter(self, optimizer: Optimizer) -> bool:
-        """The gradients of ``optimizer`` are there: decide or join the decision, and prepare its step.
+        """The gradients of ``optimizer`` are complete: decide, or join the decision, and prepare its step.
 
-        True where the step is to be skipped, and the host knows.
+        True if the host knows that the step is to be skipped.
         """
         if isinstance(getattr(optimizer, "grad_scale", None), Tensor):
             raise RuntimeError(
@@ -108,7 +109,7 @@ class Attachment:
                 "scaler.unscale_(optimizer) before scaler.step(optimizer), or use Clipper.step(..., scaler=scaler)"
             )
         index = self._index(optimizer)
-        if index in self._open:
+        if index in self._running:
             raise RuntimeError(
                 f"{type(optimizer).__name__} runs its closure more than once a step, and each would be clipped by "
                 "itself: clip inside the closure, with distclip.clip_grad_norm_"
@@ -120,9 +121,9 @@ class Attachment:
         stepping = self._stepping
         assert stepping is not None
         self._stepped.add(index)
-        self._waiting.pop(index, None)
+        self._scaled.pop(index, None)
         stack, skips = ExitStack(), stepping.skipped
-        self._open[index] = stack
+        self._running[index] = stack
         if not skips:
             stack.enter_context(_joined(stepping, optimizer).around(index, optimizer))
         if len(self._stepped) == len(self._optimizers):
@@ -131,20 +132,20 @@ class Attachment:
 
     def _after(self, optimizer: Optimizer) -> None:
         for index, reference in enumerate(self._optimizers):
-            if reference() is optimizer and index in self._open:
-                self._open.pop(index).close()
+            if reference() is optimizer and index in self._running:
+                self._running.pop(index).close()
 
     def _raised(self, optimizer: Optimizer, kind: type[BaseException]) -> None:
-        """Its step was left by an exception: where the ranks had decided, those of the others are made."""
-        if any(self._optimizers[index]() is optimizer for index in self._open):
+        """An exception left its step: if the ranks had decided by then, the other ranks have stepped."""
+        if any(self._optimizers[index]() is optimizer for index in self._running):
             self._engine.interruption.record(kind)
 
     def _decide_for_all(self) -> None:
-        """The first step since all have stepped: measure, scale, and remember what the others will step with."""
+        """The first step after all have stepped: measure, scale, and remember what the others will step with."""
         present = self._present()
         if len(present) < len(self._optimizers):
             raise RuntimeError("an optimizer that was attached is gone: attach those that are left anew")
-        for index, known in self._waiting.items():
+        for index, known in self._scaled.items():
             kept = set(map(id, _gradients(present[index])))
             if any(id(gradient) in kept for gradient, _ in known):
                 raise RuntimeError(
@@ -155,7 +156,7 @@ class Attachment:
         self._stepping = self._engine.begin(present, only_theirs=True)
         self._stepped.clear()
         if len(present) > 1:
-            self._waiting = {
+            self._scaled = {
                 index: [(gradient, local_tensor(gradient)._version) for gradient in _gradients(optimizer)]
                 for index, optimizer in enumerate(present)
             }
@@ -163,7 +164,7 @@ class Attachment:
     def _refuse_changed(self, index: int) -> None:
         optimizer = self._optimizers[index]()
         assert optimizer is not None
-        known = {id(gradient): version for gradient, version in self._waiting[index]}
+        known = {id(gradient): version for gradient, version in self._scaled[index]}
         if any(known.get(id(gradient)) != local_tensor(gradient)._version for gradient in _gradients(optimizer)):
             raise RuntimeError(
                 f"the gradients of optimizer {index} of those attached together have changed since the first of them "
@@ -178,29 +179,34 @@ def attach(
     policy: Policy | float,
     **options: Unpack[Options],
 ) -> Clipper:
-    """Let every ``optimizer.step()`` clip by the true global norm first, or change nothing on all ranks alike.
+    """Let every ``optimizer.step()`` clip by the true global norm first, or skip on all ranks alike.
 
-    * ``optimizers``: one, or the list of those that step once each in an iteration: the first of them to step decides
-      for all, so every backward comes before it. Gradients in ``model`` that none of them holds are in no norm, and
-      stay as they are: nobody zeroes them.
+    * ``optimizers``: one, or the list of those that step once each per iteration. The first to step decides for all,
+      so every backward comes before it. Gradients in ``model`` that none of them holds are in no norm, and stay as they
+      are: nobody zeroes them.
     * ``model``, ``policy``, ``options``: those of :class:`Clipper`, which says what is compared at construction.
 
     Returns the Clipper, for ``report``, ``state_dict``, ``verify`` and ``detach()``; its ``clip_`` and ``step`` raise
-    RuntimeError, as the optimizers make these calls. A step that is skipped is not made: parameters, state, counters
-    and gradients stay, and post hooks and later pre hooks of others do not hear of it (an LR scheduler sees a call of
-    ``optimizer.step``, which it does not count). torch's fused Adam, AdamW, SGD and Adagrad on accelerators make it,
-    without a wait for the decision, and change nothing by ``found_inf``. With a closure, or where the class's ``step``
-    is called past the instance's, it is under way, and has no gradients until it is over or has raised: a number of
-    steps that the optimizer keeps may go on, and one that demands gradients raises. Collectives and waits: those of
-    :meth:`Clipper.step`, once for all optimizers.
+    RuntimeError, since the optimizers make these calls. Collectives and host syncs: those of :meth:`Clipper.step`, once
+    for all optimizers.
 
-    Of an optimizer around another (what Accelerate, Lightning, Fabric or torchft hand out, SAM, Opacus) the one that
-    applies the gradients is clipped, when it steps; a Lookahead or a schedule-free wrapper as a whole.
+    A skipped step
+
+    * is not made, as a rule: parameters, state, counters and gradients stay, and neither post hooks nor later pre hooks
+      run (an LR scheduler sees a call of ``optimizer.step``, which it does not count);
+    * is made by torch's fused Adam, AdamW, SGD and Adagrad on accelerators, without a host sync, and changes nothing by
+      ``found_inf``;
+    * is already running with a closure, or if the class's ``step`` is called past the instance's. It has no gradients
+      until it has ended or raised: step counts of the optimizer's own may advance, and one that demands gradients
+      raises.
+
+    Of an optimizer around another (what Accelerate, Lightning, Fabric or torchft return, SAM, Opacus) the one that
+    applies the gradients clips, when it steps; a Lookahead or a schedule-free wrapper clips as a whole.
 
     A closure may make the gradients, once a step. RuntimeError for LBFGS, which runs it more often, for gradients that
     a GradScaler has not unscaled, for a closure with ``gradients=``, and where the gradients of the second optimizer
-    are not those that the first one's step saw; ValueError for an optimizer that is attached already, for what is none,
-    and where it cannot be told which of two optimizers inside of one steps. Source:
+    are not those that the first one's step saw; ValueError for an optimizer that is attached already, for what is no
+    optimizer, and for one that wraps two, so that it is not known which steps. Source:
     ``torch.optim.Optimizer.register_step_pre_hook``.
 
     >>> import torch
@@ -220,11 +226,11 @@ def attach(
 
 
 def _refuse_copies(optimizer: Optimizer) -> Callable[[], None]:
-    """Let ``copy`` and ``pickle`` of ``optimizer`` raise until the result is called: they would leave the hooks behind.
+    """Let ``copy`` and ``pickle`` of ``optimizer`` raise until the returned function is called.
 
-    Both ask for ``__getstate__``, on the instance too, and torch's leaves out all but groups, state and defaults.
+    Both ask for ``__getstate__``, on the instance too; torch's keeps groups, state and defaults, but no hooks (2.13).
     """
-    kind, held = type(optimizer).__name__, optimizer.__dict__
+    kind, attributes = type(optimizer).__name__, optimizer.__dict__
 
     def refuse() -> NoReturn:
         raise TypeError(
@@ -232,12 +238,12 @@ def _refuse_copies(optimizer: Optimizer) -> Callable[[], None]:
             "detach() before it is copied or pickled and attach() again, to the copy as well"
         )
 
-    held["__getstate__"] = refuse
-    return lambda: held.pop("__getstate__", None)
+    attributes["__getstate__"] = refuse
+    return lambda: attributes.pop("__getstate__", None)
 
 
 def _to_attach_to(given: Sequence[Any]) -> list[Optimizer]:
-    """Those that apply the gradients of the optimizers ``given``; ValueError where that cannot be told, or is taken."""
+    """Those that apply the gradients of the ``given`` ones; ValueError if that is not known, or one is attached."""
     if not given:
         raise ValueError("attach needs at least one optimizer")
     found: list[Optimizer] = []
@@ -264,7 +270,7 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _joined(stepping: Stepping, optimizer: Optimizer) -> Stepping:
-    """The same with the ``found_inf`` that a GradScaler gave to a fused optimizer."""
+    """``stepping`` that skips too where a GradScaler says so, which has set ``found_inf`` of a fused optimizer."""
     found = getattr(optimizer, "found_inf", None)
     if stepping.skip is None or not isinstance(found, Tensor):
         return stepping

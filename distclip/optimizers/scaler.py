@@ -7,6 +7,7 @@ and 2.11: ``_per_optimizer_states``, which ``scaler.update()`` clears.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from . import refusals
+from .fused import Stepping
 
 OWNERS = "distclip"  # key, in the scaler's state of an optimizer, of who clipped for it since update()
 
@@ -72,8 +74,16 @@ def needs_update(scaler: GradScaler, optimizer: Optimizer) -> bool:
     return bool(_state(scaler, optimizer)["found_inf_per_device"])
 
 
+def step_scaled(scaler: GradScaler, optimizers: Sequence[Optimizer], stepping: Stepping) -> None:
+    """Let ``scaler`` step every optimizer; each skips where ``scaler`` or the decision says so."""
+    without_skip = replace(stepping, skip=None)  # the scaler sets found_inf itself, and _skipping() adds to that
+    for index, optimizer in enumerate(optimizers):
+        with without_skip.around(index, optimizer), _skipping(optimizer, stepping.skip):
+            scaler.step(optimizer)
+
+
 @contextmanager
-def skipping(optimizer: Optimizer, skip: Tensor | None) -> Iterator[None]:
+def _skipping(optimizer: Optimizer, skip: Tensor | None) -> Iterator[None]:
     """Inside, a scaler that steps a fused ``optimizer`` changes nothing where ``skip`` is true, and keeps its scale."""
     if skip is None:
         yield

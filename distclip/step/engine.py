@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import wraps
 from math import inf, isfinite
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -20,7 +19,7 @@ from ..layouts.model import ParameterFilter, Reading, chosen, held_in, parts_of
 from ..layouts.piece import holders_of, once
 from ..optimizers.fused import Folding, Folds, Stepping, may_skip_on_device
 from ..optimizers.hooks import check_optimizers, skip_next_step
-from ..optimizers.scaler import claim, join_found_inf, skipping, unscale_
+from ..optimizers.scaler import claim, join_found_inf, step_scaled, unscale_
 from ..plan.build import Plan
 from ..plan.construction import compare_ranks, tell_ranks
 from ..plan.copies import has_copies
@@ -200,7 +199,7 @@ class Engine:
         if stepping.skipped:
             return stepping.report
         if scaler is not None and scaler.is_enabled():
-            self._step_scaled(optimizers, scaler, stepping)
+            step_scaled(scaler, optimizers, stepping)
             return stepping.report
         for index, optimizer in enumerate(optimizers):
             with stepping.around(index, optimizer):
@@ -268,13 +267,6 @@ class Engine:
                 label = self.plan.label(self.plan.sources.index(source))
                 return refusals.not_unscaled(label)
         return None
-
-    def _step_scaled(self, optimizers: Sequence[Optimizer], scaler: GradScaler, stepping: Stepping) -> None:
-        # The scaler sets found_inf itself, and skipping() adds the policy's skip to that.
-        without_skip = replace(stepping, skip=None)
-        for index, optimizer in enumerate(optimizers):
-            with without_skip.around(index, optimizer), skipping(optimizer, stepping.skip):
-                scaler.step(optimizer)
 
     def _check(self, optimizers: Sequence[Optimizer]) -> None:
         """ValueError for what cannot be stepped; the other ranks, which make this call too, raise as well."""

@@ -33,7 +33,7 @@ from ..step.options import Options
 
 UNSUPPORTED = (DistributedType.MEGATRON_LM, DistributedType.XLA)
 
-_heard: WeakSet[AcceleratedOptimizer] = WeakSet()
+_followed: WeakSet[AcceleratedOptimizer] = WeakSet()
 _decided: WeakSet[AcceleratedOptimizer] = WeakSet()  # of these: whose clip_() came after their latest step
 _clippers: WeakSet[Clipper] = WeakSet()  # that clipper() of an Accelerator has returned
 
@@ -42,13 +42,14 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     """``accelerate.Accelerator``, same arguments, whose clipping is right for every layout that distclip knows."""
 
     def clip_grad_norm_(self, parameters: Parameters, max_norm: float, norm_type: float = 2) -> Tensor:
-        """Unscale, then :func:`distclip.clip_grad_norm_`, which says what is returned and when ranks talk.
+        """Unscale, then :func:`distclip.clip_grad_norm_`, which says what is returned and when ranks communicate.
 
-        * ``parameters``: as there; all those of a prepared FSDP1 model are enough to know the model.
+        * ``parameters``: as there; from all parameters of a prepared FSDP1 model the model is known.
 
-        A norm that is not finite goes through the formula as in torch: to skip such steps use :meth:`clipper`.
-        RuntimeError inside gradient accumulation (clip where ``accelerator.sync_gradients``). With DeepSpeed, which has
-        stepped by now, nothing is clipped: the norm is that of a ``take_over`` with this bound, else RuntimeError.
+        A norm that is not finite goes through the formula, as in torch: to skip such steps use :meth:`clipper`.
+        RuntimeError inside gradient accumulation (clip where ``accelerator.sync_gradients`` is true). DeepSpeed has
+        stepped by now, so nothing is clipped: returns the norm of a ``take_over`` with this bound; RuntimeError without
+        one.
         """
         if self.distributed_type == DistributedType.DEEPSPEED:
             return self._norm_of_deepspeed(max_norm, norm_type)
@@ -61,20 +62,22 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     def clipper(
         self, model: nn.Module | Sequence[nn.Module], policy: Policy | float, **options: Unpack[Options]
     ) -> Clipper:
-        """Return the Clipper of a prepared ``model``, for any policy, as part of what ``save_state`` saves.
+        """Return the Clipper of a prepared ``model``, for any policy; ``save_state`` saves it too.
 
         ``options``: those of :class:`Clipper`, which says what is compared here. RuntimeError with DeepSpeed;
         ValueError where ``model`` is not what ``prepare`` returned, or has a clipper already.
 
-        Its ``clip_()`` clips as the policy decides; where it decides to skip, the next ``optimizer.step()`` changes
-        nothing, and ``optimizer.step_was_skipped`` tells of that, so that prepared schedulers wait as well: a 0-d bool,
-        for which the host waits when it is looked at. With fp16 it unscales first; a norm that is not finite on any
-        rank lowers the scale of all, a skip for the policy's own reason does not. Gradients that no prepared optimizer
-        holds are in no norm and stay as they are: nobody zeroes them. RuntimeError inside gradient accumulation, and
-        where no prepared optimizer holds the model; ValueError for optimizers that make other gradients inside their
-        step (SAM, Opacus); RuntimeError from the step for a closure, which would. Collectives and waits: those of
-        :meth:`Clipper.clip_`; one more wait a step with fp16. ``measure()`` raises RuntimeError where fp16 has not been
-        unscaled, ``step()`` always: accelerate steps.
+        * ``clip_()`` clips as the policy decides. Where it decides to skip, the next ``optimizer.step()`` changes
+          nothing and prepared schedulers do not step: ``optimizer.step_was_skipped`` is a 0-d bool, and reading it is a
+          host sync on an accelerator. Collectives and host syncs: those of :meth:`Clipper.clip_`.
+        * With fp16 it unscales first, and makes one more host sync a step. A norm that is not finite on any rank lowers
+          the scale of all ranks; a skip for the policy's own reason does not.
+        * Gradients that no prepared optimizer holds are in no norm and stay as they are: nobody zeroes them.
+        * It raises RuntimeError inside gradient accumulation, and where no prepared optimizer holds the model;
+          ValueError for optimizers that make other gradients inside their step (SAM, Opacus). A step with a closure,
+          which would do so too, raises RuntimeError.
+        * ``measure()`` raises RuntimeError where fp16 gradients are not unscaled yet, and ``step()`` always, as
+          accelerate steps.
         """
         self._refuse_deepspeed(f"a policy ({policy})")
         engine = Engine(model, policy, **options)
@@ -96,7 +99,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         inner = list(map(_inner, prepared))
         for optimizer in inner:
             refuse_clip_before_step(optimizer)
-        list(map(_hear, prepared))
+        list(map(_follow, prepared))
         report = engine.clip_(inner, self.scaler, only_theirs=True)
         for optimizer in prepared:
             if optimizer.scaler is None:
@@ -120,7 +123,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         return any(clipper.engine.owner.clipped & ids for clipper in made)
 
     def _to_clip(self, name: str, parameters: Parameters) -> list[Any]:
-        """What to clip for ``parameters``, unscaled: the prepared models that they are, or themselves."""
+        """What to clip for ``parameters``, unscaled: prepared models if they are all of theirs, else themselves."""
         self._refuse_to_clip(name)
         listed: list[Any] = [parameters] if isinstance(parameters, (Tensor, nn.Module)) else list(parameters)
         if not listed:
@@ -148,7 +151,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         return found
 
     def _to_step(self, ids: Set[int]) -> list[AcceleratedOptimizer]:
-        """The same; with a scaler, the only one to step next."""
+        """The same; RuntimeError where a scaler would step another one as well."""
         found = self._holding(ids)
         if self.scaler is not None and self.scaler.is_enabled():
             waiting = [o for o in self._optimizers if o in found or is_unscaled(self.scaler, _inner(o))]
@@ -179,9 +182,9 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
             raise _too_late(name)
 
     def _norm_of_deepspeed(self, max_norm: float, norm_type: float) -> Tensor:
-        """The norm of the step in the latest backward; RuntimeError where another bound was in force."""
+        """The norm of the step in the latest backward; RuntimeError where another bound is in force."""
         self._refuse_accumulation("clip_grad_norm_")
-        from .deepspeed import clipper_of  # which takes seconds, and patches torch
+        from .deepspeed import clipper_of  # importing it takes seconds, and patches torch
 
         engine = getattr(getattr(self, "deepspeed_engine_wrapped", None), "engine", None)
         clipper = None if engine is None else clipper_of(engine)
@@ -215,11 +218,11 @@ def _inner(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _hear(optimizer: AcceleratedOptimizer) -> None:
-    """Hear of its steps from now on: ``step_was_skipped`` is of the latest one, also where nobody clipped before it."""
-    if optimizer in _heard:
+def _follow(optimizer: AcceleratedOptimizer) -> None:
+    """Follow its steps from now on, so that ``step_was_skipped`` is of the latest, also if nobody clipped before it."""
+    if optimizer in _followed:
         return
-    _heard.add(optimizer)
+    _followed.add(optimizer)
 
     def begin(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if optimizer not in _decided:
@@ -239,6 +242,6 @@ def _hear(optimizer: AcceleratedOptimizer) -> None:
 
 
 def _is_inside(model: nn.Module, given: Set[int]) -> bool:
-    """Whether the parameters of ``model`` are given: of FSDP1's, which only the module can show, those that train."""
+    """Whether ``model``'s parameters are given; of FSDP1's flat ones, which only the module shows, those that train."""
     needed = [p for p in model.parameters() if p.requires_grad or not is_flattened(p)]
     return bool(needed) and all(id(p) in given for p in needed)

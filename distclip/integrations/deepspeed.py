@@ -1,8 +1,8 @@
 """DeepSpeed: ``engine.step()`` clips by a policy, by the true global norm, at every ZeRO stage.
 
-Private API of DeepSpeed, read in 0.19.8. ``engine.optimizer.step`` is replaced on the instance: the engine calls it
-once for every optimizer step, after all reduction; and ``engine.step``, to raise when it has counted the micro-batch.
-What each optimizer keeps, and what else is replaced, stands in :mod:`.deepspeed_optimizers`.
+Private API of DeepSpeed, read in 0.19.8. Two methods are replaced on the instances: ``engine.optimizer.step``, which
+the engine calls once for every optimizer step, after all reduction; and ``engine.step``, to raise errors only when it
+has counted the micro-batch. What else is replaced, in each optimizer: see :mod:`.deepspeed_optimizers`.
 """
 
 import warnings
@@ -45,16 +45,17 @@ def take_over(
     * the others: those of :class:`Clipper`. The norm is over the parameters in the optimizer, without the loss scale.
 
     Returns the Clipper, for ``report``, ``culprit`` and ``state_dict``; its ``clip_`` and ``step`` raise
-    RuntimeError. ``engine.get_global_grad_norm()`` is the norm before clipping. A skipped step counts in
-    ``engine.skipped_steps`` and leaves parameters, optimizer and LR scheduler alone; only a norm that is not finite
-    lowers a loss scale. NonFiniteError comes from ``engine.step()`` when the engine has skipped and counted the step:
-    a loop that catches it goes on, without the gradients of that step. ``gradient_clipping`` of the DeepSpeed config,
-    which is 1.0 where nobody wrote it, is off from now on, with a warning where somebody did. One all-reduce a step, of
-    two float64 words, under ZeRO of four; the host waits for the decision. Gradients are scaled in fp32 wherever
-    DeepSpeed steps fp32 copies.
+    RuntimeError. ``engine.get_global_grad_norm()`` is the norm before clipping. One all-reduce a step, of two float64
+    numbers, under ZeRO of four, and a host sync. Gradients are scaled in fp32 wherever DeepSpeed steps fp32 copies.
 
-    ValueError for what is no engine with an optimizer, or was taken over before; NotImplementedError for what is not
-    supported, by name. Source: DeepSpeed 0.19.8, ``DeepSpeedEngine._take_model_step``.
+    * A skipped step counts in ``engine.skipped_steps`` and changes neither parameters nor optimizer nor LR scheduler.
+      Only a norm that is not finite lowers a loss scale.
+    * ``engine.step()`` raises NonFiniteError after the engine has skipped and counted the step, so that a loop that
+      catches it continues without the gradients of that step.
+    * ``gradient_clipping`` of the DeepSpeed config, 1.0 by default, is off from now on, with a warning if it was set.
+
+    ValueError for anything but an engine with an optimizer, and for one taken over before; NotImplementedError, by
+    name, for what is not supported. Source: DeepSpeed 0.19.8, ``DeepSpeedEngine._take_model_step``.
     """
     _refuse(engine, nonfinite)
     clipper = Takeover(
@@ -73,7 +74,7 @@ def take_over(
 
 
 def clipper_of(engine: DeepSpeedEngine) -> Clipper | None:
-    """What :func:`take_over` returned for this ``engine``; None where nobody took it over."""
+    """What :func:`take_over` returned for this ``engine``; None if it was not taken over."""
     found = _clippers.get(engine)
     return None if found is None else found()
 
@@ -106,7 +107,7 @@ class Takeover:
         engine.step = MethodType(lambda _, *args, **kwargs: self._step_engine(*args, **kwargs), engine)
 
     def _step_engine(self, *args: Any, **kwargs: Any) -> None:
-        """The engine counts micro-batches at the very end, and would be off by one after an exception before it."""
+        """Raise at the end, when the engine has counted the micro-batch: earlier, its count would be off by one."""
         self._inner_of_engine(*args, **kwargs)
         failed, self._step.failed = self._step.failed, None
         if failed is not None:
@@ -128,7 +129,7 @@ class Takeover:
         forget_sums(optimizer, self._engine)
 
     def _decide(self) -> None:
-        """Measure, decide, and scale what DeepSpeed will not hand to :meth:`Step.finish`. Keeps no gradient."""
+        """Measure, decide, and scale what DeepSpeed will not pass to :meth:`Step.finish`. Keeps no gradient alive."""
         step = self._step
         step.scale = self._loss_scale()  # which DeepSpeed may change before it unscales
         outcome = self._clipping.decide()
@@ -185,7 +186,7 @@ def _refuse(engine: Any, nonfinite: str) -> None:
 
 
 def _unsupported(engine: Any, optimizer: Any, nonfinite: str) -> Iterator[str]:
-    """The names of what this engine uses and the Clipper cannot see through."""
+    """The names of what this engine uses and the Clipper does not support."""
     kind = type(optimizer)
     if engine.pipeline_parallelism:
         yield "PipelineModule"

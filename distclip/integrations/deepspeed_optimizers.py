@@ -1,8 +1,8 @@
-"""The optimizers of DeepSpeed: where each keeps its gradients, and what it would decide by itself.
+"""The optimizers of DeepSpeed: where each keeps its gradients, and what it would decide itself.
 
 Private API of DeepSpeed, read in 0.19.8. Gradients are measured where each optimizer keeps them:
-``averaged_gradients``, the flat partitions of offloaded and bf16 optimizers, or ``.grad``. What DeepSpeed would compute
-by itself is replaced by the decision: the look for overflow (``check_overflow``, ``overflow_checker``), the norm
+``averaged_gradients``, the flat partitions of offloaded and bf16 optimizers, or ``.grad``. The decision replaces what
+DeepSpeed would compute itself: the overflow check (``check_overflow``, ``overflow_checker``), the norm
 (``scaled_global_norm``, ``_get_norm_groups``, ``get_grads_for_norm``) and ``unscale_and_clip_grads``, where gradients
 are fp32 already. So a step is skipped as DeepSpeed skips an overflow, and the next one starts as clean.
 """
@@ -33,14 +33,14 @@ from ..step.decision import Outcome
 
 Gradients: TypeAlias = Sequence[Tensor | None]
 Part: TypeAlias = tuple[Sequence[nn.Parameter], Callable[[], Gradients | None]]
-"""Parameters that this rank steps, or a part of each, and what returns the gradients of just that, or None so far."""
+"""Parameters that this rank steps, or a part of each, and a function that returns their gradients; None: not yet."""
 
 
 class Step:
-    """The step that an engine is making, as its optimizer asks for it.
+    """The decision on the step that an engine is making, in the forms that its optimizer asks for.
 
-    ``outcome``: what was decided, None before the first. ``failed``: in place of a decision, to be raised when the
-    engine has ended this step. ``scale``: what DeepSpeed multiplied the loss by.
+    ``outcome``: the decision, None before the first. ``failed``: an error in place of one, raised when the engine has
+    ended this step. ``scale``: by which DeepSpeed multiplied the loss.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Step:
 
     @property
     def verdict(self) -> Tensor:
-        """0-d float32 on the host: what DeepSpeed takes for the norm and only looks at whether it is finite."""
+        """0-d float32 on the host, in place of a norm of which DeepSpeed only checks whether it is finite."""
         return torch.tensor(inf if self.skips else 0.0)
 
     @shielded
@@ -112,7 +112,7 @@ def _parts_of_stage_3(optimizer: Any) -> Iterator[Part]:
 
 
 def _averaged(optimizer: Any, i: int, count: int) -> list[Tensor] | None:
-    """Whole gradients or parts of them; what pads the partition is marked, or is the last."""
+    """Whole gradients or parts of them, without the padding of the partition, which is marked or comes last."""
     found = optimizer.averaged_gradients.get(i)
     if found is None:
         return None
@@ -129,7 +129,7 @@ def forget_sums(optimizer: Any, engine: Any) -> None:
 
 
 def _offloaded(optimizer: Any, masters: str, i: int, parameters: Sequence[Any]) -> list[Tensor]:
-    """Parts of the flat gradient on the host, without those that stayed from an older step."""
+    """Parts of the flat gradient on the host, without those left over from an older step."""
     getattr(optimizer, "_wait_for_offload_copies", bool)()
     flat = getattr(optimizer, masters)[i].grad
     gradients = []
@@ -175,7 +175,7 @@ def _hook_stage_3(optimizer: Any, step: Step) -> None:
 
 
 def _hook_loss_scale(optimizer: Any, step: Step) -> None:
-    """A skip for the policy's own reason does not lower the loss scale."""
+    """Lower the loss scale only for a norm that is not finite, not for a skip for the policy's own reason."""
     update = optimizer._update_scale
     optimizer._update_scale = lambda skipped: update(bool(skipped and not step.norm.isfinite()))
 
@@ -191,7 +191,7 @@ WHOLE = (FP16_Optimizer, FP16_UnfusedOptimizer, Optimizer)  # every rank has who
 
 
 def layout_of(optimizer: Any, held: Sequence[nn.Parameter]) -> LayoutFn | None:
-    """Partitions are on one rank each; whole gradients on all, those of an expert on the ranks that have it."""
+    """Partitions are on one rank each; whole gradients on all ranks, those of an expert on the ranks that have it."""
     if not isinstance(optimizer, WHOLE):
         return lambda name, parameter: Layout(1)
     if not any(map(is_moe_param, held)):

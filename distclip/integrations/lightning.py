@@ -1,8 +1,9 @@
 """Lightning: a callback that clips for the Trainer, and a Clipper for loops with Fabric.
 
 Source: lightning 2.6.6. The Trainer runs ``training_step`` and the backward inside the closure of ``optimizer.step()``,
-then, once a step, ``GradScaler.unscale_`` and ``Callback.on_before_optimizer_step``, still inside the closure and under
-manual optimization too. Private API: ``_FabricModule._forward_module``, the module as the strategy wrapped it.
+then, once a step, ``GradScaler.unscale_`` and ``Callback.on_before_optimizer_step``, still inside the closure. It calls
+these two under manual optimization as well. Private API: ``_FabricModule._forward_module``, the module as the strategy
+wrapped it.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,25 +37,25 @@ PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into lightning
-    """Clip by the true global norm before every optimizer step, or let it change nothing, on all ranks alike.
+    """Clip by the true global norm before every optimizer step, or skip it on all ranks alike.
 
     * ``policy``, ``options``: those of :class:`distclip.Clipper`.
-    * ``clipper``: that Clipper, from the start of training on, for ``report``, ``culprit``, ``measure`` and ``verify``.
+    * ``clipper``: the Clipper, from the start of training on, for ``report``, ``culprit``, ``measure`` and ``verify``.
 
     For one process, DDP, FSDP (where the Trainer cannot clip by norm) and ModelParallelStrategy (FSDP2 and tensor
     parallel), with any precision, gradient accumulation, automatic or manual optimization. A skipped step counts in
-    ``trainer.global_step`` and for LR schedulers, as one that a GradScaler skips does. Checkpoints hold the state.
+    ``trainer.global_step`` and for LR schedulers, as does one that a GradScaler skips. Checkpoints contain the state.
 
     Every ``log_every_n_steps`` steps ``trainer.loggers`` get ``grad_norm`` (before clipping), ``grad_clip_coef`` and
-    ``grad_clip_share``, the share of the steps since the last log whose coefficient was below 1. Rank 0 waits for an
-    accelerator when it logs. Other waits and collectives are those of :meth:`Clipper.clip_`, and a wait a step for an
-    optimizer that is not fused, or with a GradScaler, as the host must know whether to step.
+    ``grad_clip_share``, the share of the steps since the last log whose coefficient was below 1. Logging is a host sync
+    on rank 0's accelerator. Other host syncs and collectives are those of :meth:`Clipper.clip_`, and one host sync a
+    step for an optimizer that is not fused, or with a GradScaler, since the host must know whether to step.
 
-    The norm is over what the optimizer holds, as with ``gradient_clip_val``: other gradients are zeroed by nobody.
-    The step is under way when the decision comes: one to skip goes on without gradients, and an optimizer that keeps
-    counts of its own may count it. ValueError where somebody else clips too, for other strategies (DeepSpeed has an
+    The norm is over what the optimizer holds, as with ``gradient_clip_val``: nobody zeroes other gradients. When the
+    decision is made the step is already running: one to be skipped runs without gradients, and an optimizer that keeps
+    counts of its own may count it. ValueError where something else clips too, for other strategies (DeepSpeed has an
     integration of its own), several optimizers, LBFGS, optimizers that make other gradients inside their step (SAM,
-    Opacus) or heal there (torchft), and fused optimizers under a GradScaler. RuntimeError after a step that went past
+    Opacus) or heal there (torchft), and fused optimizers under a GradScaler. RuntimeError after a step that bypassed
     Lightning.
     """
 
@@ -65,11 +66,11 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         self._loaded: dict[str, Any] = {}
         self._steps = 0  # since the last log
         self._clipped: int | Tensor = 0  # of these
-        self._expected = False  # whether the step that ends next came by us
+        self._expected = False  # whether the step that ends next passed on_before_optimizer_step
         self._undo: list[Callable[[], Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what can be seen before anything is wrapped."""
+        """Refuse what is known before anything is wrapped."""
         if stage == "fit":
             _refuse_strategy(trainer.strategy, "ClipGradients", "trainer.strategy.model")
             _refuse_second_owner(trainer, pl_module)
@@ -78,7 +79,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the Clipper: by now parameters are wrapped and restored."""
         optimizer = _only_optimizer(trainer)
-        state = self._loaded = self.state_dict()  # of a checkpoint, or of the fit before this one, also if this fails
+        state = self._loaded = self.state_dict()  # of a checkpoint or the previous fit; kept also if this one fails
         self.clipper = None  # its hooks go with it
         clipper = _called_by_trainer(trainer, optimizer, self._policy, self._options)
         if state:
@@ -92,7 +93,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         self._undo = [remove_guard, lambda: vars(plugin).pop("clip_gradients", None)]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Clip, and log when it is time."""
+        """Clip, and log every ``log_every_n_steps``."""
         assert self.clipper is not None
         self._expected = True
         if _nothing_to_step(trainer, optimizer):
@@ -120,7 +121,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         return {"clipper": self.clipper.state_dict(), "steps": self._steps, "clipped": self._clipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hold what :meth:`state_dict` returned until training starts: there may be no model yet."""
+        """Keep what :meth:`state_dict` returned until training starts: there may be no model yet."""
         self.clipper, self._loaded = None, state_dict
 
     def _log(self, trainer: Trainer, report: Report) -> None:
@@ -148,16 +149,16 @@ def FabricClipper(
 ) -> Clipper:
     """A :class:`distclip.Clipper` for loops with Fabric: ``clipper.step(optimizer)`` in place of ``optimizer.step()``.
 
-    * ``module``: what ``fabric.setup`` or ``fabric.setup_module`` returned, or the list of it where an optimizer, or
-      several that step together, have the parameters of several modules: one norm for all.
+    * ``module``: what ``fabric.setup`` or ``fabric.setup_module`` returned, or a list of that where the optimizers that
+      step together hold the parameters of several modules: one norm for all.
     * ``policy``, ``options``: those of :class:`distclip.Clipper`.
 
-    ``step`` takes the optimizers that Fabric returned, uses the GradScaler of ``precision="16-mixed"`` and updates it,
-    also where it raises, and calls Fabric's ``on_after_optimizer_step``, also after a skipped step. With a GradScaler
-    ``clip_`` and ``measure`` raise RuntimeError, since it has not unscaled the gradients. Do not call
-    ``fabric.clip_gradients`` or ``optimizer.step()`` beside it. Save ``clipper.state_dict()``, not the Clipper: of
-    sharded checkpoints Fabric restores only models and optimizers in place. ValueError for strategies that Fabric steps
-    otherwise.
+    ``step`` takes the optimizers that Fabric returned. It uses the GradScaler of ``precision="16-mixed"`` and updates
+    it, also if it raises, and calls Fabric's ``on_after_optimizer_step``, also after a skipped step. With a GradScaler
+    ``clip_`` and ``measure`` raise RuntimeError, since the gradients are not unscaled yet. Do not call
+    ``fabric.clip_gradients`` or ``optimizer.step()`` as well. Save ``clipper.state_dict()``, not the Clipper: from
+    sharded checkpoints Fabric restores only models and optimizers in place. ValueError for strategies in which Fabric
+    does not step the optimizers itself.
     """
     _refuse_strategy(fabric.strategy, "FabricClipper", "fabric.strategy.model")
     _refuse_other_ranks(fabric.world_size, options)
@@ -189,7 +190,7 @@ class _FabricCalls:
         inner = [each.optimizer if isinstance(each, _FabricOptimizer) else each for each in optimizers]
         try:
             report = self.engine.step(*inner, scaler=self.scaler)
-        finally:  # where its step has begun, the scaler would take the next gradients for unscaled
+        finally:  # once it has unscaled, the scaler would take the next gradients for unscaled too
             if self.scaler is not None and any(needs_update(self.scaler, optimizer) for optimizer in inner):
                 self.scaler.update()
         for optimizer in inner:
@@ -202,7 +203,7 @@ class _FabricCalls:
 
 
 def _called_by_trainer(trainer: Trainer, optimizer: Optimizer, policy: Policy, options: Options) -> Clipper:
-    """The Clipper of :class:`ClipGradients`, which makes its calls, of what ``optimizer`` holds."""
+    """The Clipper that :class:`ClipGradients` calls, over what ``optimizer`` holds."""
     engine, scaler = Engine(trainer.strategy.model, policy, **options), trainer.scaler
 
     def measure() -> Report:
@@ -214,7 +215,7 @@ def _called_by_trainer(trainer: Trainer, optimizer: Optimizer, policy: Policy, o
 
 
 def _as_wrapped(module: nn.Module) -> nn.Module:
-    """What the strategy made of a module that Fabric returned."""
+    """A module that Fabric returned, as the strategy has wrapped it."""
     if not isinstance(module, _FabricModule):
         raise ValueError(
             f"module must be what fabric.setup() returned, got {type(module).__name__}: pass that, or a list of it"
@@ -224,7 +225,7 @@ def _as_wrapped(module: nn.Module) -> nn.Module:
 
 
 def _refuse_strategy(strategy: Any, who: str, engine: str) -> None:
-    """Go by the nearest class that is Lightning's own: its DeepSpeed and XLA strategies inherit from the others."""
+    """By the nearest class of Lightning's own, whose DeepSpeed and XLA strategies are subclasses of the others."""
     names = [kind.__name__ for kind in type(strategy).__mro__ if kind.__module__.split(".")[0] in PACKAGES]
     name = names[0] if names else type(strategy).__name__
     if name == "DeepSpeedStrategy":
@@ -268,7 +269,7 @@ def _refuse_clip_gradients(optimizer: Optimizer, clip_val: float = 0.0, gradient
 
 
 def _only_optimizer(trainer: Trainer) -> Optimizer:
-    """The optimizer of the Trainer, if there is one and its steps can be clipped."""
+    """The Trainer's optimizer; ValueError if there are several, or its steps cannot be clipped."""
     if len(trainer.optimizers) != 1:
         raise ValueError(
             f"ClipGradients clips for one optimizer, got {len(trainer.optimizers)}: remove it, and in on_train_start "
@@ -288,9 +289,9 @@ def _only_optimizer(trainer: Trainer) -> Optimizer:
 
 
 def _nothing_to_step(trainer: Trainer, optimizer: Optimizer) -> bool:
-    """Whether ``training_step`` returned None, as it may in a single process: Lightning calls the hooks all the same.
+    """Whether ``training_step`` returned None, as it may in a single process: Lightning calls the hooks nevertheless.
 
-    It then does not ask a scaler to step, whatever gradients there are from the batches before.
+    It then does not let a scaler step, whatever gradients earlier batches have left.
     """
     if trainer.world_size > 1:
         return False

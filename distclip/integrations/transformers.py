@@ -1,4 +1,4 @@
-"""Transformers: a Trainer, of any subclass, that clips by any policy and logs the norm before clipping.
+"""Transformers: a Trainer, or any subclass of it, clips by any policy and logs the norm before clipping.
 
 Private API, replaced on the instance, of Trainer in transformers 5.23.0: ``_get_grad_norm``, which its loop calls once
 for every optimizer step, after the last backward; ``_save_optimizer_and_scheduler`` and
@@ -34,8 +34,8 @@ STEPPED_BEFORE = ("lomo", "layerwise")  # optimizers that step inside the backwa
 class Clipping(TrainerCallback):  # type: ignore[misc]
     """The callback that :func:`take_over` adds and returns.
 
-    ``clipper`` is the :class:`Clipper` of the training that runs or ran last, None before the first; its ``report``
-    tells of the latest step.
+    ``clipper``: the :class:`Clipper` of the present or latest training, None before the first; its ``report`` is of the
+    latest step.
     """
 
     def __init__(self, trainer: Trainer, policy: Policy | float, engine: EngineTakeOver | None, options: Any) -> None:
@@ -108,19 +108,21 @@ def take_over(
 ) -> Clipping:
     """Let ``trainer``, before its ``train()``, clip by ``policy`` in every optimizer step, and log that norm.
 
-    * ``trainer``: a ``transformers.Trainer`` of any subclass, with ``max_grad_norm=0.0``, whatever wraps its model.
-    * ``policy``, ``options``: those of :class:`Clipper`, which is made when training begins and says what it compares.
+    * ``trainer``: a ``transformers.Trainer`` or a subclass, with ``max_grad_norm=0.0``, whatever wraps its model.
+    * ``policy``, ``options``: those of :class:`Clipper`, which is built when training begins.
     * ``deepspeed``: under DeepSpeed, ``distclip.integrations.deepspeed.take_over``, which is called with the engine
-      when training begins and says which ``options`` there are.
+      when training begins; ``options`` are then its own.
 
-    ``grad_norm`` in the logs is the norm before clipping, also where nothing is clipped. A step that is skipped leaves
-    parameters and optimizer as they were on all ranks, and the learning rate where it was, but counts as a step. The
-    policy's state is saved in checkpoints as ``distclip.pt`` and goes on from there. Collectives and waits: those of
-    :meth:`Clipper.clip_` once a step; on accelerators Trainer waits for the decision, to know of the learning rate.
+    ``grad_norm`` in the logs is the norm before clipping, also where nothing is clipped. A skipped step changes neither
+    parameters nor optimizer nor learning rate, on all ranks, but counts as a step. Checkpoints contain the policy's
+    state as ``distclip.pt``, from which a resumed training continues. Collectives and host syncs: those of
+    :meth:`Clipper.clip_` once a step, and on accelerators one more, since Trainer must know whether to move the
+    learning rate.
 
-    ValueError for a second owner, DeepSpeed without ``deepspeed`` and the reverse, XLA, optimizers that step inside the
-    backward or make other gradients inside their step, and a ``distclip.pt`` that does not fit; RuntimeError from
-    ``train()`` where a subclass does not ask for the norm. Source: ``Trainer._run_epoch`` of transformers 5.23.0.
+    ValueError if something else clips too, for DeepSpeed without ``deepspeed`` and the reverse, XLA, optimizers that
+    step inside the backward or make other gradients inside their step, and a ``distclip.pt`` that does not fit;
+    RuntimeError from ``train()`` where a subclass does not ask for the norm. Source: ``Trainer._run_epoch``
+    of transformers 5.23.0.
     """
     if isinstance(getattr(trainer._get_grad_norm, "__self__", None), Clipping):
         raise ValueError("this Trainer was taken over before and would be clipped twice: call take_over() once")
@@ -131,11 +133,11 @@ def take_over(
 
 
 def _load(clipper: Clipper, file: str) -> None:
-    """Give ``clipper`` the state in ``file``; ValueError where there is none, or that of another policy."""
+    """Load the state in ``file`` into ``clipper``; ValueError where there is none, or that of another policy."""
     damaged = (
         f"{file} is cut or garbled: resume from another checkpoint, or delete the file, and the policy starts anew"
     )
-    if not is_zipfile(file):  # of which torch.load would say that weights_only is in the way
+    if not is_zipfile(file):  # for which torch.load would blame weights_only
         raise ValueError(damaged)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

@@ -33,7 +33,7 @@ README = ROOT / "README.md"
 DOCUMENTS = [file for file in (README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))) if file.exists()]
 EXAMPLES = sorted(ROOT.glob("examples/**/*.py"))
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
-OPTIONAL = {"accelerate", "deepspeed", "lightning", "matplotlib", "transformers"}  # extras that tests do without
+OPTIONAL = {"accelerate", "deepspeed", "lightning", "transformers"}  # extras that tests do without
 IMPORTED = [str(ROOT), str(ROOT / "tests")]  # from where programs import
 LIMIT = 120  # seconds for one program
 

@@ -23,49 +23,52 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-WORDS = [
+NORMS = [
     "promises/test_properties.py",
     "clipper/test_functional.py",
     "promises/test_bugs_of_others.py",
     "ranks/test_message.py",
 ]
 MEASURING = [
-    *WORDS,
-    "gradients/test_neighbours.py",
+    *NORMS,
+    "gradients/test_runs.py",
     "ranks/test_agreement.py",
     "clipper/test_clipper.py",
     "plan/test_verify.py",
 ]
-LYING = ["gradients/test_neighbours.py", "promises/test_adversary.py", "plan/test_cache.py", *WORDS]
+LYING = ["gradients/test_runs.py", "promises/test_adversary.py", "plan/test_cache.py", *NORMS]
 PROVING = ["promises/test_properties.py", "plan/test_verify.py", "plan/test_copies.py", "ranks/test_agreement.py"]
+STEPPING = [
+    "clipper/test_clipper.py",
+    "optimizers/test_scaler.py",
+    "policies/test_policies.py",
+    "promises/test_properties.py",
+    "ranks/test_agreement.py",
+    "promises/test_bugs_of_others.py",
+    "plan/test_verify.py",
+]
 TARGETS = {
-    "distclip/layouts/layout.py": [*WORDS, "layouts/test_layout.py", "promises/test_norm.py", "plan/test_verify.py"],
+    "distclip/layouts/layout.py": [*NORMS, "layouts/test_layout.py", "promises/test_norm.py", "plan/test_verify.py"],
     "distclip/plan/build.py": MEASURING,
     "distclip/plan/measure.py": MEASURING,
     "distclip/plan/disagreement.py": MEASURING,
     "distclip/gradients/memory.py": LYING,
     "distclip/gradients/runs.py": LYING,
     "distclip/gradients/look.py": LYING,
-    "distclip/ranks/message.py": [*WORDS, "clipper/test_clipper.py"],
+    "distclip/ranks/message.py": [*NORMS, "clipper/test_clipper.py"],
     "distclip/plan/cache.py": ["plan/test_cache.py", "clipper/test_functional.py"],
     "distclip/plan/arguments.py": ["plan/test_cache.py", "clipper/test_functional.py", "layouts/test_layout.py"],
-    "distclip/gradients/realign.py": [*WORDS, "promises/test_matrix.py"],
-    "distclip/functional.py": [*WORDS, "layouts/test_layout.py"],
+    "distclip/gradients/realign.py": [*NORMS, "promises/test_matrix.py"],
+    "distclip/functional.py": [*NORMS, "layouts/test_layout.py"],
     "distclip/step/decision.py": [
         "clipper/test_clipper.py",
         "policies/test_policies.py",
-        "optimizers/test_amp.py",
+        "optimizers/test_scaler.py",
         "promises/test_properties.py",
     ],
-    "distclip/clipper.py": [
-        "clipper/test_clipper.py",
-        "optimizers/test_amp.py",
-        "policies/test_policies.py",
-        "promises/test_properties.py",
-        "ranks/test_agreement.py",
-        "promises/test_bugs_of_others.py",
-        "plan/test_verify.py",
-    ],
+    "distclip/step/engine.py": STEPPING,
+    "distclip/step/progress.py": STEPPING,
+    "distclip/clipper.py": STEPPING,
     "distclip/plan/construction.py": PROVING,
     "distclip/plan/copies.py": PROVING,
     "distclip/plan/split.py": PROVING,

@@ -5,11 +5,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import wraps
 from types import MethodType
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Concatenate, Final, Literal, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..kernels.device import reads_are_free
 from ..shield import untraced
@@ -130,21 +131,44 @@ def guard(
     them. If the class's ``step`` is called past the wrapper, only the hooks notice, and a step to be skipped runs
     without gradients.
     """
-    inner, reference = optimizer.step, ref(optimizer)
-    guarded, hooks = _Guarded(end, begin, stepped, raised), "_optimizer_step_pre_hooks" in vars(optimizer)
-    called = hooks and _calls_hooks(optimizer)  # None: unknown
+    guarded, hooked = _Guarded(end, begin, stepped, raised), "_optimizer_step_pre_hooks" in vars(optimizer)
+    calls_hooks = hooked and _calls_hooks(optimizer)
+    before, reference = optimizer.__dict__.get("step"), ref(optimizer)
+    wrapper = MethodType(_wrapped(optimizer.step, guarded, calls_hooks), optimizer)
+    optimizer.step = wrapper  # type: ignore[method-assign]
+    if hooked:
+        guarded.handles += [
+            optimizer.register_step_pre_hook(guarded.pre_hook),
+            optimizer.register_step_post_hook(guarded.post_hook),
+        ]
+
+    def remove() -> None:
+        guarded.remove()
+        found = reference()
+        if found is not None and found.__dict__.get("step") is wrapper:  # else someone has wrapped it since
+            del found.__dict__["step"]
+            if before is not None:
+                found.__dict__["step"] = before
+
+    return remove
+
+
+def _wrapped(
+    inner: Callable[..., Any], guarded: "_Guarded", calls_hooks: bool | None
+) -> Callable[Concatenate[Optimizer, ...], Any]:
+    """``inner``, the step of an optimizer, with the callbacks of ``guarded``; ``calls_hooks``: None if unknown."""
 
     @untraced
     @wraps(inner)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         guarded.inside, guarded.begun = True, False
         try:
-            if called is False or (handles and handles[0].id not in self._optimizer_step_pre_hooks):
+            if calls_hooks is False or guarded.lost_its_hooks(self):
                 (_, *given), kwargs = guarded.pre_hook(self, (self, *args), kwargs) or ((self, *args), kwargs)
                 args = tuple(given)
-            versions = _versions(self) if called is None else 0
+            versions = _versions(self) if calls_hooks is None else 0
             result = inner(*args, **kwargs)
-            if called is None and not guarded.begun and _versions(self) != versions:
+            if calls_hooks is None and not guarded.begun and _versions(self) != versions:
                 raise refusals.step_replaced(type(self).__name__)
             guarded.report_stepped(self)
             return result
@@ -160,27 +184,7 @@ def guard(
             guarded.inside = False
             guarded.finish(self)
 
-    wrapper = MethodType(step, optimizer)
-    before = optimizer.__dict__.get("step")
-    optimizer.step = wrapper  # type: ignore[method-assign]
-    handles = []
-    if hooks:
-        handles = [
-            optimizer.register_step_pre_hook(guarded.pre_hook),
-            optimizer.register_step_post_hook(guarded.post_hook),
-        ]
-
-    def remove() -> None:
-        guarded.end = guarded.begin = guarded.stepped = guarded.raised = None
-        for handle in handles:
-            handle.remove()
-        found = reference()
-        if found is not None and found.__dict__.get("step") is wrapper:  # else someone has wrapped it since
-            del found.__dict__["step"]
-            if before is not None:
-                found.__dict__["step"] = before
-
-    return remove
+    return step
 
 
 class _Skipped(Exception):
@@ -204,7 +208,18 @@ class _Guarded:
     raised: Callable[[Optimizer, type[BaseException]], None] | None
     inside: bool = False
     begun: bool = False
+    handles: list[RemovableHandle] = field(default_factory=list)  # of the hooks; empty where the class has none
     withheld: ExitStack = field(default_factory=ExitStack)  # from a step past the wrapper
+
+    def lost_its_hooks(self, optimizer: Any) -> bool:
+        """Whether ``optimizer.__init__`` was called again, which drops all hooks."""
+        return bool(self.handles) and self.handles[0].id not in optimizer._optimizer_step_pre_hooks
+
+    def remove(self) -> None:
+        """Remove the hooks, and drop the callbacks: someone else's wrapper may keep this alive."""
+        self.end = self.begin = self.stepped = self.raised = None
+        for handle in self.handles:
+            handle.remove()
 
     def pre_hook(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if self.begin is None or (self.inside and self.begun):

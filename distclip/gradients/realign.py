@@ -22,6 +22,7 @@ from ..layouts.piece import Piece, same_ranks
 from . import refusals
 
 BASE = 64  # codes for a placement along one axis; 63 bits of an int64 hold 10 axes
+NONE, IN_PLACE = 0, 1  # whole codes: no gradient, and one that lies as its parameter, whatever its placements are
 NOTHING_LOWER = -(1 << 63) + 1
 UNKNOWN = BASE - 1
 SUMS = ("sum", "avg")
@@ -56,7 +57,7 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
             by_mesh.setdefault(piece.spec.mesh, []).append(i)
     error: LayoutError | None = None
     for mesh, indices in by_mesh.items():
-        codes = [_code(gradients[i], mesh) for i in indices]
+        codes = [_code(pieces[i], gradients[i]) for i in indices]
         try:
             agreed = _agreed(mesh, codes)
         except LayoutError as found:  # of this mesh: its ranks may be awaited in the next
@@ -65,7 +66,7 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
         for i, placements in zip(indices, agreed, strict=True):
             spec = pieces[i].spec
             assert spec is not None
-            if placements is not None and placements != spec.placements:
+            if placements is not None:
                 gradient = result[i]
                 source = _zeros(pieces[i], mesh, placements) if gradient is None else gradient
                 assert isinstance(source, DTensor)
@@ -75,12 +76,15 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
     return result
 
 
-def _code(gradient: Tensor | None, mesh: DeviceMesh) -> int:
-    """The placements along the axes of ``mesh`` as one number above 0, or 0 where there is no gradient."""
+def _code(piece: Piece, gradient: Tensor | None) -> int:
+    """Where ``gradient`` lies as one number: ``NONE``, ``IN_PLACE``, or above these a digit for each mesh axis."""
+    assert piece.spec is not None
     if gradient is None:
-        return 0
-    digits: Iterable[int] = [UNKNOWN] * mesh.ndim
-    if isinstance(gradient, DTensor) and same_ranks(gradient.device_mesh, mesh):
+        return NONE
+    digits: Iterable[int] = [UNKNOWN] * piece.spec.mesh.ndim
+    if isinstance(gradient, DTensor) and same_ranks(gradient.device_mesh, piece.spec.mesh):
+        if gradient.placements == piece.spec.placements:
+            return IN_PLACE
         digits = map(_digit, gradient.placements)
     code = 1
     for digit in digits:
@@ -109,16 +113,16 @@ def _decode(code: int) -> tuple[Placement, ...]:
 
 
 def _agreed(mesh: DeviceMesh, codes: list[int]) -> list[tuple[Placement, ...] | None]:
-    """What the ranks of ``mesh`` hold in place of each code; None where none of them has a gradient."""
+    """How the ranks of ``mesh`` hold each gradient that they must move; None where it is in place, or nowhere."""
     high = torch.tensor(codes, dtype=torch.int64, device=mesh.device_type)
-    low = torch.where(high == 0, NOTHING_LOWER, -high)  # ranks without a gradient have no say
+    low = torch.where(high == NONE, NOTHING_LOWER, -high)  # ranks without a gradient have no say
     words = torch.cat([high, low])
     for axis in range(mesh.ndim):
         dist.all_reduce(words, dist.ReduceOp.MAX, group=mesh.get_group(axis))
     highest, lowest = words.chunk(2)
-    if bool(((highest != -lowest) & (highest != 0)).any()):
+    if bool(((highest != -lowest) & (highest != NONE)).any()):
         raise refusals.placements_differ()
-    return [_decode(int(code)) if code else None for code in highest.tolist()]
+    return [_decode(int(code)) if code > IN_PLACE else None for code in highest.tolist()]
 
 
 def _zeros(piece: Piece, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, Literal, NoReturn, Unpack
 from weakref import WeakSet, ref
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -125,7 +123,7 @@ class Attachment:
         stack, skips = ExitStack(), stepping.skipped
         self._running[index] = stack
         if not skips:
-            stack.enter_context(_joined(stepping, optimizer).around(index, optimizer))
+            stack.enter_context(stepping.around(index, optimizer))
         if len(self._stepped) == len(self._optimizers):
             self._stepping = None
         return skips
@@ -267,12 +265,3 @@ def _to_attach_to(given: Sequence[Any]) -> list[Optimizer]:
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def _joined(stepping: Stepping, optimizer: Optimizer) -> Stepping:
-    """``stepping`` that skips too where a GradScaler says so, which has set ``found_inf`` of a fused optimizer."""
-    found = getattr(optimizer, "found_inf", None)
-    if stepping.skip is None or not isinstance(found, Tensor):
-        return stepping
-    both = torch.maximum(stepping.skip.float().to(found.device), found) > 0
-    return replace(stepping, skip=both)

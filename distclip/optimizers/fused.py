@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 
@@ -42,22 +44,38 @@ class Folds:
 class Stepping:
     """A decision for optimizers that step now: all gradients are scaled but those that folding ones scale themselves.
 
-    ``skipped``: the host knows that none of them must step. ``coef``, ``skip``: for those that fold.
+    * ``skipped``: the host knows that none of them must step.
+    * ``coef``, ``skip_on_device``: for those that fold, 0-d; None where there is nothing to scale, or no step that only
+      the device knows to be skipped.
+    * ``scaler``: steps them, if there is one.
     """
 
     report: Report
     skipped: bool
     folds: Folds
     coef: Tensor | None
-    skip: Tensor | None
+    skip_on_device: Tensor | None
+    scaler: GradScaler | None = None
+
+    def step(self, index: int, optimizer: Optimizer) -> None:
+        """Step ``optimizer``, the one of this index, or let the scaler do it; nothing where all of them are skipped."""
+        if self.skipped:
+            return
+        with self.around(index, optimizer):
+            if self.scaler is None:
+                optimizer.step()
+            else:
+                self.scaler.step(optimizer)
 
     def around(self, index: int, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """What the step of ``optimizer``, the one of this index, must run inside."""
-        return folded(optimizer, self.coef, self.skip) if self.folds.by_optimizer[index] else nullcontext()
+        """What the step of ``optimizer``, the one of this index, must run inside, whoever calls it."""
+        if not self.folds.by_optimizer[index]:
+            return nullcontext()
+        return folded(optimizer, self.coef, self.skip_on_device, by_scaler=self.scaler is not None)
 
 
 class Folding:
-    """Which optimizers may fold: exactly torch's classes, every group fused, and every parameter clipped by us.
+    """Which optimizers fold: those that can (see :func:`can_fold`) and whose every parameter is clipped by us.
 
     A parameter in two optimizers keeps both from folding: each would scale its gradient. Found anew only where the
     optimizers, their parameters or their ``fused`` have changed.
@@ -94,11 +112,7 @@ class Folding:
         ids = [[id(p) for group in o.param_groups for p in group["params"]] for o in optimizers]
         holders = Counter(i for own in ids for i in own)
         folds = tuple(
-            self._may_fold
-            and type(optimizer) in FOLDING
-            and getattr(optimizer, "_step_supports_amp_scaling", False)
-            and all(group.get("fused") for group in optimizer.param_groups)
-            and all(i in self._clipped and holders[i] == 1 for i in own)
+            self._may_fold and can_fold(optimizer) and all(i in self._clipped and holders[i] == 1 for i in own)
             for optimizer, own in zip(optimizers, ids, strict=True)
         )
         folded_ids = frozenset(i for own, fold in zip(ids, folds, strict=True) if fold for i in own)
@@ -113,8 +127,23 @@ def _key(optimizers: Sequence[Optimizer]) -> Hashable:
     )
 
 
-def may_skip_on_device(optimizer: Optimizer) -> bool:
-    """Whether ``found_inf`` leaves this folding optimizer as if it had not stepped; prepares SGD for that."""
+def can_fold(optimizer: Optimizer) -> bool:
+    """Whether its step heeds ``grad_scale`` and ``found_inf``: exactly torch's classes, with every group fused.
+
+    Not every torch has them for each of ``FOLDING``.
+    """
+    return (
+        type(optimizer) in FOLDING
+        and getattr(optimizer, "_step_supports_amp_scaling", False)
+        and all(group.get("fused") for group in optimizer.param_groups)
+    )
+
+
+def prepare_skip_on_device(optimizer: Optimizer) -> bool:
+    """Give this folding optimizer the state in which ``found_inf`` leaves it as if it had not stepped.
+
+    False where there is none. SGD that has not stepped gets momentum of zeros, which changes no bit of any later step.
+    """
     if type(optimizer) is not SGD:
         return True
     # Fused SGD with momentum that skips its very first step keeps uninitialised memory as momentum (torch 2.13), so we
@@ -129,12 +158,15 @@ def may_skip_on_device(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> Iterator[None]:
+def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None, by_scaler: bool = False) -> Iterator[None]:
     """Inside, ``optimizer.step()`` multiplies gradients by ``coef`` and does nothing where ``skip`` is true.
 
     Either may be None: no factor, never skipped. Both are 0-d, and copied to the parameters' device if they are
     elsewhere. ``coef`` must be a normal number in float32, so that its inverse is finite. The gradients are left
     scaled; one whose strides are not its parameter's is replaced by a copy.
+
+    A GradScaler's own ``found_inf`` holds as well, and its scale is not lowered for ``skip``. ``by_scaler``: it steps
+    inside, and sets its ``found_inf`` there; False also where it has set that, as in a hook of the optimizer.
     """
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), None)
     if device is None:  # a rank whose stage or experts have no parameters for it
@@ -142,21 +174,45 @@ def folded(optimizer: Optimizer, coef: Tensor | None, skip: Tensor | None) -> It
         return
     attributes: dict[str, Tensor] = {}
     if coef is not None:
-        attributes["grad_scale"] = coef.float().reciprocal()
+        attributes["grad_scale"] = coef.float().reciprocal()  # fused kernels read it as float32
     if skip is not None:
-        attributes["found_inf"] = skip.float()
+        attributes["found_inf"] = _joined(optimizer, skip)
     attributes = {name: t if t.device == device else sent(t, device) for name, t in attributes.items()}
     _match_strides(optimizer)
     before = {name: optimizer.__dict__.get(name, ABSENT) for name in attributes}
     optimizer.__dict__.update(attributes)
+    joins = _joins_in_step(optimizer, skip) if by_scaler and skip is not None else nullcontext()
     try:
-        yield
+        with joins:
+            yield
     finally:
         for name, value in before.items():
             if value is ABSENT:
                 optimizer.__dict__.pop(name, None)  # a GradScaler that has stepped has deleted it
             else:
                 optimizer.__dict__[name] = value
+
+
+def _joined(optimizer: Optimizer, skip: Tensor) -> Tensor:
+    """``skip`` as ``found_inf``: 1 also where a scaler has set that of ``optimizer``, else 0."""
+    found = getattr(optimizer, "found_inf", None)
+    if not isinstance(found, Tensor):
+        return skip.float()
+    return (torch.maximum(skip.float().to(found.device), found) > 0).float()
+
+
+@contextmanager
+def _joins_in_step(optimizer: Optimizer, skip: Tensor) -> Iterator[None]:
+    """Inside, a step of ``optimizer`` adds ``skip`` to the ``found_inf`` that a scaler sets just before it."""
+
+    def join(stepping: Any, args: Any, kwargs: Any) -> None:
+        stepping.found_inf = _joined(stepping, skip)
+
+    hook = optimizer.register_step_pre_hook(join)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _match_strides(optimizer: Optimizer) -> None:

@@ -5,9 +5,7 @@ scale while the others step and raise theirs; the global norm makes all of them 
 and 2.11: ``_per_optimizer_states``, which ``scaler.update()`` clears.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from . import refusals
-from .fused import Stepping
 
 OWNERS = "distclip"  # key, in the scaler's state of an optimizer, of who clipped for it since update()
 
@@ -72,32 +69,6 @@ def is_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
 def needs_update(scaler: GradScaler, optimizer: Optimizer) -> bool:
     """Whether ``scaler`` has unscaled gradients of ``optimizer`` since its last ``update()``, so that one is due."""
     return bool(_state(scaler, optimizer)["found_inf_per_device"])
-
-
-def step_scaled(scaler: GradScaler, optimizers: Sequence[Optimizer], stepping: Stepping) -> None:
-    """Let ``scaler`` step every optimizer; each skips where ``scaler`` or the decision says so."""
-    without_skip = replace(stepping, skip=None)  # the scaler sets found_inf itself, and _skipping() adds to that
-    for index, optimizer in enumerate(optimizers):
-        with without_skip.around(index, optimizer), _skipping(optimizer, stepping.skip):
-            scaler.step(optimizer)
-
-
-@contextmanager
-def _skipping(optimizer: Optimizer, skip: Tensor | None) -> Iterator[None]:
-    """Inside, a scaler that steps a fused ``optimizer`` changes nothing where ``skip`` is true, and keeps its scale."""
-    if skip is None:
-        yield
-        return
-    flag = skip.float()
-
-    def join(stepping: Any, args: Any, kwargs: Any) -> None:
-        stepping.found_inf = torch.maximum(stepping.found_inf, flag.to(stepping.found_inf.device))
-
-    hook = optimizer.register_step_pre_hook(join)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _state(scaler: GradScaler, optimizer: Optimizer) -> dict[str, Any]:

@@ -7,7 +7,8 @@ these names of the rooms `ranks`, `gradients`, `plan`, `optimizers` and `step`, 
 * ``engine.Engine``: the verbs ``measure``, ``clip_``, ``begin``, ``decide`` and ``step``; ``owner.register`` and
   ``interruption.record``; ``plan``, ``policy``, ``holders``, ``owner.clipped`` and ``progress.report`` to read.
   ``options.Options``: the keywords of a user that it takes.
-* ``optimizers.fused.Stepping`` and its ``around(index, optimizer)``: what the step of an optimizer runs inside of;
+* ``optimizers.fused.Stepping``, its ``skipped``, ``step(index, optimizer)``, and ``around(index, optimizer)``: what the
+  step of an optimizer runs inside of where someone else calls it;
   ``decision.Outcome`` and its ``apply_to(gradients)``: a decision that is applied later.
 * ``driver.Driver`` and ``Clipper.of(engine, driver)``: the Clipper that the user gets, and what its methods then do.
 * ``gradients.storage.Storage``: gradients that are not in ``.grad``.

@@ -17,9 +17,9 @@ from ..gradients.storage import GradientFn, Storage
 from ..layouts.layout import LayoutFn
 from ..layouts.model import ParameterFilter, Reading, chosen, held_in, parts_of
 from ..layouts.piece import holders_of, once
-from ..optimizers.fused import Folding, Folds, Stepping, may_skip_on_device
+from ..optimizers.fused import Folding, Folds, Stepping, prepare_skip_on_device
 from ..optimizers.hooks import check_optimizers, skip_next_step
-from ..optimizers.scaler import claim, join_found_inf, step_scaled, unscale_
+from ..optimizers.scaler import claim, join_found_inf, unscale_
 from ..plan.build import Plan
 from ..plan.construction import compare_ranks, tell_ranks
 from ..plan.copies import has_copies
@@ -70,7 +70,8 @@ class Engine:
     * ``measure(optimizers)``: norm and decision; nothing changes.
     * ``clip_(optimizers, scaler)``: clip now; the next step of each of ``optimizers``, called by someone else, changes
       nothing where the decision is to skip.
-    * ``begin(optimizers, scaler)``: decide now, then step inside ``around()`` of what is returned, one by one.
+    * ``begin(optimizers, scaler)``: decide now, then ``step(index, optimizer)`` of what is returned, one by one; or
+      inside its ``around(index, optimizer)``, where someone else calls the step. The scaler that steps must be given.
     * ``decide()``: decide now; ``Outcome.apply_to`` scales gradients later.
     * ``step(*optimizers, scaler)``: clip and step.
 
@@ -163,16 +164,18 @@ class Engine:
         if folds is None:
             self.owner.register(optimizers)
             folds = self._folding.of(optimizers)
-        on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(may_skip_on_device, optimizers))
-        outcome = self._advance(optimizers, folds, _enabled(scaler), only_theirs, skips_on_device=on_device)
+        # An SGD may get momentum of zeros here, before anything is measured, and keeps it if this call raises.
+        on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(prepare_skip_on_device, optimizers))
+        scaler = _enabled(scaler)
+        outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=on_device)
         gradients, coef = outcome.measured.runs, None
         # 8. Scale. An optimizer that folds divides by 1 / coef: one factor, and no clamping after it.
         if len(outcome.factors) == 1 and outcome.bounds is None and outcome.skip is not True:
             gradients, coef = self._not_folded(outcome, folds), outcome.report.coef
         if gradients:
             outcome.apply_to(gradients)
-        skip = outcome.skip if isinstance(outcome.skip, Tensor) else None
-        return Stepping(outcome.report, outcome.skip is True, folds, coef, skip)
+        skip_on_device = outcome.skip if isinstance(outcome.skip, Tensor) else None
+        return Stepping(outcome.report, outcome.skip is True, folds, coef, skip_on_device, scaler)
 
     @shielded
     @_records_interruption
@@ -196,14 +199,8 @@ class Engine:
         # 2 to 8.
         stepping = self.begin(optimizers, scaler, folds=folds)
         # 9. Step, or not.
-        if stepping.skipped:
-            return stepping.report
-        if scaler is not None and scaler.is_enabled():
-            step_scaled(scaler, optimizers, stepping)
-            return stepping.report
         for index, optimizer in enumerate(optimizers):
-            with stepping.around(index, optimizer):
-                optimizer.step()
+            stepping.step(index, optimizer)
         return stepping.report
 
     @shielded

@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.optim import Optimizer
 
 import distclip
+from distclip.optimizers.fused import Stepping
+from distclip.step.engine import Engine
 from support.oracle import true_norm
 from support.ranks import run_ranks, same_bits
 
@@ -100,6 +103,77 @@ def test_a_skip_for_the_policys_reason_keeps_the_scale(clipper_of, name):
         optimizer.zero_grad()
     assert scaler.get_scale() == SCALE
     assert same_bits([before, values(model)])
+
+
+def by_stepping(stepping: Stepping, optimizer: Optimizer, scaler: GradScaler) -> None:
+    stepping.step(0, optimizer)
+
+
+def by_the_scaler_inside_around(stepping: Stepping, optimizer: Optimizer, scaler: GradScaler) -> None:
+    with stepping.around(0, optimizer):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("step", [by_stepping, by_the_scaler_inside_around])
+def test_a_friend_that_steps_by_a_scaler_keeps_the_policys_skip_on_the_device(step):
+    """The scaler set found_inf of its own just before the step, and the optimizer stepped."""
+    model = net()
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), scaler_on_cpu()
+    engine, before = Engine(model, SkipsAll(), decides_on_device=True), values(model)
+    backward(model, 0, scaler)
+    stepping = engine.begin([optimizer], scaler)
+    assert isinstance(stepping.skip_on_device, Tensor), "the host knows the skip: this would show nothing"
+    step(stepping, optimizer, scaler)
+    scaler.update()
+    assert same_bits([before, values(model)])
+    assert all(state["step"] == 0 for state in optimizer.state.values())
+    assert scaler.get_scale() == SCALE
+    assert not {"found_inf", "grad_scale"} & vars(optimizer).keys()
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("step", [by_stepping, by_the_scaler_inside_around])
+@pytest.mark.parametrize("decides_on_device", [False, True])
+def test_a_friend_that_steps_by_a_scaler_steps_as_a_clipper_does(step, decides_on_device):
+    results = []
+    for friend in (False, True):
+        model = net()
+        optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), scaler_on_cpu()
+        engine = Engine(model, 1.0, decides_on_device=decides_on_device)
+        for turn in range(3):
+            backward(model, turn, scaler)
+            if friend:
+                step(engine.begin([optimizer], scaler), optimizer, scaler)
+            else:
+                engine.step(optimizer, scaler=scaler)
+            scaler.update()
+            optimizer.zero_grad()
+        results.append(values(model))
+    assert same_bits(results)
+
+
+def test_a_step_that_the_host_knows_to_be_skipped_is_not_made():
+    model = net()
+    optimizer, engine, before = torch.optim.SGD(model.parameters(), lr=0.1), Engine(model, SkipsAll()), values(model)
+    backward(model, 0)
+    stepping = engine.begin([optimizer])
+    assert stepping.skipped
+    stepping.step(0, optimizer)
+    assert same_bits([before, values(model)])
+
+
+@pytest.mark.parametrize("decides_on_device", [False, True])
+def test_a_scaler_that_steps_an_attached_optimizer_keeps_the_policys_skip(decides_on_device):
+    model = net()
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), scaler_on_cpu()
+    distclip.attach(optimizer, model, SkipsAll(), decides_on_device=decides_on_device)
+    before = values(model)
+    backward(model, 0, scaler)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert same_bits([before, values(model)])
+    assert scaler.get_scale() == SCALE
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..kernels.device import reads_are_free
 from ..shield import untraced
 from . import refusals
-from .fused import FOLDING, TORCH, folded, prepare_skip_on_device
+from .fused import TORCH, can_fold, folded, prepare_skip_on_device
 from .wrapped import refuse_clip_before_step, refuse_proxy
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -84,7 +84,7 @@ def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor, on_device: boo
     for optimizer in optimizers:
         _flags.pop(optimizer, ExitStack()).close()  # of a step that never came
         _skipping.pop(optimizer, None)  # the gradients it withheld are not those of this step
-        if on_device and _folds(optimizer) and prepare_skip_on_device(optimizer):
+        if on_device and can_fold(optimizer) and prepare_skip_on_device(optimizer):
             flag = _flags[optimizer] = ExitStack()
             flag.enter_context(folded(optimizer, None, skip))
         elif skip:
@@ -272,10 +272,6 @@ def _function(method: Any) -> Any:
 
 def _versions(optimizer: Optimizer) -> int:
     return sum(parameter._version for parameter in parameters_of(optimizer))
-
-
-def _folds(optimizer: Optimizer) -> bool:
-    return type(optimizer) in FOLDING and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _begin_watched(optimizer: Optimizer, *_: Any) -> Literal["skip"] | None:

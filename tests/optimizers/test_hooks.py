@@ -120,6 +120,17 @@ def test_fused_optimizers_are_told_on_the_device(kind, skip):
     assert changed(model, optimizer)
 
 
+def test_a_fused_optimizer_that_heeds_no_found_inf_is_not_left_to_it():
+    """The flag was set, and the step made all the same."""
+    model, optimizer = net_and(Adagrad, fused=True)
+    optimizer._step_supports_amp_scaling = False
+    backward(model)
+    skip_next_step([optimizer], YES, on_device=True)
+    assert "found_inf" not in vars(optimizer)
+    assert not changed(model, optimizer)
+    assert changed(model, optimizer)
+
+
 def test_an_exception_ends_the_step_too():
     class Failing(SGD):
         def step(self, closure=None):

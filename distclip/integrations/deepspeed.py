@@ -7,7 +7,6 @@ has counted the micro-batch. What else is replaced, in each optimizer: see :mod:
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from types import MethodType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
@@ -131,11 +130,10 @@ class Takeover:
     def _decide(self) -> None:
         """Measure, decide, and scale what DeepSpeed will not pass to :meth:`Step.finish`. Keeps no gradient alive."""
         step = self._step
-        step.scale = self._loss_scale()  # which DeepSpeed may change before it unscales
         outcome = self._clipping.decide()
-        gradients, step.outcome = outcome.measured.runs, replace(outcome, measured=outcome.measured.without_gradients())
-        if not step.skips and not hasattr(self._optimizer, "unscale_and_clip_grads"):
-            step.finish(gradients)
+        step.outcome = outcome.without_gradients()
+        if not hasattr(self._optimizer, "unscale_and_clip_grads"):
+            step.finish(outcome.gradients)
 
     def _loss_scale(self) -> float:
         return float(getattr(self._optimizer, "loss_scale", 1.0))

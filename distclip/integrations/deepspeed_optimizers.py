@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import NonFiniteError
-from ..kernels import scale_
 from ..layouts.layout import Layout, LayoutFn
-from ..shield import shielded
 from ..step.decision import Outcome
 
 Gradients: TypeAlias = Sequence[Tensor | None]
@@ -40,13 +38,12 @@ class Step:
     """The decision on the step that an engine is making, in the forms that its optimizer asks for.
 
     ``outcome``: the decision, None before the first. ``failed``: an error in place of one, raised when the engine has
-    ended this step. ``scale``: by which DeepSpeed multiplied the loss.
+    ended this step.
     """
 
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
         self.failed: NonFiniteError | None = None
-        self.scale = 1.0
 
     @property
     def skips(self) -> bool:
@@ -66,13 +63,10 @@ class Step:
         """0-d float32 on the host, in place of a norm of which DeepSpeed only checks whether it is finite."""
         return torch.tensor(inf if self.skips else 0.0)
 
-    @shielded
     def finish(self, gradients: Sequence[Tensor]) -> None:
         """Unscale, scale and clamp ``gradients`` as this step's decision says."""
         assert self.outcome is not None
-        if self.scale != 1.0:
-            scale_(gradients, 1 / self.scale)
-        self.outcome.apply_to(gradients)
+        self.outcome.apply_to(gradients, unscale=True)  # by the scale of the measurement: DeepSpeed's may be another
 
 
 def parts_of_torch(optimizer: Any) -> Iterator[Part]:

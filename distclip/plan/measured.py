@@ -31,6 +31,7 @@ class Measured:
     * ``dtype``: of the norm that users see, the same on every rank: float64 where some rank has such a parameter.
     * ``can_overflow``: whether finite gradients may have a norm or a power sum beyond float64; those of fp32 cannot for
       p from 1/16 to 7.
+    * ``scale``: by which gradients are multiplied, and ``reduced`` is not.
     """
 
     gradients: Sequence[Tensor | None]
@@ -40,6 +41,7 @@ class Measured:
     realigned: bool
     dtype: torch.dtype
     can_overflow: bool
+    scale: float = 1.0
 
     def without_gradients(self) -> "Measured":
         """What may be kept until the next call without keeping gradients alive."""

@@ -13,6 +13,7 @@ from ..policies import Policy, State
 from ..policies.answer import Numbers, Tensors, ask, is_trusted
 from ..policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device, rounded
 from ..report import Culprit, Report
+from ..shield import shielded
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,31 @@ class Outcome:
         known = replace(self, measured=measured, factors=found, norm=norm, disagree=bool(disagree), coef=coef)
         return replace(known, skip=bool(skip), fault=fault)
 
-    def apply_to(self, gradients: Sequence[Tensor]) -> None:
-        """Scale and clamp ``gradients``, plain tensors, in place.
+    @property
+    def gradients(self) -> Sequence[Tensor]:
+        """What was measured, as plain tensors that share its memory: for :meth:`apply_to`. Kept alive by this."""
+        return self.measured.runs
+
+    def without_gradients(self) -> "Outcome":
+        """The same, but it keeps no gradient alive."""
+        return replace(self, measured=self.measured.without_gradients())
+
+    @shielded
+    def apply_to(self, gradients: Sequence[Tensor], unscale: bool = False) -> None:
+        """Scale and clamp ``gradients`` in place; nothing if the step is skipped.
+
+        * ``gradients``: plain tensors (the local tensor of a DTensor), still multiplied by ``scale()`` of the
+          :class:`.Storage` as it was when they were measured.
+        * ``unscale``: divide them by that too.
+        """
+        scale = self.measured.scale
+        if unscale and scale != 1.0 and self.skip is not True:
+            scale_(gradients, 1 / scale)
+            scale = 1.0
+        self.change(gradients, scale)
+
+    def change(self, gradients: Sequence[Tensor], scale: float) -> None:
+        """Scale and clamp ``gradients``, which are multiplied by ``scale`` and stay so, inside a shielded call.
 
         Changes nothing where the step is skipped: a ``skip`` that is a tensor comes with a coefficient of 1. A host
         sync only for gradients on the host, where the decision is on an accelerator.
@@ -68,7 +92,7 @@ class Outcome:
             scale_(gradients, factor)
         if self.bounds is not None:
             unless = self.skip if isinstance(self.skip, Tensor) else None
-            low, high = self.bounds
+            low, high = self.bounds if scale == 1.0 else (self.bounds[0] * scale, self.bounds[1] * scale)
             clamp_(gradients, low, high, unless)
 
     def blamed_on(self, culprit: Culprit) -> "Outcome":

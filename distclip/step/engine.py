@@ -141,7 +141,7 @@ class Engine:
         """
         scaler, folds = _enabled(scaler), self._folding.of(optimizers)
         outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=scaler is None)
-        outcome.apply_to(outcome.measured.runs)
+        outcome.change(outcome.measured.runs, outcome.measured.scale)
         report = outcome.report
         if optimizers:
             skip = report.skip if scaler is None else (report.skip & report.norm.isfinite()).cpu()
@@ -173,7 +173,7 @@ class Engine:
         if len(outcome.factors) == 1 and outcome.bounds is None and outcome.skip is not True:
             gradients, coef = self._not_folded(outcome, folds), outcome.report.coef
         if gradients:
-            outcome.apply_to(gradients)
+            outcome.change(gradients, outcome.measured.scale)
         skip_on_device = outcome.skip if isinstance(outcome.skip, Tensor) else None
         return Stepping(outcome.report, outcome.skip is True, folds, coef, skip_on_device, scaler)
 

@@ -147,7 +147,8 @@ class Progress:
             self._realigns = not measured.reduced.read()[1]
         if storage.scale is None:
             return measured
-        return replace(measured, reduced=measured.reduced.unscaled(storage.scale(), plan.p))
+        scale = storage.scale()
+        return replace(measured, reduced=measured.reduced.unscaled(scale, plan.p), scale=scale)
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
         skips = self.streak.mode != "propagate"

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip.errors import FAILURES
+from distclip.gradients.storage import Storage
 from distclip.step.engine import Engine
 from support.layouts import backward, build, ddp, fsdp2, fsdp2_bf16_parameters
 from support.oracle import same_tensors, true_norm
@@ -443,3 +444,32 @@ def test_a_decision_may_be_applied_later_piece_by_piece(size):
         assert result["kept"]
         assert result["right"]
         assert 0 < result["cut"] < len(list(build().parameters()))
+
+
+def with_a_scale(policy: distclip.Policy, dtype: torch.dtype, how: str) -> tuple[distclip.Report, list[Tensor]]:
+    """The report on gradients that are multiplied by 1024, and what becomes of them, divided by that again."""
+    model = build()
+    backward(model, 0, 3.0)
+    buffers = [(p.grad * 1024).to(dtype) for p in model.parameters()]
+    engine = Engine(model, policy, gradients=Storage(lambda: buffers, buffers.__setitem__, lambda: 1024.0))
+    if how == "clip_":
+        return engine.clip_(), [buffer.double() / 1024 for buffer in buffers]
+    if how == "begin":
+        return engine.begin([torch.optim.SGD(model.parameters())]).report, [b.double() / 1024 for b in buffers]
+    outcome = engine.decide()
+    outcome.apply_to(buffers, unscale=how == "unscale")
+    return outcome.report, [buffer.double() / (1 if how == "unscale" else 1024) for buffer in buffers]
+
+
+@pytest.mark.parametrize("how", ["clip_", "begin", "apply_to", "unscale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("policy", [distclip.MaxNorm(0.5), distclip.ValueClip(0.1)], ids=repr)
+def test_gradients_that_are_multiplied_by_a_scale_are_clipped_as_without(policy, dtype, how):
+    model = build()
+    backward(model, 0, 3.0)
+    plain = distclip.Clipper(model, policy).clip_()
+    report, gradients = with_a_scale(policy, dtype, how)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-3
+    assert report.norm.item() == pytest.approx(plain.norm.item(), rel=tolerance)
+    for found, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(found, p.grad.double(), rtol=tolerance, atol=tolerance * 1e-2)

@@ -139,6 +139,7 @@ class Engine:
         With a ``scaler`` it unscales first. The scaler skips non-finite steps itself, and has to know of the policy's
         own skip before that, which is a host sync.
         """
+        self.owner.register(optimizers)
         scaler, folds = _enabled(scaler), self._folding.of(optimizers)
         outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=scaler is None)
         outcome.change(outcome.measured.runs, outcome.measured.scale)

@@ -255,7 +255,12 @@ def local_sgd(way: str) -> tuple[list[str], list[str]]:
     backward(model)
     first = [said_by(clipper.verify) for clipper in clippers]
     for clipper, optimizer in zip(clippers, (inner, inner if way == "same" else outer), strict=True):
-        optimizer.step() if way == "attach" else clipper.step(optimizer)
+        if way == "clip_":
+            clipper.engine.clip_([optimizer])
+        if way in ("attach", "clip_"):
+            optimizer.step()
+        else:
+            clipper.step(optimizer)
     return first, [said_by(clipper.verify) for clipper in clippers]
 
 
@@ -272,7 +277,7 @@ class Lookahead:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_clippers_of_two_optimizers_may_hold_the_same_parameters(ranks):
     rivals = "1 other Clipper(s) hold parameters of this one"
-    for way in ("attach", "step", "same"):
+    for way in ("attach", "step", "clip_", "same"):
         results = [local_sgd(way)] if ranks == 1 else run_ranks(local_sgd, ranks, way)
         for first, then in results:
             assert [said.startswith(rivals) for said in first] == [way != "attach"] * 2

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .clipper import Clipper
-from .layouts.piece import local_tensor
 from .optimizers.fused import Stepping
-from .optimizers.hooks import SKIP, Arguments, guard, parameters_of, withhold
+from .optimizers.hooks import SKIP, Arguments, guard, parameters_of, versions_of, withhold
 from .optimizers.wrapped import clip_target, is_optimizer, with_inner
 from .policies import Policy
 from .policies.adopt import bound_by_place
@@ -144,7 +143,7 @@ class Attachment:
         if len(present) < len(self._optimizers):
             raise RuntimeError("an optimizer that was attached is gone: attach those that are left anew")
         for index, known in self._scaled.items():
-            kept = set(map(id, _gradients(present[index])))
+            kept = {id(gradient) for gradient, _ in versions_of(present[index])}
             if any(id(gradient) in kept for gradient, _ in known):
                 raise RuntimeError(
                     f"optimizer {index} of those attached together has not stepped since its gradients were clipped, "
@@ -154,16 +153,13 @@ class Attachment:
         self._stepping = self._engine.begin(present, only_theirs=True)
         self._stepped.clear()
         if len(present) > 1:
-            self._scaled = {
-                index: [(gradient, local_tensor(gradient)._version) for gradient in _gradients(optimizer)]
-                for index, optimizer in enumerate(present)
-            }
+            self._scaled = {index: versions_of(optimizer) for index, optimizer in enumerate(present)}
 
     def _refuse_changed(self, index: int) -> None:
         optimizer = self._optimizers[index]()
         assert optimizer is not None
         known = {id(gradient): version for gradient, version in self._scaled[index]}
-        if any(known.get(id(gradient)) != local_tensor(gradient)._version for gradient in _gradients(optimizer)):
+        if any(known.get(id(gradient)) != version for gradient, version in versions_of(optimizer)):
             raise RuntimeError(
                 f"the gradients of optimizer {index} of those attached together have changed since the first of them "
                 "stepped, and are not in its norm: run every backward before the first step, or attach one by one"
@@ -261,7 +257,3 @@ def _to_attach_to(given: Sequence[Any]) -> list[Optimizer]:
             )
         found.append(applies)
     return found
-
-
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

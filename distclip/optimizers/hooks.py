@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.device import reads_are_free
+from ..layouts.piece import local_tensor
 from ..shield import untraced
 from . import refusals
 from .fused import TORCH, can_fold, folded, prepare_skip_on_device
@@ -66,6 +67,12 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
 def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     """The parameters of all its groups."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def versions_of(optimizer: Optimizer) -> list[tuple[Tensor, int]]:
+    """The gradients of its parameters, each with a number that grows whenever something writes to the gradient."""
+    gradients = (parameter.grad for parameter in parameters_of(optimizer))
+    return [(gradient, local_tensor(gradient)._version) for gradient in gradients if gradient is not None]
 
 
 def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor, on_device: bool | None = None) -> None:

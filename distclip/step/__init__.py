@@ -2,20 +2,24 @@
 
 [Note: the seam]
 What calls a Clipper in its user's place (`attach`, the integrations, an optimizer that reduces gradients itself) uses
-these names of the rooms `ranks`, `gradients`, `plan`, `optimizers` and `step`, and subclasses nothing:
+the public names of `distclip` and those below, and subclasses nothing; docs/extend.md says which of them when. They may
+change in a minor version, which CHANGELOG.md then says.
 
-* ``engine.Engine``: the verbs ``measure``, ``clip_``, ``begin``, ``decide`` and ``step``; ``owner.register`` and
-  ``interruption.record``; ``plan``, ``policy``, ``holders``, ``owner.clipped`` and ``progress.report`` to read.
-  ``options.Options``: the keywords of a user that it takes.
-* ``optimizers.fused.Stepping``, its ``skipped``, ``step(index, optimizer)``, and ``around(index, optimizer)``: what the
-  step of an optimizer runs inside of where someone else calls it;
-  ``decision.Outcome`` and its ``apply_to(gradients)``: a decision that is applied later.
-* ``driver.Driver`` and ``Clipper.of(engine, driver)``: the Clipper that the user gets, and what its methods then do.
-* ``gradients.storage.Storage``: gradients that are not in ``.grad``.
-* ``optimizers.hooks``: ``guard``, with ``Arguments`` and ``SKIP`` for what it calls, ``watch``, ``skip_next_step``,
-  ``parameters_of`` and ``withhold``; ``optimizers.scaler``: ``unscale_``, ``is_unscaled``, ``needs_update``;
+* ``step.engine.Engine``: the verbs ``measure``, ``clip_``, ``begin``, ``decide`` and ``step``; ``owner.register``,
+  ``owner.clipped``, ``interruption.record`` and ``plan.p``. ``step.options.Options``: the keywords of a user.
+* ``optimizers.fused.Stepping``, which ``begin`` returns: ``step`` steps an optimizer, or does not; ``around`` is what
+  its step runs inside where someone else calls it, unless it is ``skipped``.
+* ``step.decision.Outcome``, which ``decide`` returns: ``report`` and ``skip``; ``apply_to`` scales what it is handed,
+  for example its ``gradients``; ``without_gradients`` may be kept.
+* ``step.driver.Driver`` and ``Clipper.of``: the Clipper that the user gets, and what its methods then do;
+  ``Clipper.engine``.
+* ``gradients.storage.Storage``: gradients that are not in ``grad``.
+* ``optimizers.hooks``: ``guard``, with ``Arguments`` and ``SKIP`` for what it calls, ``watch``, ``parameters_of``,
+  ``versions_of`` and ``withhold``. ``optimizers.scaler``: ``unscale_``, ``is_unscaled`` and ``needs_update``.
   ``optimizers.wrapped``: ``refuse_clip_before_step``, ``clip_target``, ``with_inner`` and ``is_optimizer``.
-* ``plan.arguments.Parameters``: what torch's own functions call parameters.
+* ``policies.adopt``: ``as_policy`` and ``bound_by_place``, to check a policy before there is an engine.
+* ``plan.arguments.Parameters``: what torch's own functions call parameters. ``layouts.layout.LayoutFn``: the type of
+  ``layout``. ``layouts.fsdp1.is_flattened``: whether FSDP1 manages a parameter.
 
 Nothing in this room communicates by itself; what ranks must agree on travels in the plan's measurement.
 """

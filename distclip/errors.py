@@ -1,5 +1,10 @@
-"""The two errors of the library. Messages say what is wrong, with which parameter, rank or field, and what to do."""
+"""The two errors of the library, and how it warns.
 
+Messages say what is wrong, with which parameter, rank or field, and what to do.
+"""
+
+import sys
+import warnings
 from collections.abc import Sequence
 
 FAILURES = (
@@ -23,6 +28,14 @@ class LayoutError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """The total norm is not finite; the message names the parameter, the rank, and whether it was NaN or inf."""
+
+
+def warn_user(text: str, category: type[Warning] = RuntimeWarning) -> None:
+    """Warn at the line that called us: the first outside distclip, and outside torch, whose hooks may lie between."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("distclip", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)
 
 
 def and_more(names: Sequence[object], most: int = 5) -> str:

@@ -14,7 +14,6 @@ from functools import partial
 from math import inf, isnan
 from types import GeneratorType
 from typing import Any
-from warnings import warn
 from zlib import crc32
 
 import torch
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .errors import FAILURES
+from .errors import FAILURES, warn_user
 from .gradients.look import laid_out
 from .gradients.refusals import pending_sum, shared_memory
 from .gradients.sharing import first_shared
@@ -101,7 +100,7 @@ def clip_grad_norm_(
     # 1. Look up the plan. A rank that fails here has none, and still takes part in the all-reduce of the others.
     listed = _listed(parameters)
     if not listed and isinstance(parameters, GeneratorType) and not (group or split_over or layout):
-        warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=4)
+        warn_user("`parameters` is an empty generator, no gradient clipping will occur.", UserWarning)
     try:
         bound = positive("max_norm", max_norm, "inf measures only")
         p = positive("norm_type", norm_type)

@@ -5,7 +5,6 @@ the engine calls once for every optimizer step, after all reduction; and ``engin
 has counted the micro-batch. What else is replaced, in each optimizer: see :mod:`.deepspeed_optimizers`.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..clipper import Clipper
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, warn_user
 from ..gradients.storage import Storage
 from ..policies import Policy
 from ..step.driver import Driver
@@ -64,10 +63,10 @@ def take_over(
     _clippers[engine] = ref(clipper)
     written = engine._config._param_dict.get("gradient_clipping")
     if written:
-        warnings.warn(
+        warn_user(
             f'"gradient_clipping": {written} in the DeepSpeed config is off from now on, as {policy!r} clips: write '
             '"gradient_clipping": 0.0 there',
-            stacklevel=2,
+            UserWarning,
         )
     return clipper
 

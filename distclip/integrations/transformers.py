@@ -7,7 +7,6 @@ accelerate 1.15.0; written: its ``_is_overflow``, which ``step_was_skipped`` ret
 """
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias, Unpack
 from zipfile import is_zipfile
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from ..clipper import Clipper
+from ..errors import warn_user
 from ..optimizers.hooks import watch
 from ..optimizers.wrapped import refuse_clip_before_step
 from ..policies import Policy
@@ -100,7 +100,7 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
         if os.path.exists(file):
             self._resumed = file
         else:
-            warnings.warn(f"{checkpoint} has no {FILE}: the clipping policy starts anew", stacklevel=2)
+            warn_user(f"{checkpoint} has no {FILE}: the clipping policy starts anew", UserWarning)
 
 
 def take_over(

@@ -6,11 +6,11 @@ times ``1 - replicas``, every other rank its number, and the sum is 0 when repli
 
 from collections.abc import Callable, Sequence
 from math import inf, isfinite
-from warnings import warn
 
 import torch
 from torch import Tensor
 
+from ..errors import warn_user
 from ..kernels.transfer import sent
 from ..layouts.layout import represents
 from ..layouts.piece import Held
@@ -40,7 +40,7 @@ def compare_copies(plan: Plan, norm: float, own: Scalar | None, call: str, warns
     if abs(mine - norm) > APART * norm:
         plan.memory.late_error = refusals.copies_differ(call, mine)
         if warns:
-            warn(f"{plan.memory.late_error}. The next call raises on every rank", RuntimeWarning, stacklevel=3)
+            warn_user(f"{plan.memory.late_error}. The next call raises on every rank")
 
 
 def has_copies(plan: Plan) -> bool:

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from warnings import warn
 
 import torch.distributed as dist
 
+from ..errors import warn_user
 from . import refusals
 from .roll_call import LOOK, Roll, awaited, within
 
@@ -72,7 +72,7 @@ class SlowCollective:
         except RuntimeError:  # the store is gone: the collective will fail, and that says so
             return
         if absent:
-            warn(refusals.waits_for(dist.get_rank(), absent, self.call, looks * LOOK), RuntimeWarning, stacklevel=3)
+            warn_user(refusals.waits_for(dist.get_rank(), absent, self.call, looks * LOOK))
 
     def who_is_missing(self, waited: float) -> str:
         """Say which ranks did not report to the store that this collective failed for them too.

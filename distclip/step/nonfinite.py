@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
-from warnings import warn
 
+from ..errors import warn_user
 from ..plan.build import Plan
 from ..plan.culprit import find_culprit
 from ..plan.measure import norms_of
@@ -36,7 +36,7 @@ class Streak:
         self.skips, self.culprit = 0, None
         if norm == 0 and not has_gradients and not self.warned:
             self.warned = True
-            warn(refusals.NO_GRADIENT, RuntimeWarning, stacklevel=6)
+            warn_user(refusals.NO_GRADIENT)
 
     def record_nonfinite(self, plan: Plan, measured: Measured) -> Culprit:
         """A step had a norm that is not finite: find the culprit, count, and raise as ``mode`` and ``limit`` say.

@@ -8,9 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from subprocess import CalledProcessError
-from warnings import warn
 
 import torch
+
+from ...errors import warn_user
 
 _failed: dict[torch.device, str] = {}  # devices on which a first launch failed, and what was said
 _tried: set[torch.device] = set()
@@ -55,7 +56,7 @@ def check_choice(devices: Iterable[torch.device]) -> None:
         reason = "set it to 1" if wish != "1" else why_not(device) or _first_launch(device)
         if reason and reason not in _told:
             _told.add(reason)
-            warn(f"DISTCLIP_TRITON={wish} has no effect: {reason}; torch's kernels are used", RuntimeWarning, 2)
+            warn_user(f"DISTCLIP_TRITON={wish} has no effect: {reason}; torch's kernels are used")
 
 
 def _first_launch(device: torch.device) -> str:

@@ -23,8 +23,8 @@ from .build import Plan
 from .disagreement import account, missing_in, tell_others
 from .measured import Measured, Norms
 
-TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo 2**16
-REALIGNED = 1 << 14  # tag of the second all-reduce of a call that had to realign gradients
+TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo CODES
+REALIGNED = 1 << 30  # tag of the second all-reduce of a call that had to realign gradients
 LEAST_P = 1 / 16  # below, the root of what 1e15 gradients of 3e38 add up to leaves float64
 
 

@@ -4,9 +4,11 @@
 * **message**: what a rank sends in one all-reduce. For p < inf two numbers that are added up, the sum of powers and the
   agreement word; for p = inf four of which the largest is taken, the norm, a flag for inf or NaN, ``code`` and
   ``-code``. One number more for each yes-or-no question that the plan asks all ranks.
-* **code**: a 16-bit mix of what ranks must have in common: parameters, step, kind of call, settings.
-* **agreement word**: what the code is sent as. Its reduced value alone tells whether all ranks sent the same code, so
-  that every rank reaches the same verdict. A rank with an error of its own adds inf, which no other can make up for.
+* **code**: a 32-bit hash of what ranks must have in common: parameters, step, kind of call, settings.
+* **agreement word**: the form in which a code is summed. The words of all ranks add up to 0 if all sent the same code,
+  and every rank sees the same sum and reaches the same verdict. Two different codes never add up to 0, however many
+  ranks sent each; three or more do by chance, about once in 2**32.
+* **fault**: a rank with an error of its own adds inf to its word or code: a disagreement whatever the others send.
 * **signed length**: the length of the message, below 0 where the largest is taken. Ranks that disagree may send
   messages of other signed lengths at the same time, which must not meet.
 * **channel**: what messages of one signed length go through on the host (connections.py).
@@ -25,8 +27,7 @@ from torch import Tensor
 from .connections import all_reduce
 from .group import ClippingGroup
 
-MODULUS = 2.0**36
-CODES = 1 << 16
+CODES = 1 << 32
 
 Scalar: TypeAlias = Tensor | float
 """A number where messages are reduced on the host, a 0-d float64 tensor where that is an accelerator."""
@@ -135,14 +136,12 @@ def _reduce_sum(
     own_flags: list[float],
     call: str,
 ) -> tuple[Any, ...]:
-    # The sum modulo M is 0 when all sent the same code: rank 0 sends code * (M - size + 1), every other one code. All
-    # terms are whole numbers below 2**53, so the sum is exact in any order.
-    word = code * (MODULUS - len(group.ranks) + 1) if group.rank == 0 else float(code)
+    word = agreement_word(code, group.rank, len(group.ranks))
     row, (total, agreement, *found) = _all_reduce(group, [local], [word + fault, *own_flags], dist.ReduceOp.SUM, call)
     if row is None:
-        return None, root(total, p), agreement % MODULUS != 0, *found
+        return None, root(total, p), agreement != 0, *found
     norm = total.sqrt_() if p == 2 else total.pow_(1 / p)  # where they lie, for the host to have them as they do
-    return row, norm, agreement.remainder_(MODULUS) != 0, *found
+    return row, norm, agreement != 0, *found
 
 
 def _reduce_max(
@@ -165,6 +164,22 @@ def _reduce_max(
     finite = torch.where(flags == 0, local, 0.0)
     _, (norm, flags, high, low, *found) = _all_reduce(group, [finite, flags], known, dist.ReduceOp.MAX, call)
     return None, torch.where(flags == 2, nan, torch.where(flags == 1, inf, norm)), high != -low, *found
+
+
+def agreement_word(code: int, rank: int, size: int) -> float:
+    """What rank ``rank`` of ``size`` sends for ``code``, below ``CODES``: the words of all add up to 0 if codes agree.
+
+    A whole number below 2**52 for up to 2**20 ranks, so that float64 adds them exactly in any order.
+    """
+    # The sum is that of all differences from rank 0's code. Codes are linear in the step: without a mix a rank ahead
+    # and one as far behind would cancel. This one is lowbias32 of Chris Wellons' hash-prospector; it is bijective, so
+    # that different codes stay different.
+    code ^= code >> 16
+    code = code * 0x7FEB352D % CODES
+    code ^= code >> 15
+    code = code * 0x846CA68B % CODES
+    code ^= code >> 16
+    return float(code * (1 - size) if rank == 0 else code)
 
 
 def _all_reduce(

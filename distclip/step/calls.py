@@ -1,4 +1,10 @@
-"""The tags of a Clipper's calls, by which ranks that make different calls disagree instead of pairing them."""
+"""The tags of a Clipper's calls, by which ranks that make different calls disagree instead of pairing them.
+
+A tag counts modulo ``CODES``. It is the sum of the step, STRIDE for each Clipper of the group built before, and a bit
+for the kind of call: no two calls of N <= 1000 Clippers have the same sum while steps stay below 2**28 / 3N, 9 million
+for ten Clippers. Hashes of a loaded state and of the latest decision are added where there are any, and then tags that
+should differ are equal about once in 2**32.
+"""
 
 from dataclasses import dataclass, field
 from math import inf
@@ -6,13 +12,13 @@ from typing import NamedTuple
 
 from ..ranks.group import Clippers
 
-COMPARING = 1 << 12  # tag of a call that compares replicas of gradients
-TURN = 45499  # odd, with multiples far apart: the tags of two Clippers of one group never meet, whatever their steps
-MEASURING = 1 << 15  # tag of a measurement, so that measure() on one rank never pairs with a step on another
+COMPARING = 1 << 28  # tag of a call that compares replicas of gradients; bits 29 and 30: VERIFYING, REALIGNED
+MEASURING = 1 << 31  # tag of a measurement, so that measure() on one rank never pairs with a step on another
+STRIDE = 0x9E3779B  # 2**28 over the golden ratio, which keeps its multiples far apart modulo 2**28
 
 
 class Call(NamedTuple):
-    """One call: what goes into the agreement word, its name in errors, whether replicas of gradients are compared."""
+    """One call: its tag in the agreement word, its name in errors, whether replicas of gradients are compared."""
 
     tag: int
     name: str
@@ -21,13 +27,14 @@ class Call(NamedTuple):
 
 @dataclass(slots=True)
 class Calls:
-    """The calls of one Clipper; ``number``: how many of the ``clippers`` of its group were built before.
+    """The calls of one Clipper.
 
-    * ``steps``: how many times ``clip_`` or ``step`` were called, ever: it is saved.
-    * ``made``: the same since the Clipper was built or a state was loaded, and ``compare_in``: in which of these copies
-      of gradients are compared next.
-    * ``loaded``: hash of a state that no step was made with yet; ``decided``: of the latest decision, where the host
-      knows it; 0 otherwise. Ranks that loaded or decided otherwise disagree in the next call.
+    * ``number``: how many of the ``clippers`` of its group were built before it.
+    * ``steps``: completed calls of ``clip_`` and ``step``, including those before a checkpoint; saved in the state.
+    * ``made``: calls of ``clip_`` and ``step``, uncaptured, since the Clipper was built or a state was loaded.
+    * ``compare_in``: the value of ``made`` from which on replicas of gradients are compared again; inf for never.
+    * ``loaded``: hash of a loaded state until the first step after it; ``decided``: hash of the latest decision, where
+      the host knows it; else 0. Ranks whose hashes differ disagree in the next call.
     """
 
     compare_in: float
@@ -39,30 +46,30 @@ class Calls:
     decided: int = 0
 
     def count_among(self, clippers: Clippers) -> None:
-        """This Clipper is built, and is one of these."""
+        """Number this Clipper as the next of ``clippers``."""
         self.number, self.clippers = clippers.count, clippers
         clippers.count += 1
 
     def step(self, captured: bool) -> Call:
-        """The call of ``clip_`` or ``step`` that comes now; one that is captured in a CUDA graph compares nothing."""
+        """The next call of ``clip_`` or ``step``; one that is captured in a CUDA graph compares nothing."""
         self.made += not captured
         compares = not captured and self.made >= self.compare_in
         return self._call(f"step {self.steps}", COMPARING * compares, compares)
 
     def measurement(self) -> Call:
-        """The call of ``measure`` that comes now."""
+        """The next call of ``measure``."""
         return self._call(f"measure() in step {self.steps}", MEASURING, False)
 
     def verification(self) -> Call:
-        """The call of ``verify`` that comes now."""
-        return Call(TURN * self.number, self._by_whom("verify()"), False)
+        """The next call of ``verify``."""
+        return Call(STRIDE * self.number, self._by_whom("verify()"), False)
 
     def compared(self) -> None:
-        """Replicas were compared in this call; next in one twice as far from the beginning: calls 1, 2, 4, 8, ..."""
+        """Replicas were compared in this call: compare them next in calls 2, 4, 8, ..., each twice as far."""
         self.compare_in = 2 * self.made
 
     def begin_anew(self, steps: int, loaded: int) -> None:
-        """A state with so many ``steps`` was loaded; ``loaded``: its hash."""
+        """Continue from a loaded state: its ``steps``, and ``loaded``, its hash."""
         self.steps, self.loaded, self.decided = steps, loaded, 0
         self.made, self.compare_in = 0, inf if self.compare_in == inf else 1.0
 
@@ -70,7 +77,7 @@ class Calls:
         name = self._by_whom(name)
         if self.loaded:
             name = f"{name} after loading a state (hash {self.loaded:x})"
-        return Call(self.steps + self.loaded + TURN * self.number + tag + self.decided, name, compares)
+        return Call(self.steps + self.loaded + STRIDE * self.number + tag + self.decided, name, compares)
 
     def _by_whom(self, name: str) -> str:
         return f"{name} of Clipper {self.number + 1}" if self.clippers.count > 1 else name

@@ -20,7 +20,7 @@ import distclip
 from distclip.gradients.storage import in_grad
 from distclip.layouts.piece import held_parameter
 from distclip.plan.build import Plan
-from distclip.plan.measure import measure
+from distclip.plan.measure import TAG_STEP, measure
 from distclip.plan.measured import Measured
 from distclip.plan.verify import verify
 from distclip.policies.coefficient import clip_coef
@@ -346,6 +346,16 @@ def test_two_camps_never_agree(p, size, code, difference, chance):
 
 @both
 @law
+@given(st.integers(3, 64), st.integers(0, 2**60), st.integers(1, 50), chances)
+@example(size=3, code=CODES // 2, steps=1, chance=Random(0))
+def test_a_rank_ahead_and_one_as_far_behind_do_not_cancel(p, size, code, steps, chance):
+    ahead, behind = chance.sample(range(size), 2)
+    codes = [code + TAG_STEP * steps * ((rank == ahead) - (rank == behind)) for rank in range(size)]
+    assert [disagree for _, disagree in verdicts(size, p, codes, [False] * size)] == [True] * size
+
+
+@both
+@law
 @given(sizes, st.integers(0, 2**60), chances)
 def test_faulty_ranks_are_always_seen(p, size, code, chance):
     faulty = [chance.random() < 0.3 for _ in range(size)]
@@ -430,6 +440,20 @@ def test_two_kinds_of_calls_never_pair(p, size, calls, odd):
     model.weight.grad = torch.ones(1, 2)
     clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), size)
     ends = simulate(lambda group: call(clippers, group, calls[group.rank == odd % size]), size, collectives=4)
+    assert {type(end) for end in ends} == {distclip.LayoutError}
+
+
+@both
+@pytest.mark.parametrize("by", [(0, 1, -1), (1, 0, -1), (0, 1, -1, 0), (1, -1, 2, -2)])
+@law
+@given(st.integers(100, 2**20), st.integers(1, 50))
+def test_clippers_as_many_steps_ahead_as_others_are_behind_disagree(p, by, step, apart):
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.ones(1, 2)
+    clippers = simulate(lambda group: distclip.Clipper(model, 1.0, group=group, norm_type=p), len(by))
+    for clipper, sign in zip(clippers, by, strict=True):
+        clipper.load_state_dict(clipper.state_dict() | {"steps": step + sign * apart})
+    ends = simulate(lambda group: call(clippers, group, "clip_"), len(by), collectives=4)
     assert {type(end) for end in ends} == {distclip.LayoutError}
 
 

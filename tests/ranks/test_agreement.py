@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 import distclip
-from distclip.plan.measure import REALIGNED
+from distclip.plan.measure import REALIGNED, TAG_STEP
 from distclip.plan.verify import VERIFYING
-from distclip.ranks.message import CODES
+from distclip.ranks.message import CODES, agreement_word
 from distclip.ranks.slow_collective import SlowCollective
-from distclip.step.calls import COMPARING, MEASURING, TURN
+from distclip.step.calls import COMPARING, MEASURING, STRIDE, Calls
 from support.layouts import DenseNet, backward, build, ddp, fsdp2
 from support.ranks import run_ranks, same_bits
 
@@ -356,13 +356,49 @@ def test_clippers_of_equal_models_called_in_another_order_are_an_error_on_all_ra
         assert not any("do not agree" in said for said in alike)
 
 
-def test_no_clipper_of_a_group_is_taken_for_another_whatever_their_steps():
-    """The tags of their calls, with which agreement words are made, differ modulo 2**16."""
-    kinds = [0, COMPARING, REALIGNED, REALIGNED + COMPARING, MEASURING, MEASURING + REALIGNED, VERIFYING]
-    apart = {(a - b) % CODES for a in kinds for b in kinds}
-    near = {(steps + kind) % CODES for steps in range(-400, 401) for kind in apart}
-    assert not near & {TURN * number % CODES for number in range(1, 9)}
-    assert len({(TURN * number) % CODES for number in range(CODES)}) == CODES
+KINDS = [0, COMPARING, REALIGNED, REALIGNED + COMPARING, MEASURING, MEASURING + REALIGNED]
+KINDS += [VERIFYING, VERIFYING + REALIGNED]
+
+
+def least_gap(number: int) -> int:
+    """In how many steps from each other two Clippers, ``number`` apart, can first share a tag."""
+    gaps = [(STRIDE * number + a - b) % CODES for a in KINDS for b in KINDS]
+    return min(min(gap, CODES - gap) for gap in gaps)
+
+
+def test_no_two_calls_of_a_groups_clippers_have_the_same_tag_within_the_limit_that_calls_tells():
+    closest = CODES
+    for number in range(1, 1000):  # number + 1 Clippers
+        closest = min(closest, least_gap(number))
+        assert closest >= 2**28 / (3 * (number + 1))
+    kinds_apart = [(a - b) % CODES for a in KINDS for b in KINDS if a != b]
+    assert min(min(gap, CODES - gap) for gap in kinds_apart) >= 2**28  # one Clipper's calls of two kinds
+
+
+def test_beyond_that_limit_clippers_can_have_the_same_tag():
+    far = Calls(inf, steps=STRIDE)
+    assert far.step(captured=False).tag == Calls(inf, number=1).step(captured=False).tag
+
+
+@pytest.mark.parametrize("steps_apart", [(0, 1, -1), (1, 0, -1), (1, -1, 0, 0), (0, 1, -1, 2, -2), (3, 1, 2, 0, 4)])
+def test_ranks_ahead_and_ranks_as_far_behind_have_words_that_do_not_cancel(steps_apart):
+    """Summed as they are, 24 % of all codes would cancel for one step and 80 % for fifty, with 16 bits."""
+    unseen, size = 0, len(steps_apart)
+    for code in range(0, CODES, CODES // 1000):
+        for step in (1, 2, 3, 7, 50):
+            codes = [(code + TAG_STEP * step * apart) % CODES for apart in steps_apart]
+            unseen += sum(agreement_word(codes[rank], rank, size) for rank in range(size)) == 0
+    assert unseen == 0
+
+
+def test_words_of_the_most_ranks_are_added_exactly():
+    size, largest = 2**20, 0
+    for code in (1, CODES // 2, CODES - 1):
+        words = [agreement_word(code, rank, size) for rank in (0, 1)]
+        assert words[0] + (size - 1) * words[1] == 0
+        largest = max(largest, -words[0])
+    assert largest < CODES * size == 2**52
+    assert agreement_word(0, 0, size) == agreement_word(0, 1, size) == 0
 
 
 def built_by_some() -> list[int]:

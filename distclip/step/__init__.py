@@ -18,6 +18,7 @@ change in a minor version, which CHANGELOG.md then says.
   ``versions_of`` and ``withhold``. ``optimizers.scaler``: ``unscale_``, ``is_unscaled`` and ``needs_update``.
   ``optimizers.wrapped``: ``refuse_clip_before_step``, ``clip_target``, ``with_inner`` and ``is_optimizer``.
 * ``policies.adopt``: ``as_policy`` and ``bound_by_place``, to check a policy before there is an engine.
+  ``errors.warn_user``: a warning at the user's line.
 * ``plan.arguments.Parameters``: what torch's own functions call parameters. ``layouts.layout.LayoutFn``: the type of
   ``layout``. ``layouts.fsdp1.is_flattened``: whether FSDP1 manages a parameter.
 

@@ -1,24 +1,24 @@
 """The message: the few float64 numbers of the one all-reduce, and what their reduced values say.
 
 [Note: what travels]
-* **message**: what a rank sends in one all-reduce. For p < inf two numbers that are added up, the sum of powers and the
-  agreement word; for p = inf four of which the largest is taken, the norm, a flag for inf or NaN, ``code`` and
-  ``-code``. One number more for each yes-or-no question that the plan asks all ranks.
+* **message**: what a rank sends in one all-reduce. For p < inf two numbers that are summed, the sum of powers and the
+  agreement word; for p = inf four of which the maximum is taken, the norm, a flag for inf or NaN, ``code`` and
+  ``-code``. Then one number for each yes-or-no question that the plan asks all ranks.
 * **code**: a 32-bit hash of what ranks must have in common: parameters, step, kind of call, settings.
 * **agreement word**: the form in which a code is summed. The words of all ranks add up to 0 if all sent the same code,
   and every rank sees the same sum and reaches the same verdict. Two different codes never add up to 0, however many
   ranks sent each; three or more do by chance, about once in 2**32.
 * **fault**: a rank with an error of its own adds inf to its word or code: a disagreement whatever the others send.
-* **signed length**: the length of the message, below 0 where the largest is taken. Ranks that disagree may send
-  messages of other signed lengths at the same time, which must not meet.
-* **channel**: what messages of one signed length go through on the host (connections.py).
-* **roll call**: how ranks find out, in the job's store, who did not join a collective (roll_call.py).
+* **signed length**: the length of the message, negative where the maximum is taken. Ranks that disagree may send
+  messages of different signed lengths at the same time, and these must not be reduced together.
+* **channel**: the connections that messages of one signed length use on the host (connections.py).
+* **roll call**: how ranks find out, through the job's store, who did not join a collective (roll_call.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isinf, isnan, nan, sqrt
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -30,19 +30,30 @@ from .group import ClippingGroup
 CODES = 1 << 32
 
 Scalar: TypeAlias = Tensor | float
-"""A number where messages are reduced on the host, a 0-d float64 tensor where that is an accelerator."""
+"""A number where messages are reduced on the host, a 0-d float64 tensor where they are reduced on an accelerator."""
+
+
+class HostNumbers(NamedTuple):
+    """A reduced message as the host has read it, and ``more`` numbers that were copied behind it."""
+
+    own: float
+    norm: float
+    disagree: float  # 0 if all ranks agree
+    more: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """What the reduced message says, the same on every rank: numbers on the host, 0-d tensors on an accelerator.
+    """The reduced message, the same on every rank except for ``own``: numbers on the host, 0-d tensors elsewhere.
 
     * ``norm``: the total norm, float64; a tensor is NaN where ranks disagree.
     * ``disagree``: whether ranks sent different codes or reported a fault.
-    * ``flags``: for each that was sent, whether some rank has set it: a number above 0.
-    * ``own``: what this rank alone has put in, where every rank holds all gradients whole; else None.
-    * ``who``: after what an error says of the disagreement, which ranks it is; empty where that was not asked.
-    * ``row``: own number, norm and disagreement side by side in memory, (3,) float64, where they lie so.
+    * ``flags``: for each flag of the message, whether some rank has set it: a number above 0.
+    * ``own``: what this rank sent for the norm, if every rank holds all gradients whole; else None. For p < inf its sum
+      of powers divided by the number of replicas, for p = inf its norm.
+    * ``who``: appended to the error on a disagreement: which ranks differ; empty if nobody asked.
+    * ``row``: own, norm and disagreement as a view of the message, (3,) float64, if they are neighbours there: the host
+      can then copy them without a kernel that gathers them.
     """
 
     norm: Scalar
@@ -53,36 +64,35 @@ class Reduced:
     row: Tensor | None = None
 
     def unscaled(self, scale: float, p: float) -> "Reduced":
-        """The same of gradients that are ``scale`` times smaller."""
+        """The same for gradients divided by ``scale``."""
         power = scale if p == inf else scale**p
         return replace(self, norm=self.norm / scale, own=None if self.own is None else self.own / power, row=None)
 
     def tensor(self, device: torch.device) -> Tensor:
-        """The norm as a 0-d tensor on ``device``, where it is; NaN where ranks disagree."""
+        """The norm as a 0-d float64 tensor, NaN where ranks disagree. ``device``: where messages are reduced."""
         if isinstance(self.norm, Tensor):
             return self.norm
         return torch.scalar_tensor(nan if self.disagree else self.norm, dtype=torch.float64, device=device)
 
-    def to_send(self, device: torch.device) -> Tensor:
-        """What the host wants to know of them, on ``device``, 1-D float64, for :meth:`sent`."""
+    def for_host(self, device: torch.device) -> Tensor:
+        """What the host will want to know, 1-D float64 on ``device``; :meth:`from_copy` reads a copy of it."""
         if self.row is not None:
             return self.row
         norm = self.tensor(device)
-        if self._is_of_one():
+        if self._is_norm_alone():
             return norm.view(1)
-        return torch.stack(
-            [_beside(norm, scalar) for scalar in (norm if self.own is None else self.own, norm, self.disagree)]
-        )
+        own = norm if self.own is None else self.own
+        return torch.stack([_beside(norm, scalar) for scalar in (own, norm, self.disagree)])
 
-    def sent(self, numbers: Sequence[float]) -> tuple[float, float, float, Sequence[float]]:
-        """Own number, norm, disagreement and what was sent after them."""
-        if self._is_of_one():
-            return numbers[0], numbers[0], 0.0, numbers[1:]
+    def from_copy(self, numbers: Sequence[float]) -> HostNumbers:
+        """The numbers of :meth:`for_host`, and those that were copied behind them."""
+        if self._is_norm_alone():
+            return HostNumbers(numbers[0], numbers[0], 0.0, numbers[1:])
         own, norm, disagree, *more = numbers
-        return own, norm, disagree, more
+        return HostNumbers(own, norm, disagree, more)
 
-    def _is_of_one(self) -> bool:
-        """Whether there is nothing but the norm: nobody to disagree with, and no replicas."""
+    def _is_norm_alone(self) -> bool:
+        """Whether there are no other ranks to disagree with or to compare ``own`` with."""
         return self.disagree is False and self.own is None
 
     def read(self) -> tuple[float, bool, list[bool]]:
@@ -95,7 +105,7 @@ class Reduced:
 
 
 def _beside(norm: Tensor, scalar: Scalar) -> Tensor:
-    """``scalar`` in float64 where ``norm`` is."""
+    """``scalar`` as float64 on the device of ``norm``."""
     return scalar.double() if isinstance(scalar, Tensor) else torch.full_like(norm, scalar)
 
 
@@ -109,61 +119,64 @@ def reduce_norm(
     replicated: bool = False,
     call: str = "",
 ) -> Reduced:
-    """Make ``local``, this rank's sum of powers over replicas (p = inf: its largest norm), global.
+    """Reduce ``local`` over the group: this rank's sum of powers divided by replicas, or for p = inf its norm.
 
-    One all-reduce of two float64 numbers (p = inf: four) and one for each of ``flags``, made by every rank of the
-    group whatever it holds; none in one process. See [Note: what travels] above. A ``faulty`` rank, which is about to
-    raise, takes part so that the others do not wait for it. ``replicated``: every rank of the group holds all that is
-    summed. ``call``: what it is for, as errors say.
+    One all-reduce of two float64 numbers (p = inf: four) and one for each of ``flags``, which every rank of the group
+    makes whatever it holds; none in one process. It waits on the host, and never on an accelerator.
+
+    * ``code``: compared between ranks modulo ``CODES``; see [Note: what travels] above.
+    * ``faulty``: this rank is about to raise, and takes part so that the others do not wait for it.
+    * ``replicated``: every rank of the group holds all that is summed.
+    * ``call``: what errors say that this rank was in.
     """
-    if isinstance(local, Tensor) and group.reference is None:  # nobody to disagree with, and no message to be made
+    if isinstance(local, Tensor) and group.reference is None:  # nobody to disagree with, and no message to make
         return Reduced(local if p == inf else root(local, p), False, tuple(flags))
-    reduce = _reduce_max if p == inf else _reduce_sum
     fault, own_flags = inf if faulty else 0.0, list(map(float, flags))
-    row, norm, disagree, *found = reduce(group, local, p, code % CODES, fault, own_flags, call)
-    own = local if replicated else None
+    if p == inf:
+        verdict = _reduce_max(group, local, code % CODES, fault, own_flags, call)
+    else:
+        verdict = _reduce_sum(group, local, p, code % CODES, fault, own_flags, call)
+    norm, disagree, found, row = verdict
     if isinstance(norm, Tensor):
+        assert isinstance(disagree, Tensor)
         norm.masked_fill_(disagree, nan)
-    return Reduced(norm, disagree, tuple(found), own, row=row)
+    return Reduced(norm, disagree, tuple(found), local if replicated else None, row=row)
+
+
+class _Verdict(NamedTuple):
+    """Norm, disagreement, flags and row of :class:`Reduced`; a norm that is a tensor is not NaN yet."""
+
+    norm: Scalar
+    disagree: Tensor | bool
+    flags: Sequence[Scalar]
+    row: Tensor | None = None
 
 
 def _reduce_sum(
-    group: ClippingGroup,
-    local: Scalar,
-    p: float,
-    code: int,
-    fault: float,
-    own_flags: list[float],
-    call: str,
-) -> tuple[Any, ...]:
+    group: ClippingGroup, local: Scalar, p: float, code: int, fault: float, flags: list[float], call: str
+) -> _Verdict:
     word = agreement_word(code, group.rank, len(group.ranks))
-    row, (total, agreement, *found) = _all_reduce(group, [local], [word + fault, *own_flags], dist.ReduceOp.SUM, call)
+    (total, words, *found), row = _all_reduce(group, [local], [word + fault, *flags], dist.ReduceOp.SUM, call)
     if row is None:
-        return None, root(total, p), agreement != 0, *found
-    norm = total.sqrt_() if p == 2 else total.pow_(1 / p)  # where they lie, for the host to have them as they do
-    return row, norm, agreement != 0, *found
+        return _Verdict(root(total, p), words != 0, found)
+    norm = total.sqrt_() if p == 2 else total.pow_(1 / p)  # in place: `row` then holds the norm, not its power
+    return _Verdict(norm, words != 0, found, row)
 
 
 def _reduce_max(
-    group: ClippingGroup,
-    local: Scalar,
-    p: float,
-    code: int,
-    fault: float,
-    own_flags: list[float],
-    call: str,
-) -> tuple[Any, ...]:
-    known = [code + fault, -float(code), *own_flags]
+    group: ClippingGroup, local: Scalar, code: int, fault: float, flags: list[float], call: str
+) -> _Verdict:
+    known = [code + fault, -float(code), *flags]
     # Gloo's MAX drops NaN by position: what is not finite travels as a flag beside a norm of 0.
     if not isinstance(local, Tensor):
-        flag = 2.0 if isnan(local) else 1.0 if isinf(local) else 0.0
-        own = [0.0 if flag else local, flag]
-        _, (norm, flag, high, low, *found) = _all_reduce(group, own, known, dist.ReduceOp.MAX, call)
-        return None, nan if flag == 2 else inf if flag == 1 else norm, high != -low, *found
-    flags = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
-    finite = torch.where(flags == 0, local, 0.0)
-    _, (norm, flags, high, low, *found) = _all_reduce(group, [finite, flags], known, dist.ReduceOp.MAX, call)
-    return None, torch.where(flags == 2, nan, torch.where(flags == 1, inf, norm)), high != -low, *found
+        kind = 2.0 if isnan(local) else 1.0 if isinf(local) else 0.0
+        own = [0.0 if kind else local, kind]
+        (norm, kind, high, low, *found), _ = _all_reduce(group, own, known, dist.ReduceOp.MAX, call)
+        return _Verdict(nan if kind == 2 else inf if kind == 1 else norm, high != -low, found)
+    kinds = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
+    finite = torch.where(kinds == 0, local, 0.0)
+    (norm, kinds, high, low, *found), _ = _all_reduce(group, [finite, kinds], known, dist.ReduceOp.MAX, call)
+    return _Verdict(torch.where(kinds == 2, nan, torch.where(kinds == 1, inf, norm)), high != -low, found)
 
 
 def agreement_word(code: int, rank: int, size: int) -> float:
@@ -184,23 +197,23 @@ def agreement_word(code: int, rank: int, size: int) -> float:
 
 def _all_reduce(
     group: ClippingGroup, own: Sequence[Scalar], known: Sequence[float], op: dist.ReduceOp.RedOpType, call: str
-) -> tuple[Tensor | None, Sequence[Any]]:
-    """The reduced message, ``own`` scalars first: numbers if these are, 0-d tensors on their device otherwise.
+) -> tuple[Sequence[Any], Tensor | None]:
+    """Reduce the message ``[*own, *known]``: numbers if ``own`` are numbers, else 0-d tensors and a row of three.
 
-    There they lie side by side, the first of ``own`` as it was before them: a row of that and two reduced scalars.
+    The row is ``own[0]`` as this rank sent it and the first two reduced numbers, neighbours in memory.
     """
     first, signed_length = own[0], len(own) + len(known)
     if op != dist.ReduceOp.SUM:
-        signed_length = -signed_length  # a message as long may be added up, and say the opposite: they must not meet
+        signed_length = -signed_length
     if isinstance(first, Tensor):
-        made = {number: torch.full_like(first, number) for number in known}
-        memory = torch.stack([first, *own, *(made[number] for number in known)])  # type: ignore[list-item]
+        filled = {number: torch.full_like(first, number) for number in known}  # one kernel for all that are 0
+        memory = torch.stack([first, *own, *(filled[number] for number in known)])  # type: ignore[list-item]
         all_reduce(group, memory[1:], op, signed_length, call)
-        return memory[:3], memory[1:].unbind()
+        return memory[1:].unbind(), memory[:3]
     if group.reference is None:
-        return None, [*own, *known]
+        return [*own, *known], None
     message = torch.tensor([*own, *known], dtype=torch.float64)
-    return None, all_reduce(group, message, op, signed_length, call).tolist()
+    return all_reduce(group, message, op, signed_length, call).tolist(), None
 
 
 def root(total: Scalar, p: float) -> Scalar:

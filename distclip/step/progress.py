@@ -188,7 +188,7 @@ class Progress:
         measured = outcome.measured
         kept = replace(measured, norms=norms_of(self.plan, measured)).without_gradients()
         faults = [outcome.fault] if isinstance(outcome.fault, Tensor) else []
-        self._unchecked = Transfer.begin(measured.reduced.to_send(self.plan.device), *faults), kept
+        self._unchecked = Transfer.begin(measured.reduced.for_host(self.plan.device), *faults), kept
 
     def _check_previous(self) -> None:
         """Check the previous step, decided on an accelerator: its numbers have arrived by now, or are waited for.
@@ -199,7 +199,7 @@ class Progress:
             return
         assert self._unchecked is not None
         (transfer, measured), self._unchecked = self._unchecked, None
-        own, norm, disagree, faults = measured.reduced.sent(transfer.read())
+        own, norm, disagree, faults = measured.reduced.from_copy(transfer.read())
         if disagree:
             raise refusals.ranks_disagree()
         if not isfinite(norm):

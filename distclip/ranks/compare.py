@@ -35,9 +35,10 @@ def differing_fields(group: ClippingGroup, device: torch.device, fields: Mapping
 
 
 def who_differs(group: ClippingGroup, device: torch.device, mine: str) -> str:
-    """Name a rank whose text ``mine`` few others have, and one of those whose text most have, with these texts.
+    """Name the ranks whose text ``mine`` is not the most common one; quote the first of them and a rank that has that.
 
-    Three all-reduces, of a float64 number a rank and twice of 1024 bytes, with a host sync each.
+    The same on every rank; empty where all texts are equal. Three all-reduces, of a float64 number a rank and twice of
+    1024 bytes, with a host sync each.
     """
     rows = torch.zeros(group.size, dtype=torch.float64, device=device)
     rows[group.rank] = crc32(mine.encode())
@@ -67,9 +68,9 @@ def checksums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def projections(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """A 0-d float64 for each tensor: at most ``SAMPLE`` elements along a direction that depends on their number.
+    """The projection of each tensor, 0-d float64: at most ``SAMPLE`` elements on a direction set by their number.
 
-    On ``device``; one copy from each other one, which is a host sync where it goes to the CPU.
+    On ``device``: one copy from each other device, which is a host sync if ``device`` is the CPU.
     """
     by_device: dict[torch.device, list[int]] = {}
     for k, tensor in enumerate(tensors):
@@ -94,7 +95,7 @@ def is_constant(tensor: Tensor) -> bool:
 
 
 def bit_sums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The same from every bit of every element: any change of one element is seen, at the price of reading all."""
+    """Like :func:`checksums`, from every bit of every element: a change of one element shows, but all are read."""
     sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)
     for row, tensor in zip(sums, tensors, strict=True):
         if tensor.numel() and tensor.device.type != "meta":
@@ -119,7 +120,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def broadcast_text(group: ClippingGroup, device: torch.device, source: int, text: str) -> str:
-    """The ``text`` of the group's rank ``source``, on every rank: one all-reduce of 1024 bytes, and one host sync."""
+    """The ``text`` of the group's rank ``source``, on every rank: one all-reduce of 1024 bytes and one host sync."""
     letters = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
     if group.rank == source:
         raw = text.encode()[:TEXT_BYTES]

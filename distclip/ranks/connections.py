@@ -1,11 +1,11 @@
-"""The all-reduce, and what it goes through: on the host, Gloo connections of our own, others for each kind of message.
+"""The all-reduce and its connections: on the host Gloo connections of our own, separate for each signed length.
 
-Gloo matches messages by their order alone. In a group that others use too, a rank that misses a call of ours would send
-its next gradients where the others send their message: where sizes differ a process ends by ``std::terminate``, and
-equal ones are added up. On connections of our own that rank is missed, until the timeout, and named. Two calls of ours
-with messages of other lengths never meet for the same reason.
+Gloo pairs messages by their order alone. In a group that others use too, a rank that misses a call of ours would send
+its next gradients where the others send their message: if sizes differ a process ends by ``std::terminate``, and if
+they are equal they are summed. On connections of our own the others wait for that rank until the timeout, and then name
+it. For the same reason messages of different signed lengths have different connections.
 
-Accelerators' backends keep the group they are given: communicators are expensive there, and a second one may block the
+On accelerators the group's own backend is used: communicators are expensive there, and a second one may block the
 first.
 
 Private torch API, 2.13: the default store; a process group made by hand, as ``new_group`` makes it. That one itself
@@ -31,7 +31,7 @@ from .roll_call import awaited
 from .slow_collective import SlowCollective, given_up
 
 ANY_LENGTH = 0
-"""In place of a signed length, for messages of any length between ranks that have agreed to exchange them."""
+"""In place of a signed length: for messages between ranks that are known to agree on the next collective."""
 
 SPIN = 1e-3  # seconds to wait for a collective without sleeping: three times what one takes
 
@@ -43,10 +43,10 @@ give_way: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 @dataclass(slots=True)
 class Channel:
-    """What messages of one signed length go through on the host: [Note: what travels] in message.py.
+    """The connections for messages of one signed length on the host: [Note: what travels] in message.py.
 
-    ``own``: connections of its own, or None for those of the clipping group. Never keeps that group alive.
-    ``begun``: how many collectives went through it, the same on every rank.
+    ``own``: a process group of its own, or None where the clipping group's is used; never keeps the latter alive.
+    ``begun``: how many collectives were begun on it, the same on every rank.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Channel:
     latest: dist.Work | None = None
 
     def begin(self, process_group: dist.ProcessGroup, message: Tensor, op: dist.ReduceOp.RedOpType) -> dist.Work:
-        """Begin to reduce ``message`` in place."""
+        """Start to reduce ``message`` in place, without a wait."""
         self.begun += 1
         options = dist.AllreduceOptions()
         options.reduceOp = op  # type: ignore[assignment]
@@ -80,9 +80,9 @@ def all_reduce(
 ) -> Tensor:
     """Reduce ``message`` in place over the group and return it: one collective, or none in one process.
 
-    ``signed_length``: the length of the message, below 0 if it is not added up, where ranks that disagree might send
-    others at the same time; on the host it then meets none of another signed length. ``call``: what this rank makes it
-    for, as errors say.
+    * ``signed_length``: the length of the message, negative if it is not summed. On the host it is never reduced with
+      one of another signed length, which a rank that disagrees may send at the same time.
+    * ``call``: what errors say that this rank was in.
 
     Waits for it on the host; not on an accelerator. RuntimeError that names the ranks that did not join, where the
     backend gave up waiting for them.
@@ -110,7 +110,7 @@ def all_reduce(
 
 
 def _is_done_soon(work: dist.Work) -> bool:
-    """Wait a little without sleeping, while others on this core may run."""
+    """Whether it is done within ``SPIN`` seconds, waited for without sleeping, while others on this core may run."""
     # Who sleeps is woken behind whatever has begun to run meanwhile: with as many ranks as cores one all-reduce in four
     # of 0.3 ms then took 1 to 4 ms.
     end = time.perf_counter() + SPIN
@@ -129,16 +129,16 @@ def _slow(
 
 
 def channel(process_group: dist.ProcessGroup, signed_length: int) -> Channel | None:
-    """That for messages of this signed length between the ranks of ``process_group``, if it is open."""
+    """The channel of ``process_group`` for messages of this signed length, None if it is not open yet."""
     known = _channels.get(process_group)
     return None if known is None else known.get(signed_length)
 
 
 def open_channel(process_group: dist.ProcessGroup, signed_length: int) -> Channel:
-    """Open it, by all ranks of the group alike; RuntimeError where not all come within the group's timeout.
+    """Open that channel: every rank of the group must call. RuntimeError where not all do within the group's timeout.
 
-    It has connections of its own where the group's backend on the host is Gloo: these take 1 ms (two ranks), a thread
-    and a socket to each other rank, and are closed with the group.
+    It has connections of its own where the group's backend on the host is Gloo: they cost 1 ms (two ranks), a thread
+    and a socket to each other rank, and close with the group.
     """
     name, own = f"{process_group.group_name}/{signed_length}", None
     backend: Any = process_group._get_backend(_CPU)
@@ -153,7 +153,7 @@ def open_channel(process_group: dist.ProcessGroup, signed_length: int) -> Channe
 
 
 def _connected(process_group: dist.ProcessGroup, name: str, theirs: Any) -> dist.ProcessGroup:
-    """A group of the same ranks; ``theirs``: the options of Gloo in ``process_group``."""
+    """A new Gloo group of the same ranks; ``theirs``: the Gloo options of ``process_group``."""
     rank, size = process_group.rank(), process_group.size()
     store = c10d.PrefixStore(name, c10d._get_default_store())
     options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]

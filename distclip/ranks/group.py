@@ -20,7 +20,7 @@ Axis: TypeAlias = DeviceMesh | dist.ProcessGroup
 
 @dataclass(slots=True)
 class Clippers:
-    """How many Clippers were built for one group, which its ranks build together: the same on all of them."""
+    """How many Clippers were built for one group: the same on all of its ranks, which build them together."""
 
     count: int = 0
 
@@ -62,7 +62,7 @@ class ClippingGroup:
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """What the ranks communicate through, or None; RuntimeError after it was destroyed."""
+        """The process group of the ranks, None for one process alone; RuntimeError after it was destroyed."""
         if self.reference is None:
             return None
         process_group = self.reference()
@@ -80,14 +80,14 @@ class ClippingGroup:
 
     @property
     def clippers(self) -> "Clippers":
-        """The count of those that were built for it, kept by its process group."""
+        """The count of Clippers built for this group, kept as long as its process group lives."""
         process_group = self.process_group
         return Clippers() if process_group is None else _clippers.setdefault(process_group, Clippers())
 
     def device_for(self, tensors: Iterable[Tensor]) -> torch.device:
-        """Where the message lives: on the device of most elements if the group's backend reduces there, or on the CPU.
+        """The device of the message: that of most elements if the group's backend reduces there, else the CPU.
 
-        Tensors on the meta device have no gradients. ValueError where the group reduces only where there is no float64.
+        Tensors on the meta device do not count. ValueError where the group reduces only on devices without float64.
         """
         # NCCL reduces on CUDA only. Gloo would copy a message on CUDA to the host and back.
         home = _home_of(list(tensors))

@@ -3,8 +3,8 @@
     with name_lost_ranks():
         train()  # RuntimeError: no answer from rank 3: dead, stopped or out of reach (...)
 
-A dead rank breaks the connections of its neighbours alone. The others wait for these in collectives that only a timeout
-ends, so a thread of each rank looks in the job's store, once a second, whether a roll is called.
+A dead rank breaks only its neighbours' connections. The other ranks wait for those in collectives that only a timeout
+ends; so on each rank a thread looks once a second in the job's store whether a roll is called.
 """
 
 import os
@@ -35,9 +35,9 @@ GLOO = ("gloo", "Application timeout caused pair closure")
 def name_lost_ranks() -> Iterator[None]:
     """Inside, a collective that fails raises a RuntimeError that says which rank is gone, or what that rank raised.
 
-    For every rank of the job, around the loop, after ``init_process_group``. Any collective: those of DDP, FSDP2 and
-    DTensor too. Answers within 12 s; torch's error is the cause. What a rank raises by itself leaves it as it is. No
-    collective, and one request a second to the job's store meanwhile. RuntimeError where there is no process group.
+    For every rank of the job, around the loop, after ``init_process_group``: RuntimeError without one. It covers any
+    collective, those of DDP, FSDP2 and DTensor too, and answers within 12 s with torch's error as the cause. What a
+    rank raises by itself passes unchanged. It makes no collective, and one request a second to the job's store.
     """
     if not dist.is_initialized():
         raise RuntimeError(refusals.NO_STORE)
@@ -82,7 +82,7 @@ class Presence:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a roll call found, the same on every rank, and whether it was this one that asked."""
+    """The ``story`` of a roll call, the same on every rank, and whether this rank asked for it."""
 
     story: str
     called_here: bool

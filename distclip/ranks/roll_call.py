@@ -1,8 +1,8 @@
 """Roll calls in the job's store: which ranks answer, after a collective of some of them has failed.
 
-The first caller asks all others and writes the story down, everybody else waits for that. So the store sees a few
-requests a rank, however many ranks there are. Two users stand beside: slow_collective.py for a collective of ours,
-lost_ranks.py for any of the job. Private torch API, 2.13: the default store.
+The first caller asks all others and stores what it found, the story; all later callers wait for that. So each rank
+makes a few requests to the store, however many ranks there are. slow_collective.py calls the roll after a collective of
+ours, lost_ranks.py after any of the job. Private torch API, 2.13: the default store.
 """
 
 import time
@@ -19,7 +19,7 @@ from . import refusals
 
 LOOK = 1.0  # seconds between two looks of a rank that waits: whether a roll is called
 
-awaited: list[str] = []  # what the collective of ours is for in which this rank waits by now, or that failed last
+awaited: list[str] = []  # the call of ours in whose collective this rank waits for a second or more, or failed last
 _stuck: list[Thread] = []  # in a request to a store that does not answer
 T = TypeVar("T")
 
@@ -38,15 +38,19 @@ class Roll:
         _get_default_store().set(f"{self.name}/{dist.get_rank()}", text)
 
     def leave(self, text: str) -> None:
-        """What ends the roll call at once, for whoever asks."""
+        """Say why this rank leaves, which ends the roll call at once for whoever asks."""
         _get_default_store().set(f"{self.name}/left", text)
 
     def is_first(self) -> bool:
-        """Call the roll; whether nobody has before."""
+        """Call the roll, and return whether this rank is the first to do so."""
         return _get_default_store().add(f"{self.name}/callers", 1) == 1
 
     def call(self, text: str, ask: Callable[[], str], seconds: float) -> tuple[str, bool]:
-        """Answer with ``text`` and call the roll: the story, the same on every rank, and whether this one asked."""
+        """Answer with ``text`` and call the roll.
+
+        Returns the story, the same on every rank, and whether this rank made it by ``ask``. RuntimeError where another
+        rank does not store it within ``seconds``.
+        """
         store, story = _get_default_store(), f"{self.name}/story"
         self.answer(text)  # before the call, as others do: who asks does not ask itself
         if self.is_first():
@@ -57,7 +61,7 @@ class Roll:
         return store.get(story).decode(), False
 
     def absent(self, seconds: float = 0.0) -> list[int]:
-        """Who has not answered after so many seconds, or when a rank has left."""
+        """Which ranks have not answered, after so many seconds or as soon as all have or one has left."""
         store, deadline = _get_default_store(), time.monotonic() + seconds
         keys = [f"{self.name}/{rank}" for rank in self.ranks]
         while time.monotonic() < deadline and not self.left():
@@ -71,15 +75,15 @@ class Roll:
         return store.get(key).decode() if store.check([key]) else ""
 
     def answers(self, ranks: Sequence[int]) -> list[str]:
-        """Those of ``ranks``, which have answered."""
+        """The answers of ``ranks``, all of which must have answered."""
         keys = [f"{self.name}/{rank}" for rank in ranks]
         return [answer.decode() for answer in _get_default_store().multi_get(keys)] if keys else []
 
 
 def within(seconds: float, ask: Callable[[], T], behind: bool = False) -> T:
-    """What the store answers; RuntimeError where it does not, as behind a link that is down.
+    """Return ``ask()``, a request to the store; RuntimeError after ``seconds`` without an answer, as on a dead link.
 
-    ``behind``: also behind an earlier request that has not been answered yet.
+    ``behind``: ask even while an earlier request has not been answered.
     """
     # A request down such a link ends with TCP's own patience, a quarter of an hour: it is left to a thread.
     _stuck[:] = [thread for thread in _stuck if thread.is_alive()]

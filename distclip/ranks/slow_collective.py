@@ -22,9 +22,10 @@ _failed: Counter[str] = Counter()  # collectives of ours that failed, by the nam
 class SlowCollective:
     """A collective of ours that is not done within a millisecond, or has failed.
 
-    Among the global ``ranks`` of the clipping group named ``group``, through the channel of ``signed_length``.
-    ``call``: what this rank makes it for, empty where nobody could be in another call. ``name``: that of
-    this one collective in the store, the same on every rank.
+    * ``ranks``: the global ranks of the clipping group; ``group``: its name.
+    * ``signed_length``: of the message, which says by which channel it goes.
+    * ``call``: what errors say that this rank was in; empty where no rank can be in another call.
+    * ``name``: the name of this one collective in the store, the same on every rank.
     """
 
     ranks: Sequence[int]
@@ -57,7 +58,7 @@ class SlowCollective:
                     raise
 
     def _warn(self, looks: int) -> None:
-        """Note in the store that this rank waits; long after, the first that did warns of those who do not."""
+        """Note in the store that this rank waits; on the later look the first rank to call warns of those absent."""
         roll = Roll(f"distclip/waits/{self.name}", self.ranks)
 
         def ask() -> list[int]:
@@ -75,9 +76,9 @@ class SlowCollective:
             warn_user(refusals.waits_for(dist.get_rank(), absent, self.call, looks * LOOK))
 
     def who_is_missing(self, waited: float) -> str:
-        """Say which ranks did not report to the store that this collective failed for them too.
+        """The text of the error: which ranks did not report to the store that this collective failed for them too.
 
-        ``waited``: for how many seconds this rank was in the collective. Answers within ``PATIENCE`` and 2 seconds.
+        ``waited``: seconds that this rank was in the collective. Returns within ``PATIENCE`` + 2 seconds.
         """
         awaited[:] = [self.call]
         name = _roll_name(self.group)  # by the collectives that failed before this one
@@ -108,7 +109,7 @@ class SlowCollective:
 
 
 def given_up(group: str, signed_length: int) -> bool:
-    """Whether a rank has called the roll of this collective of the group."""
+    """Whether a rank has called the roll of the group's current collective of this signed length."""
     roll = Roll(f"{_roll_name(group)}/{signed_length}", ())
     try:
         return within(LOOK, roll.is_called)

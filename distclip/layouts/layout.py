@@ -81,13 +81,16 @@ Ranks: TypeAlias = DeviceMesh | tuple[int, ...]
 class Holding:
     """What the plan keeps of one parameter: its layout, and whether every rank must know the same parameter.
 
-    ``common`` is False if `split_over` or `layout` said that ranks hold different parameters, which therefore cannot be
-    compared between ranks. ``by_axis``: it was `split_over`, which applies to all parameters at once.
+    * ``common``: False if `split_over` or `layout` said that ranks hold different parameters, which therefore cannot be
+      compared between ranks.
+    * ``by_axis``: it was `split_over`, which applies to all parameters at once.
+    * ``represents``: this rank represents the replicas of its piece, as exactly one of their ranks does.
     """
 
     layout: Layout
     common: bool
     by_axis: bool = False
+    represents: bool = False
 
 
 class LayoutReader:
@@ -151,27 +154,27 @@ class LayoutReader:
         pieces *= prod(map(len, axes))
         if self._group.size % pieces:
             raise pieces_do_not_tile(name, pieces, self._group.size)
-        return Holding(Layout(self._group.size // pieces), common=not axes, by_axis=bool(axes))
+        layout = Layout(self._group.size // pieces)
+        return Holding(layout, common=not axes, by_axis=bool(axes), represents=self._represents(spec, flat_over))
 
+    def _represents(self, spec: Spec | None, flat_over: tuple[int, ...]) -> bool:
+        """Whether this rank represents the replicas of such a piece.
 
-def represents(group: ClippingGroup, piece: Piece) -> bool:
-    """Whether this rank represents the replicas of its piece: exactly one of their ranks does.
-
-    It is the one whose coordinates are 0 along every replicated axis: Replicate axes of the piece's mesh, and the ranks
-    outside that mesh, which are assumed to replicate the block that holds the group's first rank.
-    """
-    me = group.global_rank
-    origin = me
-    if piece.flat_over:
-        origin += piece.flat_over[0] - me
-    if piece.spec is not None:
-        mesh = piece.spec.mesh
-        for axis, placement in enumerate(piece.spec.placements):
-            first = dist.get_global_rank(mesh.get_group(axis), 0)  # at once: the list of its ranks may be long
-            if isinstance(placement, Replicate) and first != me:
+        It does at coordinate 0 along every Replicate axis of the block that holds the group's first rank. A block is
+        the ranks that metadata names; those outside of it are assumed to hold the same again, in blocks of their own.
+        """
+        me, first = self._group.global_rank, self._group.ranks[0]
+        placed, flat = [me], set(flat_over) or {me}
+        if spec is not None:
+            coordinates = spec.mesh.get_coordinate()
+            assert coordinates is not None, "this rank is in it"
+            if any(k for k, p in zip(coordinates, spec.placements, strict=True) if isinstance(p, Replicate)):
                 return False
-            origin += first - me
-    return origin == group.ranks[0]
+            placed = spec.mesh.mesh.flatten().tolist()
+        if len(placed) * len(flat) == self._group.size:
+            return True
+        # Of FSDP1 over tensor parallel a rank sees its row and its column; the block is assumed to be a regular grid.
+        return any(first - (rank - me) in flat for rank in placed)
 
 
 def part_of(group: ClippingGroup, piece: Piece) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ class Plan:
     wide: bool  # whether this rank has float64 parameters
     unweighted: bool  # whether nothing is replicated, so that all weights are 1
     known_to_all: tuple[bool, ...]  # which pieces every rank of the group must know
+    represents: tuple[bool, ...]  # which pieces this rank has for all their replicas, where these are compared
     by_split_over: tuple[int, ...]  # pieces that other ranks do not hold only because split_over says so
     code: int  # hash of the pieces that are known to all
     sends_flags: bool  # whether two flags travel with the norm: some rank has misplaced gradients, some has float64
@@ -84,6 +85,7 @@ class Plan:
             wide=any(piece.dtype in WIDE for piece in pieces),
             unweighted=all(number == 1 for number in replicas),
             known_to_all=tuple(holding.common for holding in holdings),
+            represents=tuple(holding.represents for holding in holdings),
             by_split_over=tuple(i for i, holding in enumerate(holdings) if holding.by_axis),
             code=int.from_bytes(digest.digest()),
             sends_flags=sends_flags or reads_flags,

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..errors import warn_user
 from ..kernels.transfer import sent
-from ..layouts.layout import represents
 from ..layouts.piece import Held
 from ..ranks.compare import projections
 from ..ranks.connections import all_reduce
@@ -119,5 +118,5 @@ def replicated(plan: Plan) -> list[int]:
 
 def _signs(plan: Plan, indices: Sequence[int]) -> Tensor:
     """1 - replicas on the rank that represents the replicas of a piece, 1 on the others."""
-    signs = [1 - plan.replicas[i] if represents(plan.group, plan.pieces[i]) else 1 for i in indices]
+    signs = [1 - plan.replicas[i] if plan.represents[i] else 1 for i in indices]
     return sent(torch.tensor(signs, dtype=torch.float64), plan.device)

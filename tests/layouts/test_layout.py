@@ -1,17 +1,24 @@
 """Layouts: read from metadata where it is there, said where it is not, refused where it is neither."""
 
+from collections import Counter
 from functools import partial
-from math import inf
+from itertools import product
+from math import inf, prod
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import distclip
+from distclip.layouts.layout import part_of
+from distclip.layouts.piece import held_parameter
+from distclip.plan.build import Plan
+from distclip.ranks.group import ClippingGroup
 from support.oracle import true_norm
 from support.parallel import fsdp1_experts, fsdp1_experts_flat, fsdp1_nested, one_rank_holds, united
 from support.ranks import count_collectives, run_ranks, same_bits
@@ -46,6 +53,64 @@ def test_every_element_of_a_dtensor_counts_once(shape, placements):
     results = run_ranks(placed, 4, shape, ("a", "b")[: len(shape)], placements)
     assert same_bits([norm for norm, _ in results])
     assert results[0][0] == pytest.approx(results[0][1], rel=2e-7)
+
+
+def cut_by_coordinates(mesh: DeviceMesh, placements: list, whole: torch.Tensor) -> DTensor:
+    """``whole`` as a DTensor, cut without torch's scatter, which goes by ranks and not by coordinates."""
+    local = whole
+    for k, size, placement in zip(mesh.get_coordinate(), mesh.mesh.shape, placements, strict=True):
+        local = local.chunk(size, placement.dim)[k] if placement.is_shard() else local
+    return DTensor.from_local(local.clone(), mesh, placements, run_check=False)
+
+
+def on_a_permuted_mesh(rows: list, placements: list, bound: float) -> tuple[float, float, float]:
+    mesh = DeviceMesh("cpu", rows)
+    values, whole = (torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    parameter = nn.Parameter(cut_by_coordinates(mesh, placements, values))
+    parameter.grad = cut_by_coordinates(mesh, placements, whole)
+    clipper = distclip.Clipper(nn.ParameterList([parameter]), bound)
+    clipper.verify()
+    norm = clipper.clip_().norm.item()
+    off = parameter.grad - cut_by_coordinates(mesh, placements, whole) * min(1.0, bound / true_norm([whole]))
+    return norm, true_norm([whole]), off.to_local().abs().max().item()
+
+
+@pytest.mark.parametrize("bound", [1.0, 100.0])
+@pytest.mark.parametrize("placements", [[Shard(0), Replicate()], [Replicate(), Shard(1)], [Shard(0), Shard(0)]])
+@pytest.mark.parametrize("rows", [[[0, 1], [3, 2]], [[1, 0], [2, 3]], [[3, 2], [1, 0]], [[2, 0], [1, 3]]], ids=str)
+def test_a_mesh_may_list_its_ranks_in_any_order(rows, placements, bound):
+    results = run_ranks(on_a_permuted_mesh, 4, rows, placements, bound)
+    assert same_bits([norm for norm, _, _ in results])
+    for norm, oracle, off in results:
+        assert norm == pytest.approx(oracle, rel=2e-7)
+        assert off < 1e-6
+
+
+def representatives(rows: torch.Tensor, placements: list) -> Counter:
+    """How many of 8 ranks represent each part of a parameter; ``rows`` is a mesh of some ranks, or one row a mesh."""
+    found = Counter()
+    for rank in range(8):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+        try:
+            mesh = DeviceMesh("cpu", next(mesh for mesh in rows if rank in mesh))
+            tensor = cut_by_coordinates(mesh, placements, torch.ones(8, 8))  # of a Parameter torch caches rank 0's mesh
+            plan = Plan.of([held_parameter(tensor)], 2.0, ClippingGroup.of(None))
+            found[part_of(plan.group, plan.pieces[0])] += plan.represents[0]
+        finally:
+            dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 2), (2, 2, 2), (2, 4), (4, 2), (8, 1)], ids=str)
+def test_one_rank_represents_the_replicas_of_each_part(shape):
+    """Of one mesh of 8 ranks, or of several that hold the same, in five orders of their ranks."""
+    for seed in range(5):
+        rows = torch.randperm(8, generator=torch.Generator().manual_seed(seed)) if seed else torch.arange(8)
+        for placements in product([Shard(0), Replicate()], repeat=len(shape) - 1):
+            found = representatives(rows.view(shape), list(placements))
+            parts = prod(size for size, p in zip(shape[1:], placements, strict=True) if p.is_shard())
+            assert len(found) == parts
+            assert set(found.values()) == {1}
 
 
 def stages(how: str) -> tuple[float, float] | str:

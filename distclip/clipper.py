@@ -29,7 +29,9 @@ numbers becomes the smallest of them where the host does not know it; elsewhere 
 captured nothing is checked (RuntimeError where it must be), and a replay is no call: it advances the policy, but counts
 no step.
 
-A call that raises leaves gradients and policy state as they were, but some misplaced gradients may be redistributed.
+A call that raises leaves gradients and policy state as they were, except that a GradScaler's gradients are unscaled,
+some misplaced gradients may be redistributed, and on an accelerator a fused SGD with momentum that has not stepped may
+have got buffers of zeros.
 """
 
 from collections.abc import Callable, Sequence
@@ -167,9 +169,11 @@ class Clipper:
 
     @untraced
     def measure(self) -> Report:
-        """Return norm and decision for the gradients as they are; nothing changes, not even policy state or counters.
+        """Return norm and decision for the gradients as they are; neither policy state nor counters advance.
 
-        One all-reduce. Ranks that disagree get a LayoutError on the CPU, a norm of NaN on accelerators.
+        Nothing changes but this: gradients that are misplaced, or that cannot be scaled in place, may be replaced by
+        equal ones, and the previous step is checked if the host did not wait for it (its errors are raised here). One
+        all-reduce. Ranks that disagree get a LayoutError on the CPU, a norm of NaN on accelerators.
         """
         report: Report = self._call("measure")()
         return report

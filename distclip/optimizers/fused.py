@@ -142,7 +142,7 @@ def can_fold(optimizer: Optimizer) -> bool:
 def prepare_skip_on_device(optimizer: Optimizer) -> bool:
     """Give this folding optimizer the state in which ``found_inf`` leaves it as if it had not stepped.
 
-    False where there is none. SGD that has not stepped gets momentum of zeros, which changes no bit of any later step.
+    False where there is none. An SGD that has not stepped gets momentum of zeros: its first step starts from them.
     """
     if type(optimizer) is not SGD:
         return True

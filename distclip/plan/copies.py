@@ -27,11 +27,11 @@ WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must d
 
 
 def compare_copies(plan: Plan, norm: float, own: Scalar | None, call: str, warns: bool = True) -> None:
-    """Where every rank holds all gradients: remember it if those of this one were not those of all in ``call``.
+    """Where every rank holds all gradients: if this rank's norm in ``call`` was not that of all, note an error.
 
-    ``norm`` is that of all ranks, finite, and ``own`` what this one has put in, a number. Some ranks see a difference
-    and some do not, by how far theirs are from the mean: the next call tells all of them. There may be no next one, so
-    that a rank that sees it ``warns``.
+    ``norm``: of all ranks, finite. ``own``: what this rank has put in, a number. The further a rank is from the mean,
+    the more it sees, and some see nothing: so none raises here, and the next call raises on all. There may be none, so
+    a rank that sees a difference ``warns``.
     """
     if not plan.fully_replicated or own is None:
         return

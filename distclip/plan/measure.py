@@ -54,7 +54,7 @@ def measure(
     Host syncs: one a round on accelerators where the flags must be read, else none.
     """
     # 1. Sum what this rank has, and make it global. With an error of its own it takes part first: the others wait.
-    given = error
+    given, realigned = error, realign_first
     if realign_first:
         gradients, found = _realigned(plan, gradients, store)
         error = error or found
@@ -64,19 +64,20 @@ def measure(
     # 2. Where some rank has misplaced gradients, realign and do it again: by reduced flags, so all ranks or none.
     if plan.reads_flags:
         _, disagree, (misplaced, wide) = reduced.read()
-        if misplaced and not disagree:
+        if misplaced and not disagree:  # so no rank has an error that could be lost here: it makes ranks disagree
             gradients, error = _realigned(plan, gradients, store)
             local, norms, reduced = _round(plan, gradients, error, tag + REALIGNED, call)
-            realign_first = True
+            realigned = True
 
     # 3. Raise what this rank has found to be wrong: all ranks have met, and raise too.
     if local.error is not None:
+        # The very object that was given, where it came first: only that does not say yet what the others do.
         raise LayoutError(f"{given}{reduced.who}") if local.error is given else local.error
     if local.instead:
         gradients = _replaced(gradients, local.instead, store)
     dtype = torch.float64 if wide else torch.float32
     can_overflow = wide or 7 < plan.p < inf or plan.p < LEAST_P
-    return Measured(gradients, local.runs, norms, reduced, realign_first, dtype, can_overflow)
+    return Measured(gradients, local.runs, norms, reduced, realigned, dtype, can_overflow)
 
 
 def fail_with_others(plan: Plan, failed: Exception, tag: int, call: str, realign_first: bool = False) -> None:
@@ -140,7 +141,7 @@ def _found(plan: Plan, gradients: Sequence[Tensor | None], error: LayoutError | 
 
 
 def _named(plan: Plan, gradients: Sequence[Tensor | None], failed: Exception) -> Exception:
-    """What ``failed``, by the name of the gradient where a look at each of them tells."""
+    """The error to raise: one that names the gradient, if a look at each of them finds it, else ``failed`` itself."""
     try:
         return look(plan.pieces, plan.sources, plan.replicas, gradients).error or failed
     except FAILURES:
@@ -148,7 +149,7 @@ def _named(plan: Plan, gradients: Sequence[Tensor | None], failed: Exception) ->
 
 
 def _sum_of(plan: Plan, norms: Norms) -> Scalar:
-    """The same from the norms of all gradients, where messages are reduced."""
+    """This rank's part of the message: the sum of powers of ``norms``, each over its replicas; for inf the largest."""
     if plan.p == inf:
         mine = norms.norms.max() if len(norms.indices) else norms.norms.new_zeros(())
     elif plan.p == 2 and plan.unweighted:

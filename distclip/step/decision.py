@@ -20,24 +20,24 @@ from ..shield import shielded
 class Outcome:
     """One measured and decided step. Numbers where the host knows them, 0-d tensors otherwise.
 
-    * ``bounds``: to which each element is clamped; ``factors``: by which gradients are multiplied, one after the other.
+    * ``clamp``: low and high, for every element; ``factors``: by which gradients are multiplied, one after the other.
     * ``disagree``: whether ranks made different calls, and the norm means nothing.
     * ``coef``: the coefficient; not yet rounded to the report's dtype where the bound is a tensor.
     * ``fault``: what is wrong with the policy's answer, where only the device has checked it; see
       :meth:`.policies.answer.Tensors.fault`.
-    * ``bound``: the number that torch's formula clips to, where the host knows it.
+    * ``max_norm``: the number that torch's formula clips to, where the host knows it.
     """
 
     report: Report
     measured: Measured
-    bounds: tuple[float, float] | tuple[Tensor, Tensor] | None
+    clamp: tuple[float, float] | tuple[Tensor, Tensor] | None
     factors: tuple[Tensor, ...]
     norm: float | Tensor
     disagree: bool | Tensor
     coef: float | Tensor
     skip: bool | Tensor
     fault: float | Tensor | None = None
-    bound: float | None = None
+    max_norm: float | None = None
 
     def read(self) -> "Outcome":
         """The same with numbers in place of tensors: one copy to the host, which is a host sync."""
@@ -51,7 +51,7 @@ class Outcome:
         measured = replace(self.measured, reduced=reduced)
         found: tuple[Tensor, ...] = ()
         if coef != 1.0:
-            bound, given = (inf, coef) if self.bound is None else (self.bound, None)
+            bound, given = (inf, coef) if self.max_norm is None else (self.max_norm, None)
             found = factors(norm, bound, given, measured.dtype)[1]
         found = self.factors if len(found) == 1 else found  # the same number, already on the gradients' device
         known = replace(self, measured=measured, factors=found, norm=norm, disagree=bool(disagree), coef=coef)
@@ -90,9 +90,9 @@ class Outcome:
             return
         for factor in self.factors:
             scale_(gradients, factor)
-        if self.bounds is not None:
+        if self.clamp is not None:
             unless = self.skip if isinstance(self.skip, Tensor) else None
-            low, high = self.bounds if scale == 1.0 else (self.bounds[0] * scale, self.bounds[1] * scale)
+            low, high = self.clamp if scale == 1.0 else (self.clamp[0] * scale, self.clamp[1] * scale)
             clamp_(gradients, low, high, unless)
 
     def blamed_on(self, culprit: Culprit) -> "Outcome":

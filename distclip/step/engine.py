@@ -67,7 +67,7 @@ class Engine:
 
     Its verbs know more than those of a Clipper about whoever steps:
 
-    * ``measure(optimizers)``: norm and decision; nothing changes.
+    * ``measure(optimizers)``: norm and decision, and no step.
     * ``clip_(optimizers, scaler)``: clip now; the next step of each of ``optimizers``, called by someone else, changes
       nothing where the decision is to skip.
     * ``begin(optimizers, scaler)``: decide now, then ``step(index, optimizer)`` of what is returned, one by one; or
@@ -125,9 +125,9 @@ class Engine:
 
     @shielded
     def measure(self, optimizers: Sequence[Optimizer] = (), only_theirs: bool = False) -> Report:
-        """Norm and decision for the gradients as they are; nothing changes. See :meth:`Clipper.measure`."""
+        """Norm and decision for the gradients as they are. See :meth:`Clipper.measure`."""
         counted = self._folding.of(optimizers).parameters if only_theirs else None
-        return self.progress.measure(self._fault(), counted).report
+        return self.progress.preview(self._fault(), counted).report
 
     @shielded
     @_records_interruption
@@ -170,8 +170,9 @@ class Engine:
         scaler = _enabled(scaler)
         outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=on_device)
         gradients, coef = outcome.measured.runs, None
-        # 8. Scale. An optimizer that folds divides by 1 / coef: one factor, and no clamping after it.
-        if len(outcome.factors) == 1 and outcome.bounds is None and outcome.skip is not True:
+        # 8. Scale. An optimizer that folds divides by 1 / coef: one factor, and no clamping after it. The report's
+        #    coefficient is that factor, the same tensor; outcome.coef may be a number, or be rounded otherwise.
+        if len(outcome.factors) == 1 and outcome.clamp is None and outcome.skip is not True:
             gradients, coef = self._not_folded(outcome, folds), outcome.report.coef
         if gradients:
             outcome.change(gradients, outcome.measured.scale)
@@ -185,9 +186,9 @@ class Engine:
 
         A host sync on an accelerator, since the decision is in numbers. The outcome keeps the gradients alive.
         """
-        return self._advance((), self._folding.of(()), None, False, skips_on_device=False)
+        return self._advance((), self._folding.of(()), scaler=None, only_theirs=False, skips_on_device=False)
 
-    @_records_interruption
+    @_records_interruption  # and not shielded: the optimizers step in the modes of the caller; begin() is shielded
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
         """See :meth:`Clipper.step`."""
         # 1. Check the optimizers, if they are not those of the latest step or not torch's own: a framework's proxy that
@@ -273,7 +274,14 @@ class Engine:
         except ValueError as error:
             if self.plan.group.size > 1:
                 with suppress(LayoutError):
-                    self._advance((), self._folding.of(()), None, False, True, LayoutError(str(error)))
+                    self._advance(
+                        (),
+                        self._folding.of(()),
+                        scaler=None,
+                        only_theirs=False,
+                        skips_on_device=True,
+                        fault=LayoutError(str(error)),
+                    )
             raise
 
     def _not_folded(self, outcome: Outcome, folds: Folds) -> Sequence[Tensor]:

@@ -61,8 +61,8 @@ class Progress:
         self._captured = False  # whether a call was, so that a CUDA graph holds the state's memory
         self._unchecked: tuple[Transfer, Measured] | None = None  # the previous step, not read by the host yet
 
-    def measure(self, fault: LayoutError | None, counted: Set[int] | None = None) -> Outcome:
-        """Measure and decide; nothing changes.
+    def preview(self, fault: LayoutError | None, counted: Set[int] | None = None) -> Outcome:
+        """Measure and decide without a step, as :meth:`.Clipper.measure` says: what is decided is not committed.
 
         ``fault``: what this rank knows to be wrong. It takes part in the all-reduce first, and then all ranks raise.
         ``counted``: ids of the parameters whose gradients are in the norm; None for all.
@@ -212,7 +212,7 @@ class Progress:
 
     def _commit(self, outcome: Outcome, state: State) -> None:
         if not self.on_device:  # which follows from where numbers are reduced, so on all ranks or on none
-            self.calls.decided = crc32(f"{outcome.coef:.6g} {outcome.skip} {outcome.bounds}".encode())
+            self.calls.decided = crc32(f"{outcome.coef:.6g} {outcome.skip} {outcome.clamp}".encode())
         if self._trusted and not self._captured:
             self.state = state
         else:  # in place: a captured graph reads the state where it wrote it; and a policy may return what it keeps

@@ -92,7 +92,7 @@ def _values(piece: Piece, gradient: Tensor) -> Tensor:
     if local.layout == torch.sparse_coo and local is gradient:
         local = local._values()
     if local.layout != torch.strided:
-        raise refusals.unknown_layout(local.layout)
+        raise refusals.neither_strided_nor_coo(local.layout)
     if local.dtype not in NUMBERS:
         raise refusals.no_number(local.dtype)
     if piece.span is not None:

@@ -32,7 +32,7 @@ def on_meta() -> LayoutError:
     return LayoutError("is on the meta device, where it has no values: move the model with to_empty()")
 
 
-def unknown_layout(layout: object) -> LayoutError:
+def neither_strided_nor_coo(layout: object) -> LayoutError:
     return LayoutError(f"has layout {layout}, which is not supported: use strided or sparse_coo")
 
 

@@ -5,7 +5,6 @@ accelerators torch's foreach kernels do it, or Triton's on request.
 """
 
 from .memory import check_memory as check_memory
-from .narrow import norms_on_host as norms_on_host
 from .scale import clamp_ as clamp_, scale_ as scale_
 from .sums import (
     largest as largest,
@@ -13,3 +12,4 @@ from .sums import (
     power_sum as power_sum,
     sum_over_replicas as sum_over_replicas,
 )
+from .without_float64 import norms_on_host as norms_on_host

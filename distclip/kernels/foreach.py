@@ -66,8 +66,8 @@ def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None
     """
     for same in _alike(tensors):
         if unless is None and not isinstance(low, Tensor):
-            torch._foreach_clamp_min_(same, _held(low, same[0].dtype))
-            torch._foreach_clamp_max_(same, _held(high, same[0].dtype))
+            torch._foreach_clamp_min_(same, _in_range(low, same[0].dtype))
+            torch._foreach_clamp_max_(same, _in_range(high, same[0].dtype))
             continue
         floor, ceiling = _bound(low, same[0], unless, -inf), _bound(high, same[0], unless, inf)
         for tensor in _joined(same):
@@ -76,12 +76,12 @@ def clamp_(tensors: Sequence[Tensor], low: Any, high: Any, unless: Tensor | None
 
 def _bound(bound: Any, like: Tensor, unless: Tensor | None, free: float) -> Tensor:
     """``bound`` in the dtype of ``like``, or ``free`` if nothing may change."""
-    held = _held(bound, like.dtype)
-    number = held.to(like.dtype, copy=True) if isinstance(held, Tensor) else like.new_full((), held)
-    return number if unless is None else number.masked_fill_(unless, free)
+    number = _in_range(bound, like.dtype)
+    made = number.to(like.dtype, copy=True) if isinstance(number, Tensor) else like.new_full((), number)
+    return made if unless is None else made.masked_fill_(unless, free)
 
 
-def _held(bound: Any, dtype: torch.dtype) -> Any:
+def _in_range(bound: Any, dtype: torch.dtype) -> Any:
     """``bound`` within the finite range of ``dtype`` if it is finite."""
     most = torch.finfo(dtype).max
     if isinstance(bound, Tensor):

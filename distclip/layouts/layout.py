@@ -78,18 +78,19 @@ Ranks: TypeAlias = DeviceMesh | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
-    """What the plan keeps of one parameter: its layout, and whether every rank must know the same parameter.
+class Replication:
+    """How the elements of one piece are replicated, as a plan keeps it.
 
-    * ``common``: False if `split_over` or `layout` said that ranks hold different parameters, which therefore cannot be
-      compared between ranks.
-    * ``by_axis``: it was `split_over`, which applies to all parameters at once.
+    * ``replicas``: on how many ranks of the clipping group.
+    * ``known_to_all``: every rank of it must know the parameter, so that they can compare it; False if `split_over` or
+      `layout` said that ranks hold different ones.
+    * ``by_split_over``: it was `split_over`, which applies to all parameters at once.
     * ``represents``: this rank represents the replicas of its piece, as exactly one of their ranks does.
     """
 
-    layout: Layout
-    common: bool
-    by_axis: bool = False
+    replicas: int
+    known_to_all: bool
+    by_split_over: bool = False
     represents: bool = False
 
 
@@ -108,23 +109,23 @@ class LayoutReader:
         self._layout = layout
         self._number: dict[Ranks, int] = {}
         self._number_of_id: dict[int, int] = {}
-        self._seen: dict[tuple[int | None, tuple[Placement, ...], int], Holding] = {}
+        self._seen: dict[tuple[int | None, tuple[Placement, ...], int], Replication] = {}
 
-    def read(self, held: Held, index: int) -> Holding:
-        """The holding of the piece of this index; LayoutError if it is unknown, never a guess."""
+    def read(self, held: Held, index: int) -> Replication:
+        """How the piece of this index is replicated; LayoutError if it is unknown, never a guess."""
         piece = held.piece
         said = None if self._layout is None else self._layout(piece.label(index), held.holder)
         if said is not None:
             if said.replicas > self._group.size:
                 raise too_many_replicas(said.replicas, piece.label(index), self._group.size)
-            return Holding(said, common=False)
+            return Replication(said.replicas, known_to_all=False)
         spec = piece.spec
         mesh, placements = (None, ()) if spec is None else (self._numbered(spec.mesh), spec.placements)
         key = mesh, placements, self._numbered(piece.flat_over)
-        holding = self._seen.get(key)
-        if holding is None:
-            holding = self._seen[key] = self._from_metadata(piece.label(index), spec, piece.flat_over)
-        return holding
+        replication = self._seen.get(key)
+        if replication is None:
+            replication = self._seen[key] = self._from_metadata(piece.label(index), spec, piece.flat_over)
+        return replication
 
     def _numbered(self, ranks: Ranks) -> int:
         """A number that equal meshes or rank lists share.
@@ -138,7 +139,7 @@ class LayoutReader:
             self._number_of_id[id(ranks)] = number
         return number
 
-    def _from_metadata(self, name: str, spec: Spec | None, flat_over: tuple[int, ...]) -> Holding:
+    def _from_metadata(self, name: str, spec: Spec | None, flat_over: tuple[int, ...]) -> Replication:
         pieces = max(1, len(flat_over))
         ranks = set(flat_over)
         if spec is not None:
@@ -154,8 +155,8 @@ class LayoutReader:
         pieces *= prod(map(len, axes))
         if self._group.size % pieces:
             raise pieces_do_not_tile(name, pieces, self._group.size)
-        layout = Layout(self._group.size // pieces)
-        return Holding(layout, common=not axes, by_axis=bool(axes), represents=self._represents(spec, flat_over))
+        represents = self._represents(spec, flat_over)
+        return Replication(self._group.size // pieces, not axes, by_split_over=bool(axes), represents=represents)
 
     def _represents(self, spec: Spec | None, flat_over: tuple[int, ...]) -> bool:
         """Whether this rank represents the replicas of such a piece.

@@ -14,7 +14,7 @@ from ..errors import LayoutError
 from .fsdp1 import held_by_fsdp1, is_flattened
 from .fsdp2 import managed_anywhere, managed_parameters
 from .piece import Held, held_parameter, holders_of, once
-from .refusals import BY_ITS_PARAMETERS, not_a_module, optimizer_as_model, other_parameters, part_of_flat
+from .refusals import BY_ITS_PARAMETERS, not_a_module, optimizer_as_model, parameters_replaced, part_of_flat
 
 ParameterFilter: TypeAlias = Callable[[str, Tensor], bool]
 """Chooses parameters by name."""
@@ -65,8 +65,8 @@ def chosen(listed: Sequence[Held], only: ParameterFilter | None) -> Sequence[Hel
 requires_grad = attrgetter("requires_grad")
 
 
-class Reading:
-    """The parameters that some modules held when they were read, to check in each call that they still do.
+class Inventory:
+    """The parameters that some modules held when it was made, to check in each call that they still do.
 
     Frozen ones may come and go while they stay frozen, as in a target network that is copied again. Keeps modules and
     parameters alive, as a Clipper does with most of them anyway.
@@ -103,7 +103,7 @@ class Reading:
             self._frozen = [*(item.holder for item in came), *gone]
             self._remember()
             return None
-        return other_parameters(None if new is None else new.piece.name)
+        return parameters_replaced(None if new is None else new.piece.name)
 
     def _remember(self) -> None:
         modules = list(dict.fromkeys(module for model in self._models for module in model.modules()))

@@ -1,6 +1,7 @@
 """Piece: one parameter as this rank holds it, whoever cut it up.
 
-Private torch API, read in 2.13 and 2.6: ``_local_tensor``.
+What a piece and a holder are: [Note: pieces] in plan/__init__.py. Private torch API, read in 2.13 and 2.6:
+``_local_tensor``.
 
 Nothing here changes once it is made. Frozen dataclasses would say so, and take three times as long to make.
 """
@@ -8,6 +9,7 @@ Nothing here changes once it is made. Frozen dataclasses would say so, and take 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -64,45 +66,45 @@ class Held:
     piece: Piece
     holder: Tensor
 
+    @classmethod
+    def whole(cls, holder: Tensor, name: str, size: int, spec: Spec | None = None, reduced: bool = False) -> Self:
+        """All that ``holder`` has on this rank is one piece."""
+        piece = Piece(
+            name=name,
+            shape=holder.shape,
+            dtype=holder.dtype,
+            device=holder.device,
+            is_dtensor=isinstance(holder, DTensor),
+            here=local_tensor(holder).numel(),
+            size=size,
+            spec=spec,
+            reduced=reduced,
+        )
+        return cls(piece, holder)
+
     def values(self) -> Tensor:
         """This rank's values, as a plain tensor."""
         values = local_tensor(self.holder)
         return values if self.piece.span is None else values[self.piece.span]
 
 
-def held(holder: Tensor, name: str, size: int, spec: Spec | None = None, reduced: bool = False) -> Held:
-    """``holder`` beside the piece that it holds."""
-    piece = Piece(
-        name=name,
-        shape=holder.shape,
-        dtype=holder.dtype,
-        device=holder.device,
-        is_dtensor=isinstance(holder, DTensor),
-        here=local_tensor(holder).numel(),
-        size=size,
-        spec=spec,
-        reduced=reduced,
-    )
-    return Held(piece, holder)
-
-
 def held_parameter(parameter: Tensor, name: str = "", reduced: bool = False) -> Held:
     """A parameter that is not cut by FSDP1. DDP over tensor parallel leaves ``_st_info`` (torch 2.13)."""
     if isinstance(parameter, DTensor):
         spec = Spec(parameter.device_mesh, parameter.placements)
-        return held(parameter, name, parameter.numel(), spec, reduced)
+        return Held.whole(parameter, name, parameter.numel(), spec, reduced)
     hidden = getattr(parameter, "_st_info", None)
     if hidden is not None:
-        return held(parameter, name, hidden.shape.numel(), Spec(hidden.mesh, hidden.placements))
-    return held(parameter, name, parameter.numel())
+        return Held.whole(parameter, name, hidden.shape.numel(), Spec(hidden.mesh, hidden.placements))
+    return Held.whole(parameter, name, parameter.numel())
 
 
 def held_gradient(gradient: Tensor) -> Held:
     """A gradient given without its parameter; a Partial one counts as Replicate, which it will be."""
     if not isinstance(gradient, DTensor):
-        return held(gradient, "", gradient.numel())
+        return Held.whole(gradient, "", gradient.numel())
     placements = tuple(Replicate() if isinstance(p, Partial) else p for p in gradient.placements)
-    return held(gradient, "", gradient.numel(), Spec(gradient.device_mesh, placements))
+    return Held.whole(gradient, "", gradient.numel(), Spec(gradient.device_mesh, placements))
 
 
 def once(listed: Iterable[Held]) -> list[Held]:

@@ -76,7 +76,7 @@ def part_of_flat(name: str) -> LayoutError:
     )
 
 
-def other_parameters(replaced: str | None) -> LayoutError:
+def parameters_replaced(replaced: str | None) -> LayoutError:
     """``replaced``: the name of one that is new; None where some are gone."""
     what = "lost parameters" if replaced is None else f"has another {replaced}"
     return LayoutError(

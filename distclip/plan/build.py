@@ -19,7 +19,7 @@ from ..kernels import triton
 from ..kernels.device import reads_are_free
 from ..kernels.dtypes import WIDE
 from ..kernels.transfer import sent
-from ..layouts.layout import Holding, LayoutFn, LayoutReader
+from ..layouts.layout import LayoutFn, LayoutReader, Replication
 from ..layouts.piece import Held, Piece, holders_of, once
 from ..ranks.group import Axis, ClippingGroup
 
@@ -66,10 +66,10 @@ class Plan:
         pieces = tuple(item.piece for item in kept)
         position = {id(holder): k for k, holder in enumerate(holders_of(kept))}
         reader = LayoutReader(group, split_over, layout)
-        holdings = [reader.read(item, i) for i, item in enumerate(kept)]
-        digest = blake2b(_described(zip(pieces, holdings, strict=True)).encode(), digest_size=6)
+        replications = [reader.read(item, i) for i, item in enumerate(kept)]
+        digest = blake2b(_described(zip(pieces, replications, strict=True)).encode(), digest_size=6)
         device = group.device_for(item.holder for item in kept)
-        replicas = tuple(holding.layout.replicas for holding in holdings)
+        replicas = tuple(each.replicas for each in replications)
         triton.check_choice(piece.device for piece in pieces)
         reads_flags = group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, pieces)))
         return cls(
@@ -84,9 +84,9 @@ class Plan:
             reads_are_free=reads_are_free(device),
             wide=any(piece.dtype in WIDE for piece in pieces),
             unweighted=all(number == 1 for number in replicas),
-            known_to_all=tuple(holding.common for holding in holdings),
-            represents=tuple(holding.represents for holding in holdings),
-            by_split_over=tuple(i for i, holding in enumerate(holdings) if holding.by_axis),
+            known_to_all=tuple(each.known_to_all for each in replications),
+            represents=tuple(each.represents for each in replications),
+            by_split_over=tuple(i for i, each in enumerate(replications) if each.by_split_over),
             code=int.from_bytes(digest.digest()),
             sends_flags=sends_flags or reads_flags,
             reads_flags=reads_flags,
@@ -98,17 +98,17 @@ class Plan:
         return self.pieces[index].label(index)
 
 
-def _described(holdings: Iterable[tuple[Piece, Holding]]) -> str:
+def _described(pieces: Iterable[tuple[Piece, Replication]]) -> str:
     """What ranks must have in common."""
     lines: list[str] = []
-    kinds: dict[tuple[int, torch.dtype], str] = {}  # pieces that lie alike have one holding
-    for piece, holding in holdings:
-        if not holding.common:
+    kinds: dict[tuple[int, torch.dtype], str] = {}  # pieces that lie alike share one replication
+    for piece, replication in pieces:
+        if not replication.known_to_all:
             continue
-        kind = kinds.get((id(holding), piece.dtype))
+        kind = kinds.get((id(replication), piece.dtype))
         if kind is None:
             placements = () if piece.spec is None else piece.spec.placements
-            kind = kinds[id(holding), piece.dtype] = f"{piece.dtype}|{placements}|{holding.layout.replicas}"
+            kind = kinds[id(replication), piece.dtype] = f"{piece.dtype}|{placements}|{replication.replicas}"
         whole = piece.is_dtensor or (piece.spec is None and not piece.flat_over)
         shape = piece.shape if whole else piece.size  # local shapes of pieces differ between ranks
         lines.append(f"{piece.name}|{shape}|{kind}")

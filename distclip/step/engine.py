@@ -15,7 +15,7 @@ from ..errors import FAILURES, LayoutError, NonFiniteError
 from ..gradients.look import look
 from ..gradients.storage import GradientFn, Storage
 from ..layouts.layout import LayoutFn
-from ..layouts.model import ParameterFilter, Reading, chosen, held_in, parts_of
+from ..layouts.model import Inventory, ParameterFilter, chosen, held_in, parts_of
 from ..layouts.piece import holders_of, once
 from ..optimizers.fused import Folding, Folds, Stepping, prepare_skip_on_device
 from ..optimizers.hooks import check_optimizers, skip_next_step
@@ -120,7 +120,7 @@ class Engine:
         self.owner = Owner(holders, holders_of(everything))
         self._folding = Folding(self.owner.clipped, may_fold=storage.in_grad)
         self._checked: Folds | None = None  # of the optimizers of the latest step()
-        self._reading, self._joinable = Reading(parts, holders_of(everything)), joinable_in(parts)
+        self._inventory, self._joinable = Inventory(parts, holders_of(everything)), joinable_in(parts)
         self.interruption = Interruption(where.size > 1)
 
     @shielded
@@ -209,7 +209,7 @@ class Engine:
     def verify(self) -> None:
         """See :meth:`Clipper.verify`."""
         refuse_join(self._joinable)
-        fault = self.owner.rivalry() or self._reading.lost()
+        fault = self.owner.rivalry() or self._inventory.lost()
         progress, call = self.progress, self.progress.calls.verification()
         verify(progress.plan, self.holders, progress.storage, fault, call.tag, call.name)
 
@@ -226,7 +226,7 @@ class Engine:
         """
         if self._joinable:
             refuse_join(self._joinable)
-        return self.interruption.fault or self._reading.lost()
+        return self.interruption.fault or self._inventory.lost()
 
     def _advance(
         self,

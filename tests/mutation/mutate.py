@@ -58,7 +58,7 @@ TARGETS = {
     "distclip/ranks/message.py": [*NORMS, "clipper/test_clipper.py"],
     "distclip/plan/cache.py": ["plan/test_cache.py", "clipper/test_functional.py"],
     "distclip/plan/arguments.py": ["plan/test_cache.py", "clipper/test_functional.py", "layouts/test_layout.py"],
-    "distclip/gradients/realign.py": [*NORMS, "promises/test_matrix.py"],
+    "distclip/gradients/realign.py": [*NORMS, "gradients/test_realign.py", "promises/test_matrix.py"],
     "distclip/functional.py": [*NORMS, "layouts/test_layout.py"],
     "distclip/step/decision.py": [
         "clipper/test_clipper.py",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import distclip
 from distclip.kernels import device as devices, norms_on_host
 from distclip.kernels.device import has_float64
-from distclip.kernels.narrow import CHUNK
+from distclip.kernels.without_float64 import CHUNK
 from distclip.ranks.group import ClippingGroup
 from support import accelerator
 from support.accelerator import DEVICE, EXISTS, raw, use_accelerator

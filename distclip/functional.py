@@ -231,7 +231,7 @@ def clip_grad_value_(
     holders = holders_of(held_of(_listed(parameters)))
     for holder in holders:
         gradient = holder.grad
-        if isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements):
+        if isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements):  # [Note: a new sharding]
             raise pending_sum(gradient.placements)
     gradients = _gradients(holders)
     check_memory(gradients, shared=True)

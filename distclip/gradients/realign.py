@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..errors import LayoutError
-from ..layouts.piece import Piece, same_ranks
+from ..layouts.piece import Piece, cuts, same_ranks
 from . import refusals
 
 BASE = 64  # codes for a placement along one axis; 63 bits of an int64 hold 10 axes
@@ -34,7 +34,7 @@ def is_candidate(piece: Piece) -> bool:
 
 
 def cut_locally(piece: Piece, gradient: DTensor) -> DTensor | None:
-    """``gradient`` in the placements of ``piece`` if that takes cutting copies only, else None."""
+    """``gradient`` in the placements of ``piece`` if cutting copies is enough, else None: [Note: a new sharding]."""
     assert piece.spec is not None
     pairs = list(zip(gradient.placements, piece.spec.placements, strict=True))
     if all(here == there or (isinstance(here, Replicate) and type(there) is Shard) for here, there in pairs):
@@ -93,6 +93,7 @@ def _code(piece: Piece, gradient: Tensor | None) -> int:
 
 
 def _digit(placement: Placement) -> int:
+    """Its code, which :func:`_decode` reads: [Note: a new sharding] in layouts/__init__.py."""
     if isinstance(placement, Replicate):
         return 0
     if type(placement) is Partial and placement.reduce_op in SUMS:
@@ -126,7 +127,7 @@ def _agreed(mesh: DeviceMesh, codes: list[int]) -> list[tuple[Placement, ...] | 
 
 
 def _zeros(piece: Piece, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
-    whole = [p if isinstance(p, Shard) else Replicate() for p in placements]
+    whole = [p if cuts(p) else Replicate() for p in placements]
     shape, _ = compute_local_shape_and_global_offset(piece.shape, mesh, whole)
     local = torch.zeros(shape, dtype=piece.dtype, device=piece.device)
     stride = torch.empty(piece.shape, device="meta").stride()

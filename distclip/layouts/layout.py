@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate
 
 from ..ranks.group import Axis, ClippingGroup, axis_ranks
-from .piece import Held, Piece, Spec
+from .piece import Held, Piece, Spec, cuts
 from .refusals import (
     axes_do_not_tile,
     axis_outside,
@@ -143,9 +143,8 @@ class LayoutReader:
         pieces = max(1, len(flat_over))
         ranks = set(flat_over)
         if spec is not None:
-            mesh = spec.mesh
-            pieces *= prod(mesh.size(axis) for axis, p in enumerate(spec.placements) if _is_cut(name, p))
-            ranks.update(mesh.mesh.flatten().tolist())
+            pieces *= prod(_pieces_along(name, spec, axis) for axis in range(spec.mesh.ndim))
+            ranks.update(spec.mesh.mesh.flatten().tolist())
         outside = sorted(ranks - self._everyone)
         if outside:
             raise outside_the_group(name, outside)
@@ -169,7 +168,7 @@ class LayoutReader:
         if spec is not None:
             coordinates = spec.mesh.get_coordinate()
             assert coordinates is not None, "this rank is in it"
-            if any(k for k, p in zip(coordinates, spec.placements, strict=True) if isinstance(p, Replicate)):
+            if any(k for k, p in zip(coordinates, spec.placements, strict=True) if not cuts(p)):
                 return False
             placed = spec.mesh.mesh.flatten().tolist()
         if len(placed) * len(flat) == self._group.size:
@@ -183,7 +182,7 @@ def part_of(group: ClippingGroup, piece: Piece) -> tuple[int, ...]:
     places = [piece.flat_over.index(group.global_rank)] if piece.flat_over else []
     if piece.spec is not None:
         coordinate = piece.spec.mesh.get_coordinate() or ()
-        places += [k for k, p in zip(coordinate, piece.spec.placements, strict=True) if not isinstance(p, Replicate)]
+        places += [k for k, p in zip(coordinate, piece.spec.placements, strict=True) if cuts(p)]
     return tuple(places)
 
 
@@ -194,10 +193,11 @@ def _axis_in(everyone: frozenset[int], axis: Axis, argument: str = "split_over")
     return ranks
 
 
-def _is_cut(name: str, placement: Placement) -> bool:
-    """Whether the ranks along an axis with ``placement`` hold different elements."""
-    if placement.is_shard() or type(placement).__name__ == "_StridedShard":  # no Shard subclass since torch 2.10
-        return True
+def _pieces_along(name: str, spec: Spec, axis: int) -> int:
+    """Into how many pieces a mesh axis cuts, by its placement: [Note: a new sharding]."""
+    placement = spec.placements[axis]
+    if cuts(placement):
+        return spec.mesh.size(axis)
     if isinstance(placement, Replicate):
-        return False
+        return 1
     raise unknown_placement(name, placement)

@@ -116,7 +116,10 @@ class Inventory:
 
 
 def _held_in_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[Held]:
-    """The pieces of one part, without those of FSDP1 modules in ``seen``, to which its own are added."""
+    """The pieces of one part, without those of FSDP1 modules in ``seen``, to which its own are added.
+
+    [Note: a new sharding] in layouts/__init__.py.
+    """
     managed: set[int] = set()
     hidden: list[nn.Parameter] = []
     for path, module in part.named_modules():

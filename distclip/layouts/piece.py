@@ -89,7 +89,10 @@ class Held:
 
 
 def held_parameter(parameter: Tensor, name: str = "", reduced: bool = False) -> Held:
-    """A parameter that is not cut by FSDP1. DDP over tensor parallel leaves ``_st_info`` (torch 2.13)."""
+    """A parameter that is not cut by FSDP1. DDP over tensor parallel leaves ``_st_info`` (torch 2.13).
+
+    [Note: a new sharding] in layouts/__init__.py.
+    """
     if isinstance(parameter, DTensor):
         spec = Spec(parameter.device_mesh, parameter.placements)
         return Held.whole(parameter, name, parameter.numel(), spec, reduced)
@@ -100,7 +103,10 @@ def held_parameter(parameter: Tensor, name: str = "", reduced: bool = False) -> 
 
 
 def held_gradient(gradient: Tensor) -> Held:
-    """A gradient given without its parameter; a Partial one counts as Replicate, which it will be."""
+    """A gradient given without its parameter; a Partial one counts as Replicate, which it will be.
+
+    [Note: a new sharding] in layouts/__init__.py.
+    """
     if not isinstance(gradient, DTensor):
         return Held.whole(gradient, "", gradient.numel())
     placements = tuple(Replicate() if isinstance(p, Partial) else p for p in gradient.placements)
@@ -123,6 +129,11 @@ def holders_of(listed: Iterable[Held]) -> list[Tensor]:
 def same_ranks(mesh: DeviceMesh, other: DeviceMesh) -> bool:
     """Whether both lay the same ranks out in the same way, whatever their axes are called."""
     return mesh is other or torch.equal(mesh.mesh, other.mesh)
+
+
+def cuts(placement: Placement) -> bool:
+    """Whether the ranks along a mesh axis with ``placement`` hold different elements: [Note: a new sharding]."""
+    return placement.is_shard() or type(placement).__name__ == "_StridedShard"  # no Shard subclass since torch 2.10
 
 
 local_of = attrgetter("_local_tensor")  # of a DTensor

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..gradients.realign import is_candidate
 from ..layouts.fsdp1 import is_flattened, is_whole
 from ..layouts.fsdp2 import managed_anywhere
 from ..layouts.layout import LayoutFn
@@ -28,7 +29,10 @@ def plan_of(
     split_over: Sequence[Axis],
     layout: LayoutFn | None,
 ) -> Plan:
-    """The plan for what is ``listed``: of all ranks if any of it is seen to be cut, else of this process alone."""
+    """The plan for what is ``listed``: of all ranks if any of it is seen to be cut, else of this process alone.
+
+    [Note: a new sharding] in layouts/__init__.py.
+    """
     seen_cut = False
     for i, item in enumerate(listed):
         cut = is_flattened(item.holder) and (bool(item.piece.name) or not is_whole(item.holder))
@@ -67,8 +71,8 @@ def tell_ranks(
     except (RuntimeError, TypeError, ValueError):  # it is the group that is wrong
         return
     ours = managed_anywhere()[0] if reduces else set()
-    moves = any(isinstance(t, DTensor) and t.device_mesh.size() > 1 and id(t) not in ours for t in tensors)
-    sends_flags = group is not None or (where.size > 1 and (says_so or moves))
+    cut = [held_parameter(t, reduced=id(t) in ours).piece for t in tensors if isinstance(t, DTensor)]
+    sends_flags = group is not None or (where.size > 1 and (says_so or any(map(is_candidate, cut))))
     p = inf if norm_type == inf else 2.0  # of all others it only matters that they send as many numbers
     tell_others(where, where.device_for(tensors), p, (False, False) if sends_flags else (), error, call)
 
@@ -87,7 +91,7 @@ def held_of(listed: list[Any]) -> list[Held]:
 
 
 def _held_tensors(tensors: Sequence[Tensor]) -> list[Held]:
-    """Bare parameters; LayoutError where one is only a stand-in that FSDP1 or FSDP2 shows."""
+    """Bare parameters; LayoutError where one is only a stand-in that FSDP2 shows: [Note: a new sharding]."""
     sharded, copies = managed_anywhere()
     for i, tensor in enumerate(tensors):
         if id(tensor) in copies:

@@ -55,7 +55,7 @@ def ranks_that(group: ClippingGroup, device: torch.device, is_one: bool) -> tupl
 def _made(plan: Plan, index: int) -> str:
     """Whether a gradient is its rank's own, was summed over ranks and cut, or is one of several copies.
 
-    Where only one of several copies is not finite, that rank is the one.
+    Where only one of several copies is not finite, that rank is the one. [Note: a new sharding] in layouts/__init__.py.
     """
     piece = plan.pieces[index]
     if plan.replicas[index] > 1:

@@ -29,7 +29,10 @@ from .culprit import KINDS, NOBODY, ranks_that
 
 
 class Source:
-    """What :func:`find_source` returns: hooks that watch each backward, until :meth:`remove` or the end of ``with``."""
+    """What :func:`find_source` returns: hooks that watch each backward, until :meth:`remove` or the end of ``with``.
+
+    Where gradients show before they are reduced depends on the wrapper: [Note: a new sharding] in layouts/__init__.py.
+    """
 
     def __init__(self, model: nn.Module | Sequence[nn.Module], group: dist.ProcessGroup | None) -> None:
         parts = parts_of(model)

@@ -80,7 +80,10 @@ def storage(gradients: str | GradientFn | Storage | None, holders: Sequence[Tens
 
 
 def _places(holders: Sequence[Tensor], plan: Plan) -> list[Place]:
-    """By the first piece of each of ``holders``. By ``layout`` ranks may have parts; FSDP1's are checked later."""
+    """By the first piece of each of ``holders``. By ``layout`` ranks may have parts; FSDP1's are checked later.
+
+    [Note: a new sharding] in layouts/__init__.py.
+    """
     places = []
     for source, holder in enumerate(holders):
         i = plan.sources.index(source)

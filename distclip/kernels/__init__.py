@@ -1,7 +1,22 @@
 """Norms and scaling of local gradients: the only code that touches gradient-sized memory.
 
-On the CPU a compiled kernel sums squares if the install built one, and torch's kernels do the rest block by block; on
-accelerators torch's foreach kernels do it, or Triton's on request.
+[Note: how a norm is summed]
+Five files sum, by device and dtype. All that is not said to be added in fp32 is added in float64, and a sum in fp32
+that left its range is made again in float64. For p = inf nothing is added; NaN stays NaN in each of them.
+
+1. native/sums.c, compiled, on the CPU: squares of fp32, bf16, fp16 and complex64. Nothing in fp32: each square is exact
+   in float64.
+2. sums.py, on the CPU, by torch's kernels: the same where no library was built, in rows of 64 squares in fp32 (bf16 and
+   fp16 are converted to it a chunk at a time), the rows in float64. And float64, complex128 and every other p, in which
+   nothing is added in fp32.
+3. foreach.py, on accelerators, by torch's foreach kernels: all dtypes and every p. Nothing in fp32: numbers are
+   converted to float64 as they are read, or a part at a time where no foreach kernel takes them.
+4. triton/, on NVIDIA GPUs where DISTCLIP_TRITON=1 asks for it: fp32, bf16 and fp16 for p = 1, 2 and 3, of which the 4
+   or 8 powers of one 16-byte load are added in fp32, and these sums in float64. float64, every other p and the ends of
+   tensors: nothing in fp32. Complex tensors are pairs for p = 2, and go to foreach.py for others, as all with gaps do.
+5. without_float64.py, on MPS and some XPU: squares of fp32, bf16 and fp16, in rows of 64 in fp32 on the device; the
+   host adds the rows in float64. Every other p, complex tensors and rows beyond fp32 are copied to the host, where 1 or
+   2 sums them.
 """
 
 from .memory import check_memory as check_memory

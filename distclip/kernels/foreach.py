@@ -2,7 +2,8 @@
 
 CUDA's foreach kernels take many tensors at once if all have one dtype, are dense in memory, and the factor has that
 dtype too. In any other call each tensor gets a kernel of its own, which first converts a whole copy to sum in float64,
-and rounds a 0-d factor to the dtype of the tensor. No host sync.
+and rounds a 0-d factor to the dtype of the tensor. No host sync. Beside the other kernels: [Note: how a norm is
+summed] in kernels/__init__.py.
 
 Private torch API, read in 2.13 (docs/design.md has the places): ``_foreach_norm``, ``_foreach_mul_``,
 ``_foreach_copy_``, ``_foreach_clamp_min_``, ``_foreach_clamp_max_``.

@@ -3,7 +3,8 @@
 torch's own fp32 norm on the CPU adds a whole tensor in fp32: 1.1e-2 off at 1e8 elements (pytorch#169237). In float64
 x ** 2 of any finite fp32, bf16 or fp16 number is exact, from 1e-45 to 3e38: that is how the compiled kernel adds. If it
 was not built, and for what it cannot read, torch's kernels add rows of 64 powers in fp32 and the rows in float64;
-rows outside the range of fp32 are added again in float64. Accelerators convert to float64.
+rows outside the range of fp32 are added again in float64. Other devices: [Note: how a norm is summed] in
+kernels/__init__.py.
 
 Private torch API, read in 2.13: ``_C._nn.flatten_dense_tensors``.
 """

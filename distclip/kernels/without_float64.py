@@ -1,7 +1,8 @@
 """Norms on devices without float64 (MPS, some XPU): the device adds 64 squares in fp32, the host adds these sums.
 
 Rows of 64 have the same error as on the CPU (:mod:`.sums`): at most 1.5e-7 on constant data. A tensor with a row
-outside the range of fp32 is copied to the host and summed there, as is every tensor if p is neither 2 nor inf.
+outside the range of fp32 is copied to the host and summed there, as is every tensor if p is neither 2 nor inf. Beside
+the other kernels: [Note: how a norm is summed] in kernels/__init__.py.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """Norms and scaling on CUDA devices, in Triton: one launch for many tensors of one dtype, whatever their sizes.
 
-Ask :func:`chosen` first: only the functions that launch kernels import Triton, on their first call.
+Ask :func:`chosen` first: only the functions that launch kernels import Triton, on their first call. What is added in
+which precision: [Note: how a norm is summed] in kernels/__init__.py.
 """
 
 from collections.abc import Sequence

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -121,8 +122,8 @@ class Folding:
 
 
 def _key(optimizers: Sequence[Optimizer]) -> Hashable:
-    return tuple(
-        (id(o), type(o), tuple((bool(g.get("fused")), tuple(map(id, g["params"]))) for g in o.param_groups))
+    return tuple(  # an id would be that of the next optimizer too, where the last one was dropped
+        (type(o), tuple((bool(g.get("fused")), tuple(map(id, g["params"]))) for g in o.param_groups), ref(o))
         for o in optimizers
     )
 

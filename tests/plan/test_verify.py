@@ -285,6 +285,22 @@ def test_clippers_of_two_optimizers_may_hold_the_same_parameters(ranks):
             assert way == "attach" or all("attach() one to each" in said for said in first)
 
 
+def test_a_new_optimizer_at_the_address_of_the_last_is_known_too():
+    model = build()
+    inner, outer = (distclip.Clipper(model, 1.0) for _ in range(2))
+    held = SGD(model.parameters(), lr=0.7)
+    backward(model)
+    outer.step(held)
+    addresses = []
+    for _ in range(2):
+        optimizer = SGD(model.parameters(), lr=0.1)
+        addresses.append(id(optimizer))
+        inner.step(optimizer)
+        inner.verify()
+        del optimizer  # CPython gives its memory to the next
+    assert len(set(addresses)) == 1
+
+
 def flipped(dtype: torch.dtype, element: int) -> str:
     """One bit of one element of rank 1's copy is another, after the Clipper was built."""
     model = nn.Linear(100, 100, dtype=dtype)

@@ -19,13 +19,16 @@ _alive: WeakValueDictionary[int, "Owner"] = WeakValueDictionary()
 class Owner:
     """The parameters of one Clipper, by id, and the optimizers that it is known to clip for.
 
-    ``clipped``: those in its norm. ``left_out``: those of its model that ``only=`` leaves alone. Whoever makes an Owner
-    keeps these parameters alive, so that no other gets their ids.
+    ``clipped``: those in its norm. ``left_out``: those of its model that ``only=`` leaves alone.
     """
 
-    __slots__ = ("__weakref__", "_optimizers", "clipped", "left_out")
+    __slots__ = ("__weakref__", "_everything", "_optimizers", "clipped", "left_out")
 
-    def __init__(self, clipped: Iterable[Tensor], everything: Iterable[Tensor]) -> None:
+    def __init__(self, clipped: Iterable[Tensor], everything: Sequence[Tensor]) -> None:
+        """``clipped`` are among ``everything``."""
+        # Kept alive, so that no other tensor gets their ids: another thread may read this Owner when its Clipper is
+        # dropped.
+        self._everything = everything
         self.clipped = frozenset(map(id, clipped))
         self.left_out = frozenset(map(id, everything)) - self.clipped
         self._optimizers: WeakSet[Optimizer] = WeakSet()

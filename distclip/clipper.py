@@ -151,6 +151,8 @@ class Clipper:
     @classmethod
     def of(cls, engine: Engine, driver: Driver | None = None) -> "Clipper":
         """The Clipper of an ``engine`` that a ``driver`` calls: for frameworks (see :mod:`distclip.step`)."""
+        if not isinstance(engine, Engine):
+            raise refusals.no_engine(engine)
         clipper = cls.__new__(cls)
         clipper.engine, clipper._driver = engine, driver
         return clipper

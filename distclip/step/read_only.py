@@ -19,6 +19,9 @@ class ReadOnly(Generic[T]):
         self._get, self._hint = get, hint
         self.__doc__ = doc
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"{owner.__name__}.{name}"
+
     @overload
     def __get__(self, instance: None, owner: type) -> Self: ...
     @overload
@@ -27,4 +30,7 @@ class ReadOnly(Generic[T]):
         return self if instance is None else self._get(instance.engine)
 
     def __set__(self, instance: object, value: object) -> None:
-        raise AttributeError(self._hint)
+        raise AttributeError(f"{self._name} is read-only: {self._hint}")
+
+    def __delete__(self, instance: object) -> None:
+        raise AttributeError(f"{self._name} is read-only: {self._hint}")

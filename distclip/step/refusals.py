@@ -33,6 +33,10 @@ def unknown_gradients(gradients: object) -> ValueError:
     )
 
 
+def no_engine(found: object) -> ValueError:
+    return ValueError(f"Clipper.of takes an Engine, got {type(found).__name__}: build one, Engine(model, policy)")
+
+
 def not_copied(kind: str) -> TypeError:
     return TypeError(
         f"{kind} cannot be copied or pickled, since it clips the parameters of one model: save state_dict(), or build "

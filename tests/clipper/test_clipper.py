@@ -499,6 +499,20 @@ def test_parts_of_a_model_are_clipped_together_and_named_apart():
     assert true_norm([g for part in parts for g in whole_gradients(part.parameters())]) == pytest.approx(oracle / 2)
 
 
+@pytest.mark.parametrize("name", ["policy", "max_norm", "report", "steps", "culprit"])
+def test_what_is_read_only_says_its_name(name):
+    clipper = distclip.Clipper(small(), 1.0)
+    with pytest.raises(AttributeError, match=rf"^Clipper\.{name} is read-only: "):
+        setattr(clipper, name, 2)
+    with pytest.raises(AttributeError, match=rf"^Clipper\.{name} is read-only: "):
+        delattr(clipper, name)
+
+
+def test_a_clipper_of_no_engine_is_refused():
+    with pytest.raises(ValueError, match=r"^Clipper\.of takes an Engine, got NoneType"):
+        distclip.Clipper.of(None)
+
+
 def test_a_number_of_numpy_is_a_bound():
     assert distclip.Clipper(small(), np.float32(0.5)).policy == distclip.MaxNorm(0.5)
 

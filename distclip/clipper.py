@@ -227,7 +227,8 @@ class Clipper:
         * No other Clipper may hold the same parameters, unless both are known to clip for different optimizers
           (DiLoCo's inner and outer): attached to them, or given them in an earlier step.
 
-        Five all-reduces of a few numbers a parameter, and a host sync; gradients are never gathered.
+        Five all-reduces (six with ``split_over`` or ``layout``) of a few numbers a parameter, and a host sync;
+        gradients are never gathered.
         """
         self._call("verify")()
 

@@ -21,7 +21,8 @@ A wrapper:
 * `_held_in_part` in layouts/model.py: its modules, and what it adds to names; `held_parameter` in layouts/piece.py: the
   marks that it leaves on parameters.
 * `plan_of` and `_held_tensors` in plan/arguments.py: its parameters without their module, which may not tell of what
-  they are a part.
+  they are a part; `tell_ranks` there: whether a call that failed on one rank would have communicated.
+* `Inventory` in layouts/model.py and the key of plan/cache.py: what a wrapper shows or takes over later.
 * `_made` in plan/culprit.py: whether its gradients are sums over ranks; `Source` in plan/source.py: where they can be
   seen before that.
 * `_places` in step/options.py: whether a gradient elsewhere than in ``.grad`` may be a part.

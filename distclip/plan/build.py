@@ -13,6 +13,9 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from ..errors import LayoutError
+from ..gradients.local import Local
+from ..gradients.look import look
 from ..gradients.memory import Memory
 from ..gradients.realign import is_candidate
 from ..kernels import triton
@@ -42,6 +45,7 @@ class Plan:
     known_to_all: tuple[bool, ...]  # which pieces every rank of the group must know
     represents: tuple[bool, ...]  # which pieces this rank has for all their replicas, where these are compared
     by_split_over: tuple[int, ...]  # pieces that other ranks do not hold only because split_over says so
+    on_all_or_none: tuple[tuple[int, int], ...]  # pieces whose gradients all ranks have or none: place in known, source
     code: int  # hash of the pieces that are known to all
     sends_flags: bool  # whether two flags travel with the norm: some rank has misplaced gradients, some has float64
     reads_flags: bool  # whether a rank other than this one may have set one of them, so that they must be read
@@ -71,10 +75,14 @@ class Plan:
         device = group.device_for(item.holder for item in kept)
         replicas = tuple(each.replicas for each in replications)
         triton.check_choice(piece.device for piece in pieces)
+        known = (i for i, each in enumerate(replications) if each.known_to_all)
+        # Not those that may be terms of a pending sum, in which a missing term is zero.
+        whole = [(k, i) for k, i in enumerate(known) if replicas[i] == group.size > 1 and not is_candidate(pieces[i])]
+        sources = tuple(position[id(item.holder)] for item in kept)
         reads_flags = group.size > 1 and (bool(split_over or layout) or any(map(is_candidate, pieces)))
         return cls(
             pieces=pieces,
-            sources=tuple(position[id(item.holder)] for item in kept),
+            sources=sources,
             group=group,
             p=p,
             replicas=replicas,
@@ -87,11 +95,21 @@ class Plan:
             known_to_all=tuple(each.known_to_all for each in replications),
             represents=tuple(each.represents for each in replications),
             by_split_over=tuple(i for i, each in enumerate(replications) if each.by_split_over),
+            on_all_or_none=tuple((k, sources[i]) for k, i in whole),
             code=int.from_bytes(digest.digest()),
             sends_flags=sends_flags or reads_flags,
             reads_flags=reads_flags,
             fully_replicated=group.size > 1 and set(replicas) == {group.size} and not (split_over or layout),
         )
+
+    @property
+    def known(self) -> list[int]:
+        """The pieces that every rank of the group must know, in an order that is the same on all of them."""
+        return [i for i, is_known in enumerate(self.known_to_all) if is_known]
+
+    def look(self, gradients: Sequence[Tensor | None], error: LayoutError | None = None) -> Local:
+        """Look at ``gradients``, one for each source, piece by piece: see :func:`.gradients.look.look`."""
+        return look(self.pieces, self.sources, self.replicas, gradients, error)
 
     def label(self, index: int) -> str:
         """What errors call piece ``index``."""

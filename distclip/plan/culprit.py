@@ -3,7 +3,7 @@
 They run only after a reduced value said "not finite", hence on all ranks of the group or on none.
 """
 
-from math import inf
+from math import inf, isfinite, isnan
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,9 @@ OWN, REDUCED, COPIED = "O", "R", "C"  # how the rank that is named came by its g
 def find_culprit(plan: Plan, norms: Norms) -> Culprit:
     """The first parameter of the lowest rank whose gradient is not finite, the same answer on every rank.
 
-    Three all-reduces, of one int64, of 1024 bytes and of a float64 a rank, and three host syncs. ``norms.parts`` may be
-    empty where the gradients have changed since; then an inf norm is taken for an inf gradient.
+    Three all-reduces, of one int64, of 1024 bytes and of a float64 a rank. Host syncs: one for each, one for the norms,
+    and one for each gradient whose norm is inf, up to the first that is so itself. ``norms.parts`` may be empty where
+    the gradients have changed since; then an inf norm is taken for an inf gradient.
     """
     group, device = plan.group, plan.device
     word = torch.tensor([_first_bad(group.rank, norms)], device=device)
@@ -69,11 +70,15 @@ def _bad(norms: Norms) -> list[int]:
 
 
 def _first_bad(rank: int, norms: Norms) -> int:
-    words = [NOBODY]
-    for position in _bad(norms):
-        norm = norms.norms[position]
+    """The least number of the gradients that are not finite: that of the first NaN or inf, or of the first overflow."""
+    overflow = NOBODY
+    for position, norm in enumerate(norms.norms.tolist()):
+        if isfinite(norm):
+            continue
         if norms.parts and norm == inf:  # a look at the gradient tells an inf from an overflow
-            norm = local_norms([norms.parts[position]], inf)[0]
-        kind = 1 if norm.isnan() else 2 if norm == inf else 3
-        words.append(rank << 34 | norms.indices[position] << 2 | kind | (OVERFLOW if kind == 3 else 0))
-    return min(words)
+            norm = local_norms([norms.parts[position]], inf)[0].item()
+        number = rank << 34 | norms.indices[position] << 2
+        if not isfinite(norm):  # pieces come in order, and an overflow after all of them
+            return number | (1 if isnan(norm) else 2)
+        overflow = min(overflow, number | 3 | OVERFLOW)
+    return overflow

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError, and_more
-from ..gradients.realign import is_candidate
 from ..ranks.compare import who_differs
 from ..ranks.group import ClippingGroup
 from ..ranks.message import Scalar, reduce_norm
@@ -14,24 +13,15 @@ from .build import Plan
 
 
 def missing_in(plan: Plan, gradients: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """Gradients that are not here, of parameters that every rank holds whole: they are on all ranks or on none.
-
-    By their places among the pieces known to all, which are the same everywhere. Not those that may be terms of a sum
-    not made yet, in which a missing term is zero.
-    """
-    size = plan.group.size
-    if size == 1:
-        return ()
-    known = (i for i, is_known in enumerate(plan.known_to_all) if is_known)
-    whole = ((k, i) for k, i in enumerate(known) if plan.replicas[i] == size and not is_candidate(plan.pieces[i]))
-    return tuple(k for k, i in whole if gradients[plan.sources[i]] is None)
+    """Gradients that are not here, of parameters that every rank holds whole, by their places in ``plan.known``."""
+    return tuple(k for k, source in plan.on_all_or_none if gradients[source] is None)
 
 
 def account(plan: Plan, call: str, missing: Sequence[int], error: LayoutError | None) -> str:
     """What this rank has to say for itself in ``call``: what it holds and lacks, or its ``error``."""
     if error is not None:
         return f"stopped: {str(error).partition(': ')[0]}"  # what to do about it is said on that rank
-    known = [i for i, is_known in enumerate(plan.known_to_all) if is_known]
+    known = plan.known
     held = f"{len(known)} parameters (hash {plan.code:x})"
     lacks = f"without a gradient of {and_more([plan.label(known[k]) for k in missing])}" if missing else ""
     return ", ".join(filter(None, [call, held, lacks]))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..errors import FAILURES, LayoutError
 from ..gradients.local import Local
-from ..gradients.look import look
 from ..gradients.realign import realign
 from ..gradients.storage import Store
 from ..kernels import local_norms, norms_on_host, sum_over_replicas
@@ -94,7 +93,7 @@ def norms_of(plan: Plan, measured: Measured, of: Collection[int] | None = None) 
     """
     if measured.norms is not None:
         return measured.norms
-    local = look(plan.pieces, plan.sources, plan.replicas, measured.gradients)
+    local = plan.look(measured.gradients)
     kept = [(part, i) for part, i in zip(local.parts(), local.indices, strict=True) if of is None or i in of]
     return _norms(plan, [part for part, _ in kept], [i for _, i in kept])
 
@@ -136,14 +135,14 @@ def _found(plan: Plan, gradients: Sequence[Tensor | None], error: LayoutError | 
     local = None if error is not None else plan.memory.recall(gradients, unmoved)
     if local is not None:
         return local
-    local = look(plan.pieces, plan.sources, plan.replicas, gradients, error)
+    local = plan.look(gradients, error)
     return plan.memory.note(gradients, local, plan.pieces, plan.sources, plan.replicas)
 
 
 def _named(plan: Plan, gradients: Sequence[Tensor | None], failed: Exception) -> Exception:
     """The error to raise: one that names the gradient, if a look at each of them finds it, else ``failed`` itself."""
     try:
-        return look(plan.pieces, plan.sources, plan.replicas, gradients).error or failed
+        return plan.look(gradients).error or failed
     except FAILURES:
         return failed
 

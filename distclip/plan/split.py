@@ -36,10 +36,7 @@ def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> N
     and host syncs.
     """
     pieces, sources = plan.pieces, plan.sources
-    here = [
-        i for i in plan.by_split_over if pieces[i].here and isinstance(holders[sources[i]], Tensor)
-    ]  # not DeepSpeed's
-    here.sort(key=lambda i: pieces[i].here)
+    here = sorted((i for i in plan.by_split_over if pieces[i].here), key=lambda i: pieces[i].here)
     chosen = frozenset([*here[:FEW_SMALL], *here[-FEW_LARGE:]])
     norms = norms_of(plan, measured, chosen)
     found = zip(norms.indices, norms.parts, norms.norms.tolist(), strict=True)

@@ -55,7 +55,7 @@ def _count_known(plan: Plan, found: Norms) -> None:
 
     One all-reduce of six numbers a piece, and two.
     """
-    known = [i for i, is_known in enumerate(plan.known_to_all) if is_known]
+    known = plan.known
     sizes = [float(plan.pieces[i].here) for i in known]
     counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[known]
     comparable = torch.tensor([float(plan.pieces[i].aligned) for i in known], device=plan.device)

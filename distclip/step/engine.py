@@ -12,7 +12,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..errors import FAILURES, LayoutError, NonFiniteError
-from ..gradients.look import look
 from ..gradients.storage import GradientFn, Storage
 from ..layouts.layout import LayoutFn
 from ..layouts.model import Inventory, ParameterFilter, chosen, held_in, parts_of
@@ -291,8 +290,7 @@ class Engine:
         if folds.folded >= self.owner.clipped:
             return ()
         pairs = zip(self.holders, outcome.measured.gradients, strict=True)
-        plan, left = self.plan, [None if id(holder) in folds.folded else g for holder, g in pairs]
-        return look(plan.pieces, plan.sources, plan.replicas, left).parts()
+        return self.plan.look([None if id(holder) in folds.folded else g for holder, g in pairs]).parts()
 
 
 def _enabled(scaler: GradScaler | None) -> GradScaler | None:

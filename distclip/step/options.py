@@ -84,10 +84,11 @@ def _places(holders: Sequence[Tensor], plan: Plan) -> list[Place]:
 
     [Note: a new sharding] in layouts/__init__.py.
     """
-    places = []
+    places, by_axis = [], frozenset(plan.by_split_over)
+    first = {source: i for i, source in reversed(list(enumerate(plan.sources)))}
     for source, holder in enumerate(holders):
-        i = plan.sources.index(source)
-        by_layout = not plan.known_to_all[i] and i not in plan.by_split_over
+        i = first[source]
+        by_layout = not plan.known_to_all[i] and i not in by_axis
         is_flat = plan.pieces[i].span is not None or bool(plan.pieces[i].flat_over)
         places.append(Place(plan.label(i), holder, may_be_part=by_layout or is_flat))
     return places

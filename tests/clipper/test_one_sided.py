@@ -520,7 +520,7 @@ def with_a_gradient_that_cannot_be_read(how: str, by: str) -> list[str]:
     for step in range(2):
         model.weight.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
         failing = step == 0 and dist.get_rank() == dist.get_world_size() - 1
-        with patch("distclip.plan.measure.look", side_effect=OF_OTHERS[by]) if failing else nullcontext():
+        with patch("distclip.plan.build.look", side_effect=OF_OTHERS[by]) if failing else nullcontext():
             said.append(outcome(lambda: "right" if call() is not None else ""))
     return said
 

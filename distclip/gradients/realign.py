@@ -1,7 +1,7 @@
 """Bringing gradients to their parameters' placements before they are summed.
 
 Sequence-parallel norm layers leave Partial gradients, a row-wise embedding leaves a Replicate gradient for a Shard
-parameter. A Replicate gradient is cut without talking. Everything else takes the ranks of the parameter's mesh, and
+parameter. A Replicate gradient is cut locally. Everything else takes the ranks of the parameter's mesh, and
 whether it is needed cannot be read from the parameter: so the ranks of each mesh first agree on one number for each
 candidate, and a rank whose gradient is missing takes part with zeros.
 
@@ -29,7 +29,7 @@ SUMS = ("sum", "avg")
 
 
 def is_candidate(piece: Piece) -> bool:
-    """Whether the gradient of ``piece`` may come in placements that only talking can change."""
+    """Whether the gradient of ``piece`` may come in placements that only communication can change."""
     return piece.spec is not None and piece.is_dtensor and not piece.reduced and piece.spec.mesh.size() > 1
 
 
@@ -47,7 +47,7 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
 
     Every rank of the group calls. The ranks of each mesh with candidates make one all-reduce along each of its axes,
     then redistribute what one of them found out of place. Waits. LayoutError on all ranks of the mesh where they hold
-    one gradient in different placements, once those of the other meshes are done.
+    one gradient in different placements, or where torch would redistribute it wrongly, once the other meshes are done.
     """
     result = list(gradients)
     by_mesh: dict[DeviceMesh, list[int]] = {}
@@ -66,7 +66,9 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
         for i, placements in zip(indices, agreed, strict=True):
             spec = pieces[i].spec
             assert spec is not None
-            if placements is not None:
+            if placements is not None and _is_cut_out_of_order(mesh, placements, spec.placements):
+                error = error or refusals.out_of_order(mesh)
+            elif placements is not None:
                 gradient = result[i]
                 source = _zeros(pieces[i], mesh, placements) if gradient is None else gradient
                 assert isinstance(source, DTensor)
@@ -74,6 +76,18 @@ def realign(pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> list
     if error is not None:
         raise error
     return result
+
+
+def _is_cut_out_of_order(mesh: DeviceMesh, placements: Sequence[Placement], wanted: Sequence[Placement]) -> bool:
+    """Whether parts would have to be made, or put together, along an axis whose ranks are not in ascending order.
+
+    torch 2.13 does so in the order of a group's ranks, which is ascending, and takes the parts for those of the mesh's
+    order: gradients in the wrong places, and where parts differ in size elements that are lost. Copies are cut rightly.
+    """
+    pairs = enumerate(zip(placements, wanted, strict=True))
+    moved = [axis for axis, (here, there) in pairs if here != there and not isinstance(here, Replicate)]
+    parted = (axis for axis in moved if cuts(placements[axis]) or cuts(wanted[axis]))
+    return any(bool((mesh.mesh.diff(dim=axis) < 0).any()) for axis in parted)
 
 
 def _code(piece: Piece, gradient: Tensor | None) -> int:

@@ -64,6 +64,13 @@ def placements_differ() -> LayoutError:
     )
 
 
+def out_of_order(mesh: object) -> LayoutError:
+    return LayoutError(
+        f"a gradient waits to be cut along an axis of {mesh} whose ranks are not in ascending order, which torch does "
+        "not redistribute rightly: redistribute the gradient to Replicate and then to its parameter's placements"
+    )
+
+
 def shared_memory(first: str, second: str) -> LayoutError:
     return LayoutError(
         f"the gradients of {first} and {second} share memory, whose elements would be scaled twice: give each its own "

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._ops._math_ops import _NormPartial
 from torch.distributed.tensor.placement_types import _MaskPartial, _StridedShard
 
@@ -93,3 +93,33 @@ def test_a_gradient_in_place_on_some_ranks_alone_is_an_error_on_all_ranks(placem
     for said, norm in run_ranks(placed_as, 4, placements, (Partial(), Replicate()), 1, timeout=30):
         assert "in different placements" in said
         assert norm == pytest.approx(12**0.5, rel=2e-7)
+
+
+def pending_on(ranks: list[int], placement: Placement, rows: int) -> tuple[float | str, float]:
+    """A sum that waits on a mesh of ``ranks`` in this order, for a parameter that lies as ``placement``."""
+    mesh = DeviceMesh("cpu", ranks)
+    whole = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0))
+    model = nn.Module()
+    model.weight = nn.Parameter(distribute_tensor(torch.zeros(rows, 3), mesh, [placement]))
+    here = mesh.get_coordinate()[0]
+    half = whole * (0.25 if here == 0 else 0.75)
+    model.weight.grad = DTensor.from_local(half, mesh, [Partial()], run_check=False)
+    return outcome(distclip.Clipper(model, 0.5)), true_norm([whole])
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_a_pending_sum_is_cut_on_a_mesh_in_the_order_of_ranks(rows):
+    for norm, oracle in run_ranks(pending_on, 2, [0, 1], Shard(0), rows):
+        assert norm == pytest.approx(oracle, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_a_pending_sum_that_torch_would_cut_in_another_order_is_refused_on_all_ranks(rows):
+    """torch 2.13 cuts by the ranks of the group, which are sorted, and takes the parts for those of the mesh."""
+    for said, _ in run_ranks(pending_on, 2, [1, 0], Shard(0), rows):
+        assert "which torch does not redistribute rightly" in said
+
+
+def test_a_pending_sum_for_a_copy_needs_no_order():
+    for norm, oracle in run_ranks(pending_on, 2, [1, 0], Replicate(), 5):
+        assert norm == pytest.approx(oracle, rel=1e-6)

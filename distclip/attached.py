@@ -50,6 +50,7 @@ class Attachment:
             self._after(optimizer)
         _attached.difference_update(self._claimed)
         self._claimed.clear()
+        self._engine.owner.release()
 
     def measure(self) -> Report:
         """Measure what the steps do: the gradients that the attached optimizers hold."""
@@ -200,7 +201,7 @@ def attach(
     A closure may make the gradients, once a step. RuntimeError for LBFGS, which runs it more often, for gradients that
     a GradScaler has not unscaled, for a closure with ``gradients=``, and where the gradients of the second optimizer
     are not those that the first one's step saw; ValueError for an optimizer that is attached already, for what is no
-    optimizer, and for one that wraps two, so that it is not known which steps. Source:
+    optimizer, for several with ``gradients=``, and for one that wraps two, so that it is not known which steps. Source:
     ``torch.optim.Optimizer.register_step_pre_hook``.
 
     >>> import torch
@@ -213,9 +214,14 @@ def attach(
     11.3578
     """
     listed = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
-    attached = _to_attach_to(listed)
+    attached, in_grad = _to_attach_to(listed), options.get("gradients") in (None, "grad")
+    if len(attached) > 1 and not in_grad:  # nothing shows that they have changed since the first of them stepped
+        raise ValueError(
+            "attach takes one optimizer where gradients= says that gradients are not in .grad: call "
+            "Clipper.step(*optimizers) instead"
+        )
     engine = Engine(model, policy, **options)
-    attachment = Attachment(engine, attached, in_grad=options.get("gradients") in (None, "grad"))
+    attachment = Attachment(engine, attached, in_grad)
     return Clipper.of(engine, Driver("optimizer.step()", measure=attachment.measure, detach=attachment.detach))
 
 

@@ -103,6 +103,14 @@ def skip_next_step(optimizers: Iterable[Optimizer], skip: Tensor, on_device: boo
         watch(optimizer)
 
 
+def watch_before_step(optimizers: Iterable[Optimizer]) -> None:
+    """Watch them; RuntimeError for one whose step is running, as in a closure: it could be skipped no more."""
+    for optimizer in optimizers:
+        if optimizer in _inside:
+            raise refusals.runs_already(type(optimizer).__name__)
+        watch(optimizer)
+
+
 def watch(optimizer: Optimizer) -> None:
     """Notice the steps of ``optimizer`` from now on, for good: torch does not let a hook remove itself (2.13).
 

@@ -24,6 +24,13 @@ def lbfgs() -> ValueError:
     return ValueError("LBFGS makes its gradients several times a step: call clip_() in its closure instead")
 
 
+def runs_already(kind: str) -> RuntimeError:
+    return RuntimeError(
+        f"clip_() was called inside the closure of {kind}.step(), which cannot be skipped any more where gradients= "
+        "says that gradients are not in .grad: compute the gradients before step(), without a closure"
+    )
+
+
 def step_replaced(kind: str) -> RuntimeError:
     return RuntimeError(
         f"the step of this {kind} was replaced by one that does not call that of its class, and nothing noticed its "

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from . import refusals
+from .fused import can_fold, prepare_skip_on_device
 
 OWNERS = "distclip"  # key, in the scaler's state of an optimizer, of who clipped for it since update()
 
@@ -41,6 +42,8 @@ def unscale_(scaler: GradScaler, optimizers: Sequence[Optimizer]) -> None:
     if len(set(ids)) < len(ids):
         raise refusals.unscaled_twice()
     for optimizer in optimizers:
+        if can_fold(optimizer):  # the scaler tells it of a non-finite gradient by found_inf, in its first step too
+            prepare_skip_on_device(optimizer)
         state = _state(scaler, optimizer)
         if state["stage"] is not OptState.UNSCALED:
             scaler.unscale_(optimizer)

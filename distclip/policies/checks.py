@@ -1,6 +1,6 @@
 """Checks of users' numbers; each error names the argument."""
 
-from math import isnan
+from math import inf, isnan
 from operator import index
 
 
@@ -9,6 +9,14 @@ def positive(name: str, value: float, note: str = "") -> float:
     number = _number(name, value)
     if isnan(number) or number <= 0:
         raise ValueError(f"{name} must be above 0{f' ({note})' if note else ''}, got {value!r}")
+    return number
+
+
+def finite(name: str, value: float) -> float:
+    """``value`` as a finite float above 0; ValueError for anything else."""
+    number = positive(name, value)
+    if number == inf:
+        raise ValueError(f"{name} must be finite, got {value!r}")
     return number
 
 

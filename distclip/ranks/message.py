@@ -65,8 +65,10 @@ class Reduced:
 
     def unscaled(self, scale: float, p: float) -> "Reduced":
         """The same for gradients divided by ``scale``."""
-        power = scale if p == inf else scale**p
-        return replace(self, norm=self.norm / scale, own=None if self.own is None else self.own / power, row=None)
+        own = self.own
+        if own is not None:  # scale ** p may leave float64 where this does not
+            own = own / scale if p == inf else _power(root(own, p) / scale, p)
+        return replace(self, norm=self.norm / scale, own=own, row=None)
 
     def tensor(self, device: torch.device) -> Tensor:
         """The norm as a 0-d float64 tensor, NaN where ranks disagree. ``device``: where messages are reduced."""
@@ -214,6 +216,11 @@ def _all_reduce(
         return [*own, *known], None
     message = torch.tensor([*own, *known], dtype=torch.float64)
     return all_reduce(group, message, op, signed_length, call).tolist(), None
+
+
+def _power(norm: Scalar, p: float) -> Scalar:
+    """The sum of powers of which ``norm`` is the norm, p < inf."""
+    return norm.pow(p) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64).pow(p).item()
 
 
 def root(total: Scalar, p: float) -> Scalar:

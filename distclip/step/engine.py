@@ -17,7 +17,7 @@ from ..layouts.layout import LayoutFn
 from ..layouts.model import Inventory, ParameterFilter, chosen, held_in, parts_of
 from ..layouts.piece import holders_of, once
 from ..optimizers.fused import Folding, Folds, Stepping, prepare_skip_on_device
-from ..optimizers.hooks import check_optimizers, skip_next_step
+from ..optimizers.hooks import check_optimizers, skip_next_step, watch_before_step
 from ..optimizers.scaler import claim, join_found_inf, unscale_
 from ..plan.build import Plan
 from ..plan.construction import compare_ranks, tell_ranks
@@ -140,6 +140,8 @@ class Engine:
         """
         self.owner.register(optimizers)
         scaler, folds = _enabled(scaler), self._folding.of(optimizers)
+        if not self.progress.storage.in_grad:  # which cannot be taken away from a step that is running
+            watch_before_step(optimizers)
         outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=scaler is None)
         outcome.change(outcome.measured.runs, outcome.measured.scale)
         report = outcome.report

@@ -22,7 +22,7 @@ class Owner:
     ``clipped``: those in its norm. ``left_out``: those of its model that ``only=`` leaves alone.
     """
 
-    __slots__ = ("__weakref__", "_everything", "_optimizers", "clipped", "left_out")
+    __slots__ = ("__weakref__", "_everything", "_optimizers", "_released", "clipped", "left_out")
 
     def __init__(self, clipped: Iterable[Tensor], everything: Sequence[Tensor]) -> None:
         """``clipped`` are among ``everything``."""
@@ -32,13 +32,19 @@ class Owner:
         self.clipped = frozenset(map(id, clipped))
         self.left_out = frozenset(map(id, everything)) - self.clipped
         self._optimizers: WeakSet[Optimizer] = WeakSet()
+        self._released = False
         _alive[id(self)] = self
 
     def register(self, optimizers: Iterable[Optimizer]) -> None:
         """From now on it is known to clip for ``optimizers``, and for those that they wrap."""
+        self._released = False
         for optimizer in optimizers:
             if optimizer not in self._optimizers:
                 self._optimizers.update(with_inner(optimizer))
+
+    def release(self) -> None:
+        """It clips for nobody until it is told to again, and is no rival of others."""
+        self._released = True
 
     def rivalry(self) -> LayoutError | None:
         """The error where others clip some of these parameters, and not for optimizers known to be different ones."""
@@ -71,4 +77,4 @@ class Owner:
 
     def _may_be_clipped_by(self, other: "Owner") -> bool:
         apart = self._optimizers and other._optimizers and not set(self._optimizers) & set(other._optimizers)
-        return not apart and not self.clipped.isdisjoint(other.clipped)
+        return not apart and not other._released and not self.clipped.isdisjoint(other.clipped)

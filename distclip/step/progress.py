@@ -20,7 +20,7 @@ from ..plan.split import compare_axes
 from ..policies import Policy, State
 from ..policies.adopt import fitting, hash_of, made, with_keys
 from ..policies.answer import is_trusted, refusal_of
-from ..policies.checks import count
+from ..policies.checks import count, finite
 from ..report import Report
 from ..shield import shielded
 from . import refusals
@@ -147,7 +147,7 @@ class Progress:
             self._realigns = not measured.reduced.read()[1]
         if storage.scale is None:
             return measured
-        scale = storage.scale()
+        scale = finite("Storage.scale()", storage.scale())
         return replace(measured, reduced=measured.reduced.unscaled(scale, plan.p), scale=scale)
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:

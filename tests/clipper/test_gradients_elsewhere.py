@@ -2,6 +2,7 @@
 
 import ast
 from itertools import chain
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -475,3 +476,41 @@ def test_gradients_that_are_multiplied_by_a_scale_are_clipped_as_without(policy,
     assert report.norm.item() == pytest.approx(oracle, rel=tolerance)
     for found, p in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(found, p.grad.double(), rtol=tolerance, atol=tolerance * 1e-2)
+
+
+def test_several_optimizers_are_not_attached_where_nothing_shows_that_gradients_change():
+    model = build()
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"^attach takes one optimizer where gradients= .*call Clipper\.step"):
+        distclip.attach(optimizers, model, 1.0, gradients="main_grad")
+
+
+def test_a_step_that_is_running_cannot_be_skipped_without_its_gradients():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = Engine(model, 1.0, gradients="main_grad")
+    for parameter in model.parameters():
+        parameter.main_grad = torch.ones_like(parameter)
+    engine.clip_([optimizer])
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"^clip_\(\) was called inside the closure of SGD\.step\(\)"):
+        optimizer.step(lambda: engine.clip_([optimizer]).norm)
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0, nan, inf])
+def test_a_scale_that_is_none_is_refused(scale):
+    model = build()
+    parameters = list(model.parameters())
+    storage = Storage(lambda: [torch.ones_like(p) for p in parameters], lambda *_: None, scale=lambda: scale)
+    with pytest.raises(ValueError, match=r"^Storage\.scale\(\) must be "):
+        Engine(model, 1.0, gradients=storage).measure()
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 64.0, inf])
+def test_a_scale_may_be_a_tensor_and_its_power_out_of_range(p):
+    model = build()
+    parameters = list(model.parameters())
+    scale = torch.tensor(65536.0)
+    storage = Storage(lambda: [torch.ones_like(q) for q in parameters], lambda *_: None, scale=lambda: scale)
+    report = Engine(model, 1.0, norm_type=p, gradients=storage).measure()
+    assert report.norm.item() == pytest.approx(true_norm([torch.ones_like(q) for q in parameters], p) / 65536, rel=1e-6)

@@ -3,7 +3,7 @@
 import gc
 from dataclasses import dataclass
 from functools import partial
-from math import inf
+from math import inf, nan
 from weakref import ref
 
 import pytest
@@ -362,3 +362,25 @@ def test_a_step_that_the_scaler_skips_by_itself_is_no_call_and_the_report_is_kno
         seen.append((clipper.steps, clipper.report))
     assert [steps for steps, _ in seen] == [1, 1, 2]
     assert seen[0][1] is seen[1][1]
+
+
+@pytest.mark.parametrize("verb", ["clip_", "step"])
+def test_a_fused_sgd_whose_first_step_is_not_finite_keeps_no_memory_of_others_as_momentum(verb):
+    model, scaler = torch.nn.Linear(64, 64), scaler_on_cpu()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    engine = Engine(model, 1.0)
+    for step in range(2):
+        junk = [torch.full((64, 64), 1e9) for _ in range(20)]
+        del junk  # whose memory is what torch.empty finds
+        loss = model(torch.ones(8, 64)).square().mean()
+        scaler.scale(loss * (nan if step == 0 else 1.0)).backward()
+        if verb == "clip_":
+            engine.clip_([optimizer], scaler)
+            scaler.step(optimizer)
+        else:
+            engine.step(optimizer, scaler=scaler)
+        scaler.update()
+        optimizer.zero_grad()
+        momenta = [state["momentum_buffer"].abs().max().item() for state in optimizer.state.values()]
+        assert max(momenta, default=0.0) <= 1.0
+    assert momenta

@@ -400,3 +400,17 @@ def with_some_gradients(how: str) -> str:
 @pytest.mark.parametrize("how", ["on one rank", "zeros"])
 def test_gradients_on_one_rank_or_of_zeros_are_gradients(how):
     assert run_ranks(with_some_gradients, 2, how) == ["no error"] * 2
+
+
+def test_a_clipper_that_was_detached_is_no_rival_until_it_clips_again():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = distclip.attach(optimizer, model, 1.0)
+    first.detach()
+    second = distclip.attach(optimizer, model, 2.0)
+    model(torch.ones(1, 2)).sum().backward()
+    second.verify()
+    second.detach()
+    first.clip_()
+    with pytest.raises(distclip.LayoutError, match="other Clipper"):
+        second.verify()

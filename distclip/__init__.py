@@ -16,6 +16,9 @@ from .policies import (
     Decision as Decision,
     MaxNorm as MaxNorm,
     Policy as Policy,
+    Statistic as Statistic,
+    Statistics as Statistics,
+    Units as Units,
     ValueClip as ValueClip,
 )
 from .report import Report as Report

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from .max_norm import MaxNorm
 from .protocol import Policy, State
+from .statistics import Units
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,9 +53,9 @@ def as_policy(policy: Policy | float) -> Policy:
     raise ValueError(f"policy must be a number or have the methods of distclip.Policy, got {policy!r}")
 
 
-def made(policy: Policy, device: torch.device) -> State:
+def made(policy: Policy, units: Units, device: torch.device) -> State:
     """The state before the first step, in memory of its own; ValueError if it is no state."""
-    state = policy.init(device)
+    state = policy.init(units, device)
     if not isinstance(state, dict) or not all(isinstance(n, str) and is_dense(v) for n, v in state.items()):
         raise ValueError(
             f"{type(policy).__qualname__}.init returned {short(state)}, and no Clipper was made: return a dictionary "

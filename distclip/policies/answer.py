@@ -17,6 +17,7 @@ from .adopt import is_dense
 from .autoclip import AutoClip
 from .max_norm import MaxNorm
 from .protocol import Decision, Policy, State
+from .statistics import Statistics
 from .value_clip import ValueClip
 
 RULES = {
@@ -102,13 +103,13 @@ def is_trusted(policy: Policy) -> bool:
     return type(policy) in TRUSTED
 
 
-def ask(policy: Policy, norm: Tensor, state: State) -> tuple[Decision, State]:
-    """What ``policy`` decides on ``norm``, and the state after it. Unless trusted it gets a copy of the state.
+def ask(policy: Policy, statistics: Statistics, state: State) -> tuple[Decision, State]:
+    """What ``policy`` decides on ``statistics``, and the state after it. Unless trusted it gets a copy of the state.
 
     ValueError if it returns no decision, or a state whose keys, shapes and dtypes are not those of ``state``.
     """
     handed = state if is_trusted(policy) else {name: value.clone() for name, value in state.items()}
-    answer = policy.decide(norm, handed)
+    answer = policy.decide(statistics, handed)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not isinstance(answer[0], Decision):
         got = [type(part).__name__ for part in answer] if isinstance(answer, (tuple, list)) else type(answer).__name__
         raise ValueError(

@@ -1,5 +1,6 @@
 """AutoClip: the bound is a percentile of the norms seen so far (Seetharaman, Wichern, Pardo and Le Roux, MLSP 2020)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from .checks import positive
 from .protocol import Decision, State
+from .statistics import Statistic, Statistics, Units
 
 LEAST = torch.finfo(torch.float64).smallest_normal
 MOST = torch.finfo(torch.float64).max
@@ -40,13 +42,17 @@ class AutoClip:
             raise ValueError(f"window must be a whole number of at least 1, got {self.window!r}")
         positive("max_norm", self.max_norm)
 
-    def init(self, device: torch.device) -> State:
+    def needs(self) -> Sequence[Statistic]:
+        return ()
+
+    def init(self, units: Units, device: torch.device) -> State:
         return {
             "norms": torch.full((self.window,), inf, dtype=torch.float64, device=device),
             "count": torch.zeros((), dtype=torch.int64, device=device),
         }
 
-    def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
+    def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
+        norm = statistics.norm()
         counts = torch.logical_and(norm, norm < inf)  # not 0: steps without gradients would bind all others to zero
         norms = torch.where(counts, torch.cat([state["norms"][1:], norm.view(1)]), state["norms"])
         norms.masked_fill_(norms <= 0, inf)  # which older states hold, and what a damaged one may

@@ -1,12 +1,13 @@
 """Clipping by a fixed bound on the global norm (Mikolov 2012; Pascanu, Mikolov and Bengio, ICML 2013)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .checks import positive
 from .protocol import Decision, State
+from .statistics import Statistic, Statistics, Units
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,11 @@ class MaxNorm:
     def __post_init__(self) -> None:
         positive("max_norm", self.max_norm, "inf measures only")
 
-    def init(self, device: torch.device) -> State:
+    def needs(self) -> Sequence[Statistic]:
+        return ()
+
+    def init(self, units: Units, device: torch.device) -> State:
         return {}
 
-    def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
+    def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
         return Decision(float(self.max_norm)), state

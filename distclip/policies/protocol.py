@@ -1,16 +1,19 @@
-"""The policy protocol: from the reduced norm to a decision, as a pure function of norm and state.
+"""The policy protocol: from reduced norms to a decision, as a pure function of them and of a state.
 
 A policy is a frozen dataclass of hyperparameters. Its state is a dictionary of tensors that the Clipper keeps,
 checkpoints and passes in. So asking twice (``measure``) changes nothing, and all ranks, which see the same reduced
-norm, decide and remember the same bits. A new policy is a new file; behaviour is changed by wrapping a policy, never by
-inheriting from one.
+norms, decide and remember the same bits. A new policy is a new file; behaviour is changed by wrapping a policy, never
+by inheriting from one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from .statistics import Per, Statistic, Statistics, Units
 
 State: TypeAlias = dict[str, Tensor]
 Number: TypeAlias = Tensor | float
@@ -20,12 +23,15 @@ Number: TypeAlias = Tensor | float
 class Decision:
     """What to do with this step's gradients. A number is a Python number, or a real tensor with one element.
 
-    * ``max_norm``: the bound on the total norm, above 0; ``inf`` for none.
+    * ``max_norm``: the bound on the total norm, above 0; ``inf`` for none. With ``per``: on the norm of each unit,
+      (units,), or one number for all of them.
     * ``skip``: whether to skip the step: a bool or a 0-d tensor; None from a policy that never skips.
     * ``bounds``: (low, high) for every element, applied after scaling, ``low <= 0 <= high`` and not both 0; None for no
       elementwise clipping.
-    * ``coef``: the factor for gradients, above 0 and at most 1; None for torch's
+    * ``coef``: the factor for gradients, above 0 and at most 1, or (units,) with ``per``; None for torch's
       ``min(1, max_norm / (norm + 1e-6))``. If it is given, ``max_norm`` is only reported.
+    * ``per``: what is bounded: the units of a statistic of gradients that :meth:`Policy.needs` lists. Groups must not
+      overlap then; parameters in none of them keep their gradients.
 
     Anything else is a ValueError in that call, and nothing has changed. In a step that is skipped, or whose norm is not
     finite, any number will do. On an accelerator, where reading the number would be a host sync, the step is skipped
@@ -36,20 +42,29 @@ class Decision:
     skip: Tensor | bool | None = None
     bounds: tuple[Number, Number] | None = None
     coef: Number | None = None
+    per: Per | Statistic = "model"
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """A Clipper takes any object with these two methods."""
+    """A Clipper takes any object with these three methods."""
 
-    def init(self, device: torch.device) -> State:
-        """The state before the first step: tensors on ``device``; empty for a policy without memory."""
+    def needs(self) -> Sequence[Statistic]:
+        """The statistics to decide on, beside the norm of all gradients; empty for no others."""
         ...
 
-    def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
-        """Decide on ``norm`` (0-d float64, before clipping, may be NaN or inf) and return the state after it.
+    def init(self, units: Units, device: torch.device) -> State:
+        """The state before the first step: tensors on ``device``; empty for a policy without memory.
 
-        Pure: the same arguments give the same result on every rank. Both are copies. Runs on the norm's device without
-        a host sync. The returned state has the keys, shapes and dtypes of ``init``.
+        A tensor whose first dimension is as long as there are parameters (or rows, where these are needed) has one
+        entry for each of them: it is saved with their names, and loaded by them.
+        """
+        ...
+
+    def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
+        """Decide on ``statistics``, and return the state after it.
+
+        Pure: the same arguments give the same result on every rank. Both are copies. Runs on the statistics' device
+        without a host sync. The returned state has the keys, shapes and dtypes of ``init``.
         """
         ...

@@ -1,13 +1,14 @@
 """Clipping every element by value: needs no statistic, so every rank clamps its shards."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
 import torch
-from torch import Tensor
 
 from .checks import bounds
 from .protocol import Decision, State
+from .statistics import Statistic, Statistics, Units
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,11 @@ class ValueClip:
     def __post_init__(self) -> None:
         bounds("clip_value", self.clip_value)
 
-    def init(self, device: torch.device) -> State:
+    def needs(self) -> Sequence[Statistic]:
+        return ()
+
+    def init(self, units: Units, device: torch.device) -> State:
         return {}
 
-    def decide(self, norm: Tensor, state: State) -> tuple[Decision, State]:
+    def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
         return Decision(inf, bounds=bounds("clip_value", self.clip_value)), state

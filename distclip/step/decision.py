@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..kernels import clamp_, scale_
 from ..plan.measured import Measured
-from ..policies import Policy, State
+from ..policies import Policy, State, Statistics, Units
 from ..policies.answer import Numbers, Tensors, ask, is_trusted
 from ..policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device, rounded
 from ..report import Culprit, Report
 from ..shield import shielded
+
+NO_UNITS = Units()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +121,8 @@ def decided_on_host(
     assert not isinstance(reduced.norm, Tensor)
     disagree = bool(reduced.disagree)
     norm = nan if disagree else reduced.norm
-    asked = torch.scalar_tensor(norm, dtype=torch.float64, device=device)
-    decision, state = policy.decide(asked, state) if trusted else ask(policy, asked, state)
+    statistics = Statistics(torch.scalar_tensor(norm, dtype=torch.float64, device=device), NO_UNITS)
+    decision, state = policy.decide(statistics, state) if trusted else ask(policy, statistics, state)
     answer, finite, dtype = Numbers.of(decision, policy), isfinite(norm), measured.dtype
     if finite and not answer.skip:  # what a policy makes of a norm that is not finite need not be usable
         answer.check(policy)
@@ -143,10 +145,11 @@ def decided_on_device(
     ``last``: the previous report, whose ``max_norm`` is reused where the bound is a number.
     """
     norm, dtype, trusted = measured.reduced.tensor(device), measured.dtype, is_trusted(policy)
-    decision, state = ask(policy, norm if trusted else norm.clone(), state)  # a policy of a user may write to its norm
+    shown = norm if trusted else norm.clone()  # a policy of a user may write to it
+    decision, state = ask(policy, Statistics(shown, NO_UNITS), state)
     answer, finite = Tensors.of(decision, policy, device), norm < inf  # false for NaN too
     skip = _skipped(answer.skip, finite, skips_nonfinite)
-    shown: Tensor = norm
+    shown = norm
     fault: Tensor | None = None
     if not trusted:
         fault = torch.where(skip | ~finite, 0.0, answer.fault())

@@ -17,7 +17,7 @@ from ..plan.copies import compare_copies, compare_gradients
 from ..plan.measure import fail_with_others, measure, norms_of
 from ..plan.measured import Measured
 from ..plan.split import compare_axes
-from ..policies import Policy, State
+from ..policies import Policy, State, Units
 from ..policies.adopt import fitting, hash_of, made, with_keys
 from ..policies.answer import is_trusted, refusal_of
 from ..policies.checks import count, finite
@@ -53,7 +53,7 @@ class Progress:
         self.on_device = not reads_are_free(plan.device) if on_device is None else on_device
         self.report: Report | None = None
         self.committed = False
-        self.state = made(policy, plan.device)
+        self.state = made(policy, Units(), plan.device)
         self._trusted = is_trusted(policy)
         self._holders = holders
         self._compares_axes = compares_axes
@@ -118,7 +118,7 @@ class Progress:
         """See :meth:`Clipper.load_state_dict`."""
         state = with_keys(state, ("policy", "steps", "consecutive_skips"), "a Clipper's")
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
-        self.state = fitting(state["policy"], made(self.policy, self.plan.device))
+        self.state = fitting(state["policy"], made(self.policy, Units(), self.plan.device))
         self.streak.skips = skips
         self.calls.begin_anew(steps, hash_of(self.state, skips))
         self._unchecked = None

@@ -1,0 +1,178 @@
+"""Statistics: the norms that a policy decides on, and the units that they are norms of.
+
+A *statistic* is a norm of each unit of one level. A *unit* is what has one number: the model, a group of parameters, a
+parameter, or a row of one. What travels between ranks are *slots*, the sums of powers of the finest level that anybody
+asked for, one for each of its units; the units of coarser levels are sums of slots.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..ranks.message import root
+
+Per: TypeAlias = Literal["model", "group", "parameter", "row"]
+Groups: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
+LEVELS: tuple[Per, ...] = ("model", "group", "parameter", "row")  # from coarse to fine
+
+
+def _groups(given: Groups | Mapping[str, str | Sequence[str]]) -> Groups:
+    pairs = given.items() if isinstance(given, Mapping) else given
+    found = tuple((name, (each,) if isinstance(each, str) else tuple(each)) for name, each in pairs)
+    for name, patterns in found:
+        if not isinstance(name, str) or not patterns or not all(isinstance(each, str) for each in patterns):
+            raise ValueError(f"groups must be patterns by name, {{'norms': '*norm*'}}, got {name!r}: {patterns!r}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A norm that a policy needs beside that of all gradients.
+
+    * ``per``: what has one number. ``"parameter"``: each parameter, whoever holds parts of it. ``"row"``: each index of
+      its first dimension (an output of a Linear or a Conv); a parameter of fewer than two dimensions is one row.
+      ``"group"``: each of ``groups``.
+    * ``of``: ``"gradient"``, before clipping, or ``"parameter"``, the values as they are before the step.
+    * ``groups``: for ``"group"``, patterns by name: ``{"experts": "*.experts.*", "rest": ("embed*", "head.*")}``. A
+      pattern is a parameter's name, or one with the wildcards of a shell (``fnmatch``). Groups may overlap, and leave
+      parameters out.
+
+    >>> Statistic("parameter")
+    Statistic(per='parameter', of='gradient', groups=())
+    >>> Statistic("group", groups={"norms": "*norm*"}).groups
+    (('norms', ('*norm*',)),)
+    """
+
+    per: Per = "model"
+    of: Literal["gradient", "parameter"] = "gradient"
+    groups: Groups | Mapping[str, str | Sequence[str]] = ()
+
+    def __post_init__(self) -> None:
+        if self.per not in LEVELS:
+            raise ValueError(f"per must be one of {', '.join(LEVELS)}, got {self.per!r}")
+        if self.of not in ("gradient", "parameter"):
+            raise ValueError(f"of must be gradient or parameter, got {self.of!r}")
+        object.__setattr__(self, "groups", _groups(self.groups))
+        if bool(self.groups) != (self.per == "group"):
+            raise ValueError(f"groups must be given for per='group' and for nothing else, got per={self.per!r}")
+
+    @property
+    def level(self) -> "Statistic":
+        """That of gradients with the same units."""
+        return self if self.of == "gradient" else Statistic(self.per, groups=self.groups)
+
+
+MODEL = Statistic()
+
+
+def asked(statistic: Statistic | Per) -> Statistic:
+    """``"row"`` is short for ``Statistic("row")``."""
+    return Statistic(statistic) if isinstance(statistic, str) else statistic
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gather:
+    """How numbers are put together: ``order`` them, (n,) int64, and combine the first ``lengths[0]``, and so on.
+
+    ``order``: None where they are in order. ``lengths``: (units,) int64; None where each is a unit.
+    """
+
+    order: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def __call__(self, numbers: Tensor, p: float) -> Tensor:
+        """Sums of powers (their maximum for p = inf) of each unit; 0 for a unit without numbers. No host sync.
+
+        The order of additions is fixed, and what is not finite stays in its unit.
+        """
+        if self.order is not None:
+            numbers = numbers.index_select(0, self.order)
+        if self.lengths is None:
+            return numbers
+        how = "max" if p == inf else "sum"
+        return torch.segment_reduce(numbers, how, lengths=self.lengths, unsafe=True, initial=0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Level:
+    """The units of one level.
+
+    * ``names``: of the units, the same on every rank. ``sizes``: (units,) float64, how many elements each has.
+    * ``of_slots``: how slots make them up. ``unit_of_slot``: (slots,) int64, the unit that a slot is in, ``len(names)``
+      for one in no unit; None where groups overlap.
+    """
+
+    names: Sequence[str]
+    sizes: Tensor
+    of_slots: Gather
+    unit_of_slot: Tensor | None
+
+
+class Units:
+    """What the statistics of one Clipper are norms of: agreed when it is built, the same on every rank."""
+
+    __slots__ = ("_levels", "size")
+
+    def __init__(self, size: float = 0.0, levels: Mapping[Statistic, Level] | None = None) -> None:
+        """``size``: how many elements the model has; 0 where nobody asked for more than its norm."""
+        self.size = size
+        self._levels = dict(levels or {})
+
+    def level(self, statistic: Statistic | Per) -> Level:
+        """The units of a statistic; ValueError where it was not asked for."""
+        level = self._levels.get(asked(statistic).level)
+        if level is None:
+            raise ValueError(f"{statistic!r} is none of the statistics that were asked for: return it from needs()")
+        return level
+
+    def shape(self, statistic: Statistic | Per = MODEL) -> tuple[int, ...]:
+        """The shape of a statistic: () for the model, else (units,)."""
+        return () if asked(statistic).per == "model" else (len(self.names(statistic)),)
+
+    def names(self, statistic: Statistic | Per) -> Sequence[str]:
+        """What its units are called: a parameter's name, ``name[row]``, or a group's name.
+
+        Parameters that differ between ranks and share a name say where they are: ``experts.w1[ep=3]``.
+        """
+        return self.level(statistic).names
+
+    def sizes(self, statistic: Statistic | Per) -> Tensor:
+        """How many elements each unit has: (units,) float64."""
+        return self.level(statistic).sizes
+
+
+class Statistics:
+    """The reduced norms of one step: the same bits on every rank."""
+
+    __slots__ = ("_norm", "_p", "_scale", "_slots", "units")
+
+    def __init__(
+        self, norm: Tensor, units: Units, slots: Mapping[str, Tensor] | None = None, p: float = 2.0, scale: float = 1.0
+    ) -> None:
+        """``norm``: of the model's gradients, 0-d float64. ``slots``: of gradients, and of parameters where asked for,
+        (slots,) float64. ``scale``: by which gradients are multiplied in them, and in ``norm`` no more.
+        """
+        self._norm, self.units, self._slots, self._p, self._scale = norm, units, slots or {}, p, scale
+
+    def norm(self, statistic: Statistic | Per = MODEL) -> Tensor:
+        """Its norms: 0-d float64 for the model, else (units,). May be NaN or inf. No host sync.
+
+        ValueError for a statistic that was not asked for.
+        """
+        wanted = asked(statistic)
+        if wanted == MODEL:
+            return self._norm
+        slots = self._slots.get(wanted.of)
+        if slots is None:
+            raise ValueError(f"{wanted!r} is none of the statistics that were asked for: return it from needs()")
+        if wanted.per == "model":
+            sums = slots.max() if self._p == inf else slots.sum()
+        else:
+            sums = self.units.level(wanted).of_slots(slots, self._p)
+        norms = sums.clone() if self._p == inf else root(sums, self._p)
+        assert isinstance(norms, Tensor)
+        return norms / self._scale if wanted.of == "gradient" and self._scale != 1.0 else norms

@@ -5,10 +5,12 @@ parameter, or a row of one. What travels between ranks are *slots*, the sums of 
 asked for, one for each of its units; the units of coarser levels are sums of slots.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -97,11 +99,35 @@ class Gather:
         return torch.segment_reduce(numbers, how, lengths=self.lengths, unsafe=True, initial=0)
 
 
+class RowNames(Sequence[str]):
+    """Names of rows, made when they are asked for: there may be millions. ``parameters`` have ``counts`` rows each."""
+
+    __slots__ = ("_starts", "counts", "parameters")
+
+    def __init__(self, parameters: Sequence[str], counts: Sequence[int]) -> None:
+        self.parameters, self.counts = parameters, counts
+        self._starts = [0, *accumulate(counts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        k = bisect_right(self._starts, index) - 1
+        return f"{self.parameters[k]}[{index - self._starts[k]}]"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Level:
     """The units of one level.
 
-    * ``names``: of the units, the same on every rank. ``sizes``: (units,) float64, how many elements each has.
+    * ``names``: of the units, the same on every rank; of rows :class:`RowNames`. ``sizes``: (units,) float64, how many elements each has.
     * ``of_slots``: how slots make them up. ``unit_of_slot``: (slots,) int64, the unit that a slot is in, ``len(names)``
       for one in no unit; None where groups overlap.
     """

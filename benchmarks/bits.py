@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 import distclip
-from distclip import AutoClip, Clipper, Decision, Layout, Report, ValueClip
+from distclip import AutoClip, Clipper, Decision, Layout, Report, Statistics, Units, ValueClip
 
 ROWS, WORDS, WIDTH = 8, 31, 12
 NORM_TYPES = (1.0, 2.0, 3.0, inf)
@@ -366,10 +366,14 @@ def scaled(make: Callable[[], nn.Module], gradients: Callable[..., None] = by_ra
 class Moody:
     """A policy that uses all of a Decision, and remembers."""
 
-    def init(self, device: torch.device) -> dict[str, Tensor]:
+    def needs(self) -> tuple[()]:
+        return ()
+
+    def init(self, units: Units, device: torch.device) -> dict[str, Tensor]:
         return {"mean": torch.zeros((), dtype=torch.float64, device=device)}
 
-    def decide(self, norm: Tensor, state: dict[str, Tensor]) -> tuple[Decision, dict[str, Tensor]]:
+    def decide(self, statistics: Statistics, state: dict[str, Tensor]) -> tuple[Decision, dict[str, Tensor]]:
+        norm = statistics.norm()
         mean = torch.lerp(state["mean"], norm.nan_to_num(0.0, 0.0), 0.3)
         skip = (norm > 4 * mean) & (state["mean"] > 0)
         coef = (mean / norm).clamp(1e-6, 1.0)

@@ -50,7 +50,7 @@ def as_policy(policy: Policy | float) -> Policy:
         and not policy.is_complex()
     ):
         return MaxNorm(float(policy.item()))
-    raise ValueError(f"policy must be a number or have the methods of distclip.Policy, got {policy!r}")
+    raise ValueError(f"policy must be a number or have needs(), init() and decide() of distclip.Policy, got {policy!r}")
 
 
 def made(policy: Policy, units: Units, device: torch.device) -> State:

@@ -229,10 +229,13 @@ class Bounds:
     def __init__(self, *bounds: float) -> None:
         self.bounds = bounds
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {"n": torch.zeros(())}
 
-    def decide(self, norm, state):
+    def decide(self, statistics, state):
         return distclip.Decision(inf, bounds=self.bounds), {"n": state["n"] + 1}
 
 

@@ -66,10 +66,14 @@ class Above:
     def __init__(self, limit: float) -> None:
         self.limit = limit
 
-    def init(self, device: torch.device) -> dict[str, torch.Tensor]:
+    def needs(self) -> tuple[()]:
+        return ()
+
+    def init(self, units: distclip.Units, device: torch.device) -> dict[str, torch.Tensor]:
         return {}
 
-    def decide(self, norm: torch.Tensor, state: Any) -> Any:
+    def decide(self, statistics: distclip.Statistics, state: Any) -> Any:
+        norm = statistics.norm()
         return distclip.Decision(torch.full_like(norm, inf), skip=norm > self.limit), state
 
 
@@ -449,7 +453,7 @@ def test_a_layout_that_raises_on_one_rank_leaves_none_waiting_for_its_clipper():
 class Raising(Above):
     """A policy that cannot make its state."""
 
-    def init(self, device: torch.device) -> dict[str, torch.Tensor]:
+    def init(self, units: distclip.Units, device: torch.device) -> dict[str, torch.Tensor]:
         raise OSError("disk")
 
 

@@ -25,7 +25,7 @@ SIGNATURES = {
     "Clipper.step": "(self, *optimizers, scaler=None)",
     "Clipper.steps": None,  # a property
     "Clipper.verify": "(self)",
-    "Decision": "(max_norm, skip=None, bounds=None, coef=None)",
+    "Decision": "(max_norm, skip=None, bounds=None, coef=None, per='model')",
     "Layout": "(replicas)",
     "Layout.cut": "(over, *, group=None)",
     "LayoutError": None,  # an exception: its arguments are Python's
@@ -34,6 +34,14 @@ SIGNATURES = {
     "Policy": None,  # a protocol: its methods are tested beside the policies
     "Report": "(norm, max_norm, coef, skip, culprit=None)",
     "Report.to_dict": "(self)",
+    "Statistic": "(per='model', of='gradient', groups=())",
+    "Statistics": "(norm, units, slots=None, p=2.0, scale=1.0)",
+    "Statistics.norm": "(self, statistic=Statistic(per='model', of='gradient', groups=()))",
+    "Units": "(size=0.0, levels=None)",
+    "Units.level": "(self, statistic)",
+    "Units.names": "(self, statistic)",
+    "Units.shape": "(self, statistic=Statistic(per='model', of='gradient', groups=()))",
+    "Units.sizes": "(self, statistic)",
     "ValueClip": "(clip_value)",
     "attach": "(optimizers, model, policy, **options)",
     "clip_grad_norm_": "(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None, *, group=None,"

@@ -127,10 +127,13 @@ class Interrupted:
 
     kind: type[BaseException] | None = None
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {}
 
-    def decide(self, norm, state):
+    def decide(self, statistics, state):
         if self.kind:
             kind, self.kind = self.kind, None
             raise kind

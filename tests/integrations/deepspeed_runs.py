@@ -380,10 +380,16 @@ class SkipAbove:
 
     bound: float
 
-    def init(self, device: torch.device) -> dict[str, Tensor]:
+    def needs(self) -> tuple[()]:
+        return ()
+
+    def init(self, units: distclip.Units, device: torch.device) -> dict[str, Tensor]:
         return {"skipped": torch.zeros((), dtype=torch.int64, device=device)}
 
-    def decide(self, norm: Tensor, state: dict[str, Tensor]) -> tuple[distclip.Decision, dict[str, Tensor]]:
+    def decide(
+        self, statistics: distclip.Statistics, state: dict[str, Tensor]
+    ) -> tuple[distclip.Decision, dict[str, Tensor]]:
+        norm = statistics.norm()
         skip = norm > self.bound
         return distclip.Decision(torch.full_like(norm, inf), skip=skip), {"skipped": state["skipped"] + skip}
 

@@ -45,11 +45,15 @@ BOUND = 1.25  # between the norms of the run
 class SkipThird:
     """Clips, and skips every third step for a reason of its own."""
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {"steps": torch.zeros((), dtype=torch.int64, device=device)}
 
-    def decide(self, norm, state):
-        return Decision(torch.full_like(norm, BOUND), skip=state["steps"] % 3 == 2), {"steps": state["steps"] + 1}
+    def decide(self, statistics, state):
+        bound = torch.full_like(statistics.norm(), BOUND)
+        return Decision(bound, skip=state["steps"] % 3 == 2), {"steps": state["steps"] + 1}
 
 
 POLICIES = {

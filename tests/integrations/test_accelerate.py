@@ -36,16 +36,21 @@ POLICIES = {"max_norm": MaxNorm(BOUND), "autoclip": AutoClip(50), "value": Value
 class SkipOdd:
     """Skips every second step for a reason of its own."""
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {"steps": torch.zeros((), dtype=torch.int64, device=device)}
 
-    def decide(self, norm, state):
-        return Decision(torch.full_like(norm, inf), skip=state["steps"] % 2 == 1), {"steps": state["steps"] + 1}
+    def decide(self, statistics, state):
+        bound = torch.full_like(statistics.norm(), inf)
+        return Decision(bound, skip=state["steps"] % 2 == 1), {"steps": state["steps"] + 1}
 
 
 class SkipFirst(SkipOdd):
-    def decide(self, norm, state):
-        return Decision(torch.full_like(norm, inf), skip=state["steps"] == 0), {"steps": state["steps"] + 1}
+    def decide(self, statistics, state):
+        bound = torch.full_like(statistics.norm(), inf)
+        return Decision(bound, skip=state["steps"] == 0), {"steps": state["steps"] + 1}
 
 
 # ---- one process ---------------------------------------------------------------------------------------------

@@ -82,11 +82,14 @@ class Scaled:
     def __init__(self, bound: float):
         self.bound = bound
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {}
 
-    def decide(self, norm, state):
-        return distclip.Decision(inf, coef=self.bound / norm), state
+    def decide(self, statistics, state):
+        return distclip.Decision(inf, coef=self.bound / statistics.norm()), state
 
 
 @BOTH

@@ -32,10 +32,14 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class SkipsAll:
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {}
 
-    def decide(self, norm, state):
+    def decide(self, statistics, state):
+        norm = statistics.norm()
         return distclip.Decision(torch.full_like(norm, inf), skip=torch.ones_like(norm, dtype=torch.bool)), state
 
 

@@ -29,10 +29,13 @@ class Answers:
     state: Any = None
     start: dict[str, torch.Tensor] = field(default_factory=lambda: {"n": f64(0.0)})
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return self.start
 
-    def decide(self, norm, state):
+    def decide(self, statistics, state):
         return self.decision, state if self.state is None else self.state
 
 
@@ -162,10 +165,14 @@ def test_a_skip_may_be_a_bool_or_a_tensor_and_leaves_the_numbers_unread(clipper_
 class Twice:
     """A bound, element bounds and a coefficient of NaN where the norm is NaN."""
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {}
 
-    def decide(self, norm, state):
+    def decide(self, statistics, state):
+        norm = statistics.norm()
         return Decision(2 * norm, bounds=(-2 * norm, 2 * norm), coef=0.5 + 0 * norm), state
 
 
@@ -191,11 +198,14 @@ class InPlace:
     def __init__(self):
         self.own = {"a": f64(1.0), "b": f64(2.0)}
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return self.own
 
-    def decide(self, norm, state):
-        norm.fill_(1000.0)
+    def decide(self, statistics, state):
+        statistics.norm().fill_(1000.0)
         state["a"].add_(1)
         state["b"].add_(1)
         state["c"] = state["a"]
@@ -221,13 +231,16 @@ class Kept:
     def __init__(self):
         self.bound = torch.nn.Parameter(f64(4.0))
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {"seen": torch.zeros((), dtype=torch.float64, requires_grad=True)}
 
-    def decide(self, norm, state):
+    def decide(self, statistics, state):
         with torch.no_grad():
             self.bound -= 1
-        return Decision(self.bound * 1.0), {"seen": state["seen"] + self.bound * norm}
+        return Decision(self.bound * 1.0), {"seen": state["seen"] + self.bound * statistics.norm()}
 
 
 def test_a_policy_that_learns_keeps_no_graph_alive():
@@ -314,10 +327,13 @@ class Fails:
     def __init__(self, how: str):
         self.how, self.calls = how, 0
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {"calls": f64(0.0)}
 
-    def decide(self, norm, state):
+    def decide(self, statistics, state):
         self.calls += 1
         if self.calls == 2 and dist.get_rank() == dist.get_world_size() - 1:
             if self.how == "raises":
@@ -382,11 +398,11 @@ def test_a_policy_of_ones_own_may_wrap_another():
     """As the policies to come do: half of what AutoClip allows."""
 
     class Half(Answers):
-        def init(self, device):
-            return AutoClip(100).init(device)
+        def init(self, units, device):
+            return AutoClip(100).init(units, device)
 
-        def decide(self, norm, state):
-            decision, state = AutoClip(100).decide(norm, state)
+        def decide(self, statistics, state):
+            decision, state = AutoClip(100).decide(statistics, state)
             return Decision(decision.max_norm / 2, coef=decision.coef / 2), state
 
     model = five()

@@ -7,16 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from distclip import AutoClip, Clipper, Decision, MaxNorm, Policy, ValueClip
+from distclip import AutoClip, Clipper, Decision, MaxNorm, Policy, Statistics, Units, ValueClip
 from support.roads import clipper_on_device
 
 CPU = torch.device("cpu")
 
 
+def statistics(norm: float) -> Statistics:
+    return Statistics(torch.tensor(norm, dtype=torch.float64), Units())
+
+
 def decisions(policy: Policy, norms: list[float]) -> list[float]:
-    state, bounds = policy.init(CPU), []
+    state, bounds = policy.init(Units(), CPU), []
     for norm in norms:
-        decision, state = policy.decide(torch.tensor(norm, dtype=torch.float64), state)
+        decision, state = policy.decide(statistics(norm), state)
         bounds.append(decision.max_norm.item())
     return bounds
 
@@ -24,10 +28,10 @@ def decisions(policy: Policy, norms: list[float]) -> list[float]:
 @pytest.mark.parametrize("policy", [MaxNorm(1.0), ValueClip(0.5), AutoClip()], ids=repr)
 def test_the_protocol(policy):
     assert isinstance(policy, Policy)
-    state = policy.init(CPU)
+    assert policy.needs() == ()
+    state = policy.init(Units(), CPU)
     kept = {name: value.clone() for name, value in state.items()}
-    norm = torch.tensor(2.0, dtype=torch.float64)
-    decision, after = policy.decide(norm, state)
+    decision, after = policy.decide(statistics(2.0), state)
     assert isinstance(decision, Decision)
     bound = torch.as_tensor(decision.max_norm, dtype=torch.float64)  # a number where the host knows it
     assert bound.shape == ()
@@ -60,7 +64,7 @@ def test_autoclip_never_turns_gradients_round_whatever_state_was_loaded():
     state = {"norms": torch.tensor([-inf, -2.0, 3.0, inf], dtype=torch.float64), "count": torch.tensor(2**63 - 1)}
     bounds = []
     for _ in range(6):
-        decision, state = policy.decide(torch.tensor(1.0, dtype=torch.float64), state)
+        decision, state = policy.decide(statistics(1.0), state)
         bounds.append(decision.max_norm.item())
     assert bounds[0] == 2.0  # between 1, just seen, and 3, the only norm of the state
     assert bounds[-1] == 1.0
@@ -176,14 +180,32 @@ def test_bad_settings_are_refused_by_name(make, says):
         make()
 
 
-class Alternating:
-    """A policy of a user's own: any object with the two methods, here one that skips every other step."""
+class OfTheNorm:
+    """Has two methods of the three."""
 
     def init(self, device):
-        return {"odd": torch.zeros((), dtype=torch.bool, device=device)}
+        return {}
 
     def decide(self, norm, state):
-        return Decision(torch.full_like(norm, 0.5), skip=state["odd"]), {"odd": ~state["odd"]}
+        return Decision(norm), state
+
+
+def test_a_policy_without_needs_is_refused_by_what_it_lacks():
+    with pytest.raises(ValueError, match=r"policy must be a number or have needs\(\), init\(\) and decide\(\) of"):
+        Clipper(torch.nn.Linear(1, 1), OfTheNorm())
+
+
+class Alternating:
+    """A policy of a user's own: any object with the three methods, here one that skips every other step."""
+
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
+        return {"odd": torch.zeros((), dtype=torch.bool, device=device)}
+
+    def decide(self, statistics, state):
+        return Decision(torch.full_like(statistics.norm(), 0.5), skip=state["odd"]), {"odd": ~state["odd"]}
 
 
 def test_a_policy_of_ones_own_may_skip(clipper_of):
@@ -205,11 +227,14 @@ def test_a_policy_of_ones_own_may_skip(clipper_of):
 class Delayed:
     """Bounds the norm by that of the step before the last; the state hands one tensor on to another."""
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {name: torch.full((), inf, dtype=torch.float64, device=device) for name in ("last", "before")}
 
-    def decide(self, norm, state):
-        return Decision(state["before"]), {"last": norm, "before": state["last"]}
+    def decide(self, statistics, state):
+        return Decision(state["before"]), {"last": statistics.norm(), "before": state["last"]}
 
 
 def test_a_state_may_hand_its_tensors_on(clipper_of):

@@ -448,12 +448,15 @@ class Answers:
     def __init__(self, **numbers) -> None:
         self.numbers = numbers
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {"n": torch.zeros((), dtype=torch.float64, device=device)}
 
-    def decide(self, norm, state):
+    def decide(self, statistics, state):
         def here(number):
-            return torch.full_like(norm, number[0]) if isinstance(number, list) else number
+            return torch.full_like(statistics.norm(), number[0]) if isinstance(number, list) else number
 
         answer = {name: tuple(map(here, n)) if name == "bounds" else here(n) for name, n in self.numbers.items()}
         return distclip.Decision(**{"max_norm": here([inf]), **answer}), {"n": state["n"] + 1}

@@ -37,11 +37,14 @@ class Bound:
 
     max_norm: float = inf
 
-    def init(self, device):
+    def needs(self):
+        return ()
+
+    def init(self, units, device):
         return {}
 
-    def decide(self, norm, state):
-        return distclip.Decision(torch.tensor(self.max_norm, dtype=torch.float64, device=norm.device)), state
+    def decide(self, statistics, state):
+        return distclip.Decision(torch.full_like(statistics.norm(), self.max_norm)), state
 
 
 def clipped(layout, dtype: torch.dtype, state: str) -> dict[str, object]:

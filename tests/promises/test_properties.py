@@ -393,9 +393,10 @@ def test_equal_copies_are_equal_on_any_number_of_ranks(size):
 )
 def test_autoclip_bounds_by_numpys_percentile_of_the_window(norms, percentile, window):
     policy = distclip.AutoClip(percentile, window)
-    state, kept = policy.init(torch.device("cpu")), []
+    state, kept = policy.init(distclip.Units(), torch.device("cpu")), []
     for norm in norms:
-        decision, state = policy.decide(torch.tensor(norm, dtype=torch.float64), state)
+        seen = distclip.Statistics(torch.tensor(norm, dtype=torch.float64), distclip.Units())
+        decision, state = policy.decide(seen, state)
         kept = [*kept, norm][-window:] if 0 < norm < inf else kept
         wanted = numpy.percentile(kept, percentile) if kept else inf
         assert decision.max_norm.item() == pytest.approx(wanted, rel=1e-12)

@@ -443,10 +443,13 @@ class OfItsRank:
     def __init__(self, answer: str) -> None:
         self.answer = answer
 
-    def init(self, device: torch.device) -> distclip.policies.State:
+    def needs(self) -> tuple[()]:
+        return ()
+
+    def init(self, units: distclip.Units, device: torch.device) -> distclip.policies.State:
         return {}
 
-    def decide(self, norm: torch.Tensor, state: distclip.policies.State) -> tuple[distclip.Decision, Any]:
+    def decide(self, statistics: distclip.Statistics, state: distclip.policies.State) -> tuple[distclip.Decision, Any]:
         mine = dist.get_rank() == 1
         decisions = {
             "bound": distclip.Decision(0.5 if mine else 0.25),

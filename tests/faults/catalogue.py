@@ -175,7 +175,7 @@ def fail(*_: Any, **__: Any) -> NoReturn:
 
 def fail_in_policy(loop: Loop) -> None:
     class Failing:
-        init, decide = loop.clipper.policy.init, staticmethod(fail)
+        needs, init, decide = loop.clipper.policy.needs, loop.clipper.policy.init, staticmethod(fail)
 
     loop.clipper.engine.progress.policy = Failing()
     loop.clip_and_step()

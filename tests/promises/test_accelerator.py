@@ -549,7 +549,7 @@ def known_at_once() -> list[str]:
             except ValueError as error:
                 said.append(str(error))
             assert clipper.state_dict()["steps"] == 0
-        clipper.policy.decide = lambda norm, state: (distclip.Decision(norm), {"n": norm.float()})
+        clipper.policy.decide = lambda statistics, state: (distclip.Decision(1.0), {"n": state["n"].float()})
         try:
             with no_waits():
                 clipper.measure()

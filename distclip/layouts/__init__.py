@@ -5,12 +5,13 @@ Reads parameters and their metadata (DTensor, FSDP1, FSDP2), never a gradient. P
 
 [Note: a new sharding]
 These places, in the order of a reader, know a placement or a wrapper by name; each cites this note. All others see a
-*piece* ([Note: pieces] in plan/__init__.py) and its `spec`, `flat_over`, `span` and `reduced`.
+*piece* ([Note: pieces] in plan/__init__.py) and its `spec`, `flat_over`, `flattened`, `start`, `span` and `reduced`.
 
 A placement of DTensors:
 
 * `cuts` in layouts/piece.py: whether ranks along its axis hold different elements. What does not cut and is not
   Replicate is refused by layouts/layout.py.
+* `_along` in layouts/rows.py: which indices along a dim it leaves to a rank.
 * `held_gradient` in layouts/piece.py and `clip_grad_value_` in functional.py: pending sums.
 * `cut_locally` in gradients/realign.py: whether a copy can be cut to it without communication; `_digit` and `_decode`:
   its code, where a gradient may lie so while its parameter does not.

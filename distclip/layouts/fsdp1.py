@@ -51,10 +51,18 @@ def held_by_fsdp1(module: FullyShardedDataParallel, prefix: str) -> Iterator[Hel
             device=holder.device,
             is_dtensor=False,
             here=here,
-            size=flat._numels[i] if extension is None else extension.shape.numel(),
+            global_shape=flat._shapes[i] if extension is None else extension.shape,
             span=slice(start, start + here) if flat._params is None else None,
             spec=None if extension is None else Spec(extension.mesh, extension.placements),
             flat_over=ranks,
+            flattened=flat._shapes[i],
+            start=(info.intra_param_start_idx or 0) if _is_row_major(flat, i) else None,
             aligned=not any(flat._param_extensions),  # tensor-parallel neighbours may have other sizes on other ranks
         )
         yield Held(piece, holder)
+
+
+def _is_row_major(flat: Any, i: int) -> bool:
+    """Whether parameter ``i`` was flattened row by row: FSDP1 flattens memory as it is, also that of a transpose."""
+    shape, strides = flat._shapes[i], flat._strides[i]
+    return flat._contiguities[i] or len(shape) < 2 or shape[0] * strides[0] == shape.numel()

@@ -33,10 +33,13 @@ class Piece:
     * ``shape``, ``dtype``, ``device``: of the holder, the tensor in whose ``.grad`` the gradient is.
     * ``is_dtensor``: whether the holder is one.
     * ``here``: elements of the piece on this rank.
-    * ``size``: elements of the whole parameter, or None if this rank cannot know it.
+    * ``global_shape``: of the whole parameter, whoever cut it.
     * ``span``: the part of a flat gradient that belongs to it; None for all of it.
     * ``spec``: DTensor placements, also if the holder is the plain local tensor of one.
     * ``flat_over``: global ranks among which the local tensor is cut once more, as FSDP1 does; empty for none.
+    * ``flattened``: the shape of that local tensor, before FSDP1 made it flat; None for none.
+    * ``start``: the element of it, in row-major order, with which this piece begins; None if it was not flattened in
+      that order.
     * ``aligned``: replicas on other ranks are cut at the same places, so that they can be compared.
     * ``reduced``: the gradient comes already in the placements of ``spec``, as FSDP2 makes it.
     """
@@ -47,12 +50,19 @@ class Piece:
     device: torch.device
     is_dtensor: bool
     here: int
-    size: int | None
+    global_shape: torch.Size
     span: slice | None = None
     spec: Spec | None = None
     flat_over: tuple[int, ...] = ()
+    flattened: torch.Size | None = None
+    start: int | None = 0
     aligned: bool = True
     reduced: bool = False
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole parameter."""
+        return self.global_shape.numel()
 
     def label(self, index: int) -> str:
         """What errors call it; ``index`` is its place in its list."""
@@ -67,7 +77,9 @@ class Held:
     holder: Tensor
 
     @classmethod
-    def whole(cls, holder: Tensor, name: str, size: int, spec: Spec | None = None, reduced: bool = False) -> Self:
+    def whole(
+        cls, holder: Tensor, name: str, global_shape: torch.Size, spec: Spec | None = None, reduced: bool = False
+    ) -> Self:
         """All that ``holder`` has on this rank is one piece."""
         piece = Piece(
             name=name,
@@ -76,7 +88,7 @@ class Held:
             device=holder.device,
             is_dtensor=isinstance(holder, DTensor),
             here=local_tensor(holder).numel(),
-            size=size,
+            global_shape=global_shape,
             spec=spec,
             reduced=reduced,
         )
@@ -95,11 +107,11 @@ def held_parameter(parameter: Tensor, name: str = "", reduced: bool = False) -> 
     """
     if isinstance(parameter, DTensor):
         spec = Spec(parameter.device_mesh, parameter.placements)
-        return Held.whole(parameter, name, parameter.numel(), spec, reduced)
+        return Held.whole(parameter, name, parameter.shape, spec, reduced)
     hidden = getattr(parameter, "_st_info", None)
     if hidden is not None:
-        return Held.whole(parameter, name, hidden.shape.numel(), Spec(hidden.mesh, hidden.placements))
-    return Held.whole(parameter, name, parameter.numel())
+        return Held.whole(parameter, name, hidden.shape, Spec(hidden.mesh, hidden.placements))
+    return Held.whole(parameter, name, parameter.shape)
 
 
 def held_gradient(gradient: Tensor) -> Held:
@@ -108,9 +120,9 @@ def held_gradient(gradient: Tensor) -> Held:
     [Note: a new sharding] in layouts/__init__.py.
     """
     if not isinstance(gradient, DTensor):
-        return Held.whole(gradient, "", gradient.numel())
+        return Held.whole(gradient, "", gradient.shape)
     placements = tuple(Replicate() if isinstance(p, Partial) else p for p in gradient.placements)
-    return Held.whole(gradient, "", gradient.numel(), Spec(gradient.device_mesh, placements))
+    return Held.whole(gradient, "", gradient.shape, Spec(gradient.device_mesh, placements))
 
 
 def once(listed: Iterable[Held]) -> list[Held]:

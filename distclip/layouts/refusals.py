@@ -58,6 +58,37 @@ def unknown_placement(name: str, placement: Placement) -> LayoutError:
     return LayoutError(f"{name} is placed as {placement}, which is neither Shard nor Replicate: redistribute it first")
 
 
+NO_ROWS = "; ask for statistics per parameter, or choose others by only="
+
+
+def flattened_by_columns(name: str) -> LayoutError:
+    return LayoutError(
+        f"FSDP1 has flattened {name} in another order than row by row, so which rows a rank has cannot be known: make "
+        f"it contiguous before FullyShardedDataParallel(...){NO_ROWS}"
+    )
+
+
+def not_as_placed(name: str) -> LayoutError:
+    return LayoutError(
+        f"this rank has another number of elements of {name} than its placements say, so which rows they are cannot be "
+        f"known: cut it by distribute_tensor, which cuts as torch.chunk does{NO_ROWS}"
+    )
+
+
+def placed_out_of_order(name: str) -> LayoutError:
+    return LayoutError(
+        f"{name} is cut into rows along a mesh axis whose ranks are not in ascending order, where torch itself places "
+        f"rows in one order and reads them in another: list the ranks of its mesh in ascending order{NO_ROWS}"
+    )
+
+
+def placed_two_ways(name: str) -> LayoutError:
+    return LayoutError(
+        f"{name} is cut unevenly by a _StridedShard, which FSDP2 does in another way than distribute_tensor: pass the "
+        f"module that fully_shard returned, or choose a divisible size of dim 0{NO_ROWS}"
+    )
+
+
 def optimizer_as_model(kind: str) -> ValueError:
     return ValueError(
         f"model must be a module, got {kind}: build Clipper(model, 1.0) and call clipper.step(optimizer), or "

@@ -1,0 +1,310 @@
+"""Rows: each element that a rank holds lies in the row of the whole parameter that its piece says."""
+
+from collections import Counter
+from functools import partial
+from math import prod
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parallel import DistributedDataParallel
+
+import distclip
+from distclip.layouts.model import held_in
+from distclip.layouts.piece import Held, held_parameter
+from distclip.layouts.rows import Rows, rows_of
+from support.ranks import run_ranks
+
+Found = tuple[str, tuple[int, ...], int, list[tuple[int, int]]]
+"""Name, global shape, total, and the row and value of each element of one piece."""
+
+
+def numbered(*shape: int) -> Tensor:
+    """Each element is its place in the whole."""
+    return torch.arange(prod(shape), dtype=torch.float32).view(shape)
+
+
+class Net(nn.Module):
+    """Matrices, vectors, a convolution and a scalar, of sizes that few numbers of ranks divide."""
+
+    def __init__(self, hidden: int = 7, inner: int = 6) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(inner, hidden), nn.Linear(hidden, 5)
+        self.convolution = nn.Conv1d(2, 3, 2)
+        self.scale = nn.Parameter(torch.zeros(1))
+        for p in self.parameters():
+            p.data = numbered(*p.shape)
+
+
+def cut_into(rows: Rows, elements: int) -> list[int]:
+    """The row of each element, as `Cut` describes it."""
+    head, length, tail, count = rows.cut
+    whole, left = divmod(elements - head - tail, max(length, 1))
+    sizes = ([head] if head else []) + [length] * whole + ([tail] if tail else [])
+    assert (left, len(sizes), rows.index.shape) == (0, count, (count,))
+    return [row for row, size in zip(rows.index.tolist(), sizes, strict=True) for _ in range(size)]
+
+
+def looked_at(listed: list[Held]) -> list[Found]:
+    found = []
+    for item in listed:
+        rows, values = rows_of(item.piece), item.values().detach().flatten().tolist()
+        assert rows.index.dtype == torch.int64
+        assert rows.index.unique().tolist() == rows.index.tolist()
+        pairs = list(zip(cut_into(rows, len(values)), map(int, values), strict=True))
+        found.append((item.piece.name, tuple(item.piece.global_shape), rows.total, pairs))
+    return found
+
+
+def check(results: list[list[Found]], copies: int | None = None) -> None:
+    """Every element of every rank is in its row; together the ranks hold all of them, ``copies`` times."""
+    held: dict[str, Counter[int]] = {}
+    for found in results:
+        for name, shape, total, pairs in found:
+            assert total == (shape[0] if len(shape) > 1 else 1)
+            length = prod(shape[1:]) if len(shape) > 1 else prod(shape)
+            assert [row for row, _ in pairs] == [value // length for _, value in pairs], name
+            held.setdefault(name, Counter(range(prod(shape)))).update(value for _, value in pairs)
+            assert set(held[name]) == set(range(prod(shape))), name
+    for name, values in held.items():
+        times = {number - 1 for value, number in values.items() if value} or {values[0] - 1}
+        assert 0 not in times, name
+        assert copies is None or times == {copies}, name
+
+
+def refusal(piece) -> str:
+    try:
+        return str(rows_of(piece))
+    except distclip.LayoutError as error:
+        return str(error)
+
+
+# ---- DTensors by hand --------------------------------------------------------------------------------------
+
+
+def placed(shape: tuple[int, ...], placements: list, wholes: list[tuple[int, ...]], order: list | None = None) -> list:
+    mesh = DeviceMesh("cpu", torch.tensor(order or list(range(dist.get_world_size()))).view(shape))
+    source = None if any(isinstance(p, _StridedShard) for p in placements) else 0  # torch cannot scatter uneven ones
+    made = [distribute_tensor(numbered(*whole), mesh, placements, src_data_rank=source) for whole in wholes]
+    return looked_at([held_parameter(p, str(whole)) for p, whole in zip(made, wholes, strict=True)])
+
+
+MATRICES = [(7, 5), (1, 4), (8, 4), (9, 2, 3), (5, 3), (2, 9)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "placements", [[Shard(0)], [Shard(1)], [Shard(-1)], [Replicate()], [_StridedShard(0, split_factor=2)]], ids=str
+)
+def test_rows_of_a_dtensor(size, placements):
+    check(run_ranks(placed, size, (size,), placements, MATRICES), size if placements == [Replicate()] else 1)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 3]], ids=str)
+@pytest.mark.parametrize(
+    ("placements", "copies"),
+    [
+        ([Shard(0), Shard(0)], 1),
+        ([Shard(0), Shard(1)], 1),
+        ([Shard(1), Shard(0)], 1),
+        ([Shard(1), Shard(1)], 1),
+        ([Replicate(), Shard(0)], 2),
+        ([Shard(0), Replicate()], 2),
+        ([_StridedShard(0, split_factor=2), Shard(0)], 1),
+    ],
+    ids=str,
+)
+def test_rows_of_a_dtensor_on_two_axes(placements, copies, order):
+    check(run_ranks(placed, 4, (2, 2), placements, MATRICES, order), copies)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (0,), ()], ids=str)
+def test_a_vector_and_a_number_are_one_row(shape):
+    for found in run_ranks(placed, 2, (2,), [Shard(0) if shape else Replicate()], [shape]):
+        ((_, _, total, pairs),) = found
+        assert total == 1
+        assert {row for row, _ in pairs} <= {0}
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0)], ids=str)
+def test_a_parameter_without_elements_has_no_rows_here(shape):
+    for found in run_ranks(placed, 2, (2,), [Shard(0)], [shape]):
+        assert found == [(str(shape), shape, shape[0], [])]
+
+
+def on_a_permuted_mesh(placements: list) -> list:
+    mesh = DeviceMesh("cpu", [[0, 1], [3, 2]])
+    item = held_parameter(nn.Parameter(distribute_tensor(numbered(8, 4), mesh, placements)), "weight")
+    return refusal(item.piece) if "ascending" in refusal(item.piece) else looked_at([item])
+
+
+@pytest.mark.parametrize(
+    "placements", [[Shard(0), Replicate()], [Shard(0), Shard(1)], [Replicate(), Shard(1)]], ids=str
+)
+def test_rows_along_an_axis_in_ascending_order_are_known_on_a_permuted_mesh(placements):
+    check(run_ranks(on_a_permuted_mesh, 4, placements))
+
+
+@pytest.mark.parametrize("placements", [[Replicate(), Shard(0)], [Shard(0), Shard(0)], [Shard(1), Shard(0)]], ids=str)
+def test_rows_along_an_axis_in_another_order_are_refused(placements):
+    """torch scatters them by rank, and reads them by coordinate."""
+    said = run_ranks(on_a_permuted_mesh, 4, placements)
+    assert all(each.startswith("weight is cut into rows along a mesh axis whose ranks are not in asc") for each in said)
+
+
+def cut_otherwise() -> tuple[int, str]:
+    mesh = init_device_mesh("cpu", (2,))
+    local = numbered(3 if dist.get_rank() == 0 else 1, 2)
+    made = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size([4, 2]), stride=(2, 1))
+    return refusal(held_parameter(made, "weight").piece)
+
+
+def test_a_dtensor_that_is_not_cut_as_its_placements_say_is_refused():
+    assert all("another number of elements of weight than its placements say" in s for s in run_ranks(cut_otherwise, 2))
+
+
+# ---- wrappers ----------------------------------------------------------------------------------------------
+
+
+def wrapped(how: str) -> list[Found]:
+    size, model = dist.get_world_size(), Net()
+    if how == "ddp":
+        model = DistributedDataParallel(model)
+    elif how == "fsdp2 on dim 1":
+        for p in model.parameters():
+            p.data = numbered(*([2 * size] * max(p.ndim, 1)))
+        fully_shard(model, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    else:
+        model = fully_shard(model) if how == "fsdp2" else model
+    return looked_at(held_in([model]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("how", ["plain", "ddp", "fsdp2", "fsdp2 on dim 1"])
+def test_rows_of_a_model(size, how):
+    check(run_ranks(wrapped, size, how), 1 if "fsdp2" in how else size)
+
+
+def parallel(how: str, dims: tuple[int, ...], hidden: int, inner: int = 6) -> list[Found]:
+    """Tensor parallel of ``dims[-1]`` ranks, inside data parallel of the others."""
+    mesh = init_device_mesh("cpu", dims, mesh_dim_names=("replicate", "dp", "tp")[-len(dims) :])
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    model = parallelize_module(Net(hidden, inner), mesh["tp"], plan)
+    cpu = torch.device("cpu")
+    match how:
+        case "fsdp2":
+            fully_shard(model, mesh=mesh["replicate", "dp"] if len(dims) == 3 else mesh["dp"])
+        case "fsdp1" | "fsdp1 flat":
+            model = FullyShardedDataParallel(
+                model, device_mesh=mesh["dp"], device_id=cpu, use_orig_params=how == "fsdp1"
+            )
+        case "ddp":
+            model = DistributedDataParallel(model, device_mesh=mesh["dp"])
+    return looked_at(held_in([model]))
+
+
+@pytest.mark.parametrize("hidden", [4, 5, 7, 8, 10])
+@pytest.mark.parametrize("how", ["tp", "fsdp2", "fsdp1", "fsdp1 flat", "ddp"])
+def test_rows_of_tensor_parallel_inside_data_parallel(how, hidden):
+    check(run_ranks(parallel, 4, how, (2, 2), hidden))
+
+
+@pytest.mark.parametrize("dims", [(3, 2), (2, 3), (2, 4), (4, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("hidden", [7, 9])
+def test_rows_of_uneven_tensor_parallel_that_fsdp2_cuts_once_more(dims, hidden):
+    """Where ``_StridedShard``, read as torch reads it, gives other ranks an element (7 rows on 3 x 2, 9 on 4 x 2)."""
+    check(run_ranks(parallel, prod(dims), "fsdp2", dims, hidden))
+
+
+def without_its_module() -> tuple[list[int], str]:
+    """FSDP2 over tensor parallel, 7 rows on 3 x 2, of which nothing tells that FSDP2 made it."""
+    mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(Net(7), mesh["tp"], {"up": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    return mesh.get_coordinate(), refusal(held_parameter(model.up.weight, "up.weight").piece)
+
+
+def test_what_torch_and_fsdp2_cut_in_two_ways_is_refused_without_the_module():
+    said = {tuple(coordinate): said for coordinate, said in run_ranks(without_its_module, 6)}
+    assert "up.weight is cut unevenly by a _StridedShard" in said[2, 0]
+    assert "Rows(" in said[0, 0]
+
+
+def flat(strategy: str, orig: bool, size: int, shard: int | None = None) -> list[Found]:
+    mesh = init_device_mesh("cpu", (size // 2, 2) if strategy.startswith(("HYBRID", "_HYBRID")) else (size,))
+    torch.manual_seed(0)
+    inner = nn.Sequential(Net(), Net(hidden=3))
+    inner[1] = FullyShardedDataParallel(inner[1], **_options(strategy, orig, mesh))
+    return looked_at(held_in([FullyShardedDataParallel(inner, **_options(strategy, orig, mesh))]))
+
+
+def _options(strategy: str, orig: bool, mesh: DeviceMesh) -> dict:
+    return {
+        "sharding_strategy": ShardingStrategy[strategy],
+        "use_orig_params": orig,
+        "device_mesh": mesh,
+        "device_id": torch.device("cpu"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning")
+@pytest.mark.parametrize("orig", [True, False], ids=["orig", "flat"])
+@pytest.mark.parametrize(
+    ("strategy", "size", "copies"),
+    [
+        ("FULL_SHARD", 2, 1),
+        ("FULL_SHARD", 3, 1),
+        ("FULL_SHARD", 4, 1),
+        ("SHARD_GRAD_OP", 3, 1),
+        ("NO_SHARD", 2, 2),
+        ("HYBRID_SHARD", 4, 2),
+    ],
+)
+def test_rows_that_fsdp1_cuts_in_the_middle(strategy, size, copies, orig):
+    results = run_ranks(flat, size, strategy, orig, size)
+    check(results, copies)
+    if strategy == "FULL_SHARD":
+        parts = Counter(
+            (name, row) for found in results for name, _, _, pairs in found for row in {r for r, _ in pairs}
+        )
+        assert max(parts.values()) > 1, "some row is on two ranks"
+
+
+def transposed(channels_last: bool) -> str | list[Found]:
+    model = nn.Conv2d(2, 6, 3) if channels_last else nn.Linear(4, 6)
+    weight = numbered(*model.weight.shape)
+    model.weight = nn.Parameter(
+        weight.to(memory_format=torch.channels_last) if channels_last else weight.t().contiguous().t()
+    )
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    (item,) = (item for item in held_in([wrapped]) if item.piece.name == "weight")
+    if not channels_last:
+        return refusal(item.piece)
+    rows = rows_of(item.piece)
+    return [
+        (
+            "weight",
+            tuple(item.piece.global_shape),
+            rows.total,
+            [
+                (row, int(value))
+                for row, value in zip(cut_into(rows, item.piece.here), item.values().tolist(), strict=True)
+            ],
+        )
+    ]
+
+
+def test_a_matrix_that_fsdp1_flattened_by_columns_is_refused():
+    assert all(
+        "has flattened weight in another order than row by row" in s for s in run_ranks(partial(transposed, False), 2)
+    )
+
+
+def test_rows_of_a_channels_last_convolution_are_known_under_fsdp1():
+    check(run_ranks(partial(transposed, True), 2), 1)

@@ -19,8 +19,11 @@ that left its range is made again in float64. For p = inf nothing is added; NaN 
    2 sums them.
 """
 
+from .each import row_sums as row_sums, sums_of_each as sums_of_each
 from .memory import check_memory as check_memory
+from .rows import Cut as Cut
 from .scale import clamp_ as clamp_, scale_ as scale_
+from .scale_each import scale_each_ as scale_each_, scale_rows_ as scale_rows_
 from .sums import (
     largest as largest,
     local_norms as local_norms,

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..kernels.each import Cut
+from ..kernels.rows import Cut
 from .piece import Piece, Spec, cuts
 from .refusals import flattened_by_columns, not_as_placed, placed_out_of_order, placed_two_ways
 

@@ -30,11 +30,14 @@ def load(file: Path) -> CDLL | None:
         ) from error
     found.distclip_sum_of_squares.restype = c_double
     found.distclip_sum_of_squares.argtypes = [c_void_p, c_void_p, c_size_t, c_int, c_int, c_int]
+    found.distclip_sums_of_squares_of_rows.restype = None
+    found.distclip_sums_of_squares_of_rows.argtypes = [c_void_p] * 3 + [c_size_t, c_int, c_int, c_int, c_void_p]
     return found
 
 
 loaded = load(library())
 kernel: Callable[..., float] | None = None if loaded is None else loaded.distclip_sum_of_squares
+of_rows: Callable[..., None] | None = None if loaded is None else loaded.distclip_sums_of_squares_of_rows
 instructions: int = PORTABLE if loaded is None else loaded.distclip_instructions()
 
 

@@ -1,4 +1,4 @@
-/* The sum of squares of one block. Included once for each instruction set, with
+/* Sums of squares of a block. Included once for each instruction set, with
      NAME(x)    x with the set's name,
      TARGET     what tells the compiler to use it,
      WIDEN(x)   four floats as four doubles. */
@@ -31,12 +31,20 @@ TARGET INLINE double NAME(sum)(const char *start, size_t numel, int kind)
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-TARGET static double NAME(sum_of_block)(const char *start, size_t numel, int kind)
+TARGET INLINE void NAME(sum_each)(const char *start, size_t numel, size_t rows, int kind, double *sums)
+{
+    const size_t size = kind == FP32 ? 4 : 2;
+    for (size_t row = 0; row < rows; row++)
+        sums[row] = NAME(sum)(start + row * numel * size, numel, kind);
+}
+
+/* The sums of `rows` rows of `numel` elements, one after the other. */
+TARGET static void NAME(sum_rows)(const char *start, size_t numel, size_t rows, int kind, double *sums)
 {
     switch (kind) { /* each with its own loop */
-    case FP32: return NAME(sum)(start, numel, FP32);
-    case BF16: return NAME(sum)(start, numel, BF16);
-    default: return NAME(sum)(start, numel, FP16);
+    case FP32: NAME(sum_each)(start, numel, rows, FP32, sums); break;
+    case BF16: NAME(sum_each)(start, numel, rows, BF16, sums); break;
+    default: NAME(sum_each)(start, numel, rows, FP16, sums);
     }
 }
 

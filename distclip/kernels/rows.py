@@ -1,0 +1,58 @@
+"""How tensors fall into rows, each of which has a sum and a factor of its own: views of them, nothing is copied."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Cut(NamedTuple):
+    """How the elements of one tensor, in row-major order, fall into ``count`` rows.
+
+    The end of a row in front, of ``head`` elements, then whole rows of ``length``, and behind them the beginning of a
+    row, of ``tail`` elements; 0 where there is no such row. ``length`` is 0 where rows are empty.
+    """
+
+    head: int
+    length: int
+    tail: int
+    count: int  # type: ignore[assignment]  # and no tuple.count
+
+
+class Rows(NamedTuple):
+    """Rows of one length: dim 0 of ``numbers``, which has two dimensions or more; ``first``: which of all rows."""
+
+    numbers: Tensor
+    first: int
+
+    @property
+    def length(self) -> int:
+        return self.numbers.numel() // len(self.numbers)
+
+
+def whole(tensor: Tensor) -> Cut:
+    """The tensor is one row."""
+    return Cut(0, tensor.numel(), 0, 1)
+
+
+def rows_of(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> Iterator[Rows]:
+    """Yield the rows of each tensor, at most three times; none where there are no elements."""
+    first = 0
+    for tensor, cut in zip(tensors, cuts, strict=True):
+        at = first
+        for numbers in _matrices(tensor, cut) if tensor.numel() else ():
+            yield Rows(numbers, at)
+            at += len(numbers)
+        first += cut.count
+
+
+def _matrices(tensor: Tensor, cut: Cut) -> Sequence[Tensor]:
+    if cut.count == 1:
+        return (tensor.unsqueeze(0) if tensor.ndim else tensor.view(1, 1),)
+    if not tensor.is_contiguous():
+        assert (cut.head, cut.tail, cut.count) == (0, 0, len(tensor)), "only flat tensors are cut within rows"
+        return (tensor,)
+    flat = tensor.view(-1)
+    body = flat[cut.head : len(flat) - cut.tail]
+    parts = [flat[: cut.head].view(1, -1), body.view(-1, cut.length or 1), flat[len(flat) - cut.tail :].view(1, -1)]
+    return [part for part in parts if part.numel()]

@@ -28,13 +28,22 @@ def account(plan: Plan, call: str, missing: Sequence[int], error: LayoutError | 
 
 
 def tell_others(
-    group: ClippingGroup, device: torch.device, p: float, flags: Sequence[bool], error: Exception, call: str
+    group: ClippingGroup,
+    device: torch.device,
+    p: float,
+    flags: Sequence[bool],
+    error: Exception,
+    call: str,
+    length: int | None = None,
 ) -> None:
     """Take part in the all-reduce of the others without an own sum, so that they raise as well: here it was ``error``.
 
-    ``device`` and the number of ``flags`` must be those of the others.
+    ``device``, the number of ``flags`` and ``length``, that of the vector (None where a number travels), must be those
+    of the others.
     """
-    nothing: Scalar = 0.0 if device.type == "cpu" else torch.zeros((), dtype=torch.float64, device=device)
+    nothing: Scalar = 0.0
+    if length is not None or device.type != "cpu":
+        nothing = torch.zeros(() if length is None else length, dtype=torch.float64, device=device)
     reduced = reduce_norm(group, nothing, p, 0, True, flags, call=call)
     if reduced.disagree is True:
         who_differs(group, device, stopped_by(error))

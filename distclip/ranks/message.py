@@ -1,14 +1,19 @@
-"""The message: the few float64 numbers of the one all-reduce, and what their reduced values say.
+"""The message: the numbers of the one all-reduce, and what their reduced values say.
 
 [Note: what travels]
-* **message**: what a rank sends in one all-reduce. For p < inf two numbers that are summed, the sum of powers and the
-  agreement word; for p = inf four of which the maximum is taken, the norm, a flag for inf or NaN, ``code`` and
+* **message**: what a rank sends in one all-reduce. For p < inf float64 numbers that are summed, the sum of powers and
+  the agreement word; for p = inf int64 numbers of which the maximum is taken, the **bits** of the norm, ``code`` and
   ``-code``. Then one number for each yes-or-no question that the plan asks all ranks.
+* **vector**: where more than the model's norm is asked for, the numbers that travel in place of the one: a sum of
+  powers (a maximum for p = inf) for each slot.
+* **bits**: a float64 that is not negative, read as int64. They have the same order, with inf above every finite number
+  and NaN above inf: an integer MAX keeps what Gloo's MAX of floats drops, a NaN, and needs no word beside it.
 * **code**: a 32-bit hash of what ranks must have in common: parameters, step, kind of call, settings.
 * **agreement word**: the form in which a code is summed. The words of all ranks add up to 0 if all sent the same code,
   and every rank sees the same sum and reaches the same verdict. Two different codes never add up to 0, however many
   ranks sent each; three or more do by chance, about once in 2**32.
-* **fault**: a rank with an error of its own adds inf to its word or code: a disagreement whatever the others send.
+* **fault**: a rank with an error of its own adds inf to its word, or ``CODES`` to the first of its codes: a
+  disagreement whatever the others send.
 * **signed length**: the length of the message, negative where the maximum is taken. Ranks that disagree may send
   messages of different signed lengths at the same time, and these must not be reduced together.
 * **channel**: the connections that messages of one signed length use on the host (connections.py).
@@ -17,8 +22,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf, isinf, isnan, nan, sqrt
-from typing import Any, NamedTuple, TypeAlias
+from math import inf, nan, sqrt
+from struct import pack, unpack
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,9 +34,13 @@ from .connections import all_reduce
 from .group import ClippingGroup
 
 CODES = 1 << 32
+MAGNITUDE = (1 << 63) - 1  # all bits of a float64 but that of the sign, which -0.0 and some NaN have set
 
 Scalar: TypeAlias = Tensor | float
 """A number where messages are reduced on the host, a 0-d float64 tensor where they are reduced on an accelerator."""
+
+
+S = TypeVar("S", float, Tensor)
 
 
 class HostNumbers(NamedTuple):
@@ -54,6 +64,7 @@ class Reduced:
     * ``who``: appended to the error on a disagreement: which ranks differ; empty if nobody asked.
     * ``row``: own, norm and disagreement as a view of the message, (3,) float64, if they are neighbours there: the host
       can then copy them without a kernel that gathers them.
+    * ``sums``: the reduced vector where one was sent, (n,) float64, on the device of the message.
     """
 
     norm: Scalar
@@ -62,9 +73,10 @@ class Reduced:
     own: Scalar | None = None
     who: str = ""
     row: Tensor | None = None
+    sums: Tensor | None = None
 
     def unscaled(self, scale: float, p: float) -> "Reduced":
-        """The same for gradients divided by ``scale``."""
+        """The same for gradients divided by ``scale``; ``sums`` stay as they are."""
         own = self.own
         if own is not None:  # scale ** p may leave float64 where this does not
             own = own / scale if p == inf else _power(root(own, p) / scale, p)
@@ -120,65 +132,89 @@ def reduce_norm(
     flags: Sequence[bool],
     replicated: bool = False,
     call: str = "",
+    slots: int = 0,
 ) -> Reduced:
     """Reduce ``local`` over the group: this rank's sum of powers divided by replicas, or for p = inf its norm.
 
-    One all-reduce of two float64 numbers (p = inf: four) and one for each of ``flags``, which every rank of the group
-    makes whatever it holds; none in one process. It waits on the host, and never on an accelerator.
+    One all-reduce of two float64 numbers (p = inf: three int64) and one for each of ``flags``, which every rank of the
+    group makes whatever it holds; none in one process. It waits on the host, and never on an accelerator.
 
+    * ``local``: or a vector of such numbers, (n,) float64 where messages are reduced, n the same on every rank. It
+      travels in place of the one number. The norm is made of its first ``slots``; the others only travel along.
     * ``code``: compared between ranks modulo ``CODES``; see [Note: what travels] above.
     * ``faulty``: this rank is about to raise, and takes part so that the others do not wait for it.
     * ``replicated``: every rank of the group holds all that is summed.
     * ``call``: what errors say that this rank was in.
     """
-    if isinstance(local, Tensor) and group.reference is None:  # nobody to disagree with, and no message to make
-        return Reduced(local if p == inf else root(local, p), False, tuple(flags))
-    fault, own_flags = inf if faulty else 0.0, list(map(float, flags))
-    if p == inf:
-        verdict = _reduce_max(group, local, code % CODES, fault, own_flags, call)
-    else:
-        verdict = _reduce_sum(group, local, p, code % CODES, fault, own_flags, call)
-    norm, disagree, found, row = verdict
-    if isinstance(norm, Tensor):
-        assert isinstance(disagree, Tensor)
-        norm.masked_fill_(disagree, nan)
-    return Reduced(norm, disagree, tuple(found), local if replicated else None, row=row)
-
-
-class _Verdict(NamedTuple):
-    """Norm, disagreement, flags and row of :class:`Reduced`; a norm that is a tensor is not NaN yet."""
-
-    norm: Scalar
-    disagree: Tensor | bool
-    flags: Sequence[Scalar]
-    row: Tensor | None = None
-
-
-def _reduce_sum(
-    group: ClippingGroup, local: Scalar, p: float, code: int, fault: float, flags: list[float], call: str
-) -> _Verdict:
-    word = agreement_word(code, group.rank, len(group.ranks))
-    (total, words, *found), row = _all_reduce(group, [local], [word + fault, *flags], dist.ReduceOp.SUM, call)
-    if row is None:
-        return _Verdict(root(total, p), words != 0, found)
-    norm = total.sqrt_() if p == 2 else total.pow_(1 / p)  # in place: `row` then holds the norm, not its power
-    return _Verdict(norm, words != 0, found, row)
-
-
-def _reduce_max(
-    group: ClippingGroup, local: Scalar, code: int, fault: float, flags: list[float], call: str
-) -> _Verdict:
-    known = [code + fault, -float(code), *flags]
-    # Gloo's MAX drops NaN by position: what is not finite travels as a flag beside a norm of 0.
+    known = _known(group, p, code % CODES, faulty, flags)
     if not isinstance(local, Tensor):
-        kind = 2.0 if isnan(local) else 1.0 if isinf(local) else 0.0
-        own = [0.0 if kind else local, kind]
-        (norm, kind, high, low, *found), _ = _all_reduce(group, own, known, dist.ReduceOp.MAX, call)
-        return _Verdict(nan if kind == 2 else inf if kind == 1 else norm, high != -low, found)
-    kinds = torch.where(local.isnan(), 2.0, torch.where(local.isinf(), 1.0, 0.0)).to(local)
-    finite = torch.where(kinds == 0, local, 0.0)
-    (norm, kinds, high, low, *found), _ = _all_reduce(group, [finite, kinds], known, dist.ReduceOp.MAX, call)
-    return _Verdict(torch.where(kinds == 2, nan, torch.where(kinds == 1, inf, norm)), high != -low, found)
+        return _reduce_number(group, local, p, known, replicated, call)
+    if local.ndim and local.device.type == "cpu":
+        return _reduce_vector(group, local, p, known, replicated, call, slots)
+    if group.reference is not None:
+        return _reduce_tensor(group, local, p, known, replicated, call, slots)
+    total = combined(local[:slots], p) if local.ndim else local
+    return Reduced(root(total, p), False, tuple(flags), sums=local if local.ndim else None)  # nobody to disagree with
+
+
+def _known(group: ClippingGroup, p: float, code: int, faulty: bool, flags: Sequence[bool]) -> list[float] | list[int]:
+    """What travels behind this rank's own numbers, which the host knows."""
+    if p == inf:
+        return [code + CODES * faulty, -code, *map(int, flags)]
+    return [agreement_word(code, group.rank, len(group.ranks)) + (inf if faulty else 0.0), *map(float, flags)]
+
+
+def _reduce_number(
+    group: ClippingGroup, local: float, p: float, known: Sequence[float], replicated: bool, call: str
+) -> Reduced:
+    """From a number on the host."""
+    numbers = [_bits(local) if p == inf else local, *known]
+    if group.reference is not None:
+        numbers = _all_reduce(group, torch.tensor(numbers, dtype=_dtype(p)), p, call).tolist()
+    first, *rest = numbers
+    norm = _number(int(first)) if p == inf else root(first, p)
+    disagree, found = _verdict(rest, p)
+    return Reduced(norm, disagree, found, local if replicated else None)
+
+
+def _reduce_vector(
+    group: ClippingGroup, local: Tensor, p: float, known: Sequence[float], replicated: bool, call: str, slots: int
+) -> Reduced:
+    """From a vector on the host."""
+    sums, rest = local, known
+    if group.reference is not None:
+        message = _all_reduce(group, torch.cat([_sent(local, p), torch.tensor(known, dtype=_dtype(p))]), p, call)
+        sums, rest = message[: len(local)].view(torch.float64), message[len(local) :].tolist()
+    disagree, found = _verdict(rest, p)
+    own = combined(local[:slots], p).item() if replicated else None
+    return Reduced(root(combined(sums[:slots], p).item(), p), disagree, found, own, sums=sums)
+
+
+def _reduce_tensor(
+    group: ClippingGroup, local: Tensor, p: float, known: Sequence[float], replicated: bool, call: str, slots: int
+) -> Reduced:
+    """From a 0-d tensor or a vector on an accelerator."""
+    own = _sent(local.view(-1), p)
+    filled = {number: own.new_full((1,), number) for number in known}  # one kernel for all that are 0
+    before = [] if local.ndim or p == inf else [own]
+    memory = torch.cat([*before, own, *(filled[number] for number in known)])
+    message = _all_reduce(group, memory[len(before) :], p, call)
+    sums, rest = message[: len(own)].view(torch.float64), message[len(own) :].unbind()
+    total = combined(sums[:slots], p) if local.ndim else sums[0]
+    norm = total if p == inf else total.sqrt_() if p == 2 else total.pow_(1 / p)  # in place: that of a row too
+    disagree, found = _verdict(rest, p)
+    assert isinstance(disagree, Tensor)
+    norm.masked_fill_(disagree, nan)
+    mine = None if not replicated else combined(local[:slots], p) if local.ndim else local
+    row = memory[:3] if before else None
+    return Reduced(norm, disagree, found, mine, row=row, sums=sums if local.ndim else None)
+
+
+def _verdict(rest: Sequence[S], p: float) -> tuple[Tensor | bool, tuple[S, ...]]:
+    """Whether ranks disagree, and the flags, from what was reduced behind their own numbers."""
+    if p == inf:
+        return rest[0] != -rest[1], tuple(rest[2:])
+    return rest[0] != 0, tuple(rest[1:])
 
 
 def agreement_word(code: int, rank: int, size: int) -> float:
@@ -197,25 +233,38 @@ def agreement_word(code: int, rank: int, size: int) -> float:
     return float(code * (1 - size) if rank == 0 else code)
 
 
-def _all_reduce(
-    group: ClippingGroup, own: Sequence[Scalar], known: Sequence[float], op: dist.ReduceOp.RedOpType, call: str
-) -> tuple[Sequence[Any], Tensor | None]:
-    """Reduce the message ``[*own, *known]``: numbers if ``own`` are numbers, else 0-d tensors and a row of three.
+def _all_reduce(group: ClippingGroup, message: Tensor, p: float, call: str) -> Tensor:
+    """Reduce ``message`` in place and return it: the maximum for p = inf, else the sum."""
+    if p == inf:
+        return all_reduce(group, message, dist.ReduceOp.MAX, -len(message), call)
+    return all_reduce(group, message, dist.ReduceOp.SUM, len(message), call)
 
-    The row is ``own[0]`` as this rank sent it and the first two reduced numbers, neighbours in memory.
-    """
-    first, signed_length = own[0], len(own) + len(known)
-    if op != dist.ReduceOp.SUM:
-        signed_length = -signed_length
-    if isinstance(first, Tensor):
-        filled = {number: torch.full_like(first, number) for number in known}  # one kernel for all that are 0
-        memory = torch.stack([first, *own, *(filled[number] for number in known)])  # type: ignore[list-item]
-        all_reduce(group, memory[1:], op, signed_length, call)
-        return memory[1:].unbind(), memory[:3]
-    if group.reference is None:
-        return [*own, *known], None
-    message = torch.tensor([*own, *known], dtype=torch.float64)
-    return all_reduce(group, message, op, signed_length, call).tolist(), None
+
+def _dtype(p: float) -> torch.dtype:
+    return torch.int64 if p == inf else torch.float64
+
+
+def _sent(numbers: Tensor, p: float) -> Tensor:
+    """(n,) float64 as they travel: as they are, or their bits."""
+    return numbers.view(torch.int64) & MAGNITUDE if p == inf else numbers
+
+
+def _bits(number: float) -> int:
+    bits: int = unpack("q", pack("d", number))[0]
+    return bits & MAGNITUDE
+
+
+def _number(bits: int) -> float:
+    number: float = unpack("d", pack("q", bits))[0]
+    return number
+
+
+def combined(numbers: Tensor, p: float) -> Tensor:
+    """The sum of (n,) float64, or their maximum for p = inf, 0-d: 0 if there are none. The same bits on every rank."""
+    if numbers.device.type == "cpu":  # torch's sum adds in an order that depends on the number of threads
+        how, lengths = "max" if p == inf else "sum", torch.tensor([len(numbers)])
+        return torch.segment_reduce(numbers, how, lengths=lengths, unsafe=True, initial=0)[0]
+    return numbers.max() if p == inf and len(numbers) else numbers.sum()
 
 
 def _power(norm: Scalar, p: float) -> Scalar:
@@ -224,7 +273,9 @@ def _power(norm: Scalar, p: float) -> Scalar:
 
 
 def root(total: Scalar, p: float) -> Scalar:
-    """The norm of which ``total`` is the sum of powers, p < inf."""
+    """The norm of which ``total`` is the sum of powers, or for p = inf itself the norm."""
+    if p == inf:
+        return total
     if p == 2:
         return total.sqrt() if isinstance(total, Tensor) else sqrt(total)
     if isinstance(total, Tensor):

@@ -3,7 +3,7 @@
 [Note: collectives and host syncs]
 Construction compares the parameters, the settings and the policy of all ranks, by two all-reduces of one or two
 float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then makes one all-reduce of two float64 numbers
-(four for p = inf), under DDP too, so that ranks decide alike even when one replica is corrupt. In addition:
+(three int64 for p = inf), under DDP too, so that ranks decide alike even when one replica is corrupt. In addition:
 
 * With DTensors that FSDP2 does not manage, ``split_over`` or ``layout``, the message carries two flags more: some rank
   holds float64; some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms

@@ -80,14 +80,14 @@ def clip_grad_norm_(
     * ``foreach``: accepted for compatibility with torch; the kernels are chosen by device.
     * ``group``, ``split_over``, ``layout``: as for :class:`Clipper`, on every rank or on none.
 
-    Collectives: none, or one all-reduce of two float64 numbers (four for inf), as the module says. With DTensors that
-    FSDP2 does not manage, ``group``, ``split_over`` or ``layout``, it carries two flags more: some rank holds float64,
-    some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms leave pending
-    sums). Reading them is a host sync on accelerators. Misplaced gradients are redistributed into ``.grad`` by the
-    ranks of their mesh, and the norm is reduced again. Ranks that disagree all raise a LayoutError, also if one of them
-    cannot read what it was passed and raises an error of its own; on accelerators, where the host does not read that,
-    the norm is NaN instead. If every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns, and the
-    next call for these parameters raises on all (CPU).
+    Collectives: none, or one all-reduce of two float64 numbers (three int64 for inf), as the module says. With DTensors
+    that FSDP2 does not manage, ``group``, ``split_over`` or ``layout``, it carries two flags more: some rank holds
+    float64, some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms leave
+    pending sums). Reading them is a host sync on accelerators. Misplaced gradients are redistributed into ``.grad`` by
+    the ranks of their mesh, and the norm is reduced again. Ranks that disagree all raise a LayoutError, also if one of
+    them cannot read what it was passed and raises an error of its own; on accelerators, where the host does not read
+    that, the norm is NaN instead. If every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns,
+    and the next call for these parameters raises on all (CPU).
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2))

@@ -146,15 +146,15 @@ def reduce_norm(
     * ``replicated``: every rank of the group holds all that is summed.
     * ``call``: what errors say that this rank was in.
     """
+    on_host = not isinstance(local, Tensor) or (local.ndim > 0 and local.device.type == "cpu")
+    if isinstance(local, Tensor) and not on_host and group.reference is None:  # nobody to disagree with, no message
+        norm = root(_of_model(local, slots, p), p)
+        return Reduced(norm, False, tuple(flags), sums=local if local.ndim else None)
     known = _known(group, p, code % CODES, faulty, flags)
     if not isinstance(local, Tensor):
         return _reduce_number(group, local, p, known, replicated, call)
-    if local.ndim and local.device.type == "cpu":
-        return _reduce_vector(group, local, p, known, replicated, call, slots)
-    if group.reference is not None:
-        return _reduce_tensor(group, local, p, known, replicated, call, slots)
-    total = combined(local[:slots], p) if local.ndim else local
-    return Reduced(root(total, p), False, tuple(flags), sums=local if local.ndim else None)  # nobody to disagree with
+    reduce = _reduce_vector if on_host else _reduce_tensor
+    return reduce(group, local, p, known, replicated, call, slots)
 
 
 def _known(group: ClippingGroup, p: float, code: int, faulty: bool, flags: Sequence[bool]) -> list[float] | list[int]:
@@ -186,8 +186,8 @@ def _reduce_vector(
         message = _all_reduce(group, torch.cat([_sent(local, p), torch.tensor(known, dtype=_dtype(p))]), p, call)
         sums, rest = message[: len(local)].view(torch.float64), message[len(local) :].tolist()
     disagree, found = _verdict(rest, p)
-    own = combined(local[:slots], p).item() if replicated else None
-    return Reduced(root(combined(sums[:slots], p).item(), p), disagree, found, own, sums=sums)
+    own = _of_model(local, slots, p).item() if replicated else None
+    return Reduced(root(_of_model(sums, slots, p).item(), p), disagree, found, own, sums=sums)
 
 
 def _reduce_tensor(
@@ -200,13 +200,12 @@ def _reduce_tensor(
     memory = torch.cat([*before, own, *(filled[number] for number in known)])
     message = _all_reduce(group, memory[len(before) :], p, call)
     sums, rest = message[: len(own)].view(torch.float64), message[len(own) :].unbind()
-    total = combined(sums[:slots], p) if local.ndim else sums[0]
+    total = _of_model(sums if local.ndim else sums[0], slots, p)
     norm = total if p == inf else total.sqrt_() if p == 2 else total.pow_(1 / p)  # in place: that of a row too
     disagree, found = _verdict(rest, p)
     assert isinstance(disagree, Tensor)
     norm.masked_fill_(disagree, nan)
-    mine = None if not replicated else combined(local[:slots], p) if local.ndim else local
-    row = memory[:3] if before else None
+    mine, row = _of_model(local, slots, p) if replicated else None, memory[:3] if before else None
     return Reduced(norm, disagree, found, mine, row=row, sums=sums if local.ndim else None)
 
 
@@ -257,6 +256,11 @@ def _bits(number: float) -> int:
 def _number(bits: int) -> float:
     number: float = unpack("d", pack("q", bits))[0]
     return number
+
+
+def _of_model(numbers: Tensor, slots: int, p: float) -> Tensor:
+    """What the model's norm is made of: the one number, or a vector's first ``slots``, combined."""
+    return combined(numbers[:slots], p) if numbers.ndim else numbers
 
 
 def combined(numbers: Tensor, p: float) -> Tensor:

@@ -415,7 +415,7 @@ def test_a_function_that_fails_on_one_rank_before_it_has_a_plan_leaves_none_wait
 
 
 @pytest.mark.parametrize("how", ["no tensor", "layout", "bound in a group"])
-def test_the_same_where_four_words_travel(how):
+def test_the_same_where_maxima_travel(how):
     first, last = run_ranks(told, 2, how, inf, timeout=20)
     assert first.startswith("LayoutError: the ranks of the clipping group passed other parameters")
     assert last.startswith(OWN[how])

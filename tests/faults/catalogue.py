@@ -289,7 +289,7 @@ def the_others(case: Case) -> str:
 
 
 def other_words(case: Case) -> Contract:
-    """p = inf sends four words where the others send two: they wait for each other until the timeout."""
+    """p = inf sends three words where the others send two: they wait for each other until the timeout."""
     return Contract(
         BROKEN,
         says=(f"{absent(case)} .*rank {case.guilty} was in .*norm_type=inf",),

@@ -67,10 +67,10 @@ def test_calls_of_other_lengths_wait_for_each_other_and_name_each_other():
 
 
 def another_operation() -> str:
-    """Both send four numbers. Added up and maximised by turns, rank 1 took them for a norm that all agreed on."""
+    """Both send three numbers. Added up and maximised by turns, rank 1 took them for a norm that all agreed on."""
     group = ClippingGroup.of(dist.new_group(timeout=timedelta(seconds=2)))
     first = dist.get_rank() == 0
-    return message_of(lambda: reduce_norm(group, 1.0, 2.0 if first else inf, 5, False, (False,) * 2 if first else ()))
+    return message_of(lambda: reduce_norm(group, 1.0, 2.0 if first else inf, 5, False, (False,) if first else ()))
 
 
 def test_as_many_numbers_to_be_added_and_to_be_maximised_do_not_meet():

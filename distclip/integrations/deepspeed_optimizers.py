@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -186,14 +185,19 @@ WHOLE = (FP16_Optimizer, FP16_UnfusedOptimizer, Optimizer)  # every rank has who
 
 def layout_of(optimizer: Any, held: Sequence[nn.Parameter]) -> LayoutFn | None:
     """Partitions are on one rank each; whole gradients on all ranks, those of an expert on the ranks that have it."""
-    if not isinstance(optimizer, WHOLE):
-        return lambda name, parameter: Layout(1)
-    if not any(map(is_moe_param, held)):
+    partitioned = not isinstance(optimizer, WHOLE)
+    if not partitioned and not any(map(is_moe_param, held)):
         return None
 
     def layout(name: str, parameter: Any) -> Layout | None:
-        if not is_moe_param(parameter):
-            return None
-        return Layout(dist.get_world_size(groups._get_expert_data_parallel_group(parameter.group_name)))
+        if is_moe_param(parameter):
+            return _layout_of_expert(parameter.group_name, partitioned)
+        return Layout(1, parts=True) if partitioned else None
 
     return layout
+
+
+def _layout_of_expert(name: str, partitioned: bool) -> Layout:
+    """``name``: of the groups of ranks that share it. Others have another expert under the name of this one."""
+    sharers = [groups._get_expert_data_parallel_group(name)] if partitioned else []
+    return Layout.cut(over=[groups._get_expert_parallel_group(name)], parts=sharers)

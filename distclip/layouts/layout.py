@@ -9,10 +9,10 @@ the group's size if every rank holds all of it. For p = inf the sum is a MAX and
 divide only when ranks communicate: a rank that sums alone counts what it has.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from math import prod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
@@ -33,12 +33,22 @@ from .refusals import (
 )
 
 
+class Along(NamedTuple):
+    """An axis as this rank sees it: its global ranks, and what this rank's place along it is called, ``"pp=1"``."""
+
+    ranks: tuple[int, ...]
+    place: str
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How many ranks of the clipping group hold each element of a parameter.
 
-    ``Layout(1)``: every element is on one rank (a shard, an expert, a pipeline stage). ``Layout(group size)``: every
-    rank holds all of it.
+    * ``replicas``: ``Layout(1)``: every element is on one rank (a shard, an expert, a pipeline stage).
+      ``Layout(group size)``: every rank holds all of it.
+    * ``parts``: whether ranks that hold different elements under one name hold parts of one parameter (a shard cut by
+      hand, a partition of ZeRO) rather than parameters of their own (an expert, a pipeline stage). Statistics finer
+      than the model's norm count parts as one; which rows they are is unknown.
 
     >>> Layout(2).replicas
     2
@@ -49,22 +59,30 @@ class Layout:
     """
 
     replicas: int
+    parts: bool = field(default=False, kw_only=True)
+    _over: tuple[Along, ...] | None = field(default=None, init=False, repr=False)  # of `cut`: whose ranks differ
 
     @classmethod
-    def cut(cls, over: Sequence[Axis], *, group: dist.ProcessGroup | None = None) -> "Layout":
-        """The layout of a parameter that is cut over the axes ``over`` and replicated over all others.
+    def cut(
+        cls, over: Sequence[Axis] = (), *, parts: Sequence[Axis] = (), group: dist.ProcessGroup | None = None
+    ) -> "Layout":
+        """The layout of a parameter that is cut over the axes ``over`` and ``parts`` and replicated over all others.
 
-        * ``over``: 1-D mesh slices or process groups of this rank, such as ``[mesh["tp"]]``, along which ranks hold
-          different elements; empty for a replica on every rank.
+        * ``over``: 1-D mesh slices or process groups of this rank, such as ``[mesh["ep"]]``, along which ranks hold
+          different parameters under one name; with ``parts`` empty as well for a replica on every rank.
+        * ``parts``: those along which ranks hold parts of one parameter, such as ``[mesh["tp"]]``.
         * ``group``: the clipping group, as for :class:`Clipper`.
 
         ValueError if the pieces do not tile the group. No collective.
         """
         ranks = ClippingGroup.of(group).ranks
-        sizes = [len(_axis_in(frozenset(ranks), axis, "over")) for axis in over]
+        apart = _along(frozenset(ranks), over, "over")
+        sizes = [len(axis.ranks) for axis in (*apart, *_along(frozenset(ranks), parts, "parts"))]
         if len(ranks) % prod(sizes):
             raise axes_do_not_tile(sizes, prod(sizes), len(ranks))
-        return cls(len(ranks) // prod(sizes))
+        layout = cls(len(ranks) // prod(sizes), parts=bool(parts))
+        object.__setattr__(layout, "_over", apart)
+        return layout
 
     def __post_init__(self) -> None:
         if isinstance(self.replicas, bool) or not isinstance(self.replicas, int) or self.replicas < 1:
@@ -86,12 +104,18 @@ class Replication:
       `layout` said that ranks hold different ones.
     * ``by_split_over``: it was `split_over`, which applies to all parameters at once.
     * ``represents``: this rank represents the replicas of its piece, as exactly one of their ranks does.
+    * ``where``: tells this parameter from others of its name on other ranks: ``""`` if all ranks mean the same one,
+      ``"pp=1,ep=0"`` by the axes along which they differ, ``"#4"`` by the group's index of the first of the ranks that
+      hold it; None if nobody said which these are.
+    * ``parts``: `layout` said that ranks hold parts of it, and nobody which rows.
     """
 
     replicas: int
     known_to_all: bool
     by_split_over: bool = False
     represents: bool = False
+    where: str | None = ""
+    parts: bool = False
 
 
 class LayoutReader:
@@ -105,26 +129,26 @@ class LayoutReader:
     def __init__(self, group: ClippingGroup, split_over: Sequence[Axis], layout: LayoutFn | None) -> None:
         self._group = group
         self._everyone = frozenset(group.ranks)
-        self._axes = [_axis_in(self._everyone, axis) for axis in split_over]
+        self._axes = _along(self._everyone, split_over, "split_over")
         self._layout = layout
         self._number: dict[Ranks, int] = {}
         self._number_of_id: dict[int, int] = {}
-        self._seen: dict[tuple[int | None, tuple[Placement, ...], int], Replication] = {}
+        self._seen: dict[tuple[Layout | None, int | None, tuple[Placement, ...], int], Replication] = {}
 
     def read(self, held: Held, index: int) -> Replication:
         """How the piece of this index is replicated; LayoutError if it is unknown, never a guess."""
         piece = held.piece
         said = None if self._layout is None else self._layout(piece.label(index), held.holder)
-        if said is not None:
-            if said.replicas > self._group.size:
-                raise too_many_replicas(said.replicas, piece.label(index), self._group.size)
-            return Replication(said.replicas, known_to_all=False)
+        if said is not None and said.replicas > self._group.size:
+            raise too_many_replicas(said.replicas, piece.label(index), self._group.size)
         spec = piece.spec
         mesh, placements = (None, ()) if spec is None else (self._numbered(spec.mesh), spec.placements)
-        key = mesh, placements, self._numbered(piece.flat_over)
+        key = said, mesh, placements, self._numbered(piece.flat_over)
         replication = self._seen.get(key)
         if replication is None:
-            replication = self._seen[key] = self._from_metadata(piece.label(index), spec, piece.flat_over)
+            name, flat_over = piece.label(index), piece.flat_over
+            read = self._from_metadata(name, spec, flat_over) if said is None else self._as_said(said, spec, flat_over)
+            replication = self._seen[key] = read
         return replication
 
     def _numbered(self, ranks: Ranks) -> int:
@@ -141,21 +165,46 @@ class LayoutReader:
 
     def _from_metadata(self, name: str, spec: Spec | None, flat_over: tuple[int, ...]) -> Replication:
         pieces = max(1, len(flat_over))
-        ranks = set(flat_over)
+        ranks = _named_in(spec, flat_over)
         if spec is not None:
             pieces *= prod(_pieces_along(name, spec, axis) for axis in range(spec.mesh.ndim))
-            ranks.update(spec.mesh.mesh.flatten().tolist())
         outside = sorted(ranks - self._everyone)
         if outside:
             raise outside_the_group(name, outside)
         if ranks and self._group.global_rank not in ranks:
             raise not_on_this_rank(name, len(ranks), self._group.global_rank)
-        axes = [axis for axis in self._axes if not ranks.issuperset(axis)]  # the others are in its metadata
-        pieces *= prod(map(len, axes))
+        axes = [axis for axis in self._axes if not ranks.issuperset(axis.ranks)]  # the others are in its metadata
+        pieces *= prod(len(axis.ranks) for axis in axes)
         if self._group.size % pieces:
             raise pieces_do_not_tile(name, pieces, self._group.size)
         represents = self._represents(spec, flat_over)
-        return Replication(self._group.size // pieces, not axes, by_split_over=bool(axes), represents=represents)
+        return Replication(self._group.size // pieces, not axes, bool(axes), represents, _places(axes))
+
+    def _as_said(self, said: Layout, spec: Spec | None, flat_over: tuple[int, ...]) -> Replication:
+        """What `layout` said, and where that is, by what metadata says of this rank's part."""
+        where: str | None = ""
+        if said._over is not None:
+            named = _named_in(spec, flat_over) | {self._group.global_rank}
+            where = _places(axis for axis in said._over if not named.issuperset(axis.ranks))
+        elif not said.parts and said.replicas < self._group.size:
+            where = self._block(said.replicas, spec, flat_over)
+        return Replication(said.replicas, known_to_all=False, where=where, parts=said.parts)
+
+    def _block(self, replicas: int, spec: Spec | None, flat_over: tuple[int, ...]) -> str | None:
+        """The first of the ranks that metadata names, if they are all that hold the parameter; else None.
+
+        They are if each element is on as many of them as on all ranks. Of FSDP1 over tensor parallel a rank sees its
+        row and its column of them, which are assumed to be a regular grid.
+        """
+        me = self._group.global_rank
+        placed, copies = [me], 1
+        if spec is not None:
+            placed = spec.mesh.mesh.flatten().tolist()
+            copies = prod(spec.mesh.size(axis) for axis, p in enumerate(spec.placements) if not cuts(p))
+        first = min(placed) + min(flat_over, default=me) - me
+        if copies != replicas or me not in placed or first not in self._everyone:
+            return None
+        return f"#{self._group.ranks.index(first)}"
 
     def _represents(self, spec: Spec | None, flat_over: tuple[int, ...]) -> bool:
         """Whether this rank represents the replicas of such a piece.
@@ -186,11 +235,26 @@ def part_of(group: ClippingGroup, piece: Piece) -> tuple[int, ...]:
     return tuple(places)
 
 
-def _axis_in(everyone: frozenset[int], axis: Axis, argument: str = "split_over") -> tuple[int, ...]:
-    ranks = axis_ranks(axis)
-    if not everyone.issuperset(ranks):
-        raise axis_outside(argument, ranks)
-    return ranks
+def _along(everyone: frozenset[int], axes: Sequence[Axis], argument: str) -> tuple[Along, ...]:
+    """Mesh slices and process groups, the argument of this name, as this rank sees them."""
+    found = []
+    for k, axis in enumerate(axes):
+        ranks = axis_ranks(axis)
+        if not everyone.issuperset(ranks):
+            raise axis_outside(argument, ranks)
+        names = axis.mesh_dim_names if isinstance(axis, DeviceMesh) else None
+        name = names[0] if names else f"axis{k}"
+        found.append(Along(ranks, f"{name}={ranks.index(dist.get_rank())}"))
+    return tuple(found)
+
+
+def _places(axes: Iterable[Along]) -> str:
+    return ",".join(axis.place for axis in axes)
+
+
+def _named_in(spec: Spec | None, flat_over: tuple[int, ...]) -> set[int]:
+    """The global ranks that the metadata of a piece names."""
+    return {*flat_over, *([] if spec is None else spec.mesh.mesh.flatten().tolist())}
 
 
 def _pieces_along(name: str, spec: Spec, axis: int) -> int:

@@ -18,8 +18,8 @@ def not_positive(replicas: object) -> ValueError:
 
 def axes_do_not_tile(sizes: Sequence[int], pieces: int, ranks: int) -> ValueError:
     return ValueError(
-        f"over names axes of {list(sizes)} ranks, whose {pieces} pieces do not tile the {ranks} ranks of the clipping "
-        "group: name each axis once, and the group they are in"
+        f"over and parts name axes of {list(sizes)} ranks, whose {pieces} pieces do not tile the {ranks} ranks of the "
+        "clipping group: name each axis once, and the group they are in"
     )
 
 

@@ -26,8 +26,8 @@ SIGNATURES = {
     "Clipper.steps": None,  # a property
     "Clipper.verify": "(self)",
     "Decision": "(max_norm, skip=None, bounds=None, coef=None, per='model')",
-    "Layout": "(replicas)",
-    "Layout.cut": "(over, *, group=None)",
+    "Layout": "(replicas, *, parts=False)",
+    "Layout.cut": "(over=(), *, parts=(), group=None)",
     "LayoutError": None,  # an exception: its arguments are Python's
     "MaxNorm": "(max_norm)",
     "NonFiniteError": None,

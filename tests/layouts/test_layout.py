@@ -15,12 +15,23 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import distclip
-from distclip.layouts.layout import part_of
+from distclip.layouts.layout import LayoutReader, Replication, part_of
+from distclip.layouts.model import held_in
 from distclip.layouts.piece import held_parameter
 from distclip.plan.build import Plan
 from distclip.ranks.group import ClippingGroup
+from support.layouts import DenseNet
 from support.oracle import true_norm
-from support.parallel import fsdp1_experts, fsdp1_experts_flat, fsdp1_nested, one_rank_holds, united
+from support.parallel import (
+    ep_plain,
+    fsdp1_copies,
+    fsdp1_experts,
+    fsdp1_experts_flat,
+    fsdp1_nested,
+    one_rank_holds,
+    tensor_parallel,
+    united,
+)
 from support.ranks import count_collectives, run_ranks, same_bits
 
 
@@ -377,3 +388,146 @@ def test_a_layout_is_said_by_the_axes_it_is_cut_over(size):
         assert any("not all of which are in the clipping group" in each for each in said[4:])
     if size == 4:
         assert "do not tile the 4 ranks of the clipping group" in results[0][0][4]
+
+
+# ---- where a parameter is, of which other ranks have one of the same name ----------------------------------
+
+
+def read(model: nn.Module, **options) -> dict[str, Replication]:
+    group = ClippingGroup.of(options.pop("group", None))
+    reader = LayoutReader(group, options.pop("split_over", ()), options.pop("layout", None))
+    return {item.piece.name: reader.read(item, i) for i, item in enumerate(held_in([model]))}
+
+
+def two_by_two() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+
+
+def where_it_is(how: str) -> tuple[str | None, bool]:
+    mesh = two_by_two()
+    plain = nn.ParameterDict({"w": torch.zeros(4, 3)})
+    on_dp = nn.ParameterDict({"w": nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh["dp"], [Shard(0)]))})
+    on_all = nn.ParameterDict({"w": nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate(), Shard(0)]))})
+    cut = distclip.Layout.cut
+    match how:
+        case "nothing said":
+            found = read(plain)
+        case "split_over":
+            found = read(plain, split_over=[mesh["pp"]])
+        case "split_over two axes":
+            found = read(plain, split_over=[mesh["dp"], mesh["pp"]])
+        case "split_over a group":
+            found = read(plain, split_over=[mesh["dp"], mesh.get_group("pp")])
+        case "split_over an axis of its metadata":
+            found = read(on_dp, split_over=[mesh["dp"], mesh["pp"]])
+        case "all axes are in its metadata":
+            found = read(on_all, split_over=[mesh["pp"]])
+        case "cut":
+            found = read(plain, layout=lambda *_: cut(over=[mesh["pp"]]))
+        case "cut over a group":
+            found = read(plain, layout=lambda *_: cut(over=[mesh.get_group("pp")]))
+        case "cut over an axis of its metadata":
+            found = read(on_dp, layout=lambda *_: cut(over=[mesh["dp"], mesh["pp"]]))
+        case "cut into parts":
+            found = read(plain, layout=lambda *_: cut(parts=[mesh["pp"]]))
+        case "experts in parts":
+            found = read(plain, layout=lambda *_: cut(over=[mesh["pp"]], parts=[mesh["dp"]]))
+        case "cut over nothing":
+            found = read(plain, layout=lambda *_: cut())
+        case "on every rank":
+            found = read(plain, layout=lambda *_: distclip.Layout(4))
+        case "on one rank":
+            found = read(plain, layout=lambda *_: distclip.Layout(1))
+        case "on some two ranks":
+            found = read(plain, layout=lambda *_: distclip.Layout(2))
+        case "on the ranks of its mesh":
+            found = read(on_dp, layout=lambda *_: distclip.Layout(1))
+        case "on the ranks of its mesh, replicas too":
+            found = read(on_all, layout=lambda *_: distclip.Layout(2))
+        case "on more than the ranks of its mesh":
+            found = read(on_dp, layout=lambda *_: distclip.Layout(2))
+        case "parts on one rank":
+            found = read(plain, layout=lambda *_: distclip.Layout(1, parts=True))
+        case "in a smaller group":
+            found = read(plain, group=mesh.get_group("dp"), layout=lambda *_: distclip.Layout(1))
+    return found["w"].where, found["w"].parts
+
+
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        ("nothing said", ["", "", "", ""]),
+        ("split_over", ["pp=0", "pp=0", "pp=1", "pp=1"]),
+        ("split_over two axes", ["dp=0,pp=0", "dp=1,pp=0", "dp=0,pp=1", "dp=1,pp=1"]),
+        ("split_over a group", ["dp=0,axis1=0", "dp=1,axis1=0", "dp=0,axis1=1", "dp=1,axis1=1"]),
+        ("split_over an axis of its metadata", ["pp=0", "pp=0", "pp=1", "pp=1"]),
+        ("all axes are in its metadata", ["", "", "", ""]),
+        ("cut", ["pp=0", "pp=0", "pp=1", "pp=1"]),
+        ("cut over a group", ["axis0=0", "axis0=0", "axis0=1", "axis0=1"]),
+        ("cut over an axis of its metadata", ["pp=0", "pp=0", "pp=1", "pp=1"]),
+        ("cut into parts", ["", "", "", ""]),
+        ("experts in parts", ["pp=0", "pp=0", "pp=1", "pp=1"]),
+        ("cut over nothing", ["", "", "", ""]),
+        ("on every rank", ["", "", "", ""]),
+        ("on one rank", ["#0", "#1", "#2", "#3"]),
+        ("on some two ranks", [None, None, None, None]),
+        ("on the ranks of its mesh", ["#0", "#0", "#2", "#2"]),
+        ("on the ranks of its mesh, replicas too", ["#0", "#0", "#0", "#0"]),
+        ("on more than the ranks of its mesh", [None, None, None, None]),
+        ("parts on one rank", ["", "", "", ""]),
+        ("in a smaller group", ["#0", "#1", "#0", "#1"]),
+    ],
+)
+def test_ranks_know_which_of_the_parameters_of_one_name_they_hold(how, where):
+    found = run_ranks(where_it_is, 4, how)
+    assert [place for place, _ in found] == where
+    assert {parts for _, parts in found} == {"parts" in how}
+
+
+def where_wrapped(layout) -> dict[str, str | None]:
+    job = layout(torch.float32, 1.0)
+    return {name: each.where for name, each in read(job.parts[0], **job.options).items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dense", "inner", "places"),
+    [
+        (fsdp1_experts, "dense.weight", "inner.0.weight", ["#0", "#0", "#2", "#2"]),
+        (fsdp1_experts_flat, "dense.weight", "inner.0.weight", ["ep=0", "ep=0", "ep=1", "ep=1"]),
+        (fsdp1_copies, "dense.weight", "inner.0.weight", ["", "", "", ""]),
+    ],
+)
+def test_ranks_know_which_experts_of_fsdp1_they_hold(layout, dense, inner, places):
+    found = run_ranks(where_wrapped, 4, layout)
+    assert [each[dense] for each in found] == ["", "", "", ""]
+    assert [each[inner] for each in found] == places
+
+
+def test_nobody_says_which_ranks_hold_an_expert_whose_replicas_are_a_number():
+    for found in run_ranks(where_wrapped, 4, ep_plain):
+        assert found["dense.weight"] == ""
+        assert {where for name, where in found.items() if name.startswith("experts")} == {None}
+
+
+def over_tensor_parallel() -> set[str | None]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    inner = tensor_parallel(DenseNet(), mesh["tp"], sequence=False)
+    model = FullyShardedDataParallel(inner, device_mesh=mesh["dp"], device_id=torch.device("cpu"), use_orig_params=True)
+    found = read(model, layout=lambda name, p: distclip.Layout(1))
+    return {each.where for name, each in found.items() if name == "blocks.0.1.weight"}
+
+
+def test_the_ranks_of_fsdp1_over_tensor_parallel_hold_one_parameter():
+    assert run_ranks(over_tensor_parallel, 4) == [{"#0"}] * 4
+
+
+def replications_are_shared() -> tuple[int, int]:
+    cut = distclip.Layout.cut(over=[two_by_two()["pp"]])
+    model = nn.ParameterDict({str(i): torch.zeros(2) for i in range(6)})
+    kinds = {"0": cut, "1": cut, "2": distclip.Layout(2), "3": distclip.Layout(2)}
+    found = read(model, layout=lambda name, p: kinds.get(name)).values()
+    return len({id(each) for each in found}), len({each.where for each in found})
+
+
+def test_pieces_that_lie_alike_share_one_replication():
+    assert run_ranks(replications_are_shared, 4) == [(3, 3)] * 4

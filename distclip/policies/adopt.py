@@ -10,8 +10,8 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from .checks import is_dense
 from .max_norm import MaxNorm
 from .protocol import Policy, State
 from .statistics import Units
@@ -62,12 +62,6 @@ def made(policy: Policy, units: Units, device: torch.device) -> State:
             "of dense tensors by their names, empty for a policy without memory"
         )
     return {name: value.detach().clone() for name, value in state.items()}
-
-
-def is_dense(value: Any) -> bool:
-    """Whether it is a tensor whose elements are all in the memory of this rank."""
-    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-    return dense and not isinstance(value, DTensor)
 
 
 def spelled(value: Any, inside: tuple[int, ...] = ()) -> str:

@@ -4,66 +4,85 @@ The host checks numbers that it knows. On an accelerator, where that would be a 
 host learns the result one call later.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from numbers import Real
-from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.transfer import sent
-from .adopt import is_dense
 from .autoclip import AutoClip
+from .checks import is_dense
 from .max_norm import MaxNorm
 from .protocol import Decision, Policy, State
-from .statistics import Statistics
+from .refusals import fault_code, no_decision, other_keys, other_state, refusal, where
+from .statistics import MODEL, Statistic, Statistics, Units, asked
 from .value_clip import ValueClip
 
-RULES = {
-    "max_norm": "a number above 0, or inf for no bound",
-    "coef": "a number above 0 and at most 1",
-    "bounds": "two numbers, low <= 0 <= high, not both 0",
-    "skip": "a bool, a 0-d tensor or None",
-}
-FIELDS = tuple(RULES)
 TRUSTED = (MaxNorm, ValueClip, AutoClip)  # by their exact class: a subclass may decide otherwise
 
 
 @dataclass(slots=True)
 class Numbers:
-    """A decision that the host has read."""
+    """A decision that the host has read.
 
-    max_norm: float
+    ``per``: what is bounded. ``max_norm`` and ``coef`` are numbers for the model, and else (units,) float64, in memory
+    of their own where the policy's statistics are.
+    """
+
+    max_norm: float | Tensor
     skip: bool
     bounds: tuple[float, float] | None
-    coef: float | None
+    coef: float | Tensor | None
+    per: Statistic = MODEL
 
     @classmethod
-    def of(cls, decision: Decision, policy: Policy) -> "Numbers":
-        """Read ``decision``; ValueError if a field is no number."""
-        skip, bounds, coef = decision.skip, decision.bounds, decision.coef
+    def of(cls, decision: Decision, policy: Policy, statistics: Statistics) -> "Numbers":
+        """Read ``decision``; ValueError if a field is no number, or has another shape than the units of its level."""
+        skip, bounds, coef, per = decision.skip, decision.bounds, decision.coef, MODEL
+        read: Callable[[Any, str, Policy], float | Tensor] = _read
+        if decision.per != "model" and (per := _level(decision.per, policy, statistics.units)) is not MODEL:
+            read = partial(_on, device=statistics.norm().device, shape=statistics.units.shape(per))
         return cls(
-            _read(decision.max_norm, "max_norm", policy),
+            read(decision.max_norm, "max_norm", policy),
             skip is not None and _read(skip, "skip", policy) != 0,
             None if bounds is None else _read_bounds(bounds, policy),
-            None if coef is None else _read(coef, "coef", policy),
+            None if coef is None else read(coef, "coef", policy),
+            per,
         )
 
-    def check(self, policy: Policy) -> None:
-        """ValueError if no step can use it."""
-        if not self.max_norm > 0:  # true for NaN too
-            raise refusal("max_norm", policy, self.max_norm)
-        if self.coef is not None and not 0 < self.coef <= 1:
-            raise refusal("coef", policy, self.coef)
-        if self.bounds is not None:
+    def check(self, policy: Policy, statistics: Statistics, finite: bool) -> None:
+        """ValueError if no step can use it.
+
+        ``finite``: whether the model's norm is. If not, only numbers of units whose own norm is finite matter.
+        """
+        if isinstance(self.max_norm, Tensor):
+            self._check_units(policy, statistics)
+        elif finite:
+            if not self.max_norm > 0:  # true for NaN too
+                raise refusal("max_norm", policy, self.max_norm)
+            if self.coef is not None and not 0 < self.coef <= 1:
+                raise refusal("coef", policy, self.coef)
+        if finite and self.bounds is not None:
             _check_bounds(self.bounds, policy)
+
+    def _check_units(self, policy: Policy, statistics: Statistics) -> None:
+        for field, numbers, bad in _bad_units(self.max_norm, self.coef):
+            if bad.any():
+                matters = bad.logical_and_(statistics.norm(self.per).isfinite())
+                for unit in matters.nonzero().flatten()[:1].tolist():
+                    raise refusal(field, policy, numbers[unit].item(), where=where(unit, self.per, statistics.units))
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """A decision in 0-d tensors on an accelerator, float64 or bool, without a host sync.
+    """A decision in tensors on an accelerator, float64 or bool, without a host sync.
 
+    ``per``: what is bounded. ``max_norm`` and ``coef`` are 0-d for the model, else (units,) in memory of their own.
     Elementwise bounds that are numbers stay so, and so does the bound of a trusted policy. ``skip`` is None if no step
     is skipped.
     """
@@ -73,29 +92,62 @@ class Tensors:
     bounds: tuple[float, float] | tuple[Tensor, Tensor] | None
     coef: Tensor | None
     trusted: bool
+    per: Statistic = MODEL
 
     @classmethod
-    def of(cls, decision: Decision, policy: Policy, device: torch.device) -> "Tensors":
-        """Bring ``decision`` to ``device``; ValueError if a field is no number, or bounds that are numbers are bad."""
+    def of(cls, decision: Decision, policy: Policy, statistics: Statistics, device: torch.device) -> "Tensors":
+        """Bring ``decision`` to ``device``; ValueError for what is known to be wrong without a host sync.
+
+        That is a field that is no number, another shape than the units of its level, and bounds that are bad numbers.
+        """
         skip, coef, bound, trusted = decision.skip, decision.coef, decision.max_norm, is_trusted(policy)
+        per = MODEL if decision.per == "model" else _level(decision.per, policy, statistics.units)
+        on = partial(_on, device=device, shape=() if per is MODEL else statistics.units.shape(per))
         return cls(
-            bound if isinstance(bound, float) and trusted else _on(device, bound, "max_norm", policy),
-            None if skip is None or skip is False else _on(device, skip, "skip", policy) != 0,
+            bound if isinstance(bound, float) and trusted else on(bound, "max_norm", policy),
+            None if skip is None or skip is False else _on(skip, "skip", policy, device) != 0,
             _bounds_on(device, decision.bounds, policy),
-            None if coef is None else _on(device, coef, "coef", policy),
+            None if coef is None else on(coef, "coef", policy),
             trusted,
+            per,
         )
 
-    def fault(self) -> Tensor:
-        """What no step can use: 0-d float64, 0 for nothing or a code for :func:`refusal_of`."""
+    def fault(self, statistics: Statistics, finite: Tensor) -> Tensor:
+        """What no step can use: 0-d float64, 0 for nothing or a code for :func:`.refusals.refusal_of`.
+
+        ``finite``: 0-d bool, whether the model's norm is. Of a decision for the model it is not asked here. Of one for
+        units, what is bad only where norms are not finite is no fault.
+        """
         assert isinstance(self.max_norm, Tensor), "policies that are trusted are not asked"
-        fault = torch.where(self.max_norm > 0, 0.0, 1.0)  # of NaN too
-        if self.coef is not None:
-            fault = torch.where((self.coef > 0) & (self.coef <= 1), fault, 2.0)
+        if self.per is MODEL:
+            fault = torch.where(self.max_norm > 0, 0.0, 1.0)  # of NaN too
+            if self.coef is not None:
+                fault = torch.where((self.coef > 0) & (self.coef <= 1), fault, 2.0)
+        else:
+            fault = self._fault_of_units(statistics)
         if self.bounds is not None and isinstance(self.bounds[0], Tensor):
             low, high = self.bounds
-            fault = torch.where((low <= 0) & (high >= 0) & (low < high), fault, 3.0)
+            good = (low <= 0) & (high >= 0) & (low < high)
+            fault = torch.where(good if self.per is MODEL else good | ~finite, fault, 3.0)
         return fault.double()
+
+    def _fault_of_units(self, statistics: Statistics) -> Tensor:
+        finite = statistics.norm(self.per).isfinite()
+        fault = torch.zeros((), dtype=torch.float64, device=finite.device)
+        places = torch.arange(len(finite), dtype=torch.float64, device=finite.device)
+        for field, _, bad in _bad_units(self.max_norm, self.coef):
+            if len(places):  # not argmax, which may return any of several maxima on an accelerator
+                first = places.masked_fill(~(bad & finite), inf).amin()
+                one, step = fault_code(field, self.per, statistics.units)
+                fault = torch.where(first < inf, first * step + one, fault)
+        return fault
+
+
+def _bad_units(max_norm: Any, coef: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Field, numbers, and for which units no step can use them: (units,) bool, in new memory."""
+    yield "max_norm", max_norm, (max_norm > 0).logical_not_()  # of NaN too
+    if coef is not None:
+        yield "coef", coef, ((coef > 0) & (coef <= 1)).logical_not_()
 
 
 def is_trusted(policy: Policy) -> bool:
@@ -111,29 +163,29 @@ def ask(policy: Policy, statistics: Statistics, state: State) -> tuple[Decision,
     handed = state if is_trusted(policy) else {name: value.clone() for name, value in state.items()}
     answer = policy.decide(statistics, handed)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2 or not isinstance(answer[0], Decision):
-        got = [type(part).__name__ for part in answer] if isinstance(answer, (tuple, list)) else type(answer).__name__
-        raise ValueError(
-            f"{_name(policy)}.decide returned {got}, and no step was made: return a Decision and the state"
-        )
+        raise no_decision(policy, answer)
     decision, after = answer
     if not isinstance(after, dict) or after.keys() != state.keys():
-        got = f"the keys {sorted(map(str, after))}" if isinstance(after, dict) else f"a {type(after).__name__} for it"
-        raise ValueError(
-            f"{_name(policy)}.decide returned a state with {got}, and no step was made: return those of init, "
-            f"{sorted(state)}"
-        )
+        raise other_keys(policy, after, state)
     return decision, {name: _like(own, after[name], name, policy) for name, own in state.items()}
 
 
-def refusal_of(fault: float, policy: Policy) -> ValueError:
-    """The error for what :meth:`Tensors.fault` found."""
-    return refusal(FIELDS[int(fault) - 1], policy)
-
-
-def refusal(field: str, policy: Policy, *value: Any) -> ValueError:
-    """The error for a ``field`` of a decision, with its value if it is known."""
-    what = f"{field} = {_shown(*value)}" if value else f"a {field} that no step can use"
-    return ValueError(f"{_name(policy)}.decide returned {what}, and no step was made: return {RULES[field]}")
+def _level(per: Any, policy: Policy, units: Units) -> Statistic:
+    """The level that a decision bounds, of gradients; ValueError if there is none, or its units overlap."""
+    if not isinstance(per, (str, Statistic)):
+        raise refusal("per", policy, per)
+    try:
+        level = asked(per)  # type: ignore[arg-type]
+        known = None if level == MODEL else units.level(level)
+    except ValueError as error:  # no level, or none that was asked for
+        raise refusal("per", policy, per) from error
+    if level.of != "gradient":
+        raise refusal("per", policy, per)
+    if known is None:
+        return MODEL
+    if known.unit_of_slot is None:
+        raise refusal("per", policy, per, because=", whose groups overlap")
+    return level
 
 
 def _check_bounds(bounds: tuple[float, float], policy: Policy) -> None:
@@ -152,7 +204,7 @@ def _bounds_on(device: torch.device, bounds: Any, policy: Policy) -> tuple[float
         return None
     low, high = _two(bounds, policy)
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return _on(device, low, "bounds", policy), _on(device, high, "bounds", policy)
+        return _on(low, "bounds", policy, device), _on(high, "bounds", policy, device)
     numbers = _read_bounds(bounds, policy)
     _check_bounds(numbers, policy)
     return numbers
@@ -164,50 +216,41 @@ def _two(bounds: Any, policy: Policy) -> tuple[Any, Any]:
     return bounds[0], bounds[1]
 
 
-def _one(value: Any, field: str, policy: Policy) -> Any:
-    """``value``: a real tensor with one element, or a Python number; ValueError for anything else."""
+def _real(value: Any, field: str, policy: Policy, shape: tuple[int, ...] = ()) -> Any:
+    """``value``: a real tensor with one element, or of ``shape``, or a Python number; ValueError for anything else."""
     if isinstance(value, Tensor):
         real = value.dtype.is_floating_point or not (
             value.is_complex() or (value.dtype == torch.bool and field != "skip")
         )
-        if value.numel() == 1 and real and is_dense(value):
+        if (value.numel() == 1 or value.shape == shape) and real and is_dense(value):
             return value
     elif getattr(value, "shape", None) == ():  # NumPy's
         value = value.item()
     if isinstance(value, Real) and (field == "skip" or not isinstance(value, bool)):
         return value
-    raise refusal(field, policy, value)
+    raise refusal(field, policy, value, shape=shape)
 
 
 def _read(value: Any, field: str, policy: Policy) -> float:
-    one = _one(value, field, policy)
+    one = _real(value, field, policy)
     return float(one.item() if isinstance(one, Tensor) else one)
 
 
-def _on(device: torch.device, value: Any, field: str, policy: Policy) -> Tensor:
-    one = _one(value, field, policy)
-    if not isinstance(one, Tensor):
-        return torch.full((), float(one), dtype=torch.float64, device=device)
-    return sent(one.detach(), device).double().reshape(())
+def _on(value: Any, field: str, policy: Policy, device: torch.device, shape: tuple[int, ...] = ()) -> Tensor:
+    """``value`` on ``device``, float64 of ``shape``; for units in memory that no policy writes to later."""
+    real = _real(value, field, policy, shape)
+    if not isinstance(real, Tensor):
+        return torch.full(shape, float(real), dtype=torch.float64, device=device)
+    number = sent(real.detach(), device)
+    if not shape:
+        return number.double().reshape(())
+    each = number.reshape(()) if number.numel() == 1 else number
+    return torch.empty(shape, dtype=torch.float64, device=device).copy_(each)
 
 
 def _like(own: Tensor, value: Any, name: str, policy: Policy) -> Tensor:
     """``value`` as the successor of ``own`` in the state; ValueError if it does not fit."""
     if not is_dense(value) or value.shape != own.shape or value.dtype != own.dtype:
-        raise ValueError(
-            f"{_name(policy)}.decide returned state {name} as {_shown(value)}, and no step was made: return it as init "
-            f"made it, {_shown(own)}"
-        )
+        raise other_state(policy, name, value, own)
     tensor: Tensor = value.detach() if value.requires_grad else value
     return tensor
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return short(value)
-    kind = "a dense tensor" if is_dense(value) else f"a {type(value).__name__} that is not dense"
-    return f"{kind} of shape {tuple(value.shape)} and dtype {value.dtype}"  # its numbers may have to be waited for
-
-
-def _name(policy: Policy) -> str:
-    return type(policy).__qualname__

@@ -1,7 +1,12 @@
-"""Checks of users' numbers; each error names the argument."""
+"""Checks of users' numbers and tensors; each error names the argument."""
 
 from math import inf, isnan
 from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def positive(name: str, value: float, note: str = "") -> float:
@@ -42,6 +47,12 @@ def count(name: str, value: object) -> int:
     if not 0 <= number < 2**62:
         raise ValueError(f"{name} must lie between 0 and 2**62, which {hex(number)} does not")
     return number
+
+
+def is_dense(value: Any) -> bool:
+    """Whether it is a tensor whose elements are all in the memory of this rank."""
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return dense and not isinstance(value, DTensor)
 
 
 def _number(name: str, value: float) -> float:

@@ -127,7 +127,8 @@ class RowNames(Sequence[str]):
 class Level:
     """The units of one level.
 
-    * ``names``: of the units, the same on every rank; of rows :class:`RowNames`. ``sizes``: (units,) float64, how many elements each has.
+    * ``names``: of the units, the same on every rank; of rows :class:`RowNames`. ``sizes``: (units,) float64, how many
+      elements each has.
     * ``of_slots``: how slots make them up. ``unit_of_slot``: (slots,) int64, the unit that a slot is in, ``len(names)``
       for one in no unit; None where groups overlap.
     """
@@ -147,6 +148,11 @@ class Units:
         """``size``: how many elements the model has; 0 where nobody asked for more than its norm."""
         self.size = size
         self._levels = dict(levels or {})
+
+    @property
+    def levels(self) -> tuple[Statistic, ...]:
+        """The statistics of gradients that have units, in an order that is the same on every rank."""
+        return tuple(self._levels)
 
     def level(self, statistic: Statistic | Per) -> Level:
         """The units of a statistic; ValueError where it was not asked for."""

@@ -12,6 +12,7 @@ from ..plan.measured import Measured
 from ..policies import Policy, State, Statistics, Units
 from ..policies.answer import Numbers, Tensors, ask, is_trusted
 from ..policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device, rounded
+from ..policies.statistics import MODEL
 from ..report import Culprit, Report
 from ..shield import shielded
 
@@ -123,11 +124,13 @@ def decided_on_host(
     norm = nan if disagree else reduced.norm
     statistics = Statistics(torch.scalar_tensor(norm, dtype=torch.float64, device=device), NO_UNITS)
     decision, state = policy.decide(statistics, state) if trusted else ask(policy, statistics, state)
-    answer, finite, dtype = Numbers.of(decision, policy), isfinite(norm), measured.dtype
-    if finite and not answer.skip:  # what a policy makes of a norm that is not finite need not be usable
-        answer.check(policy)
-    skip, bound = answer.skip or (skips_nonfinite and not finite), answer.max_norm
-    coef, found = (torch.ones((), dtype=dtype), ()) if skip else factors(norm, bound, answer.coef, dtype)
+    answer, finite, dtype = Numbers.of(decision, policy, statistics), isfinite(norm), measured.dtype
+    skip, bound, given = answer.skip or (skips_nonfinite and not finite), answer.max_norm, answer.coef
+    if not skip:
+        answer.check(policy, statistics, finite)
+    assert not isinstance(bound, Tensor), "nothing but the norm of the model is measured"
+    assert not isinstance(given, Tensor)
+    coef, found = (torch.ones((), dtype=dtype), ()) if skip else factors(norm, bound, given, dtype)
     report = Report(presented(norm, dtype), presented(bound, dtype), coef, torch.scalar_tensor(skip, dtype=torch.bool))
     return Outcome(report, measured, answer.bounds, found, norm, disagree, coef.item(), skip), state
 
@@ -145,14 +148,15 @@ def decided_on_device(
     ``last``: the previous report, whose ``max_norm`` is reused where the bound is a number.
     """
     norm, dtype, trusted = measured.reduced.tensor(device), measured.dtype, is_trusted(policy)
-    shown = norm if trusted else norm.clone()  # a policy of a user may write to it
-    decision, state = ask(policy, Statistics(shown, NO_UNITS), state)
-    answer, finite = Tensors.of(decision, policy, device), norm < inf  # false for NaN too
+    statistics = Statistics(norm if trusted else norm.clone(), NO_UNITS)  # a policy of a user may write to it
+    decision, state = ask(policy, statistics, state)
+    answer, finite = Tensors.of(decision, policy, statistics, device), norm < inf  # false for NaN too
+    assert answer.per is MODEL, "nothing but the norm of the model is measured"
     skip = _skipped(answer.skip, finite, skips_nonfinite)
     shown = norm
     fault: Tensor | None = None
     if not trusted:
-        fault = torch.where(skip | ~finite, 0.0, answer.fault())
+        fault = torch.where(skip | ~finite, 0.0, answer.fault(statistics, finite))
         skip = skip | (fault > 0)
         shown = torch.where(fault > 0, torch.nan, norm)
     never = answer.skip is None and not skips_nonfinite and trusted

@@ -17,15 +17,17 @@ from ..plan.copies import compare_copies, compare_gradients
 from ..plan.measure import fail_with_others, measure, norms_of
 from ..plan.measured import Measured
 from ..plan.split import compare_axes
-from ..policies import Policy, State, Units
+from ..policies import Policy, State
 from ..policies.adopt import fitting, hash_of, made, with_keys
-from ..policies.answer import is_trusted, refusal_of
+from ..policies.answer import is_trusted
+from ..policies.by_unit import in_order, labelled, orders_of
 from ..policies.checks import count, finite
+from ..policies.refusals import refusal_of
 from ..report import Report
 from ..shield import shielded
 from . import refusals
 from .calls import Call, Calls
-from .decision import Outcome, decided_on_device, decided_on_host
+from .decision import NO_UNITS, Outcome, decided_on_device, decided_on_host
 from .nonfinite import Streak
 
 
@@ -53,7 +55,8 @@ class Progress:
         self.on_device = not reads_are_free(plan.device) if on_device is None else on_device
         self.report: Report | None = None
         self.committed = False
-        self.state = made(policy, Units(), plan.device)
+        self.units = NO_UNITS
+        self.state = made(policy, self.units, plan.device)
         self._trusted = is_trusted(policy)
         self._holders = holders
         self._compares_axes = compares_axes
@@ -112,13 +115,16 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Clipper.state_dict`."""
         policy = {name: value.detach().clone() for name, value in self.state.items()}
-        return {"policy": policy, "steps": self.calls.steps, "consecutive_skips": self.streak.skips}
+        counts = {"steps": self.calls.steps, "consecutive_skips": self.streak.skips}
+        return {"policy": policy, **counts, **labelled(self.policy, self.units)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`Clipper.load_state_dict`."""
-        state = with_keys(state, ("policy", "steps", "consecutive_skips"), "a Clipper's")
+        labels = labelled(self.policy, self.units)
+        state = with_keys(state, ("policy", "steps", "consecutive_skips", *labels), "a Clipper's")
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
-        self.state = fitting(state["policy"], made(self.policy, Units(), self.plan.device))
+        orders = orders_of(state["units"], labels["units"]) if labels else {}
+        self.state = in_order(fitting(state["policy"], made(self.policy, self.units, self.plan.device)), orders)
         self.streak.skips = skips
         self.calls.begin_anew(steps, hash_of(self.state, skips))
         self._unchecked = None
@@ -172,7 +178,7 @@ class Progress:
         if outcome.disagree:
             raise refusals.ranks_disagree(outcome.measured.reduced.who)
         if outcome.fault:
-            raise refusal_of(float(outcome.fault), self.policy)
+            raise refusal_of(float(outcome.fault), self.policy, self.units)
         measured = outcome.measured
         if not isfinite(outcome.norm):
             return outcome.blamed_on(self.streak.record_nonfinite(self.plan, measured))
@@ -208,7 +214,7 @@ class Progress:
         self.streak.record_finite(norm, measured.norms is not None and len(measured.norms.indices) > 0)
         compare_copies(self.plan, norm, own, f"step {self.calls.steps - 1}", warns=False)  # this call raises
         if any(faults):
-            raise refusal_of(faults[0], self.policy)
+            raise refusal_of(faults[0], self.policy, self.units)
 
     def _commit(self, outcome: Outcome, state: State) -> None:
         if not self.on_device:  # which follows from where numbers are reduced, so on all ranks or on none

@@ -1,0 +1,93 @@
+"""States with an entry for each parameter or row: saved with the names of these units, and loaded by them.
+
+So a state means the same on any number of ranks, whatever order the units are in there. Models and groups have one
+order everywhere.
+"""
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import count
+from .protocol import Policy, State
+from .statistics import RowNames, Units, asked
+
+KEPT = ("parameter", "row")  # the levels whose units are saved by name
+
+
+def labelled(policy: Policy, units: Units) -> dict[str, Any]:
+    """What a Clipper's state says of the units that ``policy`` needs: ``{"units": ...}``, or nothing.
+
+    * ``"parameter"``: names of parameters. ``"row"``, ``"rows"``: of those that the rows are of, and how many each has.
+    """
+    needed, found = {asked(statistic).per for statistic in policy.needs()}, dict[str, Any]()
+    if "parameter" in needed:
+        found["parameter"] = list(units.names("parameter"))
+    if "row" in needed:
+        rows = units.names("row")
+        assert isinstance(rows, RowNames)
+        found |= {"row": list(rows.parameters), "rows": list(rows.counts)}
+    return {"units": found} if found else {}
+
+
+def orders_of(given: Any, own: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Where units of ``own`` are in a state that says ``given`` of them: int64, by how many they are.
+
+    ValueError for other parameters, or other numbers of rows.
+    """
+    if not isinstance(given, dict) or set(given) != set(own):
+        raise ValueError(f"the units of a state are a dictionary of {', '.join(sorted(own))}, got {given!r:.80}")
+    orders = {}
+    for level in KEPT:
+        if level in own:
+            order = _order(_counts(given, level), _counts(own, level))
+            orders[len(order)] = order
+    return orders
+
+
+def in_order(state: State, orders: Mapping[int, Tensor]) -> State:
+    """``state`` with the entries of each unit where it is here."""
+    return {
+        name: value.index_select(0, orders[len(value)].to(value.device))
+        if value.dim() and len(value) in orders
+        else value
+        for name, value in state.items()
+    }
+
+
+def _counts(said: Mapping[str, Any], level: str) -> dict[str, int]:
+    """How many entries each parameter has; ValueError for what is no list of names, and of as many whole numbers."""
+    names, counts = said[level], said["rows"] if level == "row" else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
+        raise ValueError(f"state units {level} must be a list of different names, got {names!r:.80}")
+    if counts is None:
+        return dict.fromkeys(names, 1)
+    if not isinstance(counts, list) or len(counts) != len(names):
+        raise ValueError(f"state units rows must be a list of {len(names)} numbers, got {counts!r:.80}")
+    return {name: count(f"state units rows of {name}", number) for name, number in zip(names, counts, strict=True)}
+
+
+def _order(given: dict[str, int], own: dict[str, int]) -> Tensor:
+    if given.keys() != own.keys():
+        raise ValueError(
+            f"this state is of other parameters than this Clipper's: it lacks {_some(own, given)}, and has "
+            f"{_some(given, own)} that this one does not know: load it into a Clipper of the model it was saved from"
+        )
+    for name, number in own.items():
+        if given[name] != number:
+            raise ValueError(
+                f"this state has {given[name]} rows of {name}, which has {number}: load that of this model"
+            )
+    starts = dict(zip(given, accumulate(given.values(), initial=0), strict=False))
+    shifts = [starts[name] - start for name, start in zip(own, accumulate(own.values(), initial=0), strict=False)]
+    lengths = torch.tensor(list(own.values()), dtype=torch.int64)
+    return torch.tensor(shifts, dtype=torch.int64).repeat_interleave(lengths) + torch.arange(sum(own.values()))
+
+
+def _some(names: Mapping[str, int], without: Mapping[str, int]) -> str:
+    found = [name for name in names if name not in without]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"{', '.join(found[:3])}{more}" if found else "none"

@@ -1,0 +1,83 @@
+"""Every error about what a policy returned: the policy, the field and the unit, and what to return instead."""
+
+from reprlib import repr as short
+from typing import Any
+
+from torch import Tensor
+
+from .checks import is_dense
+from .protocol import Policy, State
+from .statistics import Per, Statistic, Units
+
+RULES = {
+    "max_norm": "a number above 0, or inf for no bound",
+    "coef": "a number above 0 and at most 1",
+    "bounds": "two numbers, low <= 0 <= high, not both 0",
+    "skip": "a bool, a 0-d tensor or None",
+    "per": "'model', or a statistic of gradients that needs() lists, whose groups do not overlap",
+}
+FIELDS = tuple(RULES)
+_BASE = 4  # above the fields that a device checks, which count from 1
+
+
+def fault_code(field: str, per: Statistic, units: Units) -> tuple[int, int]:
+    """``(a, b)``: ``a + b * unit`` is the number that tells :func:`refusal_of` of a field that is bad for a unit."""
+    known = units.levels
+    return FIELDS.index(field) + 1 + _BASE * (1 + known.index(per)), _BASE * len(known)
+
+
+def refusal_of(fault: float, policy: Policy, units: Units) -> ValueError:
+    """The error for what :meth:`.answer.Tensors.fault` found."""
+    place, field = divmod(int(fault), _BASE)
+    if not place:
+        return refusal(FIELDS[field - 1], policy)
+    unit, level = divmod(place - 1, len(units.levels))
+    return refusal(FIELDS[field - 1], policy, where=where(unit, units.levels[level], units))
+
+
+def refusal(
+    field: str, policy: Policy, *value: Any, where: str = "", shape: tuple[int, ...] = (), because: str = ""
+) -> ValueError:
+    """The error for a ``field`` of a decision, with its value if it is known.
+
+    ``where``: of which unit. ``shape``: which a tensor may have instead. ``because``: what is wrong with it.
+    """
+    what = f"{field} = {shown(*value)}{where}" if value else f"a {field}{where} that no step can use"
+    rule = f"{RULES[field]}, or a tensor of shape {shape}" if shape else RULES[field]
+    return ValueError(f"{_name(policy)}.decide returned {what}{because}, and no step was made: return {rule}")
+
+
+def where(unit: int, per: Statistic | Per, units: Units) -> str:
+    names = units.names(per)
+    return f" for {names[unit]} (unit {unit} of {len(names)})"
+
+
+def no_decision(policy: Policy, answer: Any) -> ValueError:
+    got = [type(part).__name__ for part in answer] if isinstance(answer, (tuple, list)) else type(answer).__name__
+    return ValueError(f"{_name(policy)}.decide returned {got}, and no step was made: return a Decision and the state")
+
+
+def other_keys(policy: Policy, after: Any, state: State) -> ValueError:
+    got = f"the keys {sorted(map(str, after))}" if isinstance(after, dict) else f"a {type(after).__name__} for it"
+    return ValueError(
+        f"{_name(policy)}.decide returned a state with {got}, and no step was made: return those of init, "
+        f"{sorted(state)}"
+    )
+
+
+def other_state(policy: Policy, name: str, value: Any, own: Tensor) -> ValueError:
+    return ValueError(
+        f"{_name(policy)}.decide returned state {name} as {shown(value)}, and no step was made: return it as init "
+        f"made it, {shown(own)}"
+    )
+
+
+def shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return short(value)
+    kind = "a dense tensor" if is_dense(value) else f"a {type(value).__name__} that is not dense"
+    return f"{kind} of shape {tuple(value.shape)} and dtype {value.dtype}"  # its numbers may have to be waited for
+
+
+def _name(policy: Policy) -> str:
+    return type(policy).__qualname__

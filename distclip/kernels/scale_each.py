@@ -1,65 +1,94 @@
-"""Scaling of each tensor, or of each row of tensors, by a factor of its own. Private torch API: ``_foreach_mul_``."""
+"""Scaling of each tensor, or of each row of tensors, by a factor of its own. Private torch API: ``_foreach_mul_``.
 
-from collections.abc import Sequence
+The product is in fp32 and rounded once, for bf16 and fp16 tensors too; in float64 for float64: the bits of ``scale_``
+of each tensor or row alone, with complex numbers as pairs. No temporary is as large as a large tensor.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, compress, pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import foreach_rows
+from .device import device_of
 from .dtypes import WIDE, as_real
 from .memory import check_memory
-from .rows import Cut, Rows, rows_of, whole
+from .rows import Cut, rows_of, whole
 from .scale import changing
 from .sums import CHUNK
 from .transfer import sent
 
 
 def scale_each_(tensors: Sequence[Tensor], factors: Tensor) -> None:
-    """Multiply each of ``tensors`` in place by its factor: (len(tensors),) float32 or float64; no host sync if they are
-    on the device of the tensors.
+    """Multiply each of ``tensors`` in place by its factor: (len(tensors),) float32 or float64, on their device.
 
-    The product is in fp32 and rounded once, for bf16 and fp16 tensors too; in float64 for float64: the bits of
-    ``scale_`` of each alone. Complex numbers are pairs. On the CPU a tensor whose factor is 1 is not touched. No
-    temporary is as large as a large tensor. RuntimeError where the memory of a tensor was freed, or two share it.
+    On the CPU a tensor whose factor is 1 is not touched. A host sync only where ``factors`` are on an accelerator and a
+    tensor is on the CPU. RuntimeError where the memory of a tensor was freed, or two share it.
     """
-    scale_rows_(tensors, list(map(whole, tensors)), factors)
+    for device, here, by in _by_device(tensors, [1] * len(tensors), factors):
+        group = [tensors[k] for k in here]
+        with changing(group, device):
+            if device.type == "cpu":
+                _multiply_each(group, by)
+            else:
+                foreach_rows.multiply_(list(rows_of(group, list(map(whole, group)))), by)
 
 
 def scale_rows_(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tensor) -> None:
-    """The same for each row of ``tensors``: (number of rows,) factors, as ``row_sums`` orders its sums."""
-    assert len(factors) == sum(cut.count for cut in cuts)
-    rows = list(rows_of(tensors, cuts))
-    for device in dict.fromkeys(t.device for t in tensors):
-        here = [k for k, t in enumerate(tensors) if t.device == device]
-        group = [tensors[k] for k in here]
-        check_memory(group)
-        theirs = [each for each in rows if each.numbers.device == device]
-        by = factors if factors.device == device else sent(factors, device)
+    """The same for each row of ``tensors``: as many factors as there are rows, in the order of ``row_sums``."""
+    for device, here, by in _by_device(tensors, [cut.count for cut in cuts], factors):
+        group, theirs = [tensors[k] for k in here], [cuts[k] for k in here]
         with changing(group, device):
             if device.type == "cpu":
-                _multiply_on_cpu_(theirs, by)
+                _multiply_rows(group, theirs, by)
             else:
-                foreach_rows.multiply_(theirs, by)
+                foreach_rows.multiply_(list(rows_of(group, theirs)), by)
 
 
-def _multiply_on_cpu_(rows: Sequence[Rows], factors: Tensor) -> None:
-    changed = factors.ne(1).cumsum(0).tolist()
-    changed.append(0)  # before the first
-    narrow = factors.float()
-    alone: list[Tensor] = []
-    by: list[Tensor] = []
-    for numbers, first in rows:
-        if changed[first + len(numbers) - 1] == changed[first - 1]:
-            continue
-        real = as_real(numbers)
-        its = (factors if real.dtype in WIDE else narrow)[first : first + len(numbers)]
-        if len(real) == 1 or real[0].numel() > CHUNK:
-            alone += real.unbind()
-            by += its.unbind()
-        else:
-            # torch would convert a whole copy of bf16 and fp16 to multiply it by fp32.
-            at_once = len(real) if real.dtype.itemsize > 2 else max(1, CHUNK // real[0].numel())
-            for part, few in zip(torch.split(real, at_once), torch.split(its, at_once), strict=True):
-                part.mul_(few.view(-1, *[1] * (real.ndim - 1)))
-    if alone:
-        torch._foreach_mul_(alone, by)
+def _by_device(
+    tensors: Sequence[Tensor], counts: list[int], factors: Tensor
+) -> Iterator[tuple[torch.device, Sequence[int], Tensor]]:
+    """Yield each device, the places of the tensors there, and their factors there, ``counts`` of each tensor."""
+    assert len(tensors) == len(counts)
+    assert len(factors) == sum(counts)
+    check_memory(tensors)
+    devices = list(map(device_of, tensors))
+    different = dict.fromkeys(devices)
+    for device in different:
+        here: Sequence[int] = range(len(tensors))
+        by = factors
+        if len(different) > 1:
+            here = [k for k in here if devices[k] == device]
+            parts = torch.split(factors, counts)
+            by = torch.cat([parts[k] for k in here])
+        yield device, here, by if by.device == device else sent(by, device)
+
+
+def _multiply_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
+    changed = factors.ne(1).tolist()
+    if any(changed):
+        each = zip(tensors, factors.unbind(), factors.float().unbind(), strict=True)
+        pairs = [(as_real(t), wide if t.dtype in WIDE else narrow) for t, wide, narrow in compress(each, changed)]
+        torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+
+
+def _multiply_rows(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tensor) -> None:
+    counts = [cut.count for cut in cuts]
+    before = pad(factors.ne(1).cumsum(0), (1, 0))  # of the first k, how many are not 1
+    changed = [a != b for a, b in pairwise(before[list(accumulate(counts, initial=0))].tolist())]
+    for tensor, cut, its in compress(zip(tensors, cuts, torch.split(factors, counts), strict=True), changed):
+        for numbers, first in rows_of([tensor], [cut]):
+            _multiply(as_real(numbers), its[first : first + len(numbers)])
+
+
+def _multiply(rows: Tensor, factors: Tensor) -> None:
+    by, length = factors if rows.dtype in WIDE else factors.float(), rows[0].numel()
+    if len(rows) == 1 or length > CHUNK:
+        torch._foreach_mul_(rows.unbind(), by.unbind())
+        return
+    # torch converts all of its operands where their dtypes differ.
+    at_once = len(rows) if by.dtype == rows.dtype else max(1, CHUNK // length)
+    for part, few in zip(torch.split(rows, at_once), torch.split(by, at_once), strict=True):
+        part.mul_(few.view(-1, *[1] * (rows.ndim - 1)))

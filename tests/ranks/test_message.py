@@ -1,6 +1,6 @@
 """Numbers on the host and 0-d tensors on an accelerator are two roads to the same result."""
 
-from math import inf, isnan, nan, nextafter
+from math import copysign, inf, isnan, nan, nextafter
 
 import pytest
 import torch
@@ -138,3 +138,20 @@ def test_the_two_halves_clip_alike_by_any_bound(norm, bound):
     distclip.clip_grad_norm_([whole], bound)
     assert same_bits([halves.grad, whole.grad])
     assert whole.grad.item() != norm
+
+
+EDGES = (0.0, -0.0, 5e-324, 1.0, nextafter(1.0, 2.0), 1.7e308, inf, nan, copysign(nan, -1))
+
+
+@pytest.mark.parametrize("made", [float, scalar])
+@pytest.mark.parametrize("first", EDGES)
+@pytest.mark.parametrize("second", EDGES)
+def test_the_largest_norm_is_found_among_all_floats_whatever_their_signs(first, second, made):
+    found = simulate(lambda group: reduce_norm(group, made((first, second)[group.rank]), inf, 5, False, ()).read(), 2)
+    assert same_bits(found)
+    norm, disagree, _ = found[0]
+    assert not disagree
+    if isnan(first) or isnan(second):
+        assert isnan(norm)
+    else:
+        assert (norm, copysign(1, norm)) == (max(first, second), 1)

@@ -9,7 +9,7 @@ from ..errors import LayoutError, NonFiniteError, and_more
 from ..report import Culprit
 
 SAY_WHERE = (
-    "say layout=... (distclip.Layout.cut(over=[tp])) where ranks hold different parts of these parameters, or "
+    "say layout=... (distclip.Layout.cut(parts=[tp])) where ranks hold different parts of these parameters, or "
     "split_over=[mesh['pp']] where all that they hold is different"
 )
 ABSENT = (

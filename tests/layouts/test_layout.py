@@ -257,7 +257,7 @@ def test_fsdp1_experts_that_nobody_told_about_are_refused_at_construction(layout
     results = run_ranks(inner_group_untold, 4, layout)
     for said, counts in results:
         assert said.startswith("ranks that should hold copies hold other values of inner.0.weight, inner.0.bias, ")
-        assert "say layout=... (distclip.Layout.cut(over=[tp])) where ranks hold different parts" in said
+        assert "say layout=... (distclip.Layout.cut(parts=[tp])) where ranks hold different parts" in said
         assert said.index("layout=") < said.index("split_over=[mesh['pp']]")
         assert counts == {"allreduce": 2}
 
@@ -360,14 +360,15 @@ def cut_by_hand() -> tuple[list[object], torch.Tensor, float]:
     torch.nn.init.constant_(net["weight"].weight, float(rank))
     for p in net.parameters():
         p.grad = torch.full_like(p, 1.0 + rank if p.shape == (2, 3) else 5.0)
-    cut = distclip.Layout.cut(over=[mesh["tp"]])
+    cut = distclip.Layout.cut(parts=[mesh["tp"]])
     said: list[object] = [
         cut.replicas,
         distclip.Layout.cut(over=[]).replicas,
-        distclip.Layout.cut(over=[mesh.get_group("dp"), mesh["tp"]]).replicas,
+        distclip.Layout.cut(over=[mesh.get_group("dp")], parts=[mesh["tp"]]).replicas,
         distclip.Layout.cut(over=[], group=mesh.get_group("tp")).replicas,
     ]
-    for wrong in ({"over": [mesh["tp"]] * 3}, {"over": [mesh["dp"]], "group": mesh.get_group("tp")}):
+    tp = mesh["tp"]
+    for wrong in ({"over": [tp] * 2, "parts": [tp]}, {"parts": [mesh["dp"]], "group": mesh.get_group("tp")}):
         try:
             distclip.Layout.cut(**wrong)
         except ValueError as error:

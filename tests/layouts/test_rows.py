@@ -16,6 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
+from distclip.kernels.each import row_sums
 from distclip.layouts.model import held_in
 from distclip.layouts.piece import Held, held_parameter
 from distclip.layouts.rows import Rows, rows_of
@@ -58,6 +59,8 @@ def looked_at(listed: list[Held]) -> list[Found]:
         assert rows.index.dtype == torch.int64
         assert rows.index.unique().tolist() == rows.index.tolist()
         pairs = list(zip(cut_into(rows, len(values)), map(int, values), strict=True))
+        sums = [sum(value**2 for at, value in pairs if at == row) for row in rows.index.tolist()]
+        assert row_sums([item.values().detach()], [rows.cut], 2.0).tolist() == sums
         found.append((item.piece.name, tuple(item.piece.global_shape), rows.total, pairs))
     return found
 

@@ -233,7 +233,10 @@ class Clipper:
         self._call("verify")()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the policy's state and the counters: the same on every rank, for any number of ranks."""
+        """Return a copy of the policy's state and the counters: the same on every rank, for any number of ranks.
+
+        Where the policy needs statistics of parameters or rows, ``"units"`` has the names of these parameters.
+        """
         return self.engine.progress.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

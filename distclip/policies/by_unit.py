@@ -6,6 +6,7 @@ order everywhere.
 
 from collections.abc import Mapping
 from itertools import accumulate
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def orders_of(given: Any, own: Mapping[str, Any]) -> dict[int, Tensor]:
     ValueError for other parameters, or other numbers of rows.
     """
     if not isinstance(given, dict) or set(given) != set(own):
-        raise ValueError(f"the units of a state are a dictionary of {', '.join(sorted(own))}, got {given!r:.80}")
+        raise ValueError(f"the units of a state are a dictionary of {', '.join(sorted(own))}, got {short(given)}")
     orders = {}
     for level in KEPT:
         if level in own:
@@ -50,23 +51,22 @@ def orders_of(given: Any, own: Mapping[str, Any]) -> dict[int, Tensor]:
 
 def in_order(state: State, orders: Mapping[int, Tensor]) -> State:
     """``state`` with the entries of each unit where it is here."""
-    return {
-        name: value.index_select(0, orders[len(value)].to(value.device))
-        if value.dim() and len(value) in orders
-        else value
-        for name, value in state.items()
-    }
+    return {name: _moved(value, orders.get(len(value)) if value.dim() else None) for name, value in state.items()}
+
+
+def _moved(value: Tensor, order: Tensor | None) -> Tensor:
+    return value if order is None else value.index_select(0, order.to(value.device))
 
 
 def _counts(said: Mapping[str, Any], level: str) -> dict[str, int]:
     """How many entries each parameter has; ValueError for what is no list of names, and of as many whole numbers."""
     names, counts = said[level], said["rows"] if level == "row" else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
-        raise ValueError(f"state units {level} must be a list of different names, got {names!r:.80}")
+        raise ValueError(f"state units {level} must be a list of different names, got {short(names)}")
     if counts is None:
         return dict.fromkeys(names, 1)
     if not isinstance(counts, list) or len(counts) != len(names):
-        raise ValueError(f"state units rows must be a list of {len(names)} numbers, got {counts!r:.80}")
+        raise ValueError(f"state units rows must be a list of {len(names)} numbers, got {short(counts)}")
     return {name: count(f"state units rows of {name}", number) for name, number in zip(names, counts, strict=True)}
 
 
@@ -78,9 +78,7 @@ def _order(given: dict[str, int], own: dict[str, int]) -> Tensor:
         )
     for name, number in own.items():
         if given[name] != number:
-            raise ValueError(
-                f"this state has {given[name]} rows of {name}, which has {number}: load that of this model"
-            )
+            raise ValueError(f"this state has {given[name]} rows of {name}, not {number}: load it into the same model")
     starts = dict(zip(given, accumulate(given.values(), initial=0), strict=False))
     shifts = [starts[name] - start for name, start in zip(own, accumulate(own.values(), initial=0), strict=False)]
     lengths = torch.tensor(list(own.values()), dtype=torch.int64)

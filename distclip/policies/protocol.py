@@ -33,9 +33,9 @@ class Decision:
     * ``per``: what is bounded: the units of a statistic of gradients that :meth:`Policy.needs` lists. Groups must not
       overlap then; parameters in none of them keep their gradients.
 
-    Anything else is a ValueError in that call, and nothing has changed. In a step that is skipped, and for a model
-    or unit whose norm is not finite, any number will do. On an accelerator, where reading the number would be a host sync, the step is skipped
-    with a reported norm of NaN, and the next call raises.
+    Anything else is a ValueError in that call, and nothing has changed. In a step that is skipped, and for a model or
+    unit whose norm is not finite, any number will do. On an accelerator, where reading the number would be a host sync,
+    the step is skipped with a reported norm of NaN, and the next call raises.
     """
 
     max_norm: Number

@@ -481,14 +481,18 @@ class Experts(nn.Module):
         return self.last(self.moe(self.first(x).tanh().unsqueeze(0))[0].squeeze(0))
 
 
-def experts(config: dict[str, Any], split: int) -> list[tuple[float, float, float]]:
-    """Norm, true norm and coefficient of a few steps."""
+def engine_of_experts(config: dict[str, Any], split: int) -> Any:
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     model = Experts(split)
     groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
-    engine = deepspeed.initialize(model=model, optimizer=SGD(groups, lr=0.05), config={**BASE, **config})[0]
+    return deepspeed.initialize(model=model, optimizer=SGD(groups, lr=0.05), config={**BASE, **config})[0]
+
+
+def experts(config: dict[str, Any], split: int) -> list[tuple[float, float, float]]:
+    """Norm, true norm and coefficient of a few steps."""
+    engine = engine_of_experts(config, split)
     clipper = taken(engine, 2.0)
     found = []
     for step in range(4):
@@ -499,6 +503,23 @@ def experts(config: dict[str, Any], split: int) -> list[tuple[float, float, floa
         engine.step()
         found.append((clipper.report.norm.item(), expected, clipper.report.coef.item()))
     return found
+
+
+def where_experts_are(config: dict[str, Any], split: int) -> dict[str, tuple[str | None, bool]]:
+    """Where each parameter is of which this rank has elements, and whether these are a part of it."""
+    from distclip.integrations.deepspeed_optimizers import KINDS, layout_of, parts_of_torch
+    from distclip.layouts.layout import LayoutReader
+    from distclip.layouts.piece import held_parameter
+    from distclip.ranks.group import ClippingGroup
+
+    engine = engine_of_experts(config, split)
+    optimizer = engine.optimizer
+    parts_of = KINDS.get(type(optimizer), (parts_of_torch, None))[0]
+    held = [parameter for parameters, _ in parts_of(optimizer) for parameter in parameters]
+    reader = LayoutReader(ClippingGroup.of(None), (), layout_of(optimizer, held))
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    read = {names[p]: reader.read(held_parameter(p), i) for i, p in enumerate(held)}
+    return {name: (each.where, each.parts) for name, each in read.items()}
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -642,6 +663,7 @@ def launch(names: Sequence[str], odd: bool, folder: str) -> dict[Any, Any]:
             if stage < 3:
                 for split in (1, 2):
                     attempt((str(stage), "experts", split), experts, zero(stage), split)
+                    attempt((str(stage), "where", split), where_experts_are, zero(stage), split)
         if odd:
             attempt("refusals", refusals)
     with suppress(FileNotFoundError):

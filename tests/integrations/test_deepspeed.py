@@ -198,6 +198,18 @@ def test_a_loss_scale_changes_neither_norms_nor_steps(launched, alone, stage, dy
 
 @pytest.mark.parametrize("stage", ["0", "1", "2"])
 @pytest.mark.parametrize("split", [1, 2])
+def test_experts_are_parameters_of_their_own_and_partitions_parts_of_one(launched, stage, split):
+    """Two ranks that share all experts, or have two each: under the same names."""
+    for rank, found in enumerate(launched(2, (stage, "where", split))):
+        partitioned = stage != "0"
+        for name, place in found.items():
+            where = f"axis0={rank}" if "deepspeed_experts" in name and split == 2 else ""
+            assert place == (where, partitioned), name
+        assert partitioned or any("deepspeed_experts" in name for name in found)
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2"])
+@pytest.mark.parametrize("split", [1, 2])
 def test_experts_count_once(launched, stage, split):
     for found in launched(2, (stage, "experts", split)):
         assert {coef < 1 for _, _, coef in found} == {True, False}

@@ -54,6 +54,7 @@ from .step import refusals
 from .step.driver import Driver
 from .step.engine import Engine
 from .step.nonfinite import Nonfinite
+from .step.options import Watch
 from .step.read_only import ReadOnly
 
 
@@ -84,6 +85,8 @@ class Clipper:
     * ``gradients``: where they are, if not in ``.grad``: the name of another attribute of the parameters
       (``"main_grad"``), or ``(name, parameter) -> Tensor | None``. They are scaled in place before the optimizers step,
       and a GradScaler cannot unscale them.
+    * ``watch``: whose norms are in ``report.norms``, measured in the same all-reduce: ``"parameters"``, or groups of
+      them by patterns of their names: ``{"experts": "*.experts.*", "head": ("head.*", "embed.*")}``.
 
     LayoutError or ValueError on all ranks where ranks differ in parameters, in the values of replicas or in settings.
     A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated when, and
@@ -133,6 +136,7 @@ class Clipper:
         nonfinite: Nonfinite = "skip",
         max_consecutive_skips: int | None = None,
         gradients: str | GradientFn | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.engine = Engine(
             model,
@@ -145,6 +149,7 @@ class Clipper:
             nonfinite=nonfinite,
             max_consecutive_skips=max_consecutive_skips,
             gradients=gradients,
+            watch=watch,
         )
         self._driver = None
 

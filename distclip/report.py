@@ -1,6 +1,7 @@
 """What one step did, as data: the library never prints or logs."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ class Culprit:
 
     ``ranks``: all global ranks on which the gradient of ``parameter`` is not finite. ``reduced``: DDP or FSDP had
     summed it over ranks before, so any of these may be its source: :func:`find_source` says which.
+
+    Where norms of parameters travel (``watch="parameters"``, or a policy that needs them) the parameter is known
+    without asking the ranks; then, with several of them, ``rank`` is ``None`` and ``ranks`` empty.
     """
 
     kind: str
@@ -31,11 +35,37 @@ class Culprit:
             which = "" if self.parameter is None else f", first in {self.parameter} on rank {self.rank}"
             return f"every gradient is finite but the sum of powers overflows float64{which}"
         if self.reduced:
+            held = f", held by rank {and_more(self.ranks)}" if self.ranks else ""
             return (
-                f"{self.parameter} has {self.kind} in its reduced gradient, held by rank {and_more(self.ranks)}; "
+                f"{self.parameter} has {self.kind} in its reduced gradient{held}; "
                 "distclip.find_source(model) says from which rank it came"
             )
         return f"{self.parameter} on rank {self.rank} has {self.kind} in its gradient"
+
+
+class Watched(Mapping[str, Tensor]):
+    """Norms by name: each a 0-d view of ``tensor``, (names,), made when it is asked for."""
+
+    __slots__ = ("_names", "_places", "tensor")
+
+    def __init__(self, names: Sequence[str], tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._names = names
+        self._places: dict[str, int] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._places is None:
+            self._places = {each: k for k, each in enumerate(self._names)}
+        return self.tensor[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return f"<norms of {len(self)} names>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +82,8 @@ class Report:
       accelerator, where the host does not know it, by the least normal number, which is then shown.
     * ``skip``: bool; do not take the step (``step`` did not take it).
 
+    * ``norms``: of what ``watch=`` names, by name: 0-d views of one tensor, of the dtype of ``norm``.
+
     ``culprit`` says where a non-finite norm came from. With the decision on an accelerator it is ``None`` here, and
     available one call later as :attr:`Clipper.culprit`.
 
@@ -66,13 +98,17 @@ class Report:
     coef: Tensor
     skip: Tensor
     culprit: Culprit | None = None
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, float | bool]:
-        """Return the four numbers as Python numbers: one copy to the host, the only host sync of a report.
+        """Return the four numbers, and ``"norm/<name>"`` of what is watched: one copy to the host, the only host sync.
 
         They may be NaN or inf, which JSON lacks (``json.dumps(..., allow_nan=False)`` raises): write ``str(number)``
         instead, as ``metrics.jsonl`` does.
         """
-        words = torch.stack([t.double() for t in (self.norm, self.max_norm, self.coef, self.skip)])
-        norm, max_norm, coef, skip = words.tolist()
-        return {"norm": norm, "max_norm": max_norm, "coef": coef, "skip": bool(skip)}
+        numbers = torch.stack([t.double() for t in (self.norm, self.max_norm, self.coef, self.skip)])
+        if isinstance(self.norms, Watched):
+            numbers = torch.cat([numbers, self.norms.tensor.double()])
+        norm, max_norm, coef, skip, *norms = numbers.tolist()
+        watched = {f"norm/{name}": number for name, number in zip(self.norms, norms, strict=True)}
+        return {"norm": norm, "max_norm": max_norm, "coef": coef, "skip": bool(skip), **watched}

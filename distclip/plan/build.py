@@ -7,8 +7,9 @@ this rank's memory, which no other rank needs to know.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from ..kernels.transfer import sent
 from ..layouts.layout import LayoutFn, LayoutReader, Replication
 from ..layouts.piece import Held, Piece, holders_of, once
 from ..ranks.group import Axis, ClippingGroup
+from .slots import Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,9 @@ class Plan:
     sends_flags: bool  # whether two flags travel with the norm: some rank has misplaced gradients, some has float64
     reads_flags: bool  # whether a rank other than this one may have set one of them, so that they must be read
     fully_replicated: bool  # whether every rank of the group holds all pieces and no others, as under DDP
+    where: tuple[str | None, ...]  # of each piece: see Replication
+    in_parts: tuple[bool, ...]  # of each piece: whether it is a part of which no rank knows where in the whole it lies
+    slots: Slots | None = None  # where sums finer than the model's go; None where nobody asked
     memory: Memory = field(default_factory=Memory, compare=False)
 
     @classmethod
@@ -100,7 +105,19 @@ class Plan:
             sends_flags=sends_flags or reads_flags,
             reads_flags=reads_flags,
             fully_replicated=group.size > 1 and set(replicas) == {group.size} and not (split_over or layout),
+            where=tuple(each.where for each in replications),
+            in_parts=tuple(each.parts for each in replications),
         )
+
+    def with_slots(self, slots: Slots, table: str) -> Self:
+        """The same with ``slots`` for the units of this ``table``, which ranks must have in common."""
+        digest = blake2b(f"{self.code}|{slots.length}|{table}".encode(), digest_size=6)
+        return replace(self, slots=slots, code=int.from_bytes(digest.digest()))
+
+    @property
+    def length(self) -> int | None:
+        """How many sums this rank sends in one message; None for a number instead of a vector."""
+        return None if self.slots is None else self.slots.length
 
     @property
     def known(self) -> list[int]:

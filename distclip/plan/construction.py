@@ -1,19 +1,27 @@
 """Comparing ranks where a Clipper is built: all hold the same parameters, settings and values, or all raise."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 from zlib import crc32
 
 import torch
 
+from ..errors import FAILURES
 from ..layouts.piece import Held, once
-from ..ranks.compare import checksums, differing_fields, who_differs
+from ..policies.statistics import Statistic
+from ..ranks.compare import checksums, differing_fields, distinct_texts, who_differs
 from ..ranks.group import ClippingGroup
 from . import refusals
 from .build import Plan
 from .copies import values_apart
 from .disagreement import stopped_by
+from .units import others_of, with_slots
 
 ERROR = "an error of its own"
+STOPPED = ""  # in place of a text, which is never empty
+
+R = TypeVar("R")
 
 
 def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str]) -> None:
@@ -36,6 +44,28 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
     apart = values_apart(plan, once(listed), checksums)
     if apart:
         raise refusals.other_values(apart)
+
+
+def agreed_on_units(plan: Plan, asked: Sequence[Statistic], ready: Callable[[Plan], R]) -> R:
+    """``ready`` with ``plan`` and the slots for what is ``asked``, on all ranks, or an error on all.
+
+    Three all-reduces, and a fourth where ranks hold different parameters, each with a host sync.
+    """
+    failed: Exception | None = None
+    try:
+        text = json.dumps(others_of(plan, asked))
+    except FAILURES as error:
+        failed, text = error, STOPPED
+    texts = distinct_texts(plan.group, plan.device, text)
+    if STOPPED not in texts:
+        try:
+            done = ready(with_slots(plan, asked, [json.loads(each) for each in texts]))
+        except FAILURES as error:
+            failed = error
+        if not differing_fields(plan.group, plan.device, {ERROR: failed is not None}) and failed is None:
+            return done
+    who = who_differs(plan.group, plan.device, "made its Clipper" if failed is None else stopped_by(failed))
+    raise failed or refusals.no_clipper(who)
 
 
 def tell_ranks(group: ClippingGroup, device: torch.device, settings: Mapping[str, str], error: Exception) -> None:

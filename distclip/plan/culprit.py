@@ -14,12 +14,29 @@ from ..ranks.connections import all_reduce
 from ..ranks.group import ClippingGroup
 from ..report import Culprit
 from .build import Plan
-from .measured import Norms
+from .measure import norms_of
+from .measured import Measured, Norms
 
 KINDS = {1: "NaN", 2: "inf", 3: "overflow"}
 NOBODY = 1 << 62
 OVERFLOW = 1 << 60  # added so that a NaN or inf anywhere comes before an overflow
 OWN, REDUCED, COPIED = "O", "R", "C"  # how the rank that is named came by its gradient
+
+
+def culprit_of(plan: Plan, measured: Measured) -> Culprit:
+    """Who made the norm of this measurement non-finite, the same answer on every rank.
+
+    Where sums of parameters or rows have travelled, the first of these that is not finite names its parameter, without
+    a collective, and not the rank; else :func:`find_culprit` asks the ranks.
+    """
+    slots, sums = plan.slots, measured.reduced.sums
+    if slots is not None and slots.names is not None and sums is not None and not measured.can_overflow:
+        bad = (~sums[: slots.count].isfinite()).nonzero().flatten().tolist()
+        if bad:
+            name, kind = slots.names.parameter_of(bad[0]), "NaN" if sums[bad[0]].isnan() else "inf"
+            alone = plan.group.ranks if plan.group.size == 1 else ()
+            return Culprit(kind, name, alone[0] if alone else None, tuple(alone), reduced=not alone)
+    return find_culprit(plan, norms_of(plan, measured))
 
 
 def find_culprit(plan: Plan, norms: Norms) -> Culprit:

@@ -13,14 +13,13 @@ from ..errors import FAILURES, LayoutError
 from ..gradients.local import Local
 from ..gradients.realign import realign
 from ..gradients.storage import Store
-from ..kernels import local_norms, norms_on_host, sum_over_replicas
-from ..kernels.device import has_float64
-from ..kernels.transfer import sent
 from ..ranks.compare import who_differs
-from ..ranks.message import Reduced, Scalar, reduce_norm
+from ..ranks.message import Reduced, reduce_norm
 from .build import Plan
+from .contribution import contribution, norms_on
 from .disagreement import account, missing_in, tell_others
 from .measured import Measured, Norms
+from .slots import ByPiece
 
 TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo CODES
 REALIGNED = 1 << 30  # tag of the second all-reduce of a call that had to realign gradients
@@ -37,6 +36,7 @@ def measure(
     unmoved: bool = False,
     error: LayoutError | None = None,
     call: str = "",
+    values: Sequence[Tensor] = (),
 ) -> Measured:
     """Measure ``gradients``, one for each source, None where there is none.
 
@@ -49,15 +49,16 @@ def measure(
     * ``unmoved``: they are the very tensors of the last time, where they were (see :meth:`.Memory.knows`).
     * ``error``: of this rank, raised like its own once it has taken part, with what the others say.
     * ``call``: what errors say of this rank where others do not agree.
+    * ``values``: of the parameters, one local tensor for each piece, where the plan's slots are of them too.
 
     Host syncs: one a round on accelerators where the flags must be read, else none.
     """
     # 1. Sum what this rank has, and make it global. With an error of its own it takes part first: the others wait.
     given, realigned = error, realign_first
     if realign_first:
-        gradients, found = _realigned(plan, gradients, store)
-        error = error or found
-    local, norms, reduced = _round(plan, gradients, error, tag, call, unmoved)
+        gradients, misplaced_for_good = _realigned(plan, gradients, store)
+        error = error or misplaced_for_good
+    local, norms, by_piece, reduced = _round(plan, gradients, error, tag, call, values, unmoved)
     wide = plan.wide or local.wide
 
     # 2. Where some rank has misplaced gradients, realign and do it again: by reduced flags, so all ranks or none.
@@ -65,8 +66,10 @@ def measure(
         _, disagree, (misplaced, wide) = reduced.read()
         if misplaced and not disagree:  # so no rank has an error that could be lost here: it makes ranks disagree
             gradients, error = _realigned(plan, gradients, store)
-            local, norms, reduced = _round(plan, gradients, error, tag + REALIGNED, call)
+            local, norms, by_piece, reduced = _round(plan, gradients, error, tag + REALIGNED, call, values)
             realigned = True
+
+    slots = 0 if plan.slots is None else plan.slots.count
 
     # 3. Raise what this rank has found to be wrong: all ranks have met, and raise too.
     if local.error is not None:
@@ -76,7 +79,7 @@ def measure(
         gradients = _replaced(gradients, local.instead, store)
     dtype = torch.float64 if wide else torch.float32
     can_overflow = wide or 7 < plan.p < inf or plan.p < LEAST_P
-    return Measured(gradients, local.runs, norms, reduced, realigned, dtype, can_overflow)
+    return Measured(gradients, local.runs, norms, reduced, realigned, dtype, can_overflow, 1.0, by_piece, slots)
 
 
 def fail_with_others(plan: Plan, failed: Exception, tag: int, call: str, realign_first: bool = False) -> None:
@@ -95,7 +98,7 @@ def norms_of(plan: Plan, measured: Measured, of: Collection[int] | None = None) 
         return measured.norms
     local = plan.look(measured.gradients)
     kept = [(part, i) for part, i in zip(local.parts(), local.indices, strict=True) if of is None or i in of]
-    return _norms(plan, [part for part, _ in kept], [i for _, i in kept])
+    return norms_on(plan, [part for part, _ in kept], [i for _, i in kept])
 
 
 def _round(
@@ -104,19 +107,21 @@ def _round(
     error: LayoutError | None,
     tag: int,
     call: str,
+    values: Sequence[Tensor],
     unmoved: bool = False,
-) -> tuple[Local, Norms | None, Reduced]:
+) -> tuple[Local, Norms | None, ByPiece | None, Reduced]:
     """Sum what this rank has and make it global.
 
     Where the host knows at once that ranks disagree, all of them ask who it is.
     """
     try:
         local = _found(plan, gradients, error, unmoved)
-        norms = None if plan.on_host else _norms(plan, local.parts(), local.indices)
-        mine = sum_over_replicas(local.runs, local.by_replicas, plan.p) if norms is None else _sum_of(plan, norms)
+        mine, norms, by_piece = contribution(plan, gradients, local, values)
     except FAILURES as failed:  # of torch, of a gradient whose memory was freed for example: the others wait for us
         named = _named(plan, gradients, failed)
-        tell_others(plan.group, plan.device, plan.p, (False, plan.wide) if plan.sends_flags else (), named, call)
+        tell_others(
+            plan.group, plan.device, plan.p, (False, plan.wide) if plan.sends_flags else (), named, call, plan.length
+        )
         if named is failed:
             raise
         raise named from failed
@@ -124,10 +129,11 @@ def _round(
     missing = missing_in(plan, gradients) if len(local.indices) < len(plan.pieces) else ()
     code = plan.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
     faulty = local.error is not None
-    reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call)
+    slots = 0 if plan.slots is None else plan.slots.count
+    reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call, slots)
     if reduced.disagree is True:
         reduced = replace(reduced, who=who_differs(plan.group, plan.device, account(plan, call, missing, local.error)))
-    return local, norms, reduced
+    return local, norms, by_piece, reduced
 
 
 def _found(plan: Plan, gradients: Sequence[Tensor | None], error: LayoutError | None, unmoved: bool) -> Local:
@@ -145,41 +151,6 @@ def _named(plan: Plan, gradients: Sequence[Tensor | None], failed: Exception) ->
         return plan.look(gradients).error or failed
     except FAILURES:
         return failed
-
-
-def _sum_of(plan: Plan, norms: Norms) -> Scalar:
-    """This rank's part of the message: the sum of powers of ``norms``, each over its replicas; for inf the largest."""
-    if plan.p == inf:
-        mine = norms.norms.max() if len(norms.indices) else norms.norms.new_zeros(())
-    elif plan.p == 2 and plan.unweighted:
-        mine = torch.dot(norms.norms, norms.norms)
-    else:
-        weights = plan.weights
-        if len(norms.indices) < len(plan.pieces):  # a list of indices would be copied to the device: a host sync
-            every = weights.unbind()
-            weights = torch.stack([every[i] for i in norms.indices]) if norms.indices else weights[:0]
-        mine = torch.dot(norms.norms.pow(plan.p), weights)
-    return mine.item() if plan.device.type == "cpu" else mine
-
-
-def _norms(plan: Plan, parts: Sequence[Tensor], indices: Sequence[int]) -> Norms:
-    """Norms of ``parts``, which are those of the pieces ``indices``."""
-    devices = {t.device for t in parts}
-    if len(devices) == 1:
-        return Norms(_norms_on(plan, devices.pop(), parts), indices, parts)
-    found: dict[int, Tensor] = {}
-    for device in devices:
-        here = [i for i, t in enumerate(parts) if t.device == device]
-        norms = _norms_on(plan, device, [parts[i] for i in here])
-        found |= zip(here, norms.unbind(), strict=True)
-    every = [found[i] for i in range(len(parts))]
-    return Norms(torch.stack(every) if every else plan.weights.new_zeros(0), indices, parts)
-
-
-def _norms_on(plan: Plan, device: torch.device, parts: Sequence[Tensor]) -> Tensor:
-    """Norms of ``parts``, all of them on ``device``, brought to the plan's own."""
-    norms = local_norms(parts, plan.p) if has_float64(device) else norms_on_host(parts, plan.p)
-    return sent(norms, plan.device)
 
 
 def _realigned(

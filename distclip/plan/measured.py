@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ranks.message import Reduced
+from .slots import ByPiece
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Measured:
     * ``can_overflow``: whether finite gradients may have a norm or a power sum beyond float64; those of fp32 cannot for
       p from 1/16 to 7.
     * ``scale``: by which gradients are multiplied, and ``reduced`` is not.
+    * ``by_piece``: the gradients piece by piece, where the plan has slots; ``slots``: how many of gradients.
     """
 
     gradients: Sequence[Tensor | None]
@@ -42,8 +44,10 @@ class Measured:
     dtype: torch.dtype
     can_overflow: bool
     scale: float = 1.0
+    by_piece: ByPiece | None = None
+    slots: int = 0
 
     def without_gradients(self) -> "Measured":
         """What may be kept until the next call without keeping gradients alive."""
         norms = None if self.norms is None else replace(self.norms, parts=())
-        return replace(self, gradients=(), runs=(), norms=norms)
+        return replace(self, gradients=(), runs=(), norms=norms, by_piece=None)

@@ -138,6 +138,36 @@ def gradients_not_counted_once(rank: int, gradients: str) -> LayoutError:
     )
 
 
+# ---- statistics by group, parameter and row -----------------------------------------------------------------
+
+
+def unknown_replicas(name: str) -> LayoutError:
+    return LayoutError(
+        f"layout= says how many ranks hold {name}, and not which: for a norm of its own return "
+        'Layout.cut(over=[mesh["ep"]]) instead of Layout(number)'
+    )
+
+
+def unknown_rows(name: str) -> LayoutError:
+    return LayoutError(
+        f"layout= says that ranks hold parts of {name}, and not which rows, so that these have no norms: ask for norms "
+        "per parameter"
+    )
+
+
+def units_differ(name: str, rows: int, others: int) -> LayoutError:
+    return LayoutError(
+        f"{name} has {rows} rows on one rank and {others} on another, which hold the same by their layout: return "
+        'Layout.cut(over=[mesh["ep"]]) from layout=, or pass split_over, where these are different parameters'
+    )
+
+
+def empty_group(name: str, patterns: Sequence[str], parameters: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"no parameter matches {' or '.join(map(repr, patterns))}, the group {name!r}: there are {and_more(parameters)}"
+    )
+
+
 # ---- norms that are not finite ------------------------------------------------------------------------------
 
 

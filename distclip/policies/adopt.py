@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import is_dense
 from .max_norm import MaxNorm
 from .protocol import Policy, State
-from .statistics import Units
+from .statistics import MODEL, Statistic, Units
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,6 +51,17 @@ def as_policy(policy: Policy | float) -> Policy:
     ):
         return MaxNorm(float(policy.item()))
     raise ValueError(f"policy must be a number or have needs(), init() and decide() of distclip.Policy, got {policy!r}")
+
+
+def needs(policy: Policy) -> list[Statistic]:
+    """The statistics that it asks for; ValueError if they are none."""
+    found = policy.needs()
+    if not isinstance(found, (tuple, list)) or not all(isinstance(each, Statistic) for each in found):
+        raise ValueError(
+            f"{type(policy).__qualname__}.needs returned {short(found)}, and no Clipper was made: return a sequence of "
+            'distclip.Statistic, such as (Statistic("parameter"),), empty for the norm of all gradients'
+        )
+    return [each for each in found if each != MODEL]
 
 
 def made(policy: Policy, units: Units, device: torch.device) -> State:

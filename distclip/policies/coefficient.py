@@ -67,6 +67,12 @@ def presented(norm: float, dtype: torch.dtype) -> Tensor:
     return torch.scalar_tensor(most if most < norm < inf else norm, dtype=dtype)
 
 
+def all_presented(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same for many, on any device, without a host sync."""
+    most = torch.finfo(dtype).max
+    return norms.clone() if dtype == norms.dtype else torch.where(norms < inf, norms.clamp(max=most), norms).to(dtype)
+
+
 def presented_on_device(norm: Tensor, finite: Tensor, dtype: torch.dtype) -> Tensor:
     """The same on an accelerator, in new memory; ``finite``: 0-d bool, whether the norm is finite."""
     most = torch.scalar_tensor(torch.finfo(dtype).max, dtype=torch.float64)

@@ -63,6 +63,11 @@ class Statistic:
             raise ValueError(f"groups must be given for per='group' and for nothing else, got per={self.per!r}")
 
     @property
+    def named(self) -> Groups:
+        """The groups, each with its patterns."""
+        return _groups(self.groups)
+
+    @property
     def level(self) -> "Statistic":
         """That of gradients with the same units."""
         return self if self.of == "gradient" else Statistic(self.per, groups=self.groups)
@@ -111,6 +116,10 @@ class RowNames(Sequence[str]):
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def parameter_of(self, index: int) -> str:
+        """The name of the parameter whose row this is."""
+        return self.parameters[bisect_right(self._starts, index) - 1]
+
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
@@ -120,17 +129,19 @@ class RowNames(Sequence[str]):
             return [self[k] for k in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         k = bisect_right(self._starts, index) - 1
-        return f"{self.parameters[k]}[{index - self._starts[k]}]"
+        name = self.parameters[k]
+        return name if self.counts[k] == 1 else f"{name}[{index - self._starts[k]}]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Level:
     """The units of one level.
 
-    * ``names``: of the units, the same on every rank; of rows :class:`RowNames`. ``sizes``: (units,) float64, how many
-      elements each has.
-    * ``of_slots``: how slots make them up. ``unit_of_slot``: (slots,) int64, the unit that a slot is in, ``len(names)``
-      for one in no unit; None where groups overlap.
+    * ``names``: of the units, the same on every rank; of rows :class:`RowNames`.
+    * ``sizes``: (units,) float64, how many elements each has.
+    * ``of_slots``: how slots make them up.
+    * ``unit_of_slot``: (slots,) int64, the unit that a slot is in, ``len(names)`` for one in no unit; None where groups
+      overlap.
     """
 
     names: Sequence[str]
@@ -208,3 +219,16 @@ class Statistics:
         norms = sums.clone() if self._p == inf else root(sums, self._p)
         assert isinstance(norms, Tensor)
         return norms / self._scale if wanted.of == "gradient" and self._scale != 1.0 else norms
+
+    def shrunk(self, factors: Tensor) -> Tensor:
+        """What the norm of all gradients is multiplied by where those of each slot are by one of (slots,) ``factors``.
+
+        0-d float64: exactly 1 where all factors are. No host sync.
+        """
+        slots = self._slots["gradient"]
+        if self._p == inf:
+            before, ratio = slots.max(), (slots * factors).max() / slots.max()
+        else:
+            before = slots.sum()
+            ratio = ((slots * factors.pow(self._p)).sum() / before).pow(1 / self._p)
+        return torch.where(before == 0, 1.0, ratio)

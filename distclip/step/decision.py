@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import clamp_, scale_
+from ..plan.build import Plan
 from ..plan.measured import Measured
-from ..policies import Policy, State, Statistics, Units
+from ..plan.slots import Slots
+from ..policies import Policy, State, Statistic
 from ..policies.answer import Numbers, Tensors, ask, is_trusted
 from ..policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device, rounded
 from ..policies.statistics import MODEL
 from ..report import Culprit, Report
 from ..shield import shielded
-
-NO_UNITS = Units()
+from . import refusals
+from .by_unit import factors_on_device, factors_on_host, statistics_of, watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Outcome:
     * ``fault``: what is wrong with the policy's answer, where only the device has checked it; see
       :meth:`.policies.answer.Tensors.fault`.
     * ``max_norm``: the number that torch's formula clips to, where the host knows it.
+    * ``by_slot``: factors of a decision by unit, (slots,) each, applied one after the other; ``coef`` is then what the
+      norm of the model is multiplied by. ``slots``: of the plan.
     """
 
     report: Report
@@ -41,6 +45,8 @@ class Outcome:
     skip: bool | Tensor
     fault: float | Tensor | None = None
     max_norm: float | None = None
+    by_slot: tuple[Tensor, ...] = ()
+    slots: Slots | None = None
 
     def read(self) -> "Outcome":
         """The same with numbers in place of tensors: one copy to the host, which is a host sync."""
@@ -53,7 +59,7 @@ class Outcome:
             reduced = replace(reduced, own=own)
         measured = replace(self.measured, reduced=reduced)
         found: tuple[Tensor, ...] = ()
-        if coef != 1.0:
+        if coef != 1.0 and not self.by_slot:
             bound, given = (inf, coef) if self.max_norm is None else (self.max_norm, None)
             found = factors(norm, bound, given, measured.dtype)[1]
         found = self.factors if len(found) == 1 else found  # the same number, already on the gradients' device
@@ -63,7 +69,8 @@ class Outcome:
     @property
     def gradients(self) -> Sequence[Tensor]:
         """What was measured, as plain tensors that share its memory: for :meth:`apply_to`. Kept alive by this."""
-        return self.measured.runs
+        by_piece = self.measured.by_piece
+        return by_piece.parts if self.by_slot and by_piece is not None else self.measured.runs
 
     def without_gradients(self) -> "Outcome":
         """The same, but it keeps no gradient alive."""
@@ -93,17 +100,28 @@ class Outcome:
             return
         for factor in self.factors:
             scale_(gradients, factor)
+        if self.by_slot:
+            self._scale_by_unit(gradients)
         if self.clamp is not None:
             unless = self.skip if isinstance(self.skip, Tensor) else None
             low, high = self.clamp if scale == 1.0 else (self.clamp[0] * scale, self.clamp[1] * scale)
             clamp_(gradients, low, high, unless)
+
+    def _scale_by_unit(self, gradients: Sequence[Tensor]) -> None:
+        measured = self.measured.by_piece
+        assert measured is not None
+        assert self.slots is not None
+        if len(gradients) != len(measured.indices):
+            raise refusals.by_unit_of_others(len(gradients), len(measured.indices))
+        for each in self.by_slot:
+            self.slots.scale_(measured._replace(parts=gradients), each)
 
     def blamed_on(self, culprit: Culprit) -> "Outcome":
         """The same with the culprit in its report."""
         report = replace(self.report, culprit=culprit)
         if culprit.kind == "overflow":  # only the sum did: all gradients are finite, and the formula would zero them
             report = replace(report, coef=torch.ones_like(report.coef))
-            return replace(self, report=report, factors=(), coef=1.0)
+            return replace(self, report=report, factors=(), by_slot=(), coef=1.0)
         return replace(self, report=report)
 
 
@@ -112,26 +130,43 @@ def _like(number: float | Tensor, other: Tensor) -> Tensor:
 
 
 def decided_on_host(
-    measured: Measured, policy: Policy, state: State, skips_nonfinite: bool, device: torch.device, trusted: bool
+    measured: Measured,
+    policy: Policy,
+    state: State,
+    skips_nonfinite: bool,
+    plan: Plan,
+    watch: Statistic | None,
+    trusted: bool,
 ) -> tuple[Outcome, State]:
     """What ``policy`` decides, in numbers, and its state after that. Where ranks disagree the norm is NaN.
 
-    ``trusted``: the policy's answers keep the rules by construction.
+    ``watch``: what is reported beside that. ``trusted``: the policy's answers keep the rules by construction.
     """
     reduced = measured.reduced
     assert not isinstance(reduced.norm, Tensor)
     disagree = bool(reduced.disagree)
     norm = nan if disagree else reduced.norm
-    statistics = Statistics(torch.scalar_tensor(norm, dtype=torch.float64, device=device), NO_UNITS)
+    asked = torch.scalar_tensor(norm, dtype=torch.float64, device=plan.device)
+    statistics = statistics_of(measured, asked, plan.slots, plan.p)
     decision, state = policy.decide(statistics, state) if trusted else ask(policy, statistics, state)
     answer, finite, dtype = Numbers.of(decision, policy, statistics), isfinite(norm), measured.dtype
-    skip, bound, given = answer.skip or (skips_nonfinite and not finite), answer.max_norm, answer.coef
+    skip, norms = answer.skip or (skips_nonfinite and not finite), watched(statistics, watch, dtype)
     if not skip:
         answer.check(policy, statistics, finite)
-    assert not isinstance(bound, Tensor), "nothing but the norm of the model is measured"
-    assert not isinstance(given, Tensor)
+    skipped, shown, bound, given = (
+        torch.scalar_tensor(skip, dtype=torch.bool),
+        presented(norm, dtype),
+        answer.max_norm,
+        answer.coef,
+    )
+    if isinstance(bound, Tensor):
+        by_slot, ratio = factors_on_host(answer, statistics, skip, dtype)
+        report = Report(shown, presented(inf, dtype), ratio, skipped, norms=norms)
+        outcome = Outcome(report, measured, answer.bounds, (), norm, disagree, ratio.item(), skip)
+        return replace(outcome, by_slot=by_slot, slots=plan.slots), state
+    assert not isinstance(given, Tensor), "it has the kind of the bound"
     coef, found = (torch.ones((), dtype=dtype), ()) if skip else factors(norm, bound, given, dtype)
-    report = Report(presented(norm, dtype), presented(bound, dtype), coef, torch.scalar_tensor(skip, dtype=torch.bool))
+    report = Report(shown, presented(bound, dtype), coef, skipped, norms=norms)
     return Outcome(report, measured, answer.bounds, found, norm, disagree, coef.item(), skip), state
 
 
@@ -140,33 +175,42 @@ def decided_on_device(
     policy: Policy,
     state: State,
     skips_nonfinite: bool,
-    device: torch.device,
+    plan: Plan,
+    watch: Statistic | None,
     last: Report | None,
 ) -> tuple[Outcome, State]:
     """The same in a few kernels on one number each, without a host sync.
 
     ``last``: the previous report, whose ``max_norm`` is reused where the bound is a number.
     """
+    device = plan.device
     norm, dtype, trusted = measured.reduced.tensor(device), measured.dtype, is_trusted(policy)
-    statistics = Statistics(norm if trusted else norm.clone(), NO_UNITS)  # a policy of a user may write to it
+    # A policy of a user may write to the norm that it is shown.
+    statistics = statistics_of(measured, norm if trusted else norm.clone(), plan.slots, plan.p)
     decision, state = ask(policy, statistics, state)
     answer, finite = Tensors.of(decision, policy, statistics, device), norm < inf  # false for NaN too
-    assert answer.per is MODEL, "nothing but the norm of the model is measured"
     skip = _skipped(answer.skip, finite, skips_nonfinite)
     shown = norm
     fault: Tensor | None = None
     if not trusted:
-        fault = torch.where(skip | ~finite, 0.0, answer.fault(statistics, finite))
+        ignored = skip | ~finite if answer.per is MODEL else skip
+        fault = torch.where(ignored, 0.0, answer.fault(statistics, finite))
         skip = skip | (fault > 0)
         shown = torch.where(fault > 0, torch.nan, norm)
     never = answer.skip is None and not skips_nonfinite and trusted
+    known, norms = False if never else skip, watched(statistics, watch, dtype)
+    shown = presented_on_device(shown, finite, dtype)
+    disagree = measured.reduced.disagree
+    if answer.per is not MODEL:
+        by_slot, ratio = factors_on_device(answer, statistics, skip, dtype)
+        report = Report(shown, _shown(inf, dtype, device, last), ratio, skip, norms=norms)
+        outcome = Outcome(report, measured, answer.bounds, (), norm, disagree, ratio, known, fault)
+        return replace(outcome, by_slot=(by_slot,), slots=plan.slots), state
     bound = answer.max_norm if isinstance(answer.max_norm, float) and answer.coef is None else None
     exact, coef = _coefs(answer, norm, finite, skip, dtype, skips_nonfinite)
-    report = Report(presented_on_device(shown, finite, dtype), _shown(answer.max_norm, dtype, device, last), coef, skip)
-    found, known = () if bound == inf else (coef,), False if never else skip
-    return Outcome(
-        report, measured, answer.bounds, found, norm, measured.reduced.disagree, exact, known, fault, bound
-    ), state
+    report = Report(shown, _shown(answer.max_norm, dtype, device, last), coef, skip, norms=norms)
+    found = () if bound == inf else (coef,)
+    return Outcome(report, measured, answer.bounds, found, norm, disagree, exact, known, fault, bound), state
 
 
 def _skipped(wanted: Tensor | None, finite: Tensor, skips_nonfinite: bool) -> Tensor:

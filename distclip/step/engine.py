@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
-from math import inf, isfinite
+from math import isfinite
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch.distributed as dist
@@ -11,32 +11,26 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ..errors import FAILURES, LayoutError, NonFiniteError
+from ..errors import LayoutError, NonFiniteError
 from ..gradients.storage import GradientFn, Storage
 from ..layouts.layout import LayoutFn
-from ..layouts.model import Inventory, ParameterFilter, chosen, held_in, parts_of
-from ..layouts.piece import holders_of, once
+from ..layouts.model import Inventory, ParameterFilter
 from ..optimizers.fused import Folding, Folds, Stepping, prepare_skip_on_device
 from ..optimizers.hooks import check_optimizers, skip_next_step, watch_before_step
 from ..optimizers.scaler import claim, join_found_inf, unscale_
-from ..plan.build import Plan
-from ..plan.construction import compare_ranks, tell_ranks
-from ..plan.copies import has_copies
 from ..plan.verify import verify
 from ..policies import Policy
-from ..policies.adopt import as_policy
-from ..policies.checks import positive
 from ..ranks.group import Axis, ClippingGroup
 from ..report import Report
 from ..shield import shielded
-from . import options, refusals
-from .calls import Calls
+from . import refusals
+from .building import build
 from .decision import Outcome
 from .interruption import Interruption
 from .joining import joinable_in, refuse_join
 from .nonfinite import Nonfinite
+from .options import Watch
 from .owner import Owner
-from .progress import Progress
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,35 +86,30 @@ class Engine:
         nonfinite: Nonfinite = "skip",
         max_consecutive_skips: int | None = None,
         gradients: str | GradientFn | Storage | None = None,
+        watch: Watch | None = None,
         decides_on_device: bool | None = None,
     ) -> None:
-        where = ClippingGroup.of(group)
-        parts: list[nn.Module] = []
-        try:
-            parts = parts_of(model)
-            streak = options.streak(nonfinite, max_consecutive_skips)
-            self.policy = as_policy(policy)
-            p, given = positive("norm_type", norm_type), (split_over, layout, only)
-            settings = options.settings(p, self.policy, nonfinite, max_consecutive_skips, given, gradients)
-            everything = once(held_in(parts))
-            listed = chosen(everything, only)
-            self.plan = plan = Plan.of(listed, p, where, split_over, layout)
-            self.holders = holders = holders_of(listed)
-            storage = options.storage(gradients, holders, plan)
-            axes = bool(split_over) and where.size > 1
-            calls = Calls(compare_in=1.0 if axes or has_copies(plan) else inf)
-            self.progress = Progress(plan, holders, storage, self.policy, streak, calls, axes, decides_on_device)
-        except FAILURES as error:  # the other ranks are about to compare, and would hang: they raise as well
-            device = where.device_for(parameter for part in parts for parameter in part.parameters())
-            tell_ranks(where, device, dict.fromkeys(options.SETTINGS, ""), error)
-            raise
-        compare_ranks(plan, listed, settings)
-        calls.count_among(plan.group.clippers)
-        self.owner = Owner(holders, holders_of(everything))
-        self._folding = Folding(self.owner.clipped, may_fold=storage.in_grad)
+        built = build(
+            model,
+            policy,
+            where=ClippingGroup.of(group),
+            split_over=split_over,
+            layout=layout,
+            only=only,
+            norm_type=norm_type,
+            nonfinite=nonfinite,
+            max_consecutive_skips=max_consecutive_skips,
+            gradients=gradients,
+            watch=watch,
+            decides_on_device=decides_on_device,
+        )
+        self.progress = built.progress
+        self.plan, self.policy, self.holders = built.progress.plan, built.progress.policy, built.holders
+        self.owner = Owner(built.holders, built.everything)
+        self._folding = Folding(self.owner.clipped, may_fold=built.progress.storage.in_grad)
         self._checked: Folds | None = None  # of the optimizers of the latest step()
-        self._inventory, self._joinable = Inventory(parts, holders_of(everything)), joinable_in(parts)
-        self.interruption = Interruption(where.size > 1)
+        self._inventory, self._joinable = Inventory(built.parts, built.everything), joinable_in(built.parts)
+        self.interruption = Interruption(self.plan.group.size > 1)
 
     @shielded
     def measure(self, optimizers: Sequence[Optimizer] = (), only_theirs: bool = False) -> Report:
@@ -143,7 +132,7 @@ class Engine:
         if not self.progress.storage.in_grad:  # which cannot be taken away from a step that is running
             watch_before_step(optimizers)
         outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=scaler is None)
-        outcome.change(outcome.measured.runs, outcome.measured.scale)
+        outcome.change(outcome.gradients, outcome.measured.scale)
         report = outcome.report
         if optimizers:
             skip = report.skip if scaler is None else (report.skip & report.norm.isfinite()).cpu()
@@ -170,7 +159,7 @@ class Engine:
         on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(prepare_skip_on_device, optimizers))
         scaler = _enabled(scaler)
         outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=on_device)
-        gradients, coef = outcome.measured.runs, None
+        gradients, coef = outcome.gradients, None
         # 8. Scale. An optimizer that folds divides by 1 / coef: one factor, and no clamping after it. The report's
         #    coefficient is that factor, the same tensor; outcome.coef may be a number, or be rounded otherwise.
         if len(outcome.factors) == 1 and outcome.clamp is None and outcome.skip is not True:

@@ -5,8 +5,7 @@ from typing import Literal, TypeAlias
 
 from ..errors import warn_user
 from ..plan.build import Plan
-from ..plan.culprit import find_culprit
-from ..plan.measure import norms_of
+from ..plan.culprit import culprit_of
 from ..plan.measured import Measured
 from ..plan.refusals import nonfinite
 from ..report import Culprit
@@ -41,9 +40,9 @@ class Streak:
     def record_nonfinite(self, plan: Plan, measured: Measured) -> Culprit:
         """A step had a norm that is not finite: find the culprit, count, and raise as ``mode`` and ``limit`` say.
 
-        Three all-reduces, so every rank must call it: see :func:`find_culprit`.
+        Three all-reduces, or none, so every rank must call it: see :func:`culprit_of`.
         """
-        self.culprit = find_culprit(plan, norms_of(plan, measured))
+        self.culprit = culprit_of(plan, measured)
         if self.mode == "raise":
             raise nonfinite(plan.p, self.culprit, refusals.SKIP_INSTEAD)
         if self.mode == "skip":

@@ -1,7 +1,7 @@
 """The keywords of a Clipper: what each may be, and how ranks compare them."""
 
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..layouts.model import ParameterFilter
 from ..plan.build import Plan
 from ..policies import Policy
 from ..policies.adopt import spelled
+from ..policies.statistics import Statistic
 from ..ranks.group import Axis
 from . import refusals
 from .nonfinite import MODES, Nonfinite, Streak
@@ -26,7 +27,12 @@ SETTINGS = (
     "layout",
     "only",
     "gradients",
+    "watch",
 )
+
+
+Watch: TypeAlias = Literal["parameters"] | Mapping[str, str | Sequence[str]]
+"""Whose norms are reported: of all parameters, or of groups of them by patterns of their names."""
 
 
 class Options(TypedDict, total=False):
@@ -40,6 +46,7 @@ class Options(TypedDict, total=False):
     nonfinite: Nonfinite
     max_consecutive_skips: int | None
     gradients: str | GradientFn | None
+    watch: Watch | None
 
 
 def settings(
@@ -49,12 +56,26 @@ def settings(
     max_consecutive_skips: int | None,
     given: Sequence[Any],
     gradients: Any,
+    asked: Sequence[Statistic],
+    watch: Statistic | None,
 ) -> dict[str, str]:
     """A text for each setting, for ranks to compare; of ``given`` and functions only whether they were given."""
     texts = ["given" if each else "not given" for each in given]
     where = gradients if isinstance(gradients, str) else "not given" if gradients is None else "given"
-    known = (str(p), spelled(policy), nonfinite, str(max_consecutive_skips), *texts, where)
+    decided = f"{spelled(policy)}{list(asked) if asked else ''}"
+    known = (str(p), decided, nonfinite, str(max_consecutive_skips), *texts, where, str(watch))
     return dict(zip(SETTINGS, known, strict=True))
+
+
+def watched(watch: Watch | None) -> Statistic | None:
+    """The statistic that is reported; ValueError for what cannot be watched."""
+    if watch is None:
+        return None
+    if watch == "parameters":
+        return Statistic("parameter")
+    if isinstance(watch, Mapping) and watch:
+        return Statistic("group", groups=watch)
+    raise refusals.unknown_watch(watch)
 
 
 def streak(nonfinite: Nonfinite, max_consecutive_skips: int | None) -> Streak:

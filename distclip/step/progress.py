@@ -12,12 +12,13 @@ from ..errors import FAILURES, LayoutError
 from ..gradients.storage import Storage
 from ..kernels.device import in_capture, reads_are_free
 from ..kernels.transfer import Transfer
+from ..layouts.piece import Held
 from ..plan.build import Plan
 from ..plan.copies import compare_copies, compare_gradients
 from ..plan.measure import fail_with_others, measure, norms_of
 from ..plan.measured import Measured
 from ..plan.split import compare_axes
-from ..policies import Policy, State
+from ..policies import Policy, State, Statistic
 from ..policies.adopt import fitting, hash_of, made, with_keys
 from ..policies.answer import is_trusted
 from ..policies.by_unit import in_order, labelled, orders_of
@@ -26,8 +27,9 @@ from ..policies.refusals import refusal_of
 from ..report import Report
 from ..shield import shielded
 from . import refusals
+from .by_unit import NO_UNITS, code_of
 from .calls import Call, Calls
-from .decision import NO_UNITS, Outcome, decided_on_device, decided_on_host
+from .decision import Outcome, decided_on_device, decided_on_host
 from .nonfinite import Streak
 
 
@@ -36,6 +38,7 @@ class Progress:
 
     * ``holders``, ``storage``: the parameters of the plan, and where their gradients are.
     * ``on_device``: whether the decision stays where the norm is reduced, without a host sync.
+    * ``units``: what the policy's statistics are of. ``watch``: what is reported beside them.
     * ``report``: of the latest step.
     * ``committed``: whether the ranks have decided in the call now being made, so that the other ranks will step.
     """
@@ -50,13 +53,15 @@ class Progress:
         calls: Calls,
         compares_axes: bool,
         on_device: bool | None,
+        watch: Statistic | None = None,
     ) -> None:
         self.plan, self.storage, self.policy, self.streak, self.calls = plan, storage, policy, streak, calls
         self.on_device = not reads_are_free(plan.device) if on_device is None else on_device
         self.report: Report | None = None
         self.committed = False
-        self.units = NO_UNITS
+        self.units = NO_UNITS if plan.slots is None else plan.slots.units
         self.state = made(policy, self.units, plan.device)
+        self._watch = watch
         self._trusted = is_trusted(policy)
         self._holders = holders
         self._compares_axes = compares_axes
@@ -141,7 +146,14 @@ class Progress:
             pairs = zip(self._holders, gradients, strict=True)
             gradients = [gradient if id(holder) in counted else None for holder, gradient in pairs]
         measured = measure(
-            plan, gradients, storage.store, call.tag, realign_first=self._realigns, error=fault, call=call.name
+            plan,
+            gradients,
+            storage.store,
+            call.tag,
+            realign_first=self._realigns,
+            error=fault,
+            call=call.name,
+            values=self._values(),
         )
         if call.compares and compare_gradients(plan, measured):
             if self._compares_axes:
@@ -156,12 +168,19 @@ class Progress:
         scale = finite("Storage.scale()", storage.scale())
         return replace(measured, reduced=measured.reduced.unscaled(scale, plan.p), scale=scale)
 
+    def _values(self) -> list[Tensor]:
+        """The parameters' values, piece by piece, where a policy asks for norms of them."""
+        plan = self.plan
+        if plan.slots is None or not plan.slots.of_parameters:
+            return []
+        return [Held(p, self._holders[k]).values() for p, k in zip(plan.pieces, plan.sources, strict=True)]
+
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
         skips = self.streak.mode != "propagate"
         last = None if self._captured else self.report  # a graph may own its memory, and write to it in a replay
         if self.on_device:
-            return decided_on_device(measured, self.policy, self.state, skips, self.plan.device, last)
-        return decided_on_host(measured, self.policy, self.state, skips, self.plan.device, self._trusted)
+            return decided_on_device(measured, self.policy, self.state, skips, self.plan, self._watch, last)
+        return decided_on_host(measured, self.policy, self.state, skips, self.plan, self._watch, self._trusted)
 
     def _must_check_now(self, outcome: Outcome, skips_on_device: bool) -> bool:
         return (
@@ -218,7 +237,8 @@ class Progress:
 
     def _commit(self, outcome: Outcome, state: State) -> None:
         if not self.on_device:  # which follows from where numbers are reduced, so on all ranks or on none
-            self.calls.decided = crc32(f"{outcome.coef:.6g} {outcome.skip} {outcome.clamp}".encode())
+            by_unit = code_of(outcome.by_slot) if outcome.by_slot else ""
+            self.calls.decided = crc32(f"{outcome.coef:.6g} {outcome.skip} {outcome.clamp} {by_unit}".encode())
         if self._trusted and not self._captured:
             self.state = state
         else:  # in place: a captured graph reads the state where it wrote it; and a policy may return what it keeps

@@ -33,6 +33,20 @@ def unknown_gradients(gradients: object) -> ValueError:
     )
 
 
+def unknown_watch(watch: object) -> ValueError:
+    return ValueError(
+        f"watch must be 'parameters', or patterns of parameters by the name to report: {{'experts': '*.experts.*'}}, "
+        f"got {watch!r}"
+    )
+
+
+def by_unit_of_others(given: int, measured: int) -> ValueError:
+    return ValueError(
+        f"this decision has a factor for each of {measured} gradients, and was to be applied to {given}: hand "
+        "outcome.gradients to apply_to, or copies of them in their order"
+    )
+
+
 def no_engine(found: object) -> ValueError:
     return ValueError(f"Clipper.of takes an Engine, got {type(found).__name__}: build one, Engine(model, policy)")
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SIGNATURES = {
     "AutoClip": "(percentile=10, window=1000, max_norm=inf)",
     "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
-    " max_consecutive_skips=None, gradients=None)",
+    " max_consecutive_skips=None, gradients=None, watch=None)",
     "Clipper.clip_": "(self)",
     "Clipper.load_state_dict": "(self, state)",
     "Clipper.measure": "(self)",
@@ -32,7 +32,7 @@ SIGNATURES = {
     "MaxNorm": "(max_norm)",
     "NonFiniteError": None,
     "Policy": None,  # a protocol: its methods are tested beside the policies
-    "Report": "(norm, max_norm, coef, skip, culprit=None)",
+    "Report": "(norm, max_norm, coef, skip, culprit=None, norms=<factory>)",
     "Report.to_dict": "(self)",
     "Statistic": "(per='model', of='gradient', groups=())",
     "Statistics": "(norm, units, slots=None, p=2.0, scale=1.0)",

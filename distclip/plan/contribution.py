@@ -1,0 +1,87 @@
+"""What this rank puts into the message: one sum of all its gradients, or one for each slot."""
+
+from collections.abc import Sequence
+from math import inf
+
+import torch
+from torch import Tensor
+
+from ..gradients.local import Local
+from ..kernels import local_norms, norms_on_host, sum_over_replicas
+from ..kernels.device import has_float64
+from ..kernels.transfer import sent
+from ..ranks.message import Scalar, root
+from .build import Plan
+from .measured import Norms
+from .slots import ByPiece, Slots, all_sums, chosen, powers, rows_of_entries
+
+
+def contribution(
+    plan: Plan, gradients: Sequence[Tensor | None], local: Local, values: Sequence[Tensor]
+) -> tuple[Scalar, Norms | None, ByPiece | None]:
+    """What this rank sends for ``local``, which was found in ``gradients``; and what it knows of them piece by piece.
+
+    ``values``: of the parameters, see :func:`.measure.measure`.
+    """
+    if plan.slots is None:
+        norms = None if plan.on_host else norms_on(plan, local.parts(), local.indices)
+        mine = sum_over_replicas(local.runs, local.by_replicas, plan.p) if norms is None else _sum_of(plan, norms)
+        return mine, norms, None
+    slots = plan.slots
+    entries = {}
+    if slots.cuts is not None:  # only these tell the rows of a sparse gradient
+        entries = rows_of_entries([local.instead.get(k, g) for k, g in enumerate(gradients)], plan.sources)
+    by_piece = ByPiece(local.parts(), local.indices, entries)
+    sums, norms = _sums_and_norms(plan, slots, by_piece)
+    vector = slots.vector(sums, plan.p)
+    if slots.of_parameters:
+        own = torch.zeros_like(vector)
+        if values:
+            own = slots.vector(all_sums(slots, ByPiece(values, range(len(values)), {}), plan.p), plan.p)
+        vector = torch.cat([vector, own])
+    return vector, norms, by_piece
+
+
+def _sums_and_norms(plan: Plan, slots: Slots, by_piece: ByPiece) -> tuple[Tensor, Norms | None]:
+    """All local sums; and on accelerators the norms of the pieces, which are made of these or they of them."""
+    parts, indices, _ = by_piece
+    if not plan.on_host and slots.cuts is None:
+        norms = norms_on(plan, parts, indices)
+        return slots.filled(powers(norms.norms, plan.p), indices), norms
+    sums = slots.filled(all_sums(slots, by_piece, plan.p), indices)
+    if plan.on_host:
+        return sums, None
+    norms_of_pieces = root(slots.of_pieces(sums, plan.p), plan.p)
+    assert isinstance(norms_of_pieces, Tensor)
+    return sums, Norms(chosen(norms_of_pieces, indices), indices, parts)
+
+
+def _sum_of(plan: Plan, norms: Norms) -> Scalar:
+    """This rank's part of the message: the sum of powers of ``norms``, each over its replicas; for inf the largest."""
+    if plan.p == inf:
+        mine = norms.norms.max() if len(norms.indices) else norms.norms.new_zeros(())
+    elif plan.p == 2 and plan.unweighted:
+        mine = torch.dot(norms.norms, norms.norms)
+    else:
+        mine = torch.dot(norms.norms.pow(plan.p), chosen(plan.weights, norms.indices))
+    return mine.item() if plan.device.type == "cpu" else mine
+
+
+def norms_on(plan: Plan, parts: Sequence[Tensor], indices: Sequence[int]) -> Norms:
+    """Norms of ``parts``, which are those of the pieces ``indices``."""
+    devices = {t.device for t in parts}
+    if len(devices) == 1:
+        return Norms(_on_one(plan, devices.pop(), parts), indices, parts)
+    found: dict[int, Tensor] = {}
+    for device in devices:
+        here = [i for i, t in enumerate(parts) if t.device == device]
+        norms = _on_one(plan, device, [parts[i] for i in here])
+        found |= zip(here, norms.unbind(), strict=True)
+    every = [found[i] for i in range(len(parts))]
+    return Norms(torch.stack(every) if every else plan.weights.new_zeros(0), indices, parts)
+
+
+def _on_one(plan: Plan, device: torch.device, parts: Sequence[Tensor]) -> Tensor:
+    """Norms of ``parts``, all of them on ``device``, brought to the plan's own."""
+    norms = local_norms(parts, plan.p) if has_float64(device) else norms_on_host(parts, plan.p)
+    return sent(norms, plan.device)

@@ -1,0 +1,155 @@
+"""Slots: where in the message the sums go that are finer than the model's, and what this rank puts there.
+
+A *local sum* is that of one piece, or of one row of it where rows were asked for. What they all mean:
+:mod:`.policies.statistics`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import Cut, local_norms, norms_on_host, row_sums, scale_each_, scale_rows_, sums_of_each
+from ..kernels.device import device_of, has_float64
+from ..kernels.transfer import sent
+from ..policies.statistics import Gather, RowNames, Units
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slots:
+    """Where a plan's sums go, the same number of slots on every rank.
+
+    * ``count``: slots of gradients. ``of_parameters``: as many of parameters' values follow them.
+    * ``units``: what slots make up, as policies see it. ``names``: of parameters and their rows, one for each slot;
+      None where the slots are those of groups.
+    * ``here``: how this rank's local sums make up slots. ``slot_of_sum``: (local sums,) int64, where each goes.
+    * ``per_piece``: how many local sums each piece has; ``of_pieces``: how these make up one for each piece; ``cuts``:
+      how the elements of a piece fall into rows, None where nobody asked for rows.
+    * ``weights``: (local sums,) float64, 1 / replicas of each; None where nothing is replicated.
+    """
+
+    count: int
+    of_parameters: bool
+    units: Units
+    names: RowNames | None
+    here: Gather
+    slot_of_sum: Tensor
+    per_piece: tuple[int, ...]
+    of_pieces: Gather
+    cuts: tuple[Cut, ...] | None
+    weights: Tensor | None
+
+    @property
+    def length(self) -> int:
+        """How many numbers travel."""
+        return self.count * (1 + self.of_parameters)
+
+    def vector(self, sums: Tensor, p: float) -> Tensor:
+        """What this rank contributes, of all its local ``sums``: (count,) float64."""
+        if self.weights is not None and p < inf:
+            sums = sums * self.weights
+        return self.here(sums, p)
+
+    def filled(self, sums: Tensor, indices: Sequence[int]) -> Tensor:
+        """``sums`` of the pieces ``indices``, and zeros for the others: (local sums,)."""
+        if len(indices) == len(self.per_piece):
+            return sums
+        found = dict(zip(indices, torch.split(sums, [self.per_piece[i] for i in indices]), strict=True))
+        nothing = sums.new_zeros(max(self.per_piece, default=0))
+        return torch.cat([found.get(i, nothing[:count]) for i, count in enumerate(self.per_piece)])
+
+    def scale_(self, by_piece: "ByPiece", factors: Tensor) -> None:
+        """Multiply gradients in place by ``factors``, (slots,), each element by that of its slot."""
+        parts, indices, entries = by_piece
+        own = factors.index_select(0, self.slot_of_sum)
+        if self.cuts is None:
+            scale_each_(parts, chosen(own, indices))
+            return
+        if len(indices) < len(self.per_piece) or entries:
+            every = torch.split(own, list(self.per_piece))
+            found = [every[i].index_select(0, entries[i]) if i in entries else every[i] for i in indices]
+            own = torch.cat(found) if found else own[:0]
+        scale_rows_(parts, self.cuts_of(by_piece), own)
+
+    def cuts_of(self, by_piece: "ByPiece") -> list[Cut]:
+        """How each of the parts falls into rows, the entries of a sparse one into rows of their own."""
+        assert self.cuts is not None
+        parts, indices, entries = by_piece
+        return [_by_entry(part) if i in entries else self.cuts[i] for part, i in zip(parts, indices, strict=True)]
+
+
+class ByPiece(NamedTuple):
+    """Gradients piece by piece: the local tensors ``parts`` of the pieces ``indices``.
+
+    ``entries``: of the pieces whose gradients are sparse, the row of each entry, where sums are by rows.
+    """
+
+    parts: Sequence[Tensor]
+    indices: Sequence[int]
+    entries: Mapping[int, Tensor]
+
+
+def all_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
+    """The local sums of these pieces, where the message is."""
+    parts, indices, entries = by_piece
+    home = slots.slot_of_sum.device
+    devices = dict.fromkeys(map(device_of, parts))
+    if len(devices) <= 1:
+        return sent(_sums(slots, by_piece, p), home)
+    found: dict[int, Tensor] = {}
+    for device in devices:
+        here = [k for k, part in enumerate(parts) if part.device == device]
+        own = [indices[k] for k in here]
+        sums = sent(_sums(slots, ByPiece([parts[k] for k in here], own, entries), p), home)
+        found |= zip(here, torch.split(sums, [slots.per_piece[i] for i in own]), strict=True)
+    return torch.cat([found[k] for k in range(len(parts))])
+
+
+def _sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
+    """The local sums of parts on one device; on the host where that has no float64."""
+    parts, indices, entries = by_piece
+    if slots.cuts is None:
+        if not parts or parts[0].is_cpu:
+            return sums_of_each(parts, p)
+        norms = local_norms(parts, p) if has_float64(parts[0].device) else norms_on_host(parts, p)
+        return powers(norms, p)
+    cuts = slots.cuts_of(by_piece)
+    sums = row_sums(parts, cuts, p)
+    if not entries:
+        return sums
+    every = zip(indices, torch.split(sums, [cut.count for cut in cuts]), strict=True)
+    return torch.cat([_added(own, entries[i], slots.per_piece[i], p) if i in entries else own for i, own in every])
+
+
+def chosen(numbers: Tensor, indices: Sequence[int]) -> Tensor:
+    """Those of ``numbers`` with these ascending ``indices``, without a host sync: a list would be copied to them."""
+    if len(indices) == len(numbers):
+        return numbers
+    every = numbers.unbind()
+    return torch.stack([every[i] for i in indices]) if indices else numbers[:0]
+
+
+def powers(norms: Tensor, p: float) -> Tensor:
+    """The sums of powers of which ``norms`` are the norms; for p = inf the norms."""
+    return norms if p == inf else norms.square() if p == 2 else norms.pow(p)
+
+
+def rows_of_entries(gradients: Sequence[Tensor | None], sources: Sequence[int]) -> dict[int, Tensor]:
+    """Of each piece whose gradient is sparse: the row of each of its entries, (entries,) int64."""
+    sparse = {k: g for k, g in enumerate(gradients) if g is not None and g.layout == torch.sparse_coo}
+    return {i: sparse[source]._indices()[0] for i, source in enumerate(sources) if source in sparse}
+
+
+def _by_entry(values: Tensor) -> Cut:
+    """The entries of a sparse gradient as rows of ``values``."""
+    return Cut(0, values[0].numel() if len(values) else 0, 0, len(values))
+
+
+def _added(sums: Tensor, rows: Tensor, count: int, p: float) -> Tensor:
+    """What entries in these ``rows`` add up to, (count,): a row has several where more dimensions are sparse."""
+    if p == inf:
+        return sums.new_zeros(count).index_reduce_(0, rows, sums, "amax")
+    return sums.new_zeros(count).index_put_((rows,), sums, accumulate=True)  # on CUDA it sorts: in a fixed order

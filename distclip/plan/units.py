@@ -1,0 +1,243 @@
+"""The units of a plan: one table of parameters for all ranks, of which each finds its own.
+
+Called once, where a Clipper is built. Names are exchanged only where ``split_over`` or ``layout`` say that ranks hold
+different parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..kernels.transfer import sent
+from ..layouts.rows import Rows, rows_of
+from ..policies.statistics import LEVELS, Gather, Level, RowNames, Statistic, Units
+from ..ranks.connections import all_reduce
+from . import refusals
+from .build import Plan
+from .slots import Slots
+
+
+@dataclass(slots=True)
+class Parameter:
+    """One of the table.
+
+    * ``where``: which of those of this ``name``, as :class:`.layouts.layout.Replication` tells it; ``label``: what its
+      unit is called.
+    * ``size``: its elements; ``rows``: how many rows, 1 where nobody asked.
+    """
+
+    name: str
+    where: str
+    rows: int
+    size: float = 0.0
+    label: str = ""
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a group with this pattern has it."""
+        return pattern in (self.name, self.label) or any(fnmatchcase(n, pattern) for n in (self.name, self.label))
+
+
+Others: TypeAlias = Sequence[tuple[str, str, int]]
+"""Name, ``where`` and rows of the parameters of one rank that not all ranks know."""
+
+
+def others_of(plan: Plan, asked: Sequence[Statistic]) -> Others:
+    """Those of this rank. LayoutError where it is not known which ranks hold the same, or which rows are here."""
+    rows = _rows(plan, asked)
+    mine = [_own(plan, i, rows) for i in range(len(plan.pieces))]
+    return [(each.name, each.where, each.rows) for each, k in zip(mine, plan.known_to_all, strict=True) if not k]
+
+
+def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others]) -> Plan:
+    """``plan`` with slots for what is ``asked`` beside the norm of all gradients, not nothing.
+
+    ``others``: of all ranks, the same on each; one all-reduce where there are some. ValueError for a group that matches
+    no parameter.
+    """
+    finest = max((each.per for each in asked), key=LEVELS.index)
+    rows, by_parameter = _rows(plan, asked), finest in ("parameter", "row")
+    table, places = _table(plan, rows, others)
+    groups = [patterns for each in asked for _, patterns in each.named]
+    blocks = _by_parameter(table) if by_parameter else _by_groups(table, groups)
+    slot_of_sum = _slots_of_sums(blocks, places, rows)
+    counts = [1] * len(places) if rows is None else [each.cut.count for each in rows]
+    weights = plan.weights.cpu().repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    levels = {each.level: _level(table, blocks, each.level) for each in asked if each.per != "model"}
+    slots = Slots(
+        count=blocks.total,
+        of_parameters=any(each.of == "parameter" for each in asked),
+        units=Units(sum(each.size for each in table), {k: _sent(level, plan.device) for k, level in levels.items()}),
+        names=RowNames([each.label for each in table], [each.rows for each in table]) if by_parameter else None,
+        here=_sent_gather(_gather(slot_of_sum, blocks.total), plan.device),
+        slot_of_sum=sent(slot_of_sum, plan.device),
+        per_piece=tuple(counts),
+        of_pieces=Gather() if rows is None else Gather(None, sent(torch.tensor(counts), plan.device)),
+        cuts=None if rows is None else tuple(each.cut for each in rows),
+        weights=None if plan.unweighted else sent(weights, plan.device),
+    )
+    return plan.with_slots(slots, repr([(each.label, each.rows) for each in table]))
+
+
+# ---- the table ----------------------------------------------------------------------------------------------
+
+
+def _rows(plan: Plan, asked: Sequence[Statistic]) -> list[Rows] | None:
+    """Which rows each piece has, where some are asked for."""
+    return [rows_of(piece) for piece in plan.pieces] if any(each.per == "row" for each in asked) else None
+
+
+def _own(plan: Plan, index: int, rows: Sequence[Rows] | None) -> Parameter:
+    """That of this piece. Without a name it has a number, which all ranks that know it count alike."""
+    where = plan.where[index]
+    if where is None:
+        raise refusals.unknown_replicas(plan.label(index))
+    if rows is not None and plan.in_parts[index]:
+        raise refusals.unknown_rows(plan.label(index))
+    name = plan.pieces[index].name or f"parameter {index}"
+    return Parameter(name, where, 1 if rows is None else rows[index].total)
+
+
+def _table(plan: Plan, rows: Sequence[Rows] | None, others: Sequence[Others]) -> tuple[list[Parameter], list[int]]:
+    """The parameters of all ranks, the same list on each of them; and the place in it of each piece of this rank.
+
+    First those that all know, in their order, then the ``others`` in the order of the ranks that hold them.
+    """
+    mine = [_own(plan, i, rows) for i in range(len(plan.pieces))]
+    found = {(each.name, each.where): each for each, known in zip(mine, plan.known_to_all, strict=True) if known}
+    for rank in others:
+        for name, where, count in rank:
+            same = found.setdefault((name, where), Parameter(name, where, count))
+            if same.rows != count:
+                raise refusals.units_differ(name, same.rows, count)
+    table, place = list(found.values()), {key: k for k, key in enumerate(found)}
+    places = [place[each.name, each.where] for each in mine]
+    _label(table)
+    _count(plan, table, places, differs=any(others))
+    return table, places
+
+
+def _label(table: Sequence[Parameter]) -> None:
+    """By their names; those that share one say where they are too."""
+    namesakes: dict[str, list[Parameter]] = {}
+    for each in table:
+        namesakes.setdefault(each.name, []).append(each)
+    for name, same in namesakes.items():
+        for k, each in enumerate(same):
+            where = str(k) if each.where.startswith("#") else each.where  # a rank: the number among its namesakes
+            each.label = f"{name}[{where}]" if len(same) > 1 and where else name
+
+
+def _count(plan: Plan, table: Sequence[Parameter], places: Sequence[int], differs: bool) -> None:
+    """How many elements each has: by metadata, or counted where parameters differ between ranks."""
+    if not differs:
+        for place, piece in zip(places, plan.pieces, strict=True):
+            table[place].size = float(piece.here if piece.size is None else piece.size)
+        return
+    here = torch.tensor([float(piece.here) for piece in plan.pieces], dtype=torch.float64) * plan.weights.cpu()
+    sizes = torch.zeros(len(table), dtype=torch.float64).index_add_(0, torch.tensor(places, dtype=torch.int64), here)
+    for parameter, size in zip(table, all_reduce(plan.group, sent(sizes, plan.device)).tolist(), strict=True):
+        parameter.size = float(round(size))
+
+
+# ---- slots --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Slots that always go together: the rows of one parameter, or what parameters in the same groups share.
+
+    ``of``: the block of each parameter of the table; ``counts``: slots of each block; ``starts``: its first.
+    """
+
+    of: Sequence[int]
+    counts: Sequence[int]
+
+    @property
+    def starts(self) -> list[int]:
+        return [0, *accumulate(self.counts)][:-1]
+
+    @property
+    def total(self) -> int:
+        return max(1, sum(self.counts))  # a message is never empty
+
+
+def _by_parameter(table: Sequence[Parameter]) -> _Blocks:
+    return _Blocks(range(len(table)), [each.rows for each in table])
+
+
+def _by_groups(table: Sequence[Parameter], groups: Sequence[Sequence[str]]) -> _Blocks:
+    """One slot for all parameters that are in the same of these groups."""
+    kinds = [tuple(any(map(each.matches, patterns)) for patterns in groups) for each in table]
+    number = {kind: k for k, kind in enumerate(dict.fromkeys(kinds))}
+    return _Blocks([number[kind] for kind in kinds], [1] * len(number))
+
+
+def _slots_of_sums(blocks: _Blocks, places: Sequence[int], rows: Sequence[Rows] | None) -> Tensor:
+    """Where each local sum goes: (local sums,) int64."""
+    starts = blocks.starts
+    firsts = [starts[blocks.of[place]] for place in places]
+    if rows is None:
+        return torch.tensor(firsts, dtype=torch.int64)
+    every = [first + each.index for first, each in zip(firsts, rows, strict=True)]
+    return torch.cat(every) if every else torch.zeros(0, dtype=torch.int64)
+
+
+def _gather(places: Tensor, count: int) -> Gather:
+    """How numbers make up ``count`` others, each in the place of ``places``; those with the same place are combined."""
+    ordered, order = places.sort(stable=True)
+    lengths = torch.bincount(places, minlength=count)
+    return Gather(
+        None if torch.equal(ordered, places) else order,
+        None if len(places) == count and bool((lengths == 1).all()) else lengths,
+    )
+
+
+def _level(table: Sequence[Parameter], blocks: _Blocks, level: Statistic) -> Level:
+    sizes = torch.tensor([each.size for each in table], dtype=torch.float64)
+    counts = torch.tensor([each.rows for each in table], dtype=torch.int64)
+    labels = [each.label for each in table]
+    if level.per == "group":
+        return _groups(table, blocks, level, sizes)
+    if level.per == "row":
+        names = RowNames(labels, counts.tolist())
+        return Level(names, (sizes / counts).repeat_interleave(counts), Gather(), torch.arange(blocks.total))
+    units = torch.arange(len(table)).repeat_interleave(counts)
+    return Level(labels, sizes, _gather(units, len(table)), units)
+
+
+def _groups(table: Sequence[Parameter], blocks: _Blocks, level: Statistic, sizes: Tensor) -> Level:
+    """The slots of a group are those of its parameters."""
+    starts, names = blocks.starts, [name for name, _ in level.named]
+    slots: list[Tensor] = []
+    lengths, elements = [], []
+    unit_of_slot, groups_of_slot = torch.full((blocks.total,), len(names)), torch.zeros(blocks.total)
+    for k, (name, patterns) in enumerate(level.named):
+        members = [i for i, each in enumerate(table) if any(map(each.matches, patterns))]
+        if not members:
+            raise refusals.empty_group(name, patterns, [each.label for each in table])
+        whole = dict.fromkeys(blocks.of[i] for i in members)
+        own = torch.cat([torch.arange(starts[block], starts[block] + blocks.counts[block]) for block in whole])
+        unit_of_slot[own] = k
+        groups_of_slot[own] += 1
+        slots.append(own)
+        lengths.append(len(own))
+        elements.append(float(sizes[members].sum()))
+    overlap = bool((groups_of_slot > 1).any())
+    gather = Gather(torch.cat(slots), torch.tensor(lengths))
+    return Level(names, torch.tensor(elements, dtype=torch.float64), gather, None if overlap else unit_of_slot)
+
+
+def _sent(level: Level, device: torch.device) -> Level:
+    units = None if level.unit_of_slot is None else sent(level.unit_of_slot, device)
+    return replace(
+        level, sizes=sent(level.sizes, device), of_slots=_sent_gather(level.of_slots, device), unit_of_slot=units
+    )
+
+
+def _sent_gather(gather: Gather, device: torch.device) -> Gather:
+    return Gather(*(None if each is None else sent(each, device) for each in (gather.order, gather.lengths)))

@@ -1,0 +1,89 @@
+"""Building an Engine: what it is given is read, and all ranks agree on it or all of them raise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import FAILURES
+from ..layouts.layout import LayoutFn
+from ..layouts.model import ParameterFilter, chosen, held_in, parts_of
+from ..layouts.piece import holders_of, once
+from ..plan.build import Plan
+from ..plan.construction import agreed_on_units, compare_ranks, tell_ranks
+from ..plan.copies import has_copies
+from ..policies import Policy
+from ..policies.adopt import as_policy, needs
+from ..policies.checks import positive
+from ..ranks.group import Axis, ClippingGroup
+from . import options
+from .calls import Calls
+from .nonfinite import Nonfinite
+from .progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What an Engine is made of: ``holders`` are in its norm, of ``everything`` that the ``parts`` of a model hold."""
+
+    parts: Sequence[nn.Module]
+    everything: list[Tensor]
+    holders: list[Tensor]
+    progress: Progress
+
+
+def build(
+    model: nn.Module | Sequence[nn.Module],
+    policy: Policy | float,
+    *,
+    where: ClippingGroup,
+    split_over: Sequence[Axis],
+    layout: LayoutFn | None,
+    only: ParameterFilter | None,
+    norm_type: float,
+    nonfinite: Nonfinite,
+    max_consecutive_skips: int | None,
+    gradients: Any,
+    watch: options.Watch | None,
+    decides_on_device: bool | None,
+) -> Built:
+    """Read the arguments of an :class:`.Engine`, and compare them with those of the other ranks of ``where``.
+
+    Two all-reduces, and up to four more for statistics other than the norm of all gradients, with a host sync each.
+    """
+    parts: list[nn.Module] = []
+    try:
+        parts = parts_of(model)
+        streak = options.streak(nonfinite, max_consecutive_skips)
+        policy = as_policy(policy)
+        needed, watched = needs(policy), options.watched(watch)
+        p, given = positive("norm_type", norm_type), (split_over, layout, only)
+        settings = options.settings(p, policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched)
+        everything = once(held_in(parts))
+        listed = chosen(everything, only)
+        holders, plan = holders_of(listed), Plan.of(listed, p, where, split_over, layout)
+        axes = bool(split_over) and where.size > 1
+        ready = partial(
+            Progress,
+            holders=holders,
+            storage=options.storage(gradients, holders, plan),
+            policy=policy,
+            streak=streak,
+            calls=Calls(compare_in=1.0 if axes or has_copies(plan) else inf),
+            compares_axes=axes,
+            on_device=decides_on_device,
+            watch=watched,
+        )
+        asked = needed if watched is None else [*needed, watched]
+        progress = None if asked else ready(plan)
+    except FAILURES as error:  # the other ranks are about to compare, and would hang: they raise as well
+        device = where.device_for(parameter for part in parts for parameter in part.parameters())
+        tell_ranks(where, device, dict.fromkeys(options.SETTINGS, ""), error)
+        raise
+    compare_ranks(plan, listed, settings)
+    progress = progress or agreed_on_units(plan, asked, ready)
+    progress.calls.count_among(plan.group.clippers)
+    return Built(parts, holders_of(everything), holders, progress)

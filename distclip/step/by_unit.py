@@ -1,0 +1,94 @@
+"""Statistics for a policy, and decisions by unit: a factor for each slot, and one coefficient to report."""
+
+from collections.abc import Mapping
+from math import inf
+
+import torch
+from torch import Tensor
+
+from ..plan.measured import Measured
+from ..plan.slots import Slots
+from ..policies.answer import Numbers, Tensors
+from ..policies.coefficient import LEAST, all_presented
+from ..policies.statistics import Statistic, Statistics, Units
+from ..report import Watched
+
+NO_UNITS = Units()
+
+
+def statistics_of(measured: Measured, norm: Tensor, slots: Slots | None, p: float) -> Statistics:
+    """What a policy sees of one measurement; ``norm``: of the model, 0-d float64."""
+    sums = measured.reduced.sums
+    if slots is None or sums is None:
+        return Statistics(norm, NO_UNITS)
+    found = {"gradient": sums[: slots.count]}
+    if slots.of_parameters:
+        found["parameter"] = sums[slots.count :]
+    return Statistics(norm, slots.units, found, p, measured.scale)
+
+
+def watched(statistics: Statistics, watch: Statistic | None, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """The norms that a report shows by name."""
+    if watch is None:
+        return {}
+    return Watched(statistics.units.names(watch), all_presented(statistics.norm(watch), dtype))
+
+
+def factors_on_host(
+    answer: Numbers | Tensors, statistics: Statistics, skip: bool, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Factors for slots, (slots,) each, applied one after the other; and what the norm is multiplied by, 0-d."""
+    if skip:
+        return (), torch.ones((), dtype=dtype)
+    coefs = _by_slot(answer, statistics)
+    return _normal_factors(coefs, dtype), _reported(coefs, statistics, dtype)
+
+
+def factors_on_device(
+    answer: Numbers | Tensors, statistics: Statistics, skip: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same on an accelerator, where the host does not know how many factors it takes: one, at least ``LEAST``.
+
+    Where ``skip`` is true all are 1.
+    """
+    coefs = _by_slot(answer, statistics)
+    coefs = torch.where(coefs > 0, coefs.clamp(min=LEAST), coefs).masked_fill_(skip, 1.0)
+    return coefs.to(dtype), _reported(coefs, statistics, dtype)
+
+
+def code_of(factors: tuple[Tensor, ...]) -> int:
+    """A number that is equal where factors on the host are: for ranks to compare what they decided."""
+    bits = [each.double().view(torch.int64) for each in factors]
+    return sum(int((each * torch.arange(1, 2 * len(each), 2)).sum()) for each in bits) % (1 << 32)
+
+
+def _by_slot(answer: Numbers | Tensors, statistics: Statistics) -> Tensor:
+    """The coefficient of each slot, (slots,) float64; 1 for those in no unit."""
+    level = statistics.units.level(answer.per)
+    assert level.unit_of_slot is not None, "groups that overlap are refused"
+    coefs, bound = answer.coef, answer.max_norm
+    assert isinstance(bound, Tensor)
+    if coefs is None:
+        coefs = (bound / (statistics.norm(answer.per) + 1e-6)).clamp_(max=1.0).masked_fill_(bound == inf, 1.0)
+    assert isinstance(coefs, Tensor)
+    return torch.cat([coefs, coefs.new_ones(1)]).index_select(0, level.unit_of_slot)
+
+
+def _normal_factors(coefs: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """``coefs`` as factors that are normal in float32; none where all are 1.
+
+    A coefficient below ``LEAST`` would lose precision, or zero finite gradients.
+    """
+    found = []
+    tiny = (coefs > 0) & (coefs < LEAST)
+    while tiny.any():  # a power of two, which rounds nothing
+        found.append(torch.where(tiny, LEAST, 1.0).to(dtype))
+        coefs = torch.where(tiny, coefs / LEAST, coefs)
+        tiny = (coefs > 0) & (coefs < LEAST)
+    last = coefs.to(dtype)
+    return (*found, last) if found or not bool((last == 1).all()) else ()
+
+
+def _reported(coefs: Tensor, statistics: Statistics, dtype: torch.dtype) -> Tensor:
+    """What the norm of the model is multiplied by, 0-d, at least ``LEAST``."""
+    return statistics.shrunk(coefs).clamp(min=LEAST).to(dtype)

@@ -12,8 +12,8 @@
 * **agreement word**: the form in which a code is summed. The words of all ranks add up to 0 if all sent the same code,
   and every rank sees the same sum and reaches the same verdict. Two different codes never add up to 0, however many
   ranks sent each; three or more do by chance, about once in 2**32.
-* **fault**: a rank with an error of its own adds inf to its word, or ``CODES`` to the first of its codes: a
-  disagreement whatever the others send.
+* **fault**: a rank with an error of its own adds inf to its word, or 1 to ``code`` but not to ``-code``: a disagreement
+  whatever the others send.
 * **signed length**: the length of the message, negative where the maximum is taken. Ranks that disagree may send
   messages of different signed lengths at the same time, and these must not be reduced together.
 * **channel**: the connections that messages of one signed length use on the host (connections.py).
@@ -160,7 +160,7 @@ def reduce_norm(
 def _known(group: ClippingGroup, p: float, code: int, faulty: bool, flags: Sequence[bool]) -> list[float] | list[int]:
     """What travels behind this rank's own numbers, which the host knows."""
     if p == inf:
-        return [code + CODES * faulty, -code, *map(int, flags)]
+        return [code + faulty, -code, *map(int, flags)]
     return [agreement_word(code, group.rank, len(group.ranks)) + (inf if faulty else 0.0), *map(float, flags)]
 
 

@@ -155,10 +155,17 @@ def unknown_rows(name: str) -> LayoutError:
     )
 
 
-def units_differ(name: str, rows: int, others: int) -> LayoutError:
+def units_differ(name: str, size: float, other: float) -> LayoutError:
     return LayoutError(
-        f"{name} has {rows} rows on one rank and {others} on another, which hold the same by their layout: return "
-        'Layout.cut(over=[mesh["ep"]]) from layout=, or pass split_over, where these are different parameters'
+        f"{name} has {size:.0f} elements on one rank and {other:.0f} on another, which hold the same by their layout: "
+        'return Layout.cut(over=[mesh["ep"]]) from layout=, or pass split_over, where these are different parameters'
+    )
+
+
+def unit_not_counted_once(name: str, times: float) -> LayoutError:
+    return LayoutError(
+        f"the ranks that have a parameter {name} count its elements {times:.3g}x, so that it has no norm of its own: "
+        "the layout must say how many ranks hold it under this name (a weight that stages share needs one name on all)"
     )
 
 

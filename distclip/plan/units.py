@@ -28,13 +28,13 @@ class Parameter:
 
     * ``where``: which of those of this ``name``, as :class:`.layouts.layout.Replication` tells it; ``label``: what its
       unit is called.
-    * ``size``: its elements; ``rows``: how many rows, 1 where nobody asked.
+    * ``rows``: how many it has, 1 where nobody asked. ``size``: its elements, 0 where ranks have parts and none knows.
     """
 
     name: str
     where: str
     rows: int
-    size: float = 0.0
+    size: float
     label: str = ""
 
     def matches(self, pattern: str) -> bool:
@@ -42,15 +42,16 @@ class Parameter:
         return pattern in (self.name, self.label) or any(fnmatchcase(n, pattern) for n in (self.name, self.label))
 
 
-Others: TypeAlias = Sequence[tuple[str, str, int]]
-"""Name, ``where`` and rows of the parameters of one rank that not all ranks know."""
+Others: TypeAlias = Sequence[tuple[str, str, int, float]]
+"""Name, ``where``, rows and size of the parameters of one rank that not all ranks know."""
 
 
 def others_of(plan: Plan, asked: Sequence[Statistic]) -> Others:
     """Those of this rank. LayoutError where it is not known which ranks hold the same, or which rows are here."""
     rows = _rows(plan, asked)
     mine = [_own(plan, i, rows) for i in range(len(plan.pieces))]
-    return [(each.name, each.where, each.rows) for each, k in zip(mine, plan.known_to_all, strict=True) if not k]
+    others = [each for each, known in zip(mine, plan.known_to_all, strict=True) if not known]
+    return [(each.name, each.where, each.rows, each.size) for each in others]
 
 
 def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others]) -> Plan:
@@ -99,7 +100,8 @@ def _own(plan: Plan, index: int, rows: Sequence[Rows] | None) -> Parameter:
     if rows is not None and plan.in_parts[index]:
         raise refusals.unknown_rows(plan.label(index))
     name = plan.pieces[index].name or f"parameter {index}"
-    return Parameter(name, where, 1 if rows is None else rows[index].total)
+    size = 0.0 if plan.in_parts[index] else float(plan.pieces[index].size)
+    return Parameter(name, where, 1 if rows is None else rows[index].total, size)
 
 
 def _table(plan: Plan, rows: Sequence[Rows] | None, others: Sequence[Others]) -> tuple[list[Parameter], list[int]]:
@@ -110,14 +112,15 @@ def _table(plan: Plan, rows: Sequence[Rows] | None, others: Sequence[Others]) ->
     mine = [_own(plan, i, rows) for i in range(len(plan.pieces))]
     found = {(each.name, each.where): each for each, known in zip(mine, plan.known_to_all, strict=True) if known}
     for rank in others:
-        for name, where, count in rank:
-            same = found.setdefault((name, where), Parameter(name, where, count))
-            if same.rows != count:
-                raise refusals.units_differ(name, same.rows, count)
+        for name, where, count, size in rank:
+            same = found.setdefault((name, where), Parameter(name, where, count, size))
+            if (same.rows, same.size) != (count, size):
+                raise refusals.units_differ(name, same.size, size)
     table, place = list(found.values()), {key: k for k, key in enumerate(found)}
     places = [place[each.name, each.where] for each in mine]
     _label(table)
-    _count(plan, table, places, differs=any(others))
+    if any(others):
+        _count(plan, table, places)
     return table, places
 
 
@@ -132,15 +135,16 @@ def _label(table: Sequence[Parameter]) -> None:
             each.label = f"{name}[{where}]" if len(same) > 1 and where else name
 
 
-def _count(plan: Plan, table: Sequence[Parameter], places: Sequence[int], differs: bool) -> None:
-    """How many elements each has: by metadata, or counted where parameters differ between ranks."""
-    if not differs:
-        for place, piece in zip(places, plan.pieces, strict=True):
-            table[place].size = float(piece.here if piece.size is None else piece.size)
-        return
+def _count(plan: Plan, table: Sequence[Parameter], places: Sequence[int]) -> None:
+    """Count the elements of each, which is the size of those in parts; LayoutError where that is not what it has.
+
+    A weight that two stages share by different names, said to be on two ranks, would have half of its elements twice.
+    """
     here = torch.tensor([float(piece.here) for piece in plan.pieces], dtype=torch.float64) * plan.weights.cpu()
     sizes = torch.zeros(len(table), dtype=torch.float64).index_add_(0, torch.tensor(places, dtype=torch.int64), here)
     for parameter, size in zip(table, all_reduce(plan.group, sent(sizes, plan.device)).tolist(), strict=True):
+        if parameter.size and abs(size - parameter.size) > 0.5:
+            raise refusals.unit_not_counted_once(parameter.label, size / parameter.size)
         parameter.size = float(round(size))
 
 

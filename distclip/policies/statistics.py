@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from ..ranks.message import root
+from ..ranks.message import combined, root
 
 Per: TypeAlias = Literal["model", "group", "parameter", "row"]
 Groups: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
@@ -212,10 +212,8 @@ class Statistics:
         slots = self._slots.get(wanted.of)
         if slots is None:
             raise ValueError(f"{wanted!r} is none of the statistics that were asked for: return it from needs()")
-        if wanted.per == "model":
-            sums = slots.max() if self._p == inf else slots.sum()
-        else:
-            sums = self.units.level(wanted).of_slots(slots, self._p)
+        per_model = wanted.per == "model"
+        sums = combined(slots, self._p) if per_model else self.units.level(wanted).of_slots(slots, self._p)
         norms = sums.clone() if self._p == inf else root(sums, self._p)
         assert isinstance(norms, Tensor)
         return norms / self._scale if wanted.of == "gradient" and self._scale != 1.0 else norms
@@ -227,8 +225,9 @@ class Statistics:
         """
         slots = self._slots["gradient"]
         if self._p == inf:
-            before, ratio = slots.max(), (slots * factors).max() / slots.max()
+            before = combined(slots, inf)
+            ratio = combined(slots * factors, inf) / before
         else:
-            before = slots.sum()
-            ratio = ((slots * factors.pow(self._p)).sum() / before).pow(1 / self._p)
+            before = combined(slots, self._p)
+            ratio = (combined(slots * factors.pow(self._p), self._p) / before).pow(1 / self._p)
         return torch.where(before == 0, 1.0, ratio)

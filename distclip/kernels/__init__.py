@@ -1,7 +1,7 @@
 """Norms and scaling of local gradients: the only code that touches gradient-sized memory.
 
 [Note: how a norm is summed]
-Five files sum, by device and dtype. All that is not said to be added in fp32 is added in float64, and a sum in fp32
+Seven files sum, by device and dtype. All that is not said to be added in fp32 is added in float64, and a sum in fp32
 that left its range is made again in float64. For p = inf nothing is added; NaN stays NaN in each of them.
 
 1. native/sums.c, compiled, on the CPU: squares of fp32, bf16, fp16 and complex64. Nothing in fp32: each square is exact
@@ -17,6 +17,10 @@ that left its range is made again in float64. For p = inf nothing is added; NaN 
 5. without_float64.py, on MPS and some XPU: squares of fp32, bf16 and fp16, in rows of 64 in fp32 on the device; the
    host adds the rows in float64. Every other p, complex tensors and rows beyond fp32 are copied to the host, where 1 or
    2 sums them.
+6. each.py, one sum for each tensor or each row of one, on the CPU: by 1 what 1 reads, in one call. Other tensors by 2,
+   each alone; other rows in float64, a part at a time.
+7. foreach_rows.py, one sum for each row on accelerators: whole tensors and long rows by 3, others in float64, converted a
+   part at a time. Devices without float64 copy the tensors to the host, where 6 sums them.
 """
 
 from .each import row_sums as row_sums, sums_of_each as sums_of_each

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import foreach_rows
-from .device import device_of
+from .device import device_of, has_float64
 from .dtypes import WIDE, as_real
 from .memory import check_memory
 from .rows import Cut, rows_of, whole
@@ -63,7 +63,9 @@ def _by_device(
             here = [k for k in here if devices[k] == device]
             parts = torch.split(factors, counts)
             by = torch.cat([parts[k] for k in here])
-        yield device, here, by if by.device == device else sent(by, device)
+        if by.device != device:
+            by = sent(by if has_float64(device) else by.float(), device)
+        yield device, here, by
 
 
 def _multiply_each(tensors: Sequence[Tensor], factors: Tensor) -> None:

@@ -19,8 +19,8 @@ that left its range is made again in float64. For p = inf nothing is added; NaN 
    2 sums them.
 6. each.py, one sum for each tensor or each row of one, on the CPU: by 1 what 1 reads, in one call. Other tensors by 2,
    each alone; other rows in float64, a part at a time.
-7. foreach_rows.py, one sum for each row on accelerators: whole tensors and long rows by 3, others in float64, converted a
-   part at a time. Devices without float64 copy the tensors to the host, where 6 sums them.
+7. foreach_rows.py, one sum for each row on accelerators: whole tensors and long rows by 3, others in float64, converted
+   a part at a time. Devices without float64 copy the tensors to the host, where 6 sums them.
 """
 
 from .each import row_sums as row_sums, sums_of_each as sums_of_each

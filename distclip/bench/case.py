@@ -41,12 +41,12 @@ class Contest:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Case:
-    """One line of the table: the ratio of the two quantities named in ``over``, and the ``goal`` set for it."""
+    """One line of the table: the ratio of the two quantities named in ``over``, and the ``goal`` set for it, if any."""
 
     name: str
     what: str
     build: Callable[[Place], Contest]
-    goal: float
+    goal: float | None
     at_most: bool = False
     over: tuple[str, str] = ("torch", "distclip")
     unit: Literal["ms", "KiB"] = "ms"
@@ -56,7 +56,10 @@ class Case:
 
     @property
     def wanted(self) -> str:
-        return f"{'<=' if self.at_most else '>='} {self.goal:g}"
+        return "" if self.goal is None else f"{'<=' if self.at_most else '>='} {self.goal:g}"
 
-    def met(self, ratio: float) -> bool:
+    def met(self, ratio: float) -> bool | None:
+        """None without a goal."""
+        if self.goal is None:
+            return None
         return ratio <= self.goal if self.at_most else ratio >= self.goal

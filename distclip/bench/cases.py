@@ -1,11 +1,13 @@
 """The table of cases, with the project's goals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from distclip.bench.case import Case
-from distclip.bench.contests import clipping, cold, functions, memory, optimizer_step, training_step
-from distclip.bench.subject import ddp, fsdp2, plain
+from distclip.bench.contests import Tenths, clipping, cold, finer, functions, memory, optimizer_step, training_step
+from distclip.bench.place import Place
+from distclip.bench.subject import Subject, ddp, fsdp2, plain
 
 SMALL = partial(fsdp2, layers=24, width=64)
 MEDIUM = partial(fsdp2, layers=12, width=256)
@@ -20,6 +22,18 @@ ON_LARGE = "FSDP2, 4 layers of width 1024, 48 parameters"
 ON_BUCKETS = "DDP with bucket views, 600 parameters of 10 x 10"
 ON_NO_VIEWS = "DDP without bucket views, 600 parameters of 10 x 10"
 ON_PLAIN = "one process, 48 parameters of 1 Mi elements"
+
+WATCHED = 'Clipper(watch="parameters")'
+FINER: Sequence[tuple[str, str, Callable[[Place], Subject], float | None, dict[str, Any]]] = [
+    ("watch-fsdp2-small-repeated", f"{ON_SMALL}: {WATCHED}", SMALL, 1.5, {"watch": "parameters"}),
+    ("watch-fsdp2-small-fresh", f"{ON_SMALL}: {WATCHED}, fresh", SMALL, 1.5, {"watch": "parameters", "fresh": True}),
+    ("watch-ddp-small", f"{ON_BUCKETS}: {WATCHED}", BUCKETS, None, {"watch": "parameters"}),
+    ("watch-plain", f"{ON_PLAIN}: {WATCHED}", PLAIN, 1.15, {"watch": "parameters"}),
+    ("by-parameter-fsdp2-small", f"{ON_SMALL}: each parameter clipped", SMALL, None, {"policy": Tenths("parameter")}),
+    ("by-parameter-plain", f"{ON_PLAIN}: each parameter clipped", PLAIN, None, {"policy": Tenths("parameter")}),
+    ("by-row-fsdp2-small", f"{ON_SMALL}: each row clipped", SMALL, None, {"policy": Tenths("row")}),
+]
+"""Name, what, subject, goal and settings of cases that need more than the norm of the model."""
 
 CASES = [
     Case(
@@ -160,6 +174,19 @@ CASES = [
         at_most=True,
         over=("distclip", "torch"),
         rounds=60,
+    ),
+    *(
+        Case(
+            name=name,
+            what=f"{what} over a Clipper of the model's norm alone",
+            build=partial(finer, subject_of=subject_of, **settings),
+            goal=goal,
+            at_most=True,
+            over=("distclip", "clipper"),
+            rounds=40,
+            alone=subject_of is PLAIN,
+        )
+        for name, what, subject_of, goal, settings in FINER
     ),
     *(
         Case(

@@ -1,9 +1,9 @@
 """Which calls are compared, on which gradients."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import inf
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,34 @@ def functions(place: Place, subject_of: SubjectOf) -> Contest:
         "distclip": function(subject, max_norm),
     }
     return Contest(calls=calls, prepare=restoring(subject.parameters), norm=norm, max_norm=max_norm)
+
+
+def finer(place: Place, subject_of: SubjectOf, *, fresh: bool = False, **settings: Any) -> Contest:
+    """A Clipper with ``settings``, a policy or ``watch=``, against one that clips to a number and reports no more."""
+    subject = subject_of(place)
+    norm, max_norm = norm_and_bound(subject, clips=True)
+    calls = {"clipper": clipper(subject, max_norm), "distclip": clipper(subject, **{"policy": max_norm, **settings})}
+    prepare = subject.backward if fresh else restoring(subject.parameters)
+    return Contest(calls=calls, prepare=prepare, norm=norm, max_norm=max_norm, group=subject.group)
+
+
+@dataclass(frozen=True, slots=True)
+class Tenths:
+    """A policy that clips each parameter, or each row of one, to a tenth of its norm."""
+
+    per: Literal["parameter", "row"]
+
+    def needs(self) -> Sequence[distclip.Statistic]:
+        return [distclip.Statistic(self.per)]
+
+    def init(self, units: distclip.Units, device: torch.device) -> dict[str, Tensor]:
+        return {}
+
+    def decide(
+        self, statistics: distclip.Statistics, state: dict[str, Tensor]
+    ) -> tuple[distclip.Decision, dict[str, Tensor]]:
+        bounds = statistics.norm(self.per).mul(0.1).clamp(min=1e-30)  # a bound is above 0
+        return distclip.Decision(bounds, per=self.per), state
 
 
 def memory(place: Place, subject_of: SubjectOf, *, by: str) -> Contest:
@@ -103,8 +131,8 @@ def function(subject: Subject, max_norm: float) -> Call:
     return lambda: distclip.clip_grad_norm_(subject.parameters, max_norm)
 
 
-def clipper(subject: Subject, max_norm: float) -> Call:
-    holder = distclip.Clipper(subject.model, max_norm, group=subject.group)
+def clipper(subject: Subject, policy: distclip.Policy | float, **settings: Any) -> Call:
+    holder = distclip.Clipper(subject.model, policy, group=subject.group, **settings)
     return lambda: holder.clip_().norm
 
 

@@ -17,7 +17,7 @@ def line(result: Result, width: int) -> str:
     case = result.case
     if result.ratio is None or result.low is None or result.high is None:
         return LINE.format(case.name, "-", "", case.wanted, "", result.note, width=width)
-    met = "met" if case.met(result.ratio) else "missed"
+    met = {True: "met", False: "missed", None: ""}[case.met(result.ratio)]
     between = f"{figure(result.low)} .. {figure(result.high)}"
     return LINE.format(case.name, figure(result.ratio), between, case.wanted, met, medians(result), width=width)
 

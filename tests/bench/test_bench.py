@@ -83,6 +83,18 @@ def test_a_line_shows_the_ratio_its_goal_and_what_it_was_made_of():
     assert " ".join(line(Result(case=AT_MOST, note="not built: yet"), 4).split()) == "tiny - <= 2 not built: yet"
 
 
+def test_a_case_without_a_goal_is_neither_met_nor_missed():
+    result = summary(replace(AT_MOST, goal=None), {"torch": [1.0], "distclip": [2.0]})
+    assert (result.to_dict()["goal"], result.to_dict()["met"]) == (None, None)
+    assert " ".join(line(result, 4).split()) == "tiny 2.00 2.00 .. 2.00 distclip 2.00 ms / torch 1.00 ms"
+
+
+@pytest.mark.parametrize("case", chosen(["watch", "by"]), ids=lambda case: case.name)
+def test_cases_of_finer_norms_stand_beside_a_clipper_that_needs_none(case):
+    assert case.over == ("distclip", "clipper")
+    assert case.at_most
+
+
 @pytest.mark.parametrize(("value", "text"), [(0.04567, "0.0457"), (9.5, "9.50"), (99.96, "100."), (3012.6, "3013")])
 def test_figures_have_three_digits(value, text):
     assert figure(value) == text

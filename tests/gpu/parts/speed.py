@@ -99,7 +99,8 @@ def judged(case: dict[str, Any]) -> Readings:
         parameters = (1024 * case["allowed_KiB"] - (1 << 20)) / 64
         yield reading("bytes", name, 1024 * case["distclip_KiB"], parameters=parameters)
     elif case["at_most"]:
-        yield reading("fact", f"{name}: by a bare step", case["ratio"])
+        bare = "a Clipper without" if "clipper" in over else "a bare step"
+        yield reading("fact", f"{name}: by {bare}", case["ratio"])
     else:
         yield reading("times", f"{name}, ms by torch's", case["distclip_ms"], right=case["torch_ms"])
 

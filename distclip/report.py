@@ -20,8 +20,9 @@ class Culprit:
     ``ranks``: all global ranks on which the gradient of ``parameter`` is not finite. ``reduced``: DDP or FSDP had
     summed it over ranks before, so any of these may be its source: :func:`find_source` says which.
 
-    Where norms of parameters travel (``watch="parameters"``, or a policy that needs them) the parameter is known
-    without asking the ranks; then, with several of them, ``rank`` is ``None`` and ``ranks`` empty.
+    Where norms of parameters or rows are reduced anyway (``watch="parameters"``, or a policy that needs them), these
+    name the parameter, and no rank is asked: with several ranks ``rank`` is None then, ``ranks`` empty, and
+    ``reduced`` true whoever has the gradient.
     """
 
     kind: str
@@ -34,13 +35,12 @@ class Culprit:
         if self.kind == "overflow":
             which = "" if self.parameter is None else f", first in {self.parameter} on rank {self.rank}"
             return f"every gradient is finite but the sum of powers overflows float64{which}"
-        if self.reduced:
-            held = f", held by rank {and_more(self.ranks)}" if self.ranks else ""
-            return (
-                f"{self.parameter} has {self.kind} in its reduced gradient{held}; "
-                "distclip.find_source(model) says from which rank it came"
-            )
-        return f"{self.parameter} on rank {self.rank} has {self.kind} in its gradient"
+        if not self.reduced:
+            return f"{self.parameter} on rank {self.rank} has {self.kind} in its gradient"
+        whose = f"reduced gradient, held by rank {and_more(self.ranks)}" if self.ranks else "gradient"
+        return (
+            f"{self.parameter} has {self.kind} in its {whose}; distclip.find_source(model) says from which rank it came"
+        )
 
 
 class Watched(Mapping[str, Tensor]):
@@ -72,7 +72,7 @@ class Watched(Mapping[str, Tensor]):
 class Report:
     """What :meth:`Clipper.measure`, :meth:`Clipper.clip_` or :meth:`Clipper.step` found and did.
 
-    All four tensors are 0-d, on the device where the group reduces, with the same bits on every rank.
+    All tensors are 0-d, on the device where the group reduces, with the same bits on every rank.
 
     * ``norm``: total norm before clipping, float32 (float64 if a parameter is float64). A finite norm beyond float32 is
       ``finfo.max``, so ``inf`` always means a non-finite gradient (or power sum).
@@ -81,8 +81,8 @@ class Report:
       Below float32's normal numbers gradients are scaled by the exact factor, of which this has a few digits; on an
       accelerator, where the host does not know it, by the least normal number, which is then shown.
     * ``skip``: bool; do not take the step (``step`` did not take it).
-
-    * ``norms``: of what ``watch=`` names, by name: 0-d views of one tensor, of the dtype of ``norm``.
+    * ``norms``: what ``watch=`` asks for, by name, before clipping: 0-d views of one tensor, of the dtype and with the
+      limit of ``norm``. Empty without ``watch``.
 
     ``culprit`` says where a non-finite norm came from. With the decision on an accelerator it is ``None`` here, and
     available one call later as :attr:`Clipper.culprit`.
@@ -106,9 +106,8 @@ class Report:
         They may be NaN or inf, which JSON lacks (``json.dumps(..., allow_nan=False)`` raises): write ``str(number)``
         instead, as ``metrics.jsonl`` does.
         """
-        numbers = torch.stack([t.double() for t in (self.norm, self.max_norm, self.coef, self.skip)])
-        if isinstance(self.norms, Watched):
-            numbers = torch.cat([numbers, self.norms.tensor.double()])
-        norm, max_norm, coef, skip, *norms = numbers.tolist()
-        watched = {f"norm/{name}": number for name, number in zip(self.norms, norms, strict=True)}
-        return {"norm": norm, "max_norm": max_norm, "coef": coef, "skip": bool(skip), **watched}
+        watched = [self.norms.tensor] if isinstance(self.norms, Watched) else list(self.norms.values())
+        rows = [each.double().view(-1) for each in (self.norm, self.max_norm, self.coef, self.skip, *watched)]
+        norm, max_norm, coef, skip, *norms = torch.cat(rows).tolist()
+        by_name = {f"norm/{name}": number for name, number in zip(self.norms, norms, strict=True)}
+        return {"norm": norm, "max_norm": max_norm, "coef": coef, "skip": bool(skip), **by_name}

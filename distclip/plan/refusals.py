@@ -171,7 +171,8 @@ def unit_not_counted_once(name: str, times: float) -> LayoutError:
 
 def empty_group(name: str, patterns: Sequence[str], parameters: Sequence[str]) -> ValueError:
     return ValueError(
-        f"no parameter matches {' or '.join(map(repr, patterns))}, the group {name!r}: there are {and_more(parameters)}"
+        f"the group {name!r} is empty, no parameter matches {' or '.join(map(repr, patterns))}: choose among "
+        f"{and_more(parameters)}"
     )
 
 

@@ -24,11 +24,15 @@ LEVELS: tuple[Per, ...] = ("model", "group", "parameter", "row")  # from coarse 
 
 def _groups(given: Groups | Mapping[str, str | Sequence[str]]) -> Groups:
     pairs = given.items() if isinstance(given, Mapping) else given
-    found = tuple((name, (each,) if isinstance(each, str) else tuple(each)) for name, each in pairs)
+    found = [(name, (each,) if isinstance(each, str) else each) for name, each in pairs]
     for name, patterns in found:
-        if not isinstance(name, str) or not patterns or not all(isinstance(each, str) for each in patterns):
-            raise ValueError(f"groups must be patterns by name, {{'norms': '*norm*'}}, got {name!r}: {patterns!r}")
-    return found
+        listed = isinstance(patterns, Sequence) and all(isinstance(each, str) for each in patterns)
+        if not isinstance(name, str) or not patterns or not listed:  # of a set ranks would see different orders
+            raise ValueError(
+                "groups must be patterns by name, such as {'norms': '*norm*'} or {'ends': ['embed.*', 'head.*']}, got "
+                f"{name!r}: {patterns!r}"
+            )
+    return tuple((name, tuple(patterns)) for name, patterns in found)
 
 
 @dataclass(frozen=True, slots=True)

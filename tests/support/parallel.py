@@ -40,7 +40,12 @@ class Job:
     whole: Callable[[], Whole]
     options: dict[str, Any] = field(default_factory=dict)
     realigns: bool = False  # whether gradients have to be brought to their parameters' placements by talking
-    exact: bool = True  # whether `whole` are these very gradients, or those of one process beside them
+    alone: nn.Module | None = None  # the model of one process whose gradients are `whole`, where they are not these
+
+    @property
+    def exact(self) -> bool:
+        """Whether ``whole`` are these very gradients."""
+        return self.alone is None
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return (p for part in self.parts for p in part.parameters())
@@ -48,10 +53,27 @@ class Job:
 
 def united(job: Job) -> list[Tensor]:
     """The gradients of the whole model, each once, the same list on every rank."""
-    shares: list[Whole | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, job.whole())
-    union = {name: tensor for share in shares for name, tensor in share.items()}
+    union = by_name(job.whole())
     return [union[name] for name in sorted(union)]
+
+
+def by_name(share: Whole) -> Whole:
+    """The shares of all ranks, the same on every rank."""
+    shares: list[Whole | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, share)
+    return {name: tensor for share in shares for name, tensor in share.items()}
+
+
+def whole_values(job: Job) -> Whole:
+    """This rank's share of the parameters' values: by the road of gradients, in whose place they are put."""
+    if job.alone is not None:
+        return {name: p.detach().clone() for name, p in job.alone.named_parameters()}
+    for p in job.parameters():
+        if p.grad is None or isinstance(p, DTensor):
+            p.grad = p.detach().clone()
+        else:
+            p.grad.copy_(p.detach())  # FSDP1's are parts of a flat one
+    return job.whole()
 
 
 def full_gradients(model: nn.Module, prefix: str = "") -> Whole:
@@ -340,8 +362,7 @@ def _gathered_by_hand(job: Job, alone: nn.Module, run: Callable[[nn.Module], Non
         run(alone)
         return full_gradients(alone)
 
-    job.whole = whole
-    job.exact = False
+    job.whole, job.alone = whole, alone
     return job
 
 
@@ -494,6 +515,14 @@ def ep_plain(dtype, scale):
     copies = distclip.Layout(world // 2)
     options = {"layout": lambda name, p: copies if name.startswith("experts") else None}
     return Job([model], backward, lambda: full_gradients(model), options)
+
+
+def ep_named(dtype, scale):
+    """The same, where the layout says over which axis experts differ, as norms of their own need it."""
+    job, mesh = ep_plain(dtype, scale), mesh_of(("edp", dist.get_world_size() // 2), ("ep", 2))
+    cut = distclip.Layout.cut(over=[mesh["ep"]])
+    job.options["layout"] = lambda name, p: cut if name.startswith("experts") else None
+    return job
 
 
 def ep_dtensor(dtype, scale):

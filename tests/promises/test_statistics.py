@@ -1,0 +1,230 @@
+"""Statistics on every layout: norms of groups, parameters and rows, of gradients and values, and what travels for them.
+
+The oracle: norms of whole tensors in float64, as in test_matrix.py.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import inf
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import distclip
+from distclip import Decision, Statistic
+from support import parallel
+from support.oracle import true_norm
+from support.parallel import EIGHT, FOUR, THREE, TWO, by_name, whole_values
+from support.ranks import run_ranks, same_bits
+
+P = (1.0, 2.0, 3.0, inf)
+NAMED = [parallel.ep_named if layout is parallel.ep_plain else layout for layout in FOUR]
+LAYOUTS = [
+    pytest.param(layout, size, id=f"{layout.__name__}-{size}")
+    for size, layouts in ((2, TWO), (3, THREE), (4, NAMED), (8, EIGHT))
+    for layout in layouts
+]
+
+
+@dataclass
+class Recorder:
+    """Bounds nothing, and keeps what it is shown."""
+
+    asked: tuple[Statistic, ...] = ()
+    seen: dict[Statistic, Tensor] = field(default_factory=dict, repr=False)
+
+    def needs(self):
+        return self.asked
+
+    def init(self, units, device):
+        return {}
+
+    def decide(self, statistics, state):
+        self.seen = {each: statistics.norm(each).clone() for each in (Statistic(), *self.asked)}
+        return Decision(inf), state
+
+
+@contextmanager
+def lengths() -> Iterator[list[int]]:
+    """How many numbers travel in each all-reduce inside, once it is over."""
+    with _Lengths() as mode:
+        yield mode.lengths
+
+
+class _Lengths(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("c10d::"):
+            assert func.name() == "c10d::allreduce_", "no other collective"
+            self.lengths.append(args[0][0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def both(*statistics: Statistic) -> tuple[Statistic, ...]:
+    return (*statistics, *(Statistic(each.per, "parameter", each.groups) for each in statistics))
+
+
+def groups_of(names: Sequence[str]) -> dict[str, str | list[str]]:
+    """All, a group of one, some by a wildcard, and every second: they overlap."""
+    return {"all": "*", "one": names[0], "wild": f"{names[-1][:2]}*", "odd": names[1::2]}
+
+
+def measured(layout) -> dict[str, object]:
+    """What policies see for each p, where each level is the finest; what travelled; and the whole tensors."""
+    job = layout(torch.float32, 30.0)
+    job.backward()
+    gradients = by_name(twin(layout, job))
+    watching = distclip.Clipper(job.parts, inf, watch="parameters", **job.options)
+    watched = watching.measure().norms  # misplaced gradients are in place from now on
+    names = list(watched)
+    group = Statistic("group", groups=groups_of(names))
+    parameter, row = Statistic("parameter"), Statistic("row")
+    levels = {
+        "group": both(group),
+        "parameter": both(group, parameter),
+        "row": both(Statistic(), group, parameter, row),
+    }
+    seen, sent, reported = {}, {}, {}
+    for p in P:
+        for finest, asked in {"nothing": (), **levels}.items():
+            recorder = Recorder(asked)
+            clipper = distclip.Clipper(job.parts, recorder, norm_type=p, **job.options)
+            with lengths() as sent[p, finest]:
+                reported[p, finest] = clipper.measure().norm
+            seen[p, finest] = recorder.seen
+    flags = 2 * watching.engine.plan.sends_flags
+    values = by_name(twin_values(layout, job))
+    return {
+        "seen": seen,
+        "sent": sent,
+        "reported": reported,
+        "watched": torch.stack(list(watched.values())),
+        "names": names,
+        "flags": flags,
+        "whole": {"gradient": gradients, "parameter": values},
+        "exact": job.exact,
+    }
+
+
+def twin(layout, job) -> parallel.Whole:
+    """The gradients of the same model with parameters that have names, where flat ones have none."""
+    if not is_flat(layout):
+        return job.whole()
+    other = getattr(parallel, layout.__name__.removesuffix("_flat"))(torch.float32, 30.0)
+    other.backward()
+    return other.whole()
+
+
+def twin_values(layout, job) -> parallel.Whole:
+    if not is_flat(layout):
+        return whole_values(job)
+    other = getattr(parallel, layout.__name__.removesuffix("_flat"))(torch.float32, 30.0)
+    other.backward()
+    return whole_values(other)
+
+
+def is_flat(layout) -> bool:
+    return layout.__name__.endswith("_flat")
+
+
+# ---- the oracle ---------------------------------------------------------------------------------------------
+
+
+def unit_of(name: str, names: Sequence[str], interleaved: bool) -> str | None:
+    """What the unit of a whole tensor is called: with the number of a stage or an expert before its ``name``."""
+    number, _, rest = name.replace(" ", ".").partition(".")
+    if interleaved:  # two stages a rank, which are its parts 0 and 1
+        return f"{int(number) // 2}.{rest}" if number.isdigit() else f"0.{name}"
+    forms = (name, f"{rest}[pp={number}]", f"{rest}[ep={number}]", f"{rest}[{number}]", rest)
+    return next((form for form in forms if form in names), None)
+
+
+def labelled(whole: parallel.Whole, names: Sequence[str], interleaved: bool) -> dict[str, Tensor]:
+    """Whole tensors by their units. Those that DDP hides, and which have numbers, in their order."""
+    units = {name: unit_of(name, names, interleaved) for name in whole}
+    hidden = iter([name for name in names if name not in units.values()])
+    found = {unit or next(hidden): whole[name] for name, unit in units.items()}
+    assert set(found) <= set(names)
+    assert len(found) == len(whole)
+    return found
+
+
+def members(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The parameters of a group."""
+    both_names = {name: (name, name.partition("[")[0]) for name in names}
+    return [n for n, ns in both_names.items() if any(p in ns or any(fnmatchcase(x, p) for x in ns) for p in patterns)]
+
+
+def rows(tensor: Tensor) -> Sequence[Tensor]:
+    return tensor.unbind() if tensor.ndim > 1 else [tensor]
+
+
+def expected(statistic: Statistic, whole: Mapping[str, Tensor], names: Sequence[str], p: float) -> list[float]:
+    """Its norms in the order of units."""
+    nothing = torch.zeros(1)
+    match statistic.per:
+        case "model":
+            return [true_norm(whole.values(), p)]
+        case "group":
+            chosen = [members(patterns, names) for _, patterns in statistic.named]
+            return [true_norm([whole.get(name, nothing) for name in group], p) for group in chosen]
+        case "parameter":
+            return [true_norm([whole.get(name, nothing)], p) for name in names]
+        case "row":
+            return [true_norm([row], p) for name in names for row in rows(whole[name])]
+
+
+def slots(finest: str, values: Mapping[str, Tensor], names: Sequence[str]) -> int:
+    """How many units a message has at the level that travels: of groups, one for parameters in the same ones."""
+    if finest == "group":
+        chosen = [members([p] if isinstance(p, str) else p, names) for p in groups_of(names).values()]
+        return len({tuple(name in group for group in chosen) for name in names})
+    return len(names) if finest == "parameter" else sum(len(rows(values[name])) for name in names)
+
+
+def errors(result: dict, layout) -> dict[tuple[str, str, float, str], float]:
+    """How far off each statistic is, relative to its oracle: by level, kind, p, and the level that travelled."""
+    names, found = result["names"], {}
+    whole = {of: labelled(tensors, names, layout is parallel.pp_interleaved) for of, tensors in result["whole"].items()}
+    for name, value in whole["parameter"].items():
+        whole["gradient"].setdefault(name, torch.zeros_like(value))  # an expert without tokens
+    for (p, finest), seen in result["seen"].items():
+        for statistic, norms in seen.items():
+            oracle = torch.tensor(expected(statistic, whole[statistic.of], names, p), dtype=torch.float64)
+            assert norms.numel() == len(oracle)
+            apart = (norms.view(-1) - oracle).abs()
+            apart = torch.where(apart > 0, apart / (oracle if result["exact"] else oracle.max()), 0)
+            found[statistic.per, statistic.of, p, finest] = apart.max().item()
+    return found
+
+
+def ulps(norm: Tensor, other: Tensor) -> int:
+    """How many numbers of their dtype they are apart."""
+    whole = {torch.float32: torch.int32, torch.float64: torch.int64}[norm.dtype]
+    return abs(norm.view(whole).item() - other.view(whole).item())
+
+
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_norms_of_every_level_are_those_of_whole_tensors(layout, size):
+    results = run_ranks(measured, size, layout, timeout=120)
+    first = results[0]
+    assert same_bits([list(map(repr, r["seen"])) for r in results])
+    for key in first["seen"]:
+        assert same_bits([list(r["seen"][key].values()) for r in results])
+    assert same_bits([first["watched"], first["seen"][2.0, "parameter"][Statistic("parameter")].float()])
+    found = errors(first, layout)
+    assert len(found) == len(P) * (1 + 3 + 5 + 8)
+    assert not {key: error for key, error in found.items() if not error <= (2e-7 if first["exact"] else 1e-6)}
+    whole = labelled(first["whole"]["parameter"], first["names"], layout is parallel.pp_interleaved)
+    for (p, finest), norm in first["reported"].items():  # of which the order of additions is not the same
+        assert ulps(norm, first["reported"][p, "nothing"]) <= 1, (p, finest)
+    for (p, finest), sent in first["sent"].items():
+        count = 1 if finest == "nothing" else 2 * slots(finest, whole, first["names"])
+        assert sent == [count + (2 if p == inf else 1) + first["flags"]], (p, finest)

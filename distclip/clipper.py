@@ -231,9 +231,10 @@ class Clipper:
           bits must add up to one (a tied weight on two stages does not).
         * No other Clipper may hold the same parameters, unless both are known to clip for different optimizers
           (DiLoCo's inner and outer): attached to them, or given them in an earlier step.
+        * Norms of groups, parameters or rows must each count the elements of their unit once.
 
-        Five all-reduces (six with ``split_over`` or ``layout``) of a few numbers a parameter, and a host sync;
-        gradients are never gathered.
+        Five all-reduces (six with ``split_over`` or ``layout``) of a few numbers a parameter, one more of a number for
+        each norm finer than the model's, and a host sync; gradients are never gathered.
         """
         self._call("verify")()
 

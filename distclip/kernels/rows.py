@@ -18,6 +18,12 @@ class Cut(NamedTuple):
     tail: int
     count: int  # type: ignore[assignment]  # and no tuple.count
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many elements each row has."""
+        ends = [[n] if n else [] for n in (self.head, self.tail)]
+        return [*ends[0], *[self.length] * (self.count - len(ends[0]) - len(ends[1])), *ends[1]]
+
 
 class Rows(NamedTuple):
     """Rows of one length: dim 0 of ``numbers``, which has two dimensions or more; ``first``: which of all rows."""

@@ -130,6 +130,13 @@ def not_counted_once(elements: Sequence[str]) -> LayoutError:
     return LayoutError(f"elements are not counted once: {and_more(elements)}; {SAY_WHERE}")
 
 
+def units_not_counted_once(elements: Sequence[str]) -> LayoutError:
+    return LayoutError(
+        f"norms do not count the elements of their units once: {and_more(elements)}; report how these parameters are "
+        "cut, and ask for coarser norms (per='parameter') until then"
+    )
+
+
 def gradients_not_counted_once(rank: int, gradients: str) -> LayoutError:
     return LayoutError(
         f"gradients are not counted once: on rank {rank} {gradients}; return distclip.Layout(number of ranks that hold "

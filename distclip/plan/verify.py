@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import FAILURES, LayoutError
 from ..gradients.storage import Storage
+from ..kernels.transfer import sent
 from ..layouts.piece import Held
 from ..ranks.compare import bit_sums
 from ..ranks.connections import all_reduce
@@ -47,6 +48,7 @@ def verify(
         raise refusals.drifted_apart(apart)
     norms = norms_of(plan, measured)
     _count_known(plan, norms)
+    _count_units(plan)
     count_split(plan, norms)
 
 
@@ -74,3 +76,23 @@ def _count_known(plan: Plan, found: Norms) -> None:
     apart = drifted(torch.stack(rest), TOLERANCE).nonzero().flatten().tolist()
     if apart:
         raise refusals.not_replicas([plan.label(known[k]) for k in apart])
+
+
+def _count_units(plan: Plan) -> None:
+    """Where norms finer than the model's travel, each unit has its elements once: one all-reduce of a number a slot."""
+    slots = plan.slots
+    if slots is None:
+        return
+    sizes = [[piece.here] for piece in plan.pieces] if slots.cuts is None else [cut.lengths for cut in slots.cuts]
+    mine = torch.tensor([float(n) for each in sizes for n in each], dtype=torch.float64)
+    counted = all_reduce(plan.group, slots.vector(sent(mine, plan.device), 1.0))  # the sum of powers of ones
+    for statistic in slots.units.levels:
+        level = slots.units.level(statistic)
+        found = level.of_slots(counted, 1.0)
+        wrong = ((found - level.sizes).abs() > 0.5).nonzero().flatten().tolist()
+        if wrong:
+            listed = [f"{level.names[k]} ({(found[k] / level.sizes[k]).item():.3g}x)" for k in wrong]
+            raise refusals.units_not_counted_once(listed)
+    total, size = counted.sum().item(), slots.units.size
+    if abs(total - size) > 0.5:
+        raise refusals.units_not_counted_once([f"all parameters ({total / size:.3g}x)"])

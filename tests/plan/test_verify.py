@@ -2,7 +2,9 @@
 
 import gc
 import warnings
+from dataclasses import dataclass, replace
 from itertools import combinations
+from math import inf
 from typing import Any
 
 import pytest
@@ -13,8 +15,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
 import distclip
+from distclip import Statistic
+from distclip.layouts.rows import rows_of
+from distclip.plan import units
+from distclip.plan.units import _groups as groups_of
+from distclip.plan.units import _slots_of_sums as slots_of_sums
+from distclip.policies.statistics import Gather
 from distclip.ranks.compare import checksums
-from support.layouts import backward, build, ddp
+from support.layouts import backward, build, ddp, fsdp2
 from support.parallel import mesh_of
 from support.ranks import count_collectives, run_ranks
 
@@ -345,6 +353,94 @@ def cost() -> dict[str, int]:
 
 def test_proofs_cost_what_their_docstrings_say():
     assert run_ranks(cost, 2) == [{"built": 2, "verified": 5}] * 2
+
+
+# ---- norms of groups, parameters and rows --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Needs:
+    """A policy that bounds nothing."""
+
+    asked: tuple[Statistic, ...]
+
+    def needs(self):
+        return self.asked
+
+    def init(self, units, device):
+        return {}
+
+    def decide(self, statistics, state):
+        return distclip.Decision(inf), state
+
+
+APART = Statistic("group", groups={"norms": "blocks.*.0.*", "heads": "head.*"})
+ASKED = {
+    "rows": (Statistic("row"), Statistic("parameter")),
+    "parameters": (Statistic("parameter"),),
+    "groups": (APART,),
+    "values": (Statistic("model", "parameter"),),
+}
+
+
+def one_row_further(piece):
+    """Rows as they are not: the first of those that a rank has is that of its neighbour."""
+    rows = rows_of(piece)
+    index = rows.index.clone()
+    index[:1] -= int(piece.name == "blocks.0.1.weight" and dist.get_rank() == 1)
+    return replace(rows, index=index)
+
+
+def counted(blocks, places, rows):
+    """Slots as they are not: what is in the second parameter, or kind of them, is taken for the first."""
+    slots = slots_of_sums(blocks, places, rows)
+    starts = [*blocks.starts, blocks.total]
+    return torch.where((slots >= starts[1]) & (slots < starts[2]), 0, slots)
+
+
+def all_but_the_last(table, blocks, level, sizes):
+    found = groups_of(table, blocks, level, sizes)
+    return replace(found, of_slots=Gather(found.of_slots.order[1:], found.of_slots.lengths - torch.tensor([1, 0])))
+
+
+WRONG = {
+    "rows": ("rows", "rows_of", one_row_further),
+    "slots of rows": ("rows", "_slots_of_sums", counted),
+    "slots of parameters": ("parameters", "_slots_of_sums", counted),
+    "groups": ("groups", "_groups", all_but_the_last),
+}
+
+
+def proved_with(asked: str, patched: str = "", wrong: Any = None) -> tuple[str, int]:
+    """What verify() says of FSDP2 with norms of ``asked``, and how many collectives it makes."""
+    model = fsdp2()
+    with pytest.MonkeyPatch.context() as patch:
+        if patched:
+            patch.setattr(units, patched, wrong)
+        clipper = distclip.Clipper(model, Needs(ASKED[asked]))
+    backward(model)
+    with count_collectives() as counts:
+        said = said_by(clipper.verify)
+    return said, counts.total()
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_elements_of_every_unit_are_proved_to_count_once(asked, size):
+    assert run_ranks(proved_with, size, asked) == [("no error", 6)] * size
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_unit_with_other_elements_is_named(name):
+    expected = {
+        "rows": "blocks.0.1.weight[9] (2x), blocks.0.1.weight[10] (0x)",
+        "slots of rows": "embed.weight[0] (",
+        "slots of parameters": "embed.weight (1.03x), blocks.0.0.weight (0x)",
+        "groups": "norms (0x);",
+    }[name]
+    said = run_ranks(proved_with, 2, *WRONG[name])
+    assert said == [said[0]] * 2
+    assert said[0][0].startswith(f"norms do not count the elements of their units once: {expected}")
 
 
 # ---- no gradient on any rank ---------------------------------------------------------------------------------

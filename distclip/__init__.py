@@ -13,9 +13,14 @@ from .layouts.layout import Layout as Layout
 from .plan.source import find_source as find_source
 from .policies import (
     AutoClip as AutoClip,
+    Chain as Chain,
     Decision as Decision,
     MaxNorm as MaxNorm,
+    PerGroup as PerGroup,
+    PerParameter as PerParameter,
     Policy as Policy,
+    Shadow as Shadow,
+    Signal as Signal,
     Statistic as Statistic,
     Statistics as Statistics,
     Units as Units,

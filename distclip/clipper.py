@@ -56,6 +56,7 @@ from .step.engine import Engine
 from .step.nonfinite import Nonfinite
 from .step.options import Watch
 from .step.read_only import ReadOnly
+from .step.signals import Signals
 
 
 class Clipper:
@@ -175,29 +176,29 @@ class Clipper:
         raise refusals.not_copied(type(self).__name__)
 
     @untraced
-    def measure(self) -> Report:
+    def measure(self, *, signals: Signals | None = None) -> Report:
         """Return norm and decision for the gradients as they are; neither policy state nor counters advance.
 
         Nothing changes but this: gradients that are misplaced, or that cannot be scaled in place, may be replaced by
         equal ones, and the previous step is checked if the host did not wait for it (its errors are raised here). One
         all-reduce. Ranks that disagree get a LayoutError on the CPU, a norm of NaN on accelerators.
         """
-        report: Report = self._call("measure")()
+        report: Report = self._call("measure")(**_said(signals))
         return report
 
     @untraced
-    def clip_(self) -> Report:
+    def clip_(self, *, signals: Signals | None = None) -> Report:
         """Scale (or clamp) the gradients in place as the policy decides, and advance the policy once.
 
         Call it after the last backward of a step, after unscaling, before ``optimizer.step()``, and do not step where
         ``report.skip`` is true. Gradients keep their bits then, and where the coefficient is 1. One all-reduce (on a
         non-finite norm three more).
         """
-        report: Report = self._call("clip_")()
+        report: Report = self._call("clip_")(**_said(signals))
         return report
 
     @untraced
-    def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
+    def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None, signals: Signals | None = None) -> Report:
         """Clip and step every optimizer, or skip on all ranks alike; advance the policy once.
 
         1. Check the optimizers: each steps with the gradients that are there now, and with no others.
@@ -217,7 +218,7 @@ class Clipper:
         ``scaler``, a norm that is not finite on any rank lowers the scale of all ranks at your ``scaler.update()``; a
         skip for the policy's own reason does not.
         """
-        report: Report = self._call("step")(*optimizers, scaler=scaler)
+        report: Report = self._call("step")(*optimizers, scaler=scaler, **_said(signals))
         return report
 
     @untraced
@@ -271,3 +272,8 @@ class Clipper:
         if driven is None and name in ("clip_", "step"):
             raise refusals.clips_already(self._driver.name)
         return getattr(self.engine, name) if driven is None else driven
+
+
+def _said(signals: Signals | None) -> dict[str, Any]:
+    """As keywords, for who calls the Clipper in its user's place, and may know of none."""
+    return {} if signals is None else {"signals": signals}

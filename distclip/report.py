@@ -83,6 +83,7 @@ class Report:
     * ``skip``: bool; do not take the step (``step`` did not take it).
     * ``norms``: what ``watch=`` asks for, by name, before clipping: 0-d views of one tensor, of the dtype and with the
       limit of ``norm``. Empty without ``watch``.
+    * ``extra``: what the policy reports of itself, by name, 0-d: see :class:`Shadow`.
 
     ``culprit`` says where a non-finite norm came from. With the decision on an accelerator it is ``None`` here, and
     available one call later as :attr:`Clipper.culprit`.
@@ -99,15 +100,17 @@ class Report:
     skip: Tensor
     culprit: Culprit | None = None
     norms: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, float | bool]:
-        """Return the four numbers, and ``"norm/<name>"`` of what is watched: one copy to the host, the only host sync.
+        """Return the four numbers, ``"norm/<name>"`` of what is watched and what is ``extra``, as Python numbers.
 
-        They may be NaN or inf, which JSON lacks (``json.dumps(..., allow_nan=False)`` raises): write ``str(number)``
+        One copy to the host, the only host sync. They may be NaN or inf, which JSON lacks (``json.dumps(..., allow_nan=False)`` raises): write ``str(number)``
         instead, as ``metrics.jsonl`` does.
         """
         watched = [self.norms.tensor] if isinstance(self.norms, Watched) else list(self.norms.values())
-        rows = [each.double().view(-1) for each in (self.norm, self.max_norm, self.coef, self.skip, *watched)]
-        norm, max_norm, coef, skip, *norms = torch.cat(rows).tolist()
-        by_name = {f"norm/{name}": number for name, number in zip(self.norms, norms, strict=True)}
+        others = [*watched, *(number.to(self.norm.device) for number in self.extra.values())]
+        rows = [each.double().view(-1) for each in (self.norm, self.max_norm, self.coef, self.skip, *others)]
+        norm, max_norm, coef, skip, *numbers = torch.cat(rows).tolist()
+        by_name = dict(zip([*(f"norm/{name}" for name in self.norms), *self.extra], numbers, strict=True))
         return {"norm": norm, "max_norm": max_norm, "coef": coef, "skip": bool(skip), **by_name}

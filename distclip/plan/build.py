@@ -55,6 +55,7 @@ class Plan:
     where: tuple[str | None, ...]  # of each piece: see Replication
     in_parts: tuple[bool, ...]  # of each piece: whether it is a part of which no rank knows where in the whole it lies
     slots: Slots | None = None  # where sums finer than the model's go; None where nobody asked
+    signals: tuple[str, ...] = ()  # names of the user's numbers that travel too
     memory: Memory = field(default_factory=Memory, compare=False)
 
     @classmethod
@@ -117,7 +118,14 @@ class Plan:
     @property
     def length(self) -> int | None:
         """How many sums this rank sends in one message; None for a number instead of a vector."""
-        return None if self.slots is None else self.slots.length
+        if self.slots is None and not self.signals:
+            return None
+        return (1 if self.slots is None else self.slots.length) + len(self.signals)
+
+    @property
+    def of_model(self) -> int:
+        """How many of these make up the norm of all gradients."""
+        return 1 if self.slots is None else self.slots.count
 
     @property
     def known(self) -> list[int]:

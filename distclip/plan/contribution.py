@@ -1,6 +1,7 @@
 """What this rank puts into the message: one sum of all its gradients, or one for each slot."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import inf
 
 import torch
@@ -16,13 +17,42 @@ from .measured import Norms
 from .slots import ByPiece, Slots, all_sums, chosen, powers, rows_of_entries
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a policy wants to see beside gradients, empty where it does not, or where there will be no decision.
+
+    * ``values``: of the parameters, one local tensor for each piece. ``signals``: of the user, 0-d.
+    """
+
+    values: Sequence[Tensor] = ()
+    signals: Sequence[Scalar] = ()
+
+
+NOTHING = Beside()
+
+
 def contribution(
+    plan: Plan, gradients: Sequence[Tensor | None], local: Local, beside: Beside
+) -> tuple[Scalar, Norms | None, ByPiece | None]:
+    """What this rank sends for ``local``, found in ``gradients``; and what it knows of them piece by piece."""
+    mine, norms, by_piece = _of_gradients(plan, gradients, local, beside.values)
+    if plan.signals:
+        first = mine if isinstance(mine, Tensor) else torch.tensor(mine, dtype=torch.float64)
+        mine = torch.cat([first.view(-1), _shares(plan, beside.signals)])
+    return mine, norms, by_piece
+
+
+def _shares(plan: Plan, signals: Sequence[Scalar]) -> Tensor:
+    """What this rank adds to the means over ranks: (signals,) float64, where the message is."""
+    if not signals:
+        return torch.zeros(len(plan.signals), dtype=torch.float64, device=plan.device)
+    tensors = [each if isinstance(each, Tensor) else torch.scalar_tensor(each, dtype=torch.float64) for each in signals]
+    return torch.stack([sent(each, plan.device).double() for each in tensors]) / plan.group.size
+
+
+def _of_gradients(
     plan: Plan, gradients: Sequence[Tensor | None], local: Local, values: Sequence[Tensor]
 ) -> tuple[Scalar, Norms | None, ByPiece | None]:
-    """What this rank sends for ``local``, which was found in ``gradients``; and what it knows of them piece by piece.
-
-    ``values``: of the parameters, see :func:`.measure.measure`.
-    """
     if plan.slots is None:
         norms = None if plan.on_host else norms_on(plan, local.parts(), local.indices)
         mine = sum_over_replicas(local.runs, local.by_replicas, plan.p) if norms is None else _sum_of(plan, norms)

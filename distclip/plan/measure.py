@@ -16,7 +16,7 @@ from ..gradients.storage import Store
 from ..ranks.compare import who_differs
 from ..ranks.message import Reduced, reduce_norm
 from .build import Plan
-from .contribution import contribution, norms_on
+from .contribution import NOTHING, Beside, contribution, norms_on
 from .disagreement import account, missing_in, tell_others
 from .measured import Measured, Norms
 from .slots import ByPiece
@@ -36,7 +36,7 @@ def measure(
     unmoved: bool = False,
     error: LayoutError | None = None,
     call: str = "",
-    values: Sequence[Tensor] = (),
+    beside: Beside = NOTHING,
 ) -> Measured:
     """Measure ``gradients``, one for each source, None where there is none.
 
@@ -49,7 +49,7 @@ def measure(
     * ``unmoved``: they are the very tensors of the last time, where they were (see :meth:`.Memory.knows`).
     * ``error``: of this rank, raised like its own once it has taken part, with what the others say.
     * ``call``: what errors say of this rank where others do not agree.
-    * ``values``: of the parameters, one local tensor for each piece, where the plan's slots are of them too.
+    * ``beside``: what travels beside sums of gradients; zeros do without it.
 
     Host syncs: one a round on accelerators where the flags must be read, else none.
     """
@@ -58,7 +58,7 @@ def measure(
     if realign_first:
         gradients, misplaced_for_good = _realigned(plan, gradients, store)
         error = error or misplaced_for_good
-    local, norms, by_piece, reduced = _round(plan, gradients, error, tag, call, values, unmoved)
+    local, norms, by_piece, reduced = _round(plan, gradients, error, tag, call, beside, unmoved)
     wide = plan.wide or local.wide
 
     # 2. Where some rank has misplaced gradients, realign and do it again: by reduced flags, so all ranks or none.
@@ -66,10 +66,8 @@ def measure(
         _, disagree, (misplaced, wide) = reduced.read()
         if misplaced and not disagree:  # so no rank has an error that could be lost here: it makes ranks disagree
             gradients, error = _realigned(plan, gradients, store)
-            local, norms, by_piece, reduced = _round(plan, gradients, error, tag + REALIGNED, call, values)
+            local, norms, by_piece, reduced = _round(plan, gradients, error, tag + REALIGNED, call, beside)
             realigned = True
-
-    slots = 0 if plan.slots is None else plan.slots.count
 
     # 3. Raise what this rank has found to be wrong: all ranks have met, and raise too.
     if local.error is not None:
@@ -79,7 +77,7 @@ def measure(
         gradients = _replaced(gradients, local.instead, store)
     dtype = torch.float64 if wide else torch.float32
     can_overflow = wide or 7 < plan.p < inf or plan.p < LEAST_P
-    return Measured(gradients, local.runs, norms, reduced, realigned, dtype, can_overflow, 1.0, by_piece, slots)
+    return Measured(gradients, local.runs, norms, reduced, realigned, dtype, can_overflow, 1.0, by_piece)
 
 
 def fail_with_others(plan: Plan, failed: Exception, tag: int, call: str, realign_first: bool = False) -> None:
@@ -107,7 +105,7 @@ def _round(
     error: LayoutError | None,
     tag: int,
     call: str,
-    values: Sequence[Tensor],
+    beside: Beside,
     unmoved: bool = False,
 ) -> tuple[Local, Norms | None, ByPiece | None, Reduced]:
     """Sum what this rank has and make it global.
@@ -116,7 +114,7 @@ def _round(
     """
     try:
         local = _found(plan, gradients, error, unmoved)
-        mine, norms, by_piece = contribution(plan, gradients, local, values)
+        mine, norms, by_piece = contribution(plan, gradients, local, beside)
     except FAILURES as failed:  # of torch, of a gradient whose memory was freed for example: the others wait for us
         named = _named(plan, gradients, failed)
         tell_others(
@@ -129,8 +127,7 @@ def _round(
     missing = missing_in(plan, gradients) if len(local.indices) < len(plan.pieces) else ()
     code = plan.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
     faulty = local.error is not None
-    slots = 0 if plan.slots is None else plan.slots.count
-    reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call, slots)
+    reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call, plan.of_model)
     if reduced.disagree is True:
         reduced = replace(reduced, who=who_differs(plan.group, plan.device, account(plan, call, missing, local.error)))
     return local, norms, by_piece, reduced

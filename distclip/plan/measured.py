@@ -33,7 +33,7 @@ class Measured:
     * ``can_overflow``: whether finite gradients may have a norm or a power sum beyond float64; those of fp32 cannot for
       p from 1/16 to 7.
     * ``scale``: by which gradients are multiplied, and ``reduced`` is not.
-    * ``by_piece``: the gradients piece by piece, where the plan has slots; ``slots``: how many of gradients.
+    * ``by_piece``: the gradients piece by piece, where the plan has slots.
     """
 
     gradients: Sequence[Tensor | None]
@@ -45,7 +45,6 @@ class Measured:
     can_overflow: bool
     scale: float = 1.0
     by_piece: ByPiece | None = None
-    slots: int = 0
 
     def without_gradients(self) -> "Measured":
         """What may be kept until the next call without keeping gradients alive."""

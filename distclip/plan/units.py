@@ -232,8 +232,18 @@ def _groups(table: Sequence[Parameter], blocks: _Blocks, level: Statistic, sizes
         lengths.append(len(own))
         elements.append(float(sizes[members].sum()))
     overlap = bool((groups_of_slot > 1).any())
+    shared = _shared(table, level) if overlap else ""
     gather = Gather(torch.cat(slots), torch.tensor(lengths))
-    return Level(names, torch.tensor(elements, dtype=torch.float64), gather, None if overlap else unit_of_slot)
+    return Level(names, torch.tensor(elements, dtype=torch.float64), gather, None if overlap else unit_of_slot, shared)
+
+
+def _shared(table: Sequence[Parameter], level: Statistic) -> str:
+    """Which parameter is in two groups, and in which."""
+    for each in table:
+        found = [name for name, patterns in level.named if any(map(each.matches, patterns))]
+        if len(found) > 1:
+            return f"{each.label} is in the groups {' and '.join(map(repr, found))}"
+    return ""
 
 
 def _sent(level: Level, device: torch.device) -> Level:

@@ -1,6 +1,6 @@
 """What a Clipper needs of its policy: to be one, a text to compare ranks by, a state to make, save and load."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from numbers import Real
@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import is_dense
 from .max_norm import MaxNorm
 from .protocol import Policy, State
-from .statistics import MODEL, Statistic, Units
+from .statistics import MODEL, Signal, Statistic, Units
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,15 +53,15 @@ def as_policy(policy: Policy | float) -> Policy:
     raise ValueError(f"policy must be a number or have needs(), init() and decide() of distclip.Policy, got {policy!r}")
 
 
-def needs(policy: Policy) -> list[Statistic]:
-    """The statistics that it asks for; ValueError if they are none."""
+def needs(policy: Policy) -> list[Statistic | Signal]:
+    """The statistics and signals that it asks for; ValueError if they are none."""
     found = policy.needs()
-    if not isinstance(found, (tuple, list)) or not all(isinstance(each, Statistic) for each in found):
+    if not isinstance(found, (tuple, list)) or not all(isinstance(each, (Statistic, Signal)) for each in found):
         raise ValueError(
             f"{type(policy).__qualname__}.needs returned {short(found)}, and no Clipper was made: return a sequence of "
             'distclip.Statistic, such as (Statistic("parameter"),), empty for the norm of all gradients'
         )
-    return [each for each in found if each != MODEL]
+    return list(dict.fromkeys(each for each in found if each != MODEL))
 
 
 def made(policy: Policy, units: Units, device: torch.device) -> State:
@@ -85,6 +85,8 @@ def spelled(value: Any, inside: tuple[int, ...] = ()) -> str:
             return repr(value)
         case tuple() | list():
             return f"[{', '.join(spelled(item, inside) for item in value)}]"
+        case Mapping():
+            return f"{{{', '.join(f'{spelled(k, inside)}: {spelled(v, inside)}' for k, v in value.items())}}}"
         case Policy() if id(value) not in inside:
             names = [f.name for f in fields(value)] if is_dataclass(value) else sorted(getattr(value, "__dict__", ()))
             held = (f"{name}={spelled(getattr(value, name), (*inside, id(value)))}" for name in names)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import count
 from .protocol import Policy, State
-from .statistics import RowNames, Units, asked
+from .statistics import RowNames, Statistic, Units
 
 KEPT = ("parameter", "row")  # the levels whose units are saved by name
 
@@ -24,7 +24,7 @@ def labelled(policy: Policy, units: Units) -> dict[str, Any]:
 
     * ``"parameter"``: names of parameters. ``"row"``, ``"rows"``: of those that the rows are of, and how many each has.
     """
-    needed, found = {asked(statistic).per for statistic in policy.needs()}, dict[str, Any]()
+    needed, found = {each.per for each in policy.needs() if isinstance(each, Statistic)}, dict[str, Any]()
     if "parameter" in needed:
         found["parameter"] = list(units.names("parameter"))
     if "row" in needed:

@@ -6,14 +6,14 @@ norms, decide and remember the same bits. A new policy is a new file; behaviour 
 by inheriting from one.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .statistics import Per, Statistic, Statistics, Units
+from .statistics import Per, Signal, Statistic, Statistics, Units
 
 State: TypeAlias = dict[str, Tensor]
 Number: TypeAlias = Tensor | float
@@ -32,6 +32,7 @@ class Decision:
       ``min(1, max_norm / (norm + 1e-6))``. If it is given, ``max_norm`` is only reported.
     * ``per``: what is bounded: the units of a statistic of gradients that :meth:`Policy.needs` lists. Groups must not
       overlap then; parameters in none of them keep their gradients.
+    * ``extra``: numbers to report by name, 0-d: ``report.extra``. They change nothing.
 
     Anything else is a ValueError in that call, and nothing has changed. In a step that is skipped, and for a model or
     unit whose norm is not finite, any number will do. On an accelerator, where reading the number would be a host sync,
@@ -43,14 +44,15 @@ class Decision:
     bounds: tuple[Number, Number] | None = None
     coef: Number | None = None
     per: Per | Statistic = "model"
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @runtime_checkable
 class Policy(Protocol):
     """A Clipper takes any object with these three methods."""
 
-    def needs(self) -> Sequence[Statistic]:
-        """The statistics to decide on, beside the norm of all gradients; empty for no others."""
+    def needs(self) -> Sequence[Statistic | Signal]:
+        """The statistics and signals to decide on, beside the norm of all gradients; empty for no others."""
         ...
 
     def init(self, units: Units, device: torch.device) -> State:

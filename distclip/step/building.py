@@ -1,7 +1,7 @@
 """Building an Engine: what it is given is read, and all ranks agree on it or all of them raise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from typing import Any
@@ -18,8 +18,9 @@ from ..plan.copies import has_copies
 from ..policies import Policy
 from ..policies.adopt import as_policy, needs
 from ..policies.checks import positive
+from ..policies.statistics import Signal, Statistic
 from ..ranks.group import Axis, ClippingGroup
-from . import options
+from . import options, refusals
 from .calls import Calls
 from .nonfinite import Nonfinite
 from .progress import Progress
@@ -61,10 +62,13 @@ def build(
         policy = as_policy(policy)
         needed, watched = needs(policy), options.watched(watch)
         p, given = positive("norm_type", norm_type), (split_over, layout, only)
+        signals = tuple(each.name for each in needed if isinstance(each, Signal))
+        if signals and p == inf:
+            raise refusals.signals_of_maxima()
         settings = options.settings(p, policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched)
         everything = once(held_in(parts))
         listed = chosen(everything, only)
-        holders, plan = holders_of(listed), Plan.of(listed, p, where, split_over, layout)
+        holders, plan = holders_of(listed), replace(Plan.of(listed, p, where, split_over, layout), signals=signals)
         axes = bool(split_over) and where.size > 1
         ready = partial(
             Progress,
@@ -77,7 +81,7 @@ def build(
             on_device=decides_on_device,
             watch=watched,
         )
-        asked = needed if watched is None else [*needed, watched]
+        asked = [each for each in needed if isinstance(each, Statistic)] + ([] if watched is None else [watched])
         progress = None if asked else ready(plan)
     except FAILURES as error:  # the other ranks are about to compare, and would hang: they raise as well
         device = where.device_for(parameter for part in parts for parameter in part.parameters())

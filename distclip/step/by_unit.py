@@ -6,8 +6,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from ..plan.build import Plan
 from ..plan.measured import Measured
-from ..plan.slots import Slots
 from ..policies.answer import Numbers, Tensors
 from ..policies.coefficient import LEAST, all_presented
 from ..policies.statistics import Statistic, Statistics, Units
@@ -16,15 +16,18 @@ from ..report import Watched
 NO_UNITS = Units()
 
 
-def statistics_of(measured: Measured, norm: Tensor, slots: Slots | None, p: float) -> Statistics:
+def statistics_of(measured: Measured, norm: Tensor, plan: Plan) -> Statistics:
     """What a policy sees of one measurement; ``norm``: of the model, 0-d float64."""
-    sums = measured.reduced.sums
-    if slots is None or sums is None:
+    sums, slots = measured.reduced.sums, plan.slots
+    if sums is None:
         return Statistics(norm, NO_UNITS)
+    signals = dict(zip(plan.signals, sums[len(sums) - len(plan.signals) :], strict=True)) if plan.signals else {}
+    if slots is None:
+        return Statistics(norm, NO_UNITS, None, plan.p, measured.scale, signals)
     found = {"gradient": sums[: slots.count]}
     if slots.of_parameters:
-        found["parameter"] = sums[slots.count :]
-    return Statistics(norm, slots.units, found, p, measured.scale)
+        found["parameter"] = sums[slots.count : 2 * slots.count]
+    return Statistics(norm, slots.units, found, plan.p, measured.scale, signals)
 
 
 def watched(statistics: Statistics, watch: Statistic | None, dtype: torch.dtype) -> Mapping[str, Tensor]:
@@ -64,14 +67,12 @@ def code_of(factors: tuple[Tensor, ...]) -> int:
 
 def _by_slot(answer: Numbers | Tensors, statistics: Statistics) -> Tensor:
     """The coefficient of each slot, (slots,) float64; 1 for those in no unit."""
-    level = statistics.units.level(answer.per)
-    assert level.unit_of_slot is not None, "groups that overlap are refused"
     coefs, bound = answer.coef, answer.max_norm
     assert isinstance(bound, Tensor)
     if coefs is None:
         coefs = (bound / (statistics.norm(answer.per) + 1e-6)).clamp_(max=1.0).masked_fill_(bound == inf, 1.0)
     assert isinstance(coefs, Tensor)
-    return torch.cat([coefs, coefs.new_ones(1)]).index_select(0, level.unit_of_slot)
+    return statistics.units.by_slot(answer.per, coefs)
 
 
 def _normal_factors(coefs: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

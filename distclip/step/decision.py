@@ -147,7 +147,7 @@ def decided_on_host(
     disagree = bool(reduced.disagree)
     norm = nan if disagree else reduced.norm
     asked = torch.scalar_tensor(norm, dtype=torch.float64, device=plan.device)
-    statistics = statistics_of(measured, asked, plan.slots, plan.p)
+    statistics = statistics_of(measured, asked, plan)
     decision, state = policy.decide(statistics, state) if trusted else ask(policy, statistics, state)
     answer, finite, dtype = Numbers.of(decision, policy, statistics), isfinite(norm), measured.dtype
     skip, norms = answer.skip or (skips_nonfinite and not finite), watched(statistics, watch, dtype)
@@ -161,12 +161,12 @@ def decided_on_host(
     )
     if isinstance(bound, Tensor):
         by_slot, ratio = factors_on_host(answer, statistics, skip, dtype)
-        report = Report(shown, presented(inf, dtype), ratio, skipped, norms=norms)
+        report = Report(shown, presented(inf, dtype), ratio, skipped, norms=norms, extra=decision.extra)
         outcome = Outcome(report, measured, answer.bounds, (), norm, disagree, ratio.item(), skip)
         return replace(outcome, by_slot=by_slot, slots=plan.slots), state
     assert not isinstance(given, Tensor), "it has the kind of the bound"
     coef, found = (torch.ones((), dtype=dtype), ()) if skip else factors(norm, bound, given, dtype)
-    report = Report(shown, presented(bound, dtype), coef, skipped, norms=norms)
+    report = Report(shown, presented(bound, dtype), coef, skipped, norms=norms, extra=decision.extra)
     return Outcome(report, measured, answer.bounds, found, norm, disagree, coef.item(), skip), state
 
 
@@ -186,7 +186,7 @@ def decided_on_device(
     device = plan.device
     norm, dtype, trusted = measured.reduced.tensor(device), measured.dtype, is_trusted(policy)
     # A policy of a user may write to the norm that it is shown.
-    statistics = statistics_of(measured, norm if trusted else norm.clone(), plan.slots, plan.p)
+    statistics = statistics_of(measured, norm if trusted else norm.clone(), plan)
     decision, state = ask(policy, statistics, state)
     answer, finite = Tensors.of(decision, policy, statistics, device), norm < inf  # false for NaN too
     skip = _skipped(answer.skip, finite, skips_nonfinite)
@@ -203,12 +203,12 @@ def decided_on_device(
     disagree = measured.reduced.disagree
     if answer.per is not MODEL:
         by_slot, ratio = factors_on_device(answer, statistics, skip, dtype)
-        report = Report(shown, _shown(inf, dtype, device, last), ratio, skip, norms=norms)
+        report = Report(shown, _shown(inf, dtype, device, last), ratio, skip, norms=norms, extra=decision.extra)
         outcome = Outcome(report, measured, answer.bounds, (), norm, disagree, ratio, known, fault)
         return replace(outcome, by_slot=(by_slot,), slots=plan.slots), state
     bound = answer.max_norm if isinstance(answer.max_norm, float) and answer.coef is None else None
     exact, coef = _coefs(answer, norm, finite, skip, dtype, skips_nonfinite)
-    report = Report(shown, _shown(answer.max_norm, dtype, device, last), coef, skip, norms=norms)
+    report = Report(shown, _shown(answer.max_norm, dtype, device, last), coef, skip, norms=norms, extra=decision.extra)
     found = () if bound == inf else (coef,)
     return Outcome(report, measured, answer.bounds, found, norm, disagree, exact, known, fault, bound), state
 

@@ -31,6 +31,7 @@ from .joining import joinable_in, refuse_join
 from .nonfinite import Nonfinite
 from .options import Watch
 from .owner import Owner
+from .signals import Signals
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,15 +113,21 @@ class Engine:
         self.interruption = Interruption(self.plan.group.size > 1)
 
     @shielded
-    def measure(self, optimizers: Sequence[Optimizer] = (), only_theirs: bool = False) -> Report:
+    def measure(
+        self, optimizers: Sequence[Optimizer] = (), only_theirs: bool = False, signals: Signals | None = None
+    ) -> Report:
         """Norm and decision for the gradients as they are. See :meth:`Clipper.measure`."""
         counted = self._folding.of(optimizers).parameters if only_theirs else None
-        return self.progress.preview(self._fault(), counted).report
+        return self.progress.preview(self._fault(), counted, signals).report
 
     @shielded
     @_records_interruption
     def clip_(
-        self, optimizers: Sequence[Optimizer] = (), scaler: GradScaler | None = None, only_theirs: bool = False
+        self,
+        optimizers: Sequence[Optimizer] = (),
+        scaler: GradScaler | None = None,
+        only_theirs: bool = False,
+        signals: Signals | None = None,
     ) -> Report:
         """Clip in place; the next step of each of ``optimizers`` changes nothing where the decision is to skip.
 
@@ -131,7 +138,7 @@ class Engine:
         scaler, folds = _enabled(scaler), self._folding.of(optimizers)
         if not self.progress.storage.in_grad:  # which cannot be taken away from a step that is running
             watch_before_step(optimizers)
-        outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=scaler is None)
+        outcome = self._advance(optimizers, folds, scaler, only_theirs, scaler is None, signals)
         outcome.change(outcome.gradients, outcome.measured.scale)
         report = outcome.report
         if optimizers:
@@ -147,6 +154,7 @@ class Engine:
         scaler: GradScaler | None = None,
         only_theirs: bool = False,
         folds: Folds | None = None,
+        signals: Signals | None = None,
     ) -> Stepping:
         """Decide, and scale what ``optimizers`` will not scale themselves while they step.
 
@@ -158,7 +166,7 @@ class Engine:
         # An SGD may get momentum of zeros here, before anything is measured, and keeps it if this call raises.
         on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(prepare_skip_on_device, optimizers))
         scaler = _enabled(scaler)
-        outcome = self._advance(optimizers, folds, scaler, only_theirs, skips_on_device=on_device)
+        outcome = self._advance(optimizers, folds, scaler, only_theirs, on_device, signals)
         gradients, coef = outcome.gradients, None
         # 8. Scale. An optimizer that folds divides by 1 / coef: one factor, and no clamping after it. The report's
         #    coefficient is that factor, the same tensor; outcome.coef may be a number, or be rounded otherwise.
@@ -171,15 +179,15 @@ class Engine:
 
     @shielded
     @_records_interruption
-    def decide(self) -> Outcome:
+    def decide(self, signals: Signals | None = None) -> Outcome:
         """Decide, and change nothing but the policy's state: :meth:`.decision.Outcome.apply_to` scales gradients later.
 
         A host sync on an accelerator, since the decision is in numbers. The outcome keeps the gradients alive.
         """
-        return self._advance((), self._folding.of(()), scaler=None, only_theirs=False, skips_on_device=False)
+        return self._advance((), self._folding.of(()), None, only_theirs=False, skips_on_device=False, signals=signals)
 
     @_records_interruption  # and not shielded: the optimizers step in the modes of the caller; begin() is shielded
-    def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
+    def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None, signals: Signals | None = None) -> Report:
         """See :meth:`Clipper.step`."""
         # 1. Check the optimizers, if they are not those of the latest step or not torch's own: a framework's proxy that
         #    could be stepped then may accumulate now.
@@ -189,7 +197,7 @@ class Engine:
             self.owner.register(optimizers)
             folds = self._checked = self._folding.of(optimizers)
         # 2 to 8.
-        stepping = self.begin(optimizers, scaler, folds=folds)
+        stepping = self.begin(optimizers, scaler, folds=folds, signals=signals)
         # 9. Step, or not.
         for index, optimizer in enumerate(optimizers):
             stepping.step(index, optimizer)
@@ -225,6 +233,7 @@ class Engine:
         scaler: GradScaler | None,
         only_theirs: bool,
         skips_on_device: bool,
+        signals: Signals | None = None,
         fault: LayoutError | None = None,
     ) -> Outcome:
         """Phases 2 to 7 of :meth:`Clipper.step`."""
@@ -232,14 +241,14 @@ class Engine:
             fault = self.owner.foreign_to(folds, optimizers)
         counted = folds.parameters if only_theirs else None
         if scaler is None:
-            return self.progress.advance(skips_on_device, self._fault() or fault, counted)
+            return self.progress.advance(skips_on_device, self._fault() or fault, counted, signals)
         fault = fault or self._out_of_reach(folds, only_theirs)
         # 2. Unscale.
         claim(scaler, optimizers, self)
         unscale_(scaler, optimizers)
         # 3 to 7. The scalers of all ranks must know of a norm that is not finite, to lower the same scale.
         try:
-            outcome = self.progress.advance(skips_on_device, self._fault() or fault, counted)
+            outcome = self.progress.advance(skips_on_device, self._fault() or fault, counted, signals)
         except NonFiniteError:
             join_found_inf(scaler, optimizers, True)
             raise

@@ -13,7 +13,7 @@ from ..layouts.model import ParameterFilter
 from ..plan.build import Plan
 from ..policies import Policy
 from ..policies.adopt import spelled
-from ..policies.statistics import Statistic
+from ..policies.statistics import Signal, Statistic
 from ..ranks.group import Axis
 from . import refusals
 from .nonfinite import MODES, Nonfinite, Streak
@@ -56,7 +56,7 @@ def settings(
     max_consecutive_skips: int | None,
     given: Sequence[Any],
     gradients: Any,
-    asked: Sequence[Statistic],
+    asked: Sequence[Statistic | Signal],
     watch: Statistic | None,
 ) -> dict[str, str]:
     """A text for each setting, for ranks to compare; of ``given`` and functions only whether they were given."""

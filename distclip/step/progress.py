@@ -14,6 +14,7 @@ from ..kernels.device import in_capture, reads_are_free
 from ..kernels.transfer import Transfer
 from ..layouts.piece import Held
 from ..plan.build import Plan
+from ..plan.contribution import Beside
 from ..plan.copies import compare_copies, compare_gradients
 from ..plan.measure import fail_with_others, measure, norms_of
 from ..plan.measured import Measured
@@ -31,6 +32,7 @@ from .by_unit import NO_UNITS, code_of
 from .calls import Call, Calls
 from .decision import Outcome, decided_on_device, decided_on_host
 from .nonfinite import Streak
+from .signals import Signals, given
 
 
 class Progress:
@@ -40,6 +42,7 @@ class Progress:
     * ``on_device``: whether the decision stays where the norm is reduced, without a host sync.
     * ``units``: what the policy's statistics are of. ``watch``: what is reported beside them.
     * ``report``: of the latest step.
+    * ``signals`` of a call: numbers of the user, by name, that the policy asks for.
     * ``committed``: whether the ranks have decided in the call now being made, so that the other ranks will step.
     """
 
@@ -69,7 +72,9 @@ class Progress:
         self._captured = False  # whether a call was, so that a CUDA graph holds the state's memory
         self._unchecked: tuple[Transfer, Measured] | None = None  # the previous step, not read by the host yet
 
-    def preview(self, fault: LayoutError | None, counted: Set[int] | None = None) -> Outcome:
+    def preview(
+        self, fault: LayoutError | None, counted: Set[int] | None = None, signals: Signals | None = None
+    ) -> Outcome:
         """Measure and decide without a step, as :meth:`.Clipper.measure` says: what is decided is not committed.
 
         ``fault``: what this rank knows to be wrong. It takes part in the all-reduce first, and then all ranks raise.
@@ -77,14 +82,18 @@ class Progress:
         """
         if self._unchecked is not None:
             self._check_previous()
-        measured = self._measure(self.calls.measurement(), fault or self.plan.memory.late_error, counted)
+        measured = self._measure(self.calls.measurement(), fault or self.plan.memory.late_error, counted, signals)
         outcome, _ = self._decide(measured)
         if outcome.disagree is True:
             raise refusals.ranks_disagree(measured.reduced.who)
         return outcome
 
     def advance(
-        self, skips_on_device: bool, fault: LayoutError | None = None, counted: Set[int] | None = None
+        self,
+        skips_on_device: bool,
+        fault: LayoutError | None = None,
+        counted: Set[int] | None = None,
+        signals: Signals | None = None,
     ) -> Outcome:
         """Phases 3 to 7 of :meth:`Clipper.step`.
 
@@ -101,7 +110,7 @@ class Progress:
         call = self.calls.step(capturing)
         if fault is None and self.plan.memory.late_error is not None:
             fault = self.plan.memory.take_late_error()
-        measured = self._measure(call, fault, counted)
+        measured = self._measure(call, fault, counted, signals)
         # 5. Decide, from reduced values only, so that all ranks decide alike.
         outcome, state = self._decide(measured)
         # 6. Check the decision where the host knows it or has to; otherwise in phase 3 of the next call.
@@ -135,10 +144,13 @@ class Progress:
         self._unchecked = None
         self.plan.memory.take_late_error()
 
-    def _measure(self, call: Call, fault: LayoutError | None, counted: Set[int] | None) -> Measured:
+    def _measure(
+        self, call: Call, fault: LayoutError | None, counted: Set[int] | None, signals: Signals | None
+    ) -> Measured:
         plan, storage = self.plan, self.storage
         try:
             gradients = storage.read()
+            beside = Beside(self._values(), given(signals or {}, plan.signals))
         except FAILURES as failed:  # of a function of the user, for example
             fail_with_others(plan, failed, call.tag, call.name, self._realigns)
             raise
@@ -153,7 +165,7 @@ class Progress:
             realign_first=self._realigns,
             error=fault,
             call=call.name,
-            values=self._values(),
+            beside=beside,
         )
         if call.compares and compare_gradients(plan, measured):
             if self._compares_axes:

@@ -1,6 +1,8 @@
 """Every error of this room and of Clipper: what is wrong, with which parameter or rank, and what to do about it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from ..errors import LayoutError, NonFiniteError
 from ..plan.refusals import ABSENT
@@ -44,6 +46,26 @@ def by_unit_of_others(given: int, measured: int) -> ValueError:
     return ValueError(
         f"this decision has a factor for each of {measured} gradients, and was to be applied to {given}: hand "
         "outcome.gradients to apply_to, or copies of them in their order"
+    )
+
+
+def other_signals(signals: object, wanted: Sequence[str]) -> ValueError:
+    if not wanted:
+        return ValueError("signals= were given, and the policy asks for none: leave them out")
+    names = sorted(map(str, signals)) if isinstance(signals, Mapping) else type(signals).__name__
+    shown = ", ".join(f"{name!r}: ..." for name in wanted)
+    return ValueError(f"the policy asks for signals={{{shown}}} in every call, got {names or 'none'}")
+
+
+def no_signal(name: str, signal: object) -> ValueError:
+    got = f"a {type(signal).__name__} of shape {tuple(signal.shape)}" if isinstance(signal, Tensor) else repr(signal)
+    return ValueError(f"signal {name} must be a number or a real tensor with one element, got {got}")
+
+
+def signals_of_maxima() -> ValueError:
+    return ValueError(
+        "this policy asks for signals, means over ranks, which cannot travel with the maxima of norm_type=inf: use "
+        "another norm_type"
     )
 
 

@@ -105,8 +105,8 @@ class Report:
     def to_dict(self) -> dict[str, float | bool]:
         """Return the four numbers, ``"norm/<name>"`` of what is watched and what is ``extra``, as Python numbers.
 
-        One copy to the host, the only host sync. They may be NaN or inf, which JSON lacks (``json.dumps(..., allow_nan=False)`` raises): write ``str(number)``
-        instead, as ``metrics.jsonl`` does.
+        One copy to the host, the only host sync. They may be NaN or inf, which JSON lacks (``json.dumps(...,
+        allow_nan=False)`` raises): write ``str(number)`` instead, as ``metrics.jsonl`` does.
         """
         watched = [self.norms.tensor] if isinstance(self.norms, Watched) else list(self.norms.values())
         others = [*watched, *(number.to(self.norm.device) for number in self.extra.values())]

@@ -1,0 +1,163 @@
+"""Units: what has a norm of its own, by levels, and how the slots that travel make them up."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from .statistic import MODEL, Per, Statistic, asked, not_asked_for
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gather:
+    """How numbers are put together: ``order`` them, (n,) int64, and combine the first ``lengths[0]``, and so on.
+
+    ``order``: None where they are in order. ``lengths``: (units,) int64; None where each is a unit.
+    """
+
+    order: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def __call__(self, numbers: Tensor, p: float) -> Tensor:
+        """Sums of powers (their maximum for p = inf) of each unit; 0 for a unit without numbers. No host sync.
+
+        The order of additions is fixed, and what is not finite stays in its unit.
+        """
+        if self.order is not None:
+            numbers = numbers.index_select(0, self.order)
+        if self.lengths is None:
+            return numbers
+        how = "max" if p == inf else "sum"
+        return torch.segment_reduce(numbers, how, lengths=self.lengths, unsafe=True, initial=0)
+
+    def firsts(self) -> Tensor | None:
+        """The first number of each unit, (units,) int64; None where each number is a unit. None may be empty."""
+        if self.lengths is None:
+            return self.order
+        places = self.lengths.cumsum(0) - self.lengths
+        return places if self.order is None else self.order.index_select(0, places)
+
+
+class RowNames(Sequence[str]):
+    """Names of rows, made when they are asked for: there may be millions. ``parameters`` have ``counts`` rows each."""
+
+    __slots__ = ("_starts", "counts", "parameters")
+
+    def __init__(self, parameters: Sequence[str], counts: Sequence[int]) -> None:
+        self.parameters, self.counts = parameters, counts
+        self._starts = [0, *accumulate(counts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def parameter_of(self, index: int) -> str:
+        """The name of the parameter whose row this is."""
+        return self.parameters[bisect_right(self._starts, index) - 1]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        k = bisect_right(self._starts, index) - 1
+        name = self.parameters[k]
+        return name if self.counts[k] == 1 else f"{name}[{index - self._starts[k]}]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Level:
+    """The units of one level.
+
+    * ``names``: of the units, the same on every rank; of rows :class:`RowNames`.
+    * ``sizes``: (units,) float64, how many elements each has.
+    * ``of_slots``: how slots make them up.
+    * ``unit_of_slot``: (slots,) int64, the unit that a slot is in, ``len(names)`` for one in no unit; None where groups
+      overlap. ``shared``: says which parameter is in two of them, and which these are.
+    """
+
+    names: Sequence[str]
+    sizes: Tensor
+    of_slots: Gather
+    unit_of_slot: Tensor | None
+    shared: str = ""
+
+
+class Units:
+    """What the statistics of one Clipper are norms of: agreed when it is built, the same on every rank.
+
+    Inside a policy that wraps another, the *whole* of the inner one may be other units than the model: of all
+    parameters at once, or one group. It is what is meant where no statistic is named.
+    """
+
+    __slots__ = ("_levels", "_member", "_whole", "size")
+
+    def __init__(self, size: float = 0.0, levels: Mapping[Statistic, Level] | None = None) -> None:
+        """``size``: how many elements the model has; 0 where nobody asked for more than its norm."""
+        self.size = size
+        self._levels = dict(levels or {})
+        self._whole = MODEL
+        self._member: int | None = None
+
+    def at(self, whole: Statistic, member: int | None = None) -> "Units":
+        """The same for a policy whose whole are the units of ``whole``, or the one with this number."""
+        inner = Units(self.size, self._levels)
+        inner._whole, inner._member = whole, member
+        return inner
+
+    @property
+    def levels(self) -> tuple[Statistic, ...]:
+        """The statistics of gradients that have units, in an order that is the same on every rank."""
+        return tuple(self._levels)
+
+    def level(self, statistic: Statistic | Per) -> Level:
+        """The units of a statistic; ValueError where it was not asked for."""
+        level = self._levels.get(asked(statistic).level)
+        if level is None:
+            raise not_asked_for(statistic)
+        return level
+
+    def shape(self, statistic: Statistic | Per | None = None) -> tuple[int, ...]:
+        """The shape of a statistic: () for the model and for one group, else (units,). None: of the whole."""
+        wanted = self._whole if statistic is None else asked(statistic)
+        one = wanted.per == "model" or (statistic is None and self._member is not None)
+        return () if one else (len(self.names(wanted)),)
+
+    def names(self, statistic: Statistic | Per) -> Sequence[str]:
+        """What its units are called: a parameter's name, ``name[row]``, or a group's name.
+
+        Parameters that differ between ranks and share a name say where they are: ``experts.w1[ep=3]``.
+        """
+        return self.level(statistic).names
+
+    def sizes(self, statistic: Statistic | Per) -> Tensor:
+        """How many elements each unit has: (units,) float64."""
+        return self.level(statistic).sizes
+
+    def by_slot(self, per: Statistic | Per, coefs: Tensor) -> Tensor:
+        """Of one coefficient for each unit, (units,), that of each slot, (slots,): 1 for those in no unit."""
+        places = self.level(per).unit_of_slot
+        assert places is not None, "groups that overlap are refused"
+        return torch.cat([coefs, coefs.new_ones(1)]).index_select(0, places)
+
+    def spread(self, coefs: Tensor, per: Statistic | Per, finer: Statistic | Per) -> Tensor:
+        """Of one coefficient for each unit, that of each unit of a ``finer`` level; ValueError where units are cut."""
+        level = self.level(finer)
+        if asked(finer).per == "group":
+            raise ValueError(f"{per!r} and {finer!r} group parameters differently: decide by the same groups")
+        slots = self.by_slot(per, coefs)
+        firsts = level.of_slots.firsts()
+        return slots if firsts is None else slots.index_select(0, firsts.clamp(max=len(slots) - 1))
+
+    def must_not_overlap(self, per: Statistic) -> None:
+        """ValueError where a parameter is in two groups."""
+        shared = self.level(per).shared
+        if shared:
+            raise ValueError(f"{shared}: give each parameter to one group")

@@ -1,0 +1,172 @@
+"""Decisions for groups, parameters and rows scale each element of every layout by the factor of its unit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import distclip
+from distclip import Decision, Statistic
+from support import parallel, trained
+from support.oracle import true_norm
+from support.parallel import Job, full_gradients
+from support.ranks import run_ranks, same_bits
+from support.roads import ROADS
+
+SHARES = (0.5, 2.0, 0.9, inf, 0.03)  # of its norm, by which each unit in turn is bounded
+COEFS = (0.5, 1.0, 0.25, 0.75)
+LEVELS = ("group", "parameter", "row")
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """Bounds each unit by a share of its norm, or gives it a coefficient."""
+
+    level: Statistic
+    by_coef: bool = False
+
+    def needs(self):
+        return (self.level,)
+
+    def init(self, units, device):
+        return {}
+
+    def decide(self, statistics, state):
+        norms = statistics.norm(self.level)
+        turns = in_turn(COEFS if self.by_coef else SHARES, len(norms)).to(norms.device)
+        if self.by_coef:
+            return Decision(1.0, coef=turns, per=self.level), state
+        return Decision(norms * turns + (norms == 0), per=self.level), state
+
+
+def in_turn(numbers: tuple[float, ...], count: int) -> Tensor:
+    return torch.tensor([numbers[k % len(numbers)] for k in range(count)], dtype=torch.float64)
+
+
+def level_of(per: str, names: list[str]) -> Statistic:
+    """Three groups of parameters, and every fourth in none."""
+    if per != "group":
+        return Statistic(per)
+    return Statistic("group", groups={name: names[k::4] for k, name in enumerate(("first", "free", "bounded"))})
+
+
+def units_of(whole: dict[str, Tensor], order: list[str], level: Statistic) -> Iterator[list[Tensor]]:
+    """Views of the parts of ``whole`` tensors by name that are one unit, in the order of units: the oracle's."""
+    for _, names in level.named:
+        yield [whole[name] for name in names if name in whole]
+    for name in order if level.per != "group" else ():
+        split = level.per == "row" and whole[name].ndim > 1
+        yield from ([row] for row in whole[name]) if split else ([whole[name]],)
+
+
+def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest relative distance of two elements; inf where one is 0 alone."""
+    pairs = [(found[name].double(), wanted[name].double()) for name in wanted]
+    return max((torch.where(a == b, 0.0, (a - b).abs() / b.abs())).max().item() for a, b in pairs)
+
+
+def scaled(job_of, per: str, by_coef: bool, p: float = 2.0, road: str = "host") -> dict[str, Any]:
+    """What a decision for each unit makes of gradients, beside what the oracle does with whole ones."""
+    job = job_of()
+    job.backward()
+    names = list(distclip.Clipper(job.parts, inf, watch="parameters", **job.options).measure().norms)
+    before, level = united(job), level_of(per, names)
+    clipper = ROADS[road](job.parts, InTurn(level, by_coef), norm_type=p, **job.options)
+    clipper.measure()
+    looked, report = united(job), clipper.clip_()
+    after, wanted = united(job), {name: gradient.double().clone() for name, gradient in before.items()}
+    kinds = list(units_of(wanted, names, level))
+    for unit, share, coef in zip(kinds, in_turn(SHARES, len(kinds)), in_turn(COEFS, len(kinds)), strict=True):
+        norm = true_norm(unit, p) if unit else 0.0
+        factor = coef.item() if by_coef else min(1.0, share.item() * norm / (norm + 1e-6))
+        for part in unit:
+            part.mul_(factor)
+    free = [name for name in names[3::4] if name in before] if per == "group" else []
+    return {
+        "apart": apart(after, wanted),
+        "looked": 0.0 if job.realigns else apart(looked, before),
+        "free": all(torch.equal(after[name], before[name]) for name in free),
+        "ratio": report.coef.item() / (true_norm(wanted.values(), p) / true_norm(before.values(), p)),
+        "scaled": sum(not torch.equal(after[name], before[name]) for name in before) / len(before),
+        "norm": report.norm,
+        "coef": report.coef,
+    }
+
+
+def united(job: Job) -> dict[str, Tensor]:
+    shares: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(shares, job.whole())
+    return {name: tensor for share in shares for name, tensor in share.items()}
+
+
+def by_layout(layout, dtype: torch.dtype = torch.float32) -> Job:
+    return layout(dtype, 30.0)
+
+
+def in_training(layout) -> Job:
+    training = layout()
+    (part,) = training.parts
+    return Job([part], partial(training.backward, 0), lambda: full_gradients(part), training.options)
+
+
+def cases() -> Iterator[Any]:
+    two = [parallel.fsdp1_full, parallel.tp_sequence]
+    four = [
+        *(parallel.hsdp, parallel.fsdp2_tp, parallel.fsdp2_tp_sequence, parallel.fsdp1_hybrid, parallel.cp_fsdp2),
+        *(parallel.by_hand, parallel.by_hand_realigned, parallel.ep_dtensor, parallel.pp_empty),
+    ]
+    for size, layouts in ((2, two), (3, [parallel.uneven]), (4, four)):
+        for layout in layouts:
+            yield pytest.param(partial(by_layout, layout), size, id=f"{layout.__name__}-{size}")
+    for layout in (trained.stages, trained.experts):
+        yield pytest.param(partial(in_training, layout), 4, id=f"{layout.__name__}-4")
+
+
+CASES = list(cases())
+
+
+def check(found: list[dict[str, Any]], error: float = 1e-6) -> None:
+    assert same_bits([(rank["norm"], rank["coef"]) for rank in found])
+    for rank in found:
+        assert rank["scaled"] > 0.2, "a vacuous case"
+        assert rank["looked"] == 0
+        assert rank["apart"] < error
+        assert rank["free"]
+        assert rank["ratio"] == pytest.approx(1.0, abs=2e-7)
+
+
+@pytest.mark.parametrize("by_coef", [False, True], ids=["max_norm", "coef"])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("job", "size"), CASES)
+def test_each_element_is_scaled_by_the_factor_of_its_unit(job, size, level, by_coef):
+    check(run_ranks(scaled, size, job, level, by_coef))
+
+
+SOME = [case for case in CASES if case.id in {"by_hand-4", "fsdp2_tp-4", "fsdp1_hybrid-4", "tp_sequence-2"}]
+
+
+@pytest.mark.parametrize("per", ["parameter", "row"])
+@pytest.mark.parametrize("p", [0.5, 1.0, 3.0, inf])
+@pytest.mark.parametrize(("job", "size"), SOME)
+def test_with_any_norm(job, size, p, per):
+    check(run_ranks(scaled, size, job, per, False, p))
+
+
+@pytest.mark.parametrize("per", LEVELS)
+@pytest.mark.parametrize(("job", "size"), SOME)
+def test_where_decisions_stay_on_the_device(job, size, per):
+    check(run_ranks(scaled, size, job, per, False, 2.0, "device"))
+
+
+@pytest.mark.parametrize("per", LEVELS)
+@pytest.mark.parametrize(
+    "layout", [parallel.by_hand, parallel.fsdp2_tp, parallel.fsdp1_hybrid], ids=lambda f: f.__name__
+)
+def test_of_bf16_gradients_each_is_rounded_once(layout, per):
+    check(run_ranks(scaled, 4, partial(by_layout, layout, torch.bfloat16), per, False), 2**-8)

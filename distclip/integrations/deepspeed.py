@@ -24,6 +24,7 @@ from ..gradients.storage import Storage
 from ..policies import Policy
 from ..step.driver import Driver
 from ..step.engine import Engine
+from ..step.options import Watch
 from .deepspeed_optimizers import KINDS, WHOLE, Step, forget_sums, layout_of, parts_of_torch
 
 _clippers: WeakKeyDictionary[DeepSpeedEngine, ref[Clipper]] = WeakKeyDictionary()  # an engine keeps its own alive
@@ -36,6 +37,7 @@ def take_over(
     norm_type: float = 2.0,
     nonfinite: Literal["skip", "raise", "propagate"] = "skip",
     max_consecutive_skips: int | None = None,
+    watch: Watch | None = None,
 ) -> Clipper:
     """Let every optimizer step of ``engine`` clip by ``policy`` first, in place of DeepSpeed's own clipping.
 
@@ -44,7 +46,8 @@ def take_over(
 
     Returns the Clipper, for ``report``, ``culprit`` and ``state_dict``; its ``clip_`` and ``step`` raise
     RuntimeError. ``engine.get_global_grad_norm()`` is the norm before clipping. One all-reduce a step, of two float64
-    numbers, under ZeRO of four, and a host sync. Gradients are scaled in fp32 wherever DeepSpeed steps fp32 copies.
+    numbers, under ZeRO of four (more with ``watch``, or where ``policy`` needs more), and a host sync. Gradients are
+    scaled in fp32 wherever DeepSpeed steps fp32 copies.
 
     * A skipped step counts in ``engine.skipped_steps`` and changes neither parameters nor optimizer nor LR scheduler.
       Only a norm that is not finite lowers a loss scale.
@@ -57,7 +60,12 @@ def take_over(
     """
     _refuse(engine, nonfinite)
     clipper = Takeover(
-        engine, policy, norm_type=norm_type, nonfinite=nonfinite, max_consecutive_skips=max_consecutive_skips
+        engine,
+        policy,
+        norm_type=norm_type,
+        nonfinite=nonfinite,
+        max_consecutive_skips=max_consecutive_skips,
+        watch=watch,
     ).clipper
     engine._config.gradient_clipping = 0.0
     _clippers[engine] = ref(clipper)

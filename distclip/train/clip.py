@@ -1,10 +1,14 @@
 """The Clipper that a config asks for."""
 
 import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from distclip import AutoClip, MaxNorm, ValueClip
-from distclip.step.options import Options
+from distclip.errors import and_more
+from distclip.step.options import Options, Watch
 from distclip.train.config import Clip
+from distclip.train.problem import require
 
 
 def build_policy(clip: Clip) -> MaxNorm | ValueClip | AutoClip:
@@ -21,4 +25,24 @@ def build_policy(clip: Clip) -> MaxNorm | ValueClip | AutoClip:
 
 
 def options_of(clip: Clip) -> Options:
-    return {"nonfinite": clip.nonfinite, "max_consecutive_skips": clip.max_consecutive_skips}
+    return {
+        "nonfinite": clip.nonfinite,
+        "max_consecutive_skips": clip.max_consecutive_skips,
+        "watch": watch_of(clip),
+    }
+
+
+def watch_of(clip: Clip) -> Watch | None:
+    return {each: each for each in patterns_of(clip)} or ("parameters" if clip.watch else None)
+
+
+def patterns_of(clip: Clip) -> tuple[str, ...]:
+    """What is watched by pattern: each has a column of its name."""
+    return clip.watch if isinstance(clip.watch, tuple) else ()
+
+
+def check_watch(clip: Clip, names: Sequence[str]) -> None:
+    """Check that each pattern is of some of these parameters of the whole model."""
+    for pattern in patterns_of(clip):
+        there = any(fnmatchcase(name, pattern) for name in names)
+        require(there, "clip.watch", f"no parameter matches {pattern!r}: choose among {and_more(names)}")

@@ -65,6 +65,7 @@ class Clip:
     window: int = 1000  # autoclip
     nonfinite: Literal["skip", "raise", "propagate"] = "skip"
     max_consecutive_skips: int | None = None
+    watch: str | tuple[str, ...] | None = None  # norms in every record: of each "parameters", or of these patterns
 
     def __post_init__(self) -> None:
         needed = {"max_norm": "max_norm", "value": "clip_value"}.get(self.policy)
@@ -75,6 +76,8 @@ class Clip:
             require(value is None or value > 0, f"clip.{name}", f"must be positive, not {value}")
         require(self.window <= 10**6, "clip.window", f"must be at most 1e6, not {self.window}: it is sorted every step")
         require(0 <= self.percentile <= 100, "clip.percentile", f"must lie in [0, 100], not {self.percentile}")
+        known = self.watch in (None, "parameters") or (isinstance(self.watch, tuple) and self.watch != ())
+        require(known, "clip.watch", f"must be parameters, or a list of patterns of their names, not {self.watch!r}")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

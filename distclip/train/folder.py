@@ -12,9 +12,9 @@ from distclip.train.parse import read_config, to_yaml
 from distclip.train.place import Place, from_rank_0
 from distclip.train.problem import ConfigError, require
 
-# What may differ when a run goes on: how long, how fast, where. All else would make other numbers.
+# What may differ when a run goes on: how long, how fast, where, what is shown. All else would make other numbers.
 FREE = ("resume", "parallel.", "run.", "train.steps", "train.epochs", "train.log_every", "train.eval_every",
-        "train.save_every", "optim.fused")  # fmt: skip
+        "train.save_every", "optim.fused", "clip.watch")  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

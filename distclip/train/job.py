@@ -14,6 +14,7 @@ from distclip.ranks.lost_ranks import Presence
 from distclip.train import checkpoint
 from distclip.train.axes import Axes
 from distclip.train.begun import say_begun
+from distclip.train.clip import check_watch
 from distclip.train.config import Config
 from distclip.train.dataset import Batches, Dataset
 from distclip.train.folder import RunFolder, check_folder, open_folder
@@ -39,6 +40,10 @@ def check(config: Config, world: int) -> Dataset:
     check_folder(config)
     dataset = TASKS[config.task].load(config.data, config.seed)
     batches_of(config, dataset, axes)
+    with torch.device("meta"):
+        check_watch(
+            config.clip, [name for name, _ in TASKS[config.task].build(config.model, dataset).named_parameters()]
+        )
     return dataset
 
 

@@ -48,8 +48,10 @@ def run(folder: Path, way: tuple[int, list[str]], *words: str) -> None:
 def assert_same(folder: Path, reference: Path, rel: float = 1e-6) -> None:
     records, others = metrics(folder), metrics(reference)
     assert [record["step"] for record in records] == [record["step"] for record in others]
+    watched = [name for name in others[0] if name.startswith("norm/")]
     for record, other in zip(records, others, strict=True):
-        for name in ("loss", "norm", "max_norm", "coef", "accuracy"):
+        assert {name for name in record if name.startswith("norm/")} == set(watched)
+        for name in ("loss", "norm", "max_norm", "coef", "accuracy", *watched):
             assert record[name] == pytest.approx(other[name], rel=rel), (name, record["step"])
     assert records[-1]["held_out_loss"] == pytest.approx(others[-1]["held_out_loss"], rel=rel)
 
@@ -73,9 +75,10 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(("model", "name"), CASES, ids=str)
 def test_a_way_takes_the_steps_of_one_process(model, name, alone, tmp_path: Path):
     ways, of_model = MODELS[model]
-    words = ["clip.max_norm=1.0", f"train.steps={STEPS}"]
+    words = ["clip.max_norm=1.0", "clip.watch=parameters", f"train.steps={STEPS}"]
     run(tmp_path / "run", ways[name], *of_model, *words)
     assert_same(tmp_path / "run", alone(model, *words))
+    assert "norm/head.weight" in metrics(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize("model", MODELS)

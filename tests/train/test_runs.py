@@ -90,6 +90,17 @@ def test_the_newest_checkpoints_are_kept_and_only_whole_ones(tmp_path: Path):
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000008", "step-00000009"]
 
 
+def test_other_norms_may_be_watched_when_a_run_goes_on(tmp_path: Path):
+    words = [*TINY, "train.steps=1"]
+    run(tmp_path / "run", 1, "quickstart.yaml", *words, "parallel.strategy=none")
+    words = [*words, "train.steps=2", "resume=true", "clip.watch=[blocks.*, '*']"]
+    run(tmp_path / "run", 2, "quickstart.yaml", *words)
+    first, second = metrics(tmp_path / "run")
+    assert second.keys() - first.keys() == {"norm/blocks.*", "norm/*"}
+    assert second["norm/*"] == pytest.approx(second["norm"], rel=2e-7)
+    assert 0 < second["norm/blocks.*"] < second["norm"]
+
+
 def test_resuming_an_empty_folder_is_starting(tmp_path: Path):
     run(tmp_path / "run", 2, "quickstart.yaml", *TINY, "train.steps=2", "resume=true")
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from distclip import Clipper, Report
-from distclip.train.clip import build_policy
+from distclip.train.clip import build_policy, watch_of
 from distclip.train.config import Config
 from distclip.train.optim import build_optimizer
 from distclip.train.passes import Answer, mean_loss
@@ -61,6 +61,7 @@ class Zero:
             build_policy(config.clip),
             nonfinite=config.clip.nonfinite,
             max_consecutive_skips=config.clip.max_consecutive_skips,
+            watch=watch_of(config.clip),
         )
         momentum = ("momentum_buffer",) if config.optim.momentum else ()
         adam = config.optim.name == "adamw"

@@ -207,11 +207,15 @@ def _level(table: Sequence[Parameter], blocks: _Blocks, level: Statistic) -> Lev
     labels = [each.label for each in table]
     if level.per == "group":
         return _groups(table, blocks, level, sizes)
-    if level.per == "row":
-        names = RowNames(labels, counts.tolist())
-        return Level(names, (sizes / counts).repeat_interleave(counts), Gather(), torch.arange(blocks.total))
     units = torch.arange(len(table)).repeat_interleave(counts)
-    return Level(labels, sizes, _gather(units, len(table)), units)
+    names: Sequence[str] = labels
+    gather = _gather(units, len(table))
+    if level.per == "row":
+        names, sizes = RowNames(labels, counts.tolist()), (sizes / counts).repeat_interleave(counts)
+        gather, units = Gather(), torch.arange(blocks.total)
+    if not names:  # the slot that travels all the same is in no unit
+        gather, units = Gather(torch.zeros(0, dtype=torch.int64)), torch.zeros(1, dtype=torch.int64)
+    return Level(names, sizes, gather, units)
 
 
 def _groups(table: Sequence[Parameter], blocks: _Blocks, level: Statistic, sizes: Tensor) -> Level:

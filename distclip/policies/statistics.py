@@ -94,7 +94,8 @@ class Statistics:
         slots = self._slots["gradient"]
         before = combined(slots, self._p)
         after = combined(slots * (factors if self._p == inf else factors.pow(self._p)), self._p)
-        return torch.where(before == 0, 1.0, self._root(after / before))
+        nothing_is_scaled = (before == 0) | (factors == 1).all()  # also of what is not finite, where a ratio is NaN
+        return torch.where(nothing_is_scaled, 1.0, self._root(after / before))
 
     def _root(self, sums: Tensor) -> Tensor:
         norms = sums.clone() if self._p == inf else root(sums, self._p)

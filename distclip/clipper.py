@@ -25,9 +25,9 @@ on the host beside those on an accelerator wait for their coefficient.
 Without a host sync, non-finite norms, disagreement and bad answers of a policy are checked when the next call starts,
 so that the error and :attr:`Clipper.culprit` come one call late. A bad answer skips its step; for that, a policy of
 your own costs a host sync under ``"propagate"`` too if an optimizer cannot fold. A coefficient below float32's normal
-numbers becomes the smallest of them where the host does not know it; elsewhere it is exact. While a CUDA graph is
-captured nothing is checked (RuntimeError where it must be), and a replay is no call: it advances the policy, but counts
-no step.
+numbers becomes the smallest of them where the host does not know it, and one above its inverse becomes that; elsewhere
+they are exact. While a CUDA graph is captured nothing is checked (RuntimeError where it must be), and a replay is no
+call: it advances the policy, but counts no step.
 
 A call that raises leaves gradients and policy state as they were, except that a GradScaler's gradients are unscaled,
 some misplaced gradients may be redistributed, and on an accelerator a fused SGD with momentum that has not stepped may

@@ -47,7 +47,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
     ``trainer.global_step`` and for LR schedulers, as does one that a GradScaler skips. Checkpoints contain the state.
 
     Every ``log_every_n_steps`` steps ``trainer.loggers`` get ``grad_norm`` (before clipping), ``grad_clip_coef`` and
-    ``grad_clip_share``, the share of the steps since the last log whose coefficient was below 1. Logging is a host sync
+    ``grad_clip_share``, the share of the steps since the last log whose coefficient was not 1. Logging is a host sync
     on rank 0's accelerator. Other host syncs and collectives are those of :meth:`Clipper.clip_`, and one host sync a
     step for an optimizer that is not fused, or with a GradScaler, since the host must know whether to step.
 
@@ -100,7 +100,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
             return
         report = self.clipper.engine.clip_([optimizer], trainer.scaler, only_theirs=True)
         self._steps += 1
-        self._clipped = self._clipped + (report.coef < 1)
+        self._clipped = self._clipped + (report.coef != 1)
         every = trainer.log_every_n_steps
         if every and (trainer.global_step + 1) % every == 0:
             self._log(trainer, report)

@@ -65,7 +65,7 @@ class Numbers:
         elif finite:
             if not self.max_norm > 0:  # true for NaN too
                 raise refusal("max_norm", policy, self.max_norm)
-            if self.coef is not None and not 0 < self.coef <= 1:
+            if self.coef is not None and not 0 < self.coef < inf:
                 raise refusal("coef", policy, self.coef)
         if finite and self.bounds is not None:
             _check_bounds(self.bounds, policy)
@@ -122,7 +122,7 @@ class Tensors:
         if self.per is MODEL:
             fault = torch.where(self.max_norm > 0, 0.0, 1.0)  # of NaN too
             if self.coef is not None:
-                fault = torch.where((self.coef > 0) & (self.coef <= 1), fault, 2.0)
+                fault = torch.where((self.coef > 0) & (self.coef < inf), fault, 2.0)
         else:
             fault = self._fault_of_units(statistics)
         if self.bounds is not None and isinstance(self.bounds[0], Tensor):
@@ -147,7 +147,7 @@ def _bad_units(max_norm: Any, coef: Any) -> Iterator[tuple[str, Tensor, Tensor]]
     """Field, numbers, and for which units no step can use them: (units,) bool, in new memory."""
     yield "max_norm", max_norm, (max_norm > 0).logical_not_()  # of NaN too
     if coef is not None:
-        yield "coef", coef, ((coef > 0) & (coef <= 1)).logical_not_()
+        yield "coef", coef, ((coef > 0) & (coef < inf)).logical_not_()
 
 
 def is_trusted(policy: Policy) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 LEAST = torch.finfo(torch.float32).smallest_normal  # 2**-126; smaller ones lose precision, or are taken for 0
+MOST = 1 / LEAST  # an optimizer that folds divides by the inverse
 
 
 def clip_coef(norm: float, max_norm: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -27,23 +28,23 @@ def clip_coef_on_device(norm: Tensor, max_norm: float, dtype: torch.dtype) -> Te
 
 
 def rounded(coef: Tensor, dtype: torch.dtype) -> Tensor:
-    """A coefficient on an accelerator in ``dtype``, at least ``LEAST``."""
+    """A coefficient on an accelerator in ``dtype``, from ``LEAST`` to ``MOST``."""
     least = torch.scalar_tensor(LEAST, dtype=torch.float64)
-    return torch.maximum(coef, least, out=torch.empty((), dtype=dtype, device=coef.device))
+    return torch.maximum(coef, least, out=torch.empty((), dtype=dtype, device=coef.device)).clamp_(max=MOST)
 
 
 def factors(norm: float, max_norm: float, coef: float | None, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The coefficient as a report shows it, 0-d, and the factors for gradients, applied one after the other.
 
-    The coefficient is ``coef``, or :func:`clip_coef` for None. Factors: none if it is 1, itself if it is normal in
-    float32. A smaller one would lose precision or zero finite gradients: it becomes several normal factors, and what
-    is shown is never 0.
+    The coefficient is ``coef``, or :func:`clip_coef` for None. Factors: none if it is 1, itself if it lies between
+    ``LEAST`` and ``MOST``. Others would lose precision, or make zeros or infinities of finite gradients: they become
+    several factors, and what is shown is neither 0 nor inf.
     """
-    shown = clip_coef(norm, max_norm, dtype) if coef is None else torch.scalar_tensor(coef, dtype=dtype)
+    shown = clip_coef(norm, max_norm, dtype) if coef is None else presented(coef, dtype)
     number = shown.item()
     if number == 1.0:
         return shown, ()
-    if not number < LEAST or not isfinite(norm):
+    if not (number < LEAST or number > MOST) or not isfinite(norm):
         return shown, (shown,)
     over, under = (max_norm, norm + 1e-6) if coef is None else (coef, 1.0)
     parts = tuple(torch.scalar_tensor(part, dtype=dtype) for part in _normal_parts(over, under))
@@ -51,18 +52,21 @@ def factors(norm: float, max_norm: float, coef: float | None, dtype: torch.dtype
 
 
 def _normal_parts(over: float, under: float) -> list[float]:
-    """Numbers from ``LEAST`` to 1 whose product is ``over / under``; powers of two, which round nothing, come first."""
+    """Numbers from ``LEAST`` to ``MOST`` whose product is ``over / under``: powers of two, which round nothing, first."""
     (high, exponent), (low, taken) = frexp(over), frexp(under)
     rest, exponent = high / low / 2, exponent - taken + 1  # the rest is between 1/4 and 1
     parts = []
     while exponent < -124:
         parts.append(LEAST)
         exponent += 126
+    while exponent > 126:
+        parts.append(MOST)
+        exponent -= 126
     return [*parts, ldexp(rest, exponent)]
 
 
 def presented(norm: float, dtype: torch.dtype) -> Tensor:
-    """``norm`` in ``dtype`` (float32 or float64); a finite norm stays finite: beyond float32 it is ``finfo.max``."""
+    """``norm`` in ``dtype`` (float32 or float64); a finite number stays finite: beyond float32 it is ``finfo.max``."""
     most = torch.finfo(dtype).max
     return torch.scalar_tensor(most if most < norm < inf else norm, dtype=dtype)
 

@@ -28,7 +28,7 @@ class Decision:
     * ``skip``: whether to skip the step: a bool or a 0-d tensor; None from a policy that never skips.
     * ``bounds``: (low, high) for every element, applied after scaling, ``low <= 0 <= high`` and not both 0; None for no
       elementwise clipping.
-    * ``coef``: the factor for gradients, above 0 and at most 1, or (units,) with ``per``; None for torch's
+    * ``coef``: the factor for gradients, above 0 and finite, or (units,) with ``per``; None for torch's
       ``min(1, max_norm / (norm + 1e-6))``. If it is given, ``max_norm`` is only reported.
     * ``per``: what is bounded: the units of a statistic of gradients that :meth:`Policy.needs` lists. Groups must not
       overlap then; parameters in none of them keep their gradients.

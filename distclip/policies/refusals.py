@@ -11,7 +11,7 @@ from .statistics import Per, Statistic, Units
 
 RULES = {
     "max_norm": "a number above 0, or inf for no bound",
-    "coef": "a number above 0 and at most 1",
+    "coef": "a finite number above 0",
     "bounds": "two numbers, low <= 0 <= high, not both 0",
     "skip": "a bool, a 0-d tensor or None",
     "per": "'model', or a statistic of gradients that needs() lists, whose groups do not overlap",

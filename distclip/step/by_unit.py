@@ -9,7 +9,7 @@ from torch import Tensor
 from ..plan.build import Plan
 from ..plan.measured import Measured
 from ..policies.answer import Numbers, Tensors
-from ..policies.coefficient import LEAST, all_presented
+from ..policies.coefficient import LEAST, MOST, all_presented
 from ..policies.statistics import Statistic, Statistics, Units
 from ..report import Watched
 
@@ -50,12 +50,12 @@ def factors_on_host(
 def factors_on_device(
     answer: Numbers | Tensors, statistics: Statistics, skip: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The same on an accelerator, where the host does not know how many factors it takes: one, at least ``LEAST``.
+    """The same on an accelerator, where the host does not know how many factors it takes: one, ``LEAST`` to ``MOST``.
 
     Where ``skip`` is true all are 1.
     """
     coefs = _by_slot(answer, statistics)
-    coefs = torch.where(coefs > 0, coefs.clamp(min=LEAST), coefs).masked_fill_(skip, 1.0)
+    coefs = torch.where(coefs > 0, coefs.clamp(LEAST, MOST), coefs).masked_fill_(skip, 1.0)
     return coefs.to(dtype), _reported(coefs, statistics, dtype)
 
 
@@ -76,20 +76,16 @@ def _by_slot(answer: Numbers | Tensors, statistics: Statistics) -> Tensor:
 
 
 def _normal_factors(coefs: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """``coefs`` as factors that are normal in float32; none where all are 1.
-
-    A coefficient below ``LEAST`` would lose precision, or zero finite gradients.
-    """
+    """``coefs`` as factors from ``LEAST`` to ``MOST``, or 0; none where all are 1. See :func:`.coefficient.factors`."""
     found = []
-    tiny = (coefs > 0) & (coefs < LEAST)
-    while tiny.any():  # a power of two, which rounds nothing
-        found.append(torch.where(tiny, LEAST, 1.0).to(dtype))
-        coefs = torch.where(tiny, coefs / LEAST, coefs)
-        tiny = (coefs > 0) & (coefs < LEAST)
+    while bool(((within := coefs.clamp(LEAST, MOST)) != coefs).logical_and_(coefs > 0).any()):
+        powers = torch.where((within != coefs) & (coefs > 0), within, 1.0)  # of two, which round nothing
+        found.append(powers.to(dtype))
+        coefs = coefs / powers
     last = coefs.to(dtype)
     return (*found, last) if found or not bool((last == 1).all()) else ()
 
 
 def _reported(coefs: Tensor, statistics: Statistics, dtype: torch.dtype) -> Tensor:
-    """What the norm of the model is multiplied by, 0-d, at least ``LEAST``."""
-    return statistics.shrunk(coefs).clamp(min=LEAST).to(dtype)
+    """What the norm of the model is multiplied by, 0-d, at least ``LEAST`` and finite."""
+    return statistics.shrunk(coefs).clamp(LEAST, torch.finfo(dtype).max).to(dtype)

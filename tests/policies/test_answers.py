@@ -57,7 +57,7 @@ NUMBERS = {
     "a bound of 0": (Decision(0), "max_norm = 0.0"),
     "minus inf": (Decision(-inf), "max_norm = -inf"),
     "a coefficient of 0": (Decision(1.0, coef=f64(0.0)), "coef = 0.0"),
-    "a coefficient of 2": (Decision(1.0, coef=2), "coef = 2.0"),
+    "a coefficient of inf": (Decision(1.0, coef=inf), "coef = inf"),
     "a coefficient of NaN": (Decision(1.0, coef=nan), "coef = nan"),
     "bounds the wrong way round": (Decision(inf, bounds=(1.0, -1.0)), r"bounds = \(1.0, -1.0\)"),
     "bounds on one side of 0": (Decision(inf, bounds=(5.0, 6.0)), r"bounds = \(5.0, 6.0\)"),

@@ -137,7 +137,7 @@ FAULTS = {  # the field, what the host knows of it, and the unit
     "a row": (Decision(torch.tensor([1.0, 1, 1, 1, 1, -inf]), per="row"), "max_norm", "-inf", "c[1] (unit 5 of 6)"),
     "a group": (Decision(of_three(1, nan)[:2], per=APART), "max_norm", "nan", "y (unit 1 of 2)"),
     "a factor of 0": (Decision(1.0, coef=of_three(1, 1, 0), per="parameter"), "coef", "0.0", "c (unit 2 of 3)"),
-    "a factor of 2": (Decision(inf, coef=of_three(1, 2, 0), per="parameter"), "coef", "2.0", "b (unit 1 of 3)"),
+    "a factor of inf": (Decision(inf, coef=of_three(2, inf, 0), per="parameter"), "coef", "inf", "b (unit 1 of 3)"),
     "a factor of NaN": (Decision(inf, coef=of_three(1, 1, nan), per="parameter"), "coef", "nan", "c (unit 2 of 3)"),
 }
 
@@ -149,7 +149,8 @@ def test_a_bad_number_is_named_with_its_field_and_its_unit(name, road):
     with pytest.raises(ValueError, match="no step was made") as caught:
         road(decision, statistics())
     told = f"{field} = {value} for {unit}" if road is by_host else f"a {field} for {unit} that no step can use"
-    assert str(caught.value).startswith(f"Mine.decide returned {told}, and no step was made: return a number above 0")
+    kind = "number" if field == "max_norm" else "finite number"
+    assert str(caught.value).startswith(f"Mine.decide returned {told}, and no step was made: return a {kind} above 0")
 
 
 @EACH_ROAD

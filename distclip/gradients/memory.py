@@ -187,7 +187,8 @@ class Noted:
         spans = spans_of(local, gradients, pieces, sources)
         runs = find_runs(local, spans, tensors, replicas)
         grouped, wide = grouped_by_replicas(run.replicas for run in runs), any(t.dtype in WIDE for t in tensors)
-        found_again = Local((), grouped, (), spans, local.indices, wide)
+        each = all(span == (k, None) for k, span in enumerate(spans)) and len(spans) == len(tensors)
+        found_again = Local((), grouped, (), None if each else spans, local.indices, wide)
         return cls(Facts.of(gradients, tensors), tensors, runs, found_again)
 
     def recall(self, gradients: Sequence[Tensor | None], unmoved: bool) -> Local | None:

@@ -55,9 +55,9 @@ def rows_of(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> Iterator[Rows]:
 def _matrices(tensor: Tensor, cut: Cut) -> Sequence[Tensor]:
     if cut.count == 1:
         return (tensor.unsqueeze(0) if tensor.ndim else tensor.view(1, 1),)
-    if not tensor.is_contiguous():
-        assert (cut.head, cut.tail, cut.count) == (0, 0, len(tensor)), "only flat tensors are cut within rows"
+    if not (cut.head or cut.tail) and cut.count == tensor.shape[0] and tensor.ndim > 1:
         return (tensor,)
+    assert tensor.is_contiguous(), "only flat tensors are cut within rows"
     flat = tensor.view(-1)
     body = flat[cut.head : len(flat) - cut.tail]
     parts = [flat[: cut.head].view(1, -1), body.view(-1, cut.length or 1), flat[len(flat) - cut.tail :].view(1, -1)]

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from . import foreach_rows
 from .device import device_of, has_float64
-from .dtypes import WIDE, as_real
+from .dtypes import COMPLEX, WIDE, as_real, dtype_of
 from .memory import check_memory
 from .rows import Cut, rows_of, whole
 from .scale import changing
@@ -70,30 +70,44 @@ def _by_device(
 
 def _multiply_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
     changed = factors.ne(1).tolist()
-    if any(changed):
-        each = zip(tensors, factors.unbind(), factors.float().unbind(), strict=True)
-        pairs = [(as_real(t), wide if t.dtype in WIDE else narrow) for t, wide, narrow in compress(each, changed)]
-        torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+    if not any(changed):
+        return
+    dtypes, by = list(map(dtype_of, tensors)), factors.float().unbind()
+    if not set(dtypes).isdisjoint(WIDE):
+        by = tuple(w if d in WIDE else n for d, w, n in zip(dtypes, factors.unbind(), by, strict=True))
+    parts = tensors if set(dtypes).isdisjoint(COMPLEX) else list(map(as_real, tensors))
+    torch._foreach_mul_(list(compress(parts, changed)), list(compress(by, changed)))
 
 
 def _multiply_rows(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tensor) -> None:
     counts = [cut.count for cut in cuts]
     before = pad(factors.ne(1).cumsum(0), (1, 0))  # of the first k, how many are not 1
     changed = [a != b for a, b in pairwise(before[list(accumulate(counts, initial=0))].tolist())]
-    for tensor, cut, its in compress(zip(tensors, cuts, torch.split(factors, counts), strict=True), changed):
-        for numbers, first in rows_of([tensor], [cut]):
-            _multiply(as_real(numbers), its[first : first + len(numbers)])
-
-
-def _multiply(rows: Tensor, factors: Tensor) -> None:
-    by, length = factors if rows.dtype in WIDE else factors.float(), rows[0].numel()
-    if len(rows) == 1 or length > CHUNK:
-        torch._foreach_mul_(rows.unbind(), by.unbind())
+    if not any(changed):
         return
-    column = by.view(-1, *[1] * (rows.ndim - 1))
-    if rows.dtype.itemsize > 2:
-        rows.mul_(column)
+    if not all(changed):
+        tensors, cuts = list(compress(tensors, changed)), list(compress(cuts, changed))
+        factors = torch.cat(list(compress(torch.split(factors, counts), changed)))
+    narrow, every, columns = factors.float(), [], []
+    for rows in rows_of(tensors, cuts):
+        numbers = as_real(rows.numbers)
+        count, by = numbers.shape[0], factors if numbers.dtype in WIDE else narrow
+        column = by[rows.first : rows.first + count].view(count, *[1] * (numbers.ndim - 1))
+        if numbers.dtype.itemsize > 2:
+            every.append(numbers)
+            columns.append(column)
+        else:
+            _multiply_short(numbers, column)
+    if every:
+        torch._foreach_mul_(every, columns)
+
+
+def _multiply_short(rows: Tensor, factors: Tensor) -> None:
+    """bf16 and fp16."""
+    length = rows[0].numel()
+    if len(rows) == 1 or length > CHUNK:
+        torch._foreach_mul_(rows.unbind(), factors.flatten().unbind())
         return
     many = max(1, CHUNK // length)
-    for part, its in zip(torch.split(rows, many), torch.split(column, many), strict=True):
+    for part, its in zip(torch.split(rows, many), torch.split(factors, many), strict=True):
         part.copy_(part.float().mul_(its))  # part.mul_(its) makes the same copies, and takes 1.6 times as long

@@ -14,7 +14,7 @@ from ..kernels.transfer import sent
 from ..ranks.message import Scalar, root
 from .build import Plan
 from .measured import Norms
-from .slots import ByPiece, Slots, all_sums, chosen, powers, rows_of_entries
+from .slots import ByPiece, Slots, all_sums, chosen, local_sums, powers, rows_of_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,9 @@ def _sums_and_norms(plan: Plan, slots: Slots, by_piece: ByPiece) -> tuple[Tensor
     if not plan.on_host and slots.cuts is None:
         norms = norms_on(plan, parts, indices)
         return slots.filled(powers(norms.norms, plan.p), indices), norms
-    sums = slots.filled(all_sums(slots, by_piece, plan.p), indices)
     if plan.on_host:
-        return sums, None
+        return slots.filled(local_sums(slots, by_piece, plan.p), indices), None
+    sums = slots.filled(all_sums(slots, by_piece, plan.p), indices)
     norms_of_pieces = root(slots.of_pieces(sums, plan.p), plan.p)
     assert isinstance(norms_of_pieces, Tensor)
     return sums, Norms(chosen(norms_of_pieces, indices), indices, parts)

@@ -98,17 +98,17 @@ def all_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
     home = slots.slot_of_sum.device
     devices = dict.fromkeys(map(device_of, parts))
     if len(devices) <= 1:
-        return sent(_sums(slots, by_piece, p), home)
+        return sent(local_sums(slots, by_piece, p), home)
     found: dict[int, Tensor] = {}
     for device in devices:
         here = [k for k, part in enumerate(parts) if part.device == device]
         own = [indices[k] for k in here]
-        sums = sent(_sums(slots, ByPiece([parts[k] for k in here], own, entries), p), home)
+        sums = sent(local_sums(slots, ByPiece([parts[k] for k in here], own, entries), p), home)
         found |= zip(here, torch.split(sums, [slots.per_piece[i] for i in own]), strict=True)
     return torch.cat([found[k] for k in range(len(parts))])
 
 
-def _sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
+def local_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
     """The local sums of parts on one device; on the host where that has no float64."""
     parts, indices, entries = by_piece
     if slots.cuts is None:

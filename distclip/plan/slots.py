@@ -64,7 +64,7 @@ class Slots:
     def scale_(self, by_piece: "ByPiece", factors: Tensor) -> None:
         """Multiply gradients in place by ``factors``, (slots,), each element by that of its slot."""
         parts, indices, entries = by_piece
-        own = factors.index_select(0, self.slot_of_sum)
+        own = factors if self.here.is_nothing else factors.index_select(0, self.slot_of_sum)
         if self.cuts is None:
             scale_each_(parts, chosen(own, indices))
             return

@@ -132,12 +132,12 @@ class Tensors:
         return fault.double()
 
     def _fault_of_units(self, statistics: Statistics) -> Tensor:
-        finite = statistics.norm(self.per).isfinite()
+        finite = statistics.norm(self.per) < inf  # false for NaN too
         fault = torch.zeros((), dtype=torch.float64, device=finite.device)
         places = torch.arange(len(finite), dtype=torch.float64, device=finite.device)
         for field, _, bad in _bad_units(self.max_norm, self.coef):
             if len(places):  # not argmax, which may return any of several maxima on an accelerator
-                first = places.masked_fill(~(bad & finite), inf).amin()
+                first = torch.where(bad & finite, places, inf).amin()
                 one, step = fault_code(field, self.per, statistics.units)
                 fault = torch.where(first < inf, first * step + one, fault)
         return fault

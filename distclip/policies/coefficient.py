@@ -73,12 +73,11 @@ def presented(norm: float, dtype: torch.dtype) -> Tensor:
 
 def all_presented(norms: Tensor, dtype: torch.dtype) -> Tensor:
     """The same for many, on any device, without a host sync."""
-    most = torch.finfo(dtype).max
-    return norms.clone() if dtype == norms.dtype else torch.where(norms < inf, norms.clamp(max=most), norms).to(dtype)
+    return norms.clone() if dtype == norms.dtype else presented_on_device(norms, norms < inf, dtype)
 
 
 def presented_on_device(norm: Tensor, finite: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same on an accelerator, in new memory; ``finite``: 0-d bool, whether the norm is finite."""
+    """The same on any device, in new memory; ``finite``: bool like ``norm``, whether the norm is finite."""
     most = torch.scalar_tensor(torch.finfo(dtype).max, dtype=torch.float64)
-    shown = torch.minimum(norm, most, out=torch.empty((), dtype=dtype, device=norm.device))
+    shown = torch.minimum(norm, most, out=torch.empty_like(norm, dtype=dtype))
     return shown.div_(finite)  # by 1, or by 0 what was inf and is the largest number now

@@ -23,6 +23,11 @@ class Gather:
     order: Tensor | None = None
     lengths: Tensor | None = None
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether each number is a unit, in order."""
+        return self.order is None and self.lengths is None
+
     def __call__(self, numbers: Tensor, p: float) -> Tensor:
         """Sums of powers (their maximum for p = inf) of each unit; 0 for a unit without numbers. No host sync.
 
@@ -143,7 +148,10 @@ class Units:
 
     def by_slot(self, per: Statistic | Per, coefs: Tensor) -> Tensor:
         """Of one coefficient for each unit, (units,), that of each slot, (slots,): 1 for those in no unit."""
-        places = self.level(per).unit_of_slot
+        level = self.level(per)
+        if level.of_slots.is_nothing:
+            return coefs
+        places = level.unit_of_slot
         assert places is not None, "groups that overlap are refused"
         return torch.cat([coefs, coefs.new_ones(1)]).index_select(0, places)
 

@@ -195,8 +195,8 @@ def decided_on_device(
     if not trusted:
         ignored = skip | ~finite if answer.per is MODEL else skip
         fault = torch.where(ignored, 0.0, answer.fault(statistics, finite))
-        skip = skip | (fault > 0)
-        shown = torch.where(fault > 0, torch.nan, norm)
+        is_bad = fault > 0
+        skip, shown = skip | is_bad, torch.where(is_bad, torch.nan, norm)
     never = answer.skip is None and not skips_nonfinite and trusted
     known, norms = False if never else skip, watched(statistics, watch, dtype)
     shown = presented_on_device(shown, finite, dtype)

@@ -98,7 +98,7 @@ def test_construction_sends_at_most_one_word_a_parameter_more(figures):
     few, many = figures
     assert few.construction == many.construction
     assert few.construction.collectives == 2
-    assert 0 < few.construction.bytes <= 8 * (20 + few.parameters)
+    assert 0 < few.construction.bytes <= 8 * (24 + few.parameters)
 
 
 def test_the_first_plan_keeps_no_more_than_a_later_one():

@@ -5,6 +5,10 @@ Construction compares the parameters, the settings and the policy of all ranks, 
 float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then makes one all-reduce of two float64 numbers
 (three int64 for p = inf), under DDP too, so that ranks decide alike even when one replica is corrupt. In addition:
 
+* Where ``watch`` or the policy ask for finer norms, the first number becomes one for each parameter, for each row if
+  any are asked for, or, if only groups are, for each set of groups that some parameter is in; twice as many if norms of
+  parameters' values are asked for too. Each signal adds one. Construction then makes three all-reduces more, and a
+  fourth where ranks hold different parameters, whose names and sizes it exchanges.
 * With DTensors that FSDP2 does not manage, ``split_over`` or ``layout``, the message carries two flags more: some rank
   holds float64; some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms
   leave pending sums). Misplaced gradients are redistributed into ``.grad``, in later calls before the all-reduce.
@@ -15,7 +19,7 @@ float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then make
   next call compares instead.
 * In the other calls, if every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns, and the next
   call raises on all ranks.
-* On a norm that is not finite three small all-reduces find the culprit.
+* On a norm that is not finite three small all-reduces find the culprit; none where norms of parameters or rows name it.
 
 On an accelerator there is no host sync, except for ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
 float64 gradients, p > 7, the two flags, and messages that go through the host (Gloo, and devices without float64): one

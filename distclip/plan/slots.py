@@ -1,7 +1,7 @@
 """Slots: where in the message the sums go that are finer than the model's, and what this rank puts there.
 
-A *local sum* is that of one piece, or of one row of it where rows were asked for. What they all mean:
-:mod:`.policies.statistics`.
+A local sum is that of one piece, or of one row of it where rows were asked for: [Note: units and slots] in
+policies/statistics.py.
 """
 
 from collections.abc import Mapping, Sequence

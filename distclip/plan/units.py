@@ -1,7 +1,7 @@
 """The units of a plan: one table of parameters for all ranks, of which each finds its own.
 
-Called once, where a Clipper is built. Names are exchanged only where ``split_over`` or ``layout`` say that ranks hold
-different parameters.
+Called once, where a Clipper is built. Names travel only where ``split_over`` or ``layout`` say that ranks hold
+different parameters. The words: [Note: units and slots] in policies/statistics.py.
 """
 
 from collections.abc import Sequence

@@ -44,6 +44,8 @@ def refusal(
     """
     what = f"{field} = {shown(*value)}{where}" if value else f"a {field}{where} that no step can use"
     rule = f"{RULES[field]}, or a tensor of shape {shape}" if shape else RULES[field]
+    if not shape and field in ("max_norm", "coef") and isinstance(next(iter(value), None), Tensor):
+        rule += ", or say by per= for which units these are"
     return ValueError(f"{_name(policy)}.decide returned {what}{because}, and no step was made: return {rule}")
 
 

@@ -1,4 +1,7 @@
-"""What a policy may ask for: norms of the units of one level, and numbers of the user."""
+"""What a policy may ask for: norms of the units of one level, and numbers of the user.
+
+What units and levels are: [Note: units and slots] in policies/statistics.py.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

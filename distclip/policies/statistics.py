@@ -1,8 +1,17 @@
-"""Statistics: the norms that a policy decides on, and the units that they are norms of.
+"""Statistics: the norms that a policy decides on.
 
-A *statistic* is a norm of each unit of one level. A *unit* is what has one number: the model, a group of parameters, a
-parameter, or a row of one. What travels between ranks are *slots*, the sums of powers of the finest level that anybody
-asked for, one for each of its units; the units of coarser levels are sums of slots.
+[Note: units and slots]
+* **level**: how finely gradients are told apart: the model, groups of parameters, parameters, rows. A **row** is an
+  index of a parameter's first dimension; a parameter of fewer than two dimensions is one row.
+* **unit**: what has one number at a level: the model, one group, one parameter, one row. The units of a level, their
+  names and their order are the same on every rank.
+* **statistic**: the norm of each unit of a level, of gradients or of parameters' values.
+* **slot**: one place of the vector that travels (see [Note: what travels] in ranks/message.py). It has the sum of
+  powers, or for p = inf the maximum, of one unit of the finest level that anybody asked for. Where groups are the
+  finest, the parameters that are in the same groups share a slot. Units of coarser levels, the model too, are sums of
+  slots.
+* **local sum**: what this rank has of one parameter or row, before the weights 1 / replicas. It goes into one slot,
+  into which other local sums may go too; a slot to which a rank has nothing to add gets 0 from it.
 """
 
 from collections.abc import Mapping

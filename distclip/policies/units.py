@@ -1,4 +1,7 @@
-"""Units: what has a norm of its own, by levels, and how the slots that travel make them up."""
+"""Units: what has a norm of its own, by levels, and how the slots that travel make them up.
+
+The words: [Note: units and slots] in policies/statistics.py.
+"""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence

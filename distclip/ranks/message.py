@@ -5,7 +5,8 @@
   the agreement word; for p = inf int64 numbers of which the maximum is taken, the **bits** of the norm, ``code`` and
   ``-code``. Then one number for each yes-or-no question that the plan asks all ranks.
 * **vector**: where more than the model's norm is asked for, the numbers that travel in place of the one: a sum of
-  powers (a maximum for p = inf) for each slot.
+  powers (a maximum for p = inf) for each slot ([Note: units and slots] in policies/statistics.py), as many of
+  parameters' values where these are asked for, and the signals.
 * **bits**: a float64 that is not negative, read as int64. They have the same order, with inf above every finite number
   and NaN above inf: an integer MAX keeps what Gloo's MAX of floats drops, a NaN, and needs no word beside it.
 * **code**: a 32-bit hash of what ranks must have in common: parameters, step, kind of call, settings.

@@ -28,10 +28,11 @@ Where each phase of :meth:`.Clipper.step` is, and what it makes (Engine.begin go
 
     1     step/engine.py: Engine.step                        Folds: which optimizers scale gradients themselves
     2, 3  step/engine.py: _advance; step/progress.py: advance, which goes on to 7
-    4     plan/measure.py: measure                           Local -> Norms -> Reduced (one all-reduce) -> Measured
-    5     step/decision.py: decided_on_host, _on_device      Outcome, and the policy's next state
+    4     plan/measure.py: measure; plan/contribution.py     Local -> Norms -> Reduced (one all-reduce) -> Measured
+    5     step/decision.py: decided_on_host, _on_device      Statistics (step/by_unit.py) -> Outcome, the next state
     6, 7  step/progress.py: _check or _check_later; _commit  Outcome, in numbers where checked; then its Report counts
     8, 9  step/engine.py: begin; optimizers/fused.py: step   Stepping, which steps each optimizer or none
 
-Nothing in this room communicates by itself; what ranks must agree on travels in the plan's measurement.
+What an Engine is given is read in step/building.py. Nothing in this room communicates by itself; what ranks must agree
+on travels in the plan's measurement, or where an Engine is built in plan/construction.py.
 """

@@ -1,4 +1,7 @@
-"""Statistics for a policy, and decisions by unit: a factor for each slot, and one coefficient to report."""
+"""Statistics for a policy, and decisions by unit: a factor for each slot, and one coefficient to report.
+
+The words: [Note: units and slots] in policies/statistics.py.
+"""
 
 from collections.abc import Mapping
 from math import inf

@@ -151,5 +151,5 @@ def _by_entry(values: Tensor) -> Cut:
 def _added(sums: Tensor, rows: Tensor, count: int, p: float) -> Tensor:
     """What entries in these ``rows`` add up to, (count,): a row has several where more dimensions are sparse."""
     if p == inf:
-        return sums.new_zeros(count).index_reduce_(0, rows, sums, "amax")
+        return sums.new_zeros(count).scatter_reduce_(0, rows, sums, "amax")  # index_reduce_ warns
     return sums.new_zeros(count).index_put_((rows,), sums, accumulate=True)  # on CUDA it sorts: in a fixed order

@@ -74,7 +74,7 @@ def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others])
         of_parameters=any(each.of == "parameter" for each in asked),
         units=Units(sum(each.size for each in table), {k: _sent(level, plan.device) for k, level in levels.items()}),
         names=RowNames([each.label for each in table], [each.rows for each in table]) if by_parameter else None,
-        here=_sent_gather(_gather(slot_of_sum, blocks.total), plan.device),
+        here=_sent_gather(_gather(slot_of_sum, blocks.total, len(slot_of_sum)), plan.device),
         slot_of_sum=sent(slot_of_sum, plan.device),
         per_piece=tuple(counts),
         of_pieces=Gather() if rows is None else Gather(None, sent(torch.tensor(counts), plan.device)),
@@ -191,12 +191,15 @@ def _slots_of_sums(blocks: _Blocks, places: Sequence[int], rows: Sequence[Rows] 
     return torch.cat(every) if every else torch.zeros(0, dtype=torch.int64)
 
 
-def _gather(places: Tensor, count: int) -> Gather:
-    """How numbers make up ``count`` others, each in the place of ``places``; those with the same place are combined."""
+def _gather(places: Tensor, count: int, of: int) -> Gather:
+    """How numbers make up ``count`` others, each in the place of ``places``; those with the same place are combined.
+
+    ``of``: how many numbers there are, of which those that have no place are the last.
+    """
     ordered, order = places.sort(stable=True)
     lengths = torch.bincount(places, minlength=count)
     return Gather(
-        None if torch.equal(ordered, places) else order,
+        None if len(places) == of and torch.equal(ordered, places) else order,
         None if len(places) == count and bool((lengths == 1).all()) else lengths,
     )
 
@@ -207,15 +210,13 @@ def _level(table: Sequence[Parameter], blocks: _Blocks, level: Statistic) -> Lev
     labels = [each.label for each in table]
     if level.per == "group":
         return _groups(table, blocks, level, sizes)
-    units = torch.arange(len(table)).repeat_interleave(counts)
-    names: Sequence[str] = labels
-    gather = _gather(units, len(table))
+    rows = sum(blocks.counts)  # where there are none, the slot that travels all the same is in no unit
     if level.per == "row":
-        names, sizes = RowNames(labels, counts.tolist()), (sizes / counts).repeat_interleave(counts)
-        gather, units = Gather(), torch.arange(blocks.total)
-    if not names:  # the slot that travels all the same is in no unit
-        gather, units = Gather(torch.zeros(0, dtype=torch.int64)), torch.zeros(1, dtype=torch.int64)
-    return Level(names, sizes, gather, units)
+        names, of_slots = RowNames(labels, counts.tolist()), Gather(None if rows else torch.arange(0))
+        return Level(names, (sizes / counts).repeat_interleave(counts), of_slots, torch.arange(blocks.total))
+    units = torch.full((blocks.total,), len(table))
+    units[:rows] = torch.arange(len(table)).repeat_interleave(counts)
+    return Level(labels, sizes, _gather(units[:rows], len(table), blocks.total), units)
 
 
 def _groups(table: Sequence[Parameter], blocks: _Blocks, level: Statistic, sizes: Tensor) -> Level:

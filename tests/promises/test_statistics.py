@@ -3,23 +3,19 @@
 The oracle: norms of whole tensors in float64, as in test_matrix.py.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from math import inf
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
-from distclip import Decision, Statistic
+from distclip import Statistic
 from support import parallel
-from support.oracle import true_norm
 from support.parallel import EIGHT, FOUR, THREE, TWO, by_name, whole_values
 from support.ranks import run_ranks, same_bits
+from support.statistics import Recorder, both, expected, lengths, members, rows
 
 P = (1.0, 2.0, 3.0, inf)
 NAMED = [parallel.ep_named if layout is parallel.ep_plain else layout for layout in FOUR]
@@ -28,47 +24,6 @@ LAYOUTS = [
     for size, layouts in ((2, TWO), (3, THREE), (4, NAMED), (8, EIGHT))
     for layout in layouts
 ]
-
-
-@dataclass
-class Recorder:
-    """Bounds nothing, and keeps what it is shown."""
-
-    asked: tuple[Statistic, ...] = ()
-    seen: dict[Statistic, Tensor] = field(default_factory=dict, repr=False)
-
-    def needs(self):
-        return self.asked
-
-    def init(self, units, device):
-        return {}
-
-    def decide(self, statistics, state):
-        self.seen = {each: statistics.norm(each).clone() for each in (Statistic(), *self.asked)}
-        return Decision(inf), state
-
-
-@contextmanager
-def lengths() -> Iterator[list[int]]:
-    """How many numbers travel in each all-reduce inside, once it is over."""
-    with _Lengths() as mode:
-        yield mode.lengths
-
-
-class _Lengths(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lengths: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().startswith("c10d::"):
-            assert func.name() == "c10d::allreduce_", "no other collective"
-            self.lengths.append(args[0][0].numel())
-        return func(*args, **(kwargs or {}))
-
-
-def both(*statistics: Statistic) -> tuple[Statistic, ...]:
-    return (*statistics, *(Statistic(each.per, "parameter", each.groups) for each in statistics))
 
 
 def groups_of(names: Sequence[str]) -> dict[str, str | list[str]]:
@@ -154,31 +109,6 @@ def labelled(whole: parallel.Whole, names: Sequence[str], interleaved: bool) -> 
     assert set(found) <= set(names)
     assert len(found) == len(whole)
     return found
-
-
-def members(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The parameters of a group."""
-    both_names = {name: (name, name.partition("[")[0]) for name in names}
-    return [n for n, ns in both_names.items() if any(p in ns or any(fnmatchcase(x, p) for x in ns) for p in patterns)]
-
-
-def rows(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.unbind() if tensor.ndim > 1 else [tensor]
-
-
-def expected(statistic: Statistic, whole: Mapping[str, Tensor], names: Sequence[str], p: float) -> list[float]:
-    """Its norms in the order of units."""
-    nothing = torch.zeros(1)
-    match statistic.per:
-        case "model":
-            return [true_norm(whole.values(), p)]
-        case "group":
-            chosen = [members(patterns, names) for _, patterns in statistic.named]
-            return [true_norm([whole.get(name, nothing) for name in group], p) for group in chosen]
-        case "parameter":
-            return [true_norm([whole.get(name, nothing)], p) for name in names]
-        case "row":
-            return [true_norm([row], p) for name in names for row in rows(whole[name])]
 
 
 def slots(finest: str, values: Mapping[str, Tensor], names: Sequence[str]) -> int:

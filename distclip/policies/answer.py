@@ -4,8 +4,8 @@ The host checks numbers that it knows. On an accelerator, where that would be a 
 host learns the result one call later.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from numbers import Real
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.transfer import sent
-from .autoclip import AutoClip
 from .checks import is_dense
-from .max_norm import MaxNorm
 from .protocol import Decision, Policy, State
-from .refusals import fault_code, no_decision, other_keys, other_state, refusal, where
+from .refusals import fault_code, no_decision, other_keys, other_state, refusal
 from .statistics import MODEL, Statistic, Statistics, Units, asked
-from .value_clip import ValueClip
+from .trust import is_trusted
 
-TRUSTED = (MaxNorm, ValueClip, AutoClip)  # by their exact class: a subclass may decide otherwise
+MAY_BE_BOOL = ("skip", "extra")
+REPORTED = ("norm", "max_norm", "coef", "skip")  # by the report itself
 
 
 @dataclass(slots=True)
@@ -43,10 +42,10 @@ class Numbers:
     @classmethod
     def of(cls, decision: Decision, policy: Policy, statistics: Statistics) -> "Numbers":
         """Read ``decision``; ValueError if a field is no number, or has another shape than the units of its level."""
-        skip, bounds, coef, per = decision.skip, decision.bounds, decision.coef, MODEL
+        skip, bounds, coef = decision.skip, decision.bounds, decision.coef
         read: Callable[[Any, str, Policy], float | Tensor] = _read
-        if decision.per != "model" and (per := _level(decision.per, policy, statistics.units)) is not MODEL:
-            read = partial(_on, device=statistics.norm().device, shape=statistics.units.shape(per))
+        if (per := level_of(decision.per, policy, statistics.units)) is not MODEL:
+            read = partial(on, device=statistics.norm().device, shape=statistics.units.shape(per))
         return cls(
             read(decision.max_norm, "max_norm", policy),
             skip is not None and _read(skip, "skip", policy) != 0,
@@ -71,11 +70,11 @@ class Numbers:
             _check_bounds(self.bounds, policy)
 
     def _check_units(self, policy: Policy, statistics: Statistics) -> None:
-        for field, numbers, bad in _bad_units(self.max_norm, self.coef):
+        for field, numbers, bad in bad_units(self.max_norm, self.coef):
             if bad.any():
                 matters = bad.logical_and_(statistics.norm(self.per).isfinite())
                 for unit in matters.nonzero().flatten()[:1].tolist():
-                    raise refusal(field, policy, numbers[unit].item(), where=where(unit, self.per, statistics.units))
+                    raise refusal(field, policy, numbers[unit].item(), where=statistics.units.where(unit, self.per))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +100,13 @@ class Tensors:
         That is a field that is no number, another shape than the units of its level, and bounds that are bad numbers.
         """
         skip, coef, bound, trusted = decision.skip, decision.coef, decision.max_norm, is_trusted(policy)
-        per = MODEL if decision.per == "model" else _level(decision.per, policy, statistics.units)
-        on = partial(_on, device=device, shape=() if per is MODEL else statistics.units.shape(per))
+        per = level_of(decision.per, policy, statistics.units)
+        read = partial(on, device=device, shape=() if per is MODEL else statistics.units.shape(per))
         return cls(
-            bound if isinstance(bound, float) and trusted else on(bound, "max_norm", policy),
-            None if skip is None or skip is False else _on(skip, "skip", policy, device) != 0,
+            bound if isinstance(bound, float) and trusted and per is MODEL else read(bound, "max_norm", policy),
+            None if skip is None or skip is False else on(skip, "skip", policy, device) != 0,
             _bounds_on(device, decision.bounds, policy),
-            None if coef is None else on(coef, "coef", policy),
+            None if coef is None else read(coef, "coef", policy),
             trusted,
             per,
         )
@@ -135,7 +134,7 @@ class Tensors:
         finite = statistics.norm(self.per) < inf  # false for NaN too
         fault = torch.zeros((), dtype=torch.float64, device=finite.device)
         places = torch.arange(len(finite), dtype=torch.float64, device=finite.device)
-        for field, _, bad in _bad_units(self.max_norm, self.coef):
+        for field, _, bad in bad_units(self.max_norm, self.coef):
             if len(places):  # not argmax, which may return any of several maxima on an accelerator
                 first = torch.where(bad & finite, places, inf).amin()
                 one, step = fault_code(field, self.per, statistics.units)
@@ -143,16 +142,11 @@ class Tensors:
         return fault
 
 
-def _bad_units(max_norm: Any, coef: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+def bad_units(max_norm: Any, coef: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Field, numbers, and for which units no step can use them: (units,) bool, in new memory."""
     yield "max_norm", max_norm, (max_norm > 0).logical_not_()  # of NaN too
     if coef is not None:
         yield "coef", coef, ((coef > 0) & (coef < inf)).logical_not_()
-
-
-def is_trusted(policy: Policy) -> bool:
-    """Whether its numbers keep the rules by construction, so that no device needs to check them."""
-    return type(policy) in TRUSTED
 
 
 def ask(policy: Policy, statistics: Statistics, state: State) -> tuple[Decision, State]:
@@ -167,22 +161,33 @@ def ask(policy: Policy, statistics: Statistics, state: State) -> tuple[Decision,
     decision, after = answer
     if not isinstance(after, dict) or after.keys() != state.keys():
         raise other_keys(policy, after, state)
+    if decision.extra or not isinstance(decision.extra, Mapping):
+        decision = replace(decision, extra=_reported(decision.extra, policy, statistics))
     return decision, {name: _like(own, after[name], name, policy) for name, own in state.items()}
 
 
-def _level(per: Any, policy: Policy, units: Units) -> Statistic:
+def _reported(extra: Any, policy: Policy, statistics: Statistics) -> dict[str, Tensor]:
+    """What a policy reports of itself as tensors: 0-d, or for those inside :class:`PerParameter` (units,)."""
+    if not isinstance(extra, Mapping) or not all(isinstance(name, str) and name not in REPORTED for name in extra):
+        raise refusal("extra", policy, extra)
+    device, units = statistics.norm().device, statistics.units.shape()
+    shapes = {name: units if getattr(value, "shape", ()) == units else () for name, value in extra.items()}
+    return {name: on(value, "extra", policy, device, shapes[name]).clone() for name, value in extra.items()}
+
+
+def level_of(per: Any, policy: Policy, units: Units) -> Statistic:
     """The level that a decision bounds, of gradients; ValueError if there is none, or its units overlap."""
+    if per in ("model", MODEL):
+        return units.bounded
     if not isinstance(per, (str, Statistic)):
         raise refusal("per", policy, per)
     try:
         level = asked(per)  # type: ignore[arg-type]
-        known = None if level == MODEL else units.level(level)
+        known = units.level(level)
     except ValueError as error:  # no level, or none that was asked for
         raise refusal("per", policy, per) from error
     if level.of != "gradient":
         raise refusal("per", policy, per)
-    if known is None:
-        return MODEL
     if known.unit_of_slot is None:
         raise refusal("per", policy, per, because=", whose groups overlap")
     return level
@@ -204,7 +209,7 @@ def _bounds_on(device: torch.device, bounds: Any, policy: Policy) -> tuple[float
         return None
     low, high = _two(bounds, policy)
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return _on(low, "bounds", policy, device), _on(high, "bounds", policy, device)
+        return on(low, "bounds", policy, device), on(high, "bounds", policy, device)
     numbers = _read_bounds(bounds, policy)
     _check_bounds(numbers, policy)
     return numbers
@@ -220,13 +225,13 @@ def _real(value: Any, field: str, policy: Policy, shape: tuple[int, ...] = ()) -
     """``value``: a real tensor with one element, or of ``shape``, or a Python number; ValueError for anything else."""
     if isinstance(value, Tensor):
         real = value.dtype.is_floating_point or not (
-            value.is_complex() or (value.dtype == torch.bool and field != "skip")
+            value.is_complex() or (value.dtype == torch.bool and field not in MAY_BE_BOOL)
         )
         if (value.numel() == 1 or value.shape == shape) and real and is_dense(value):
             return value
     elif getattr(value, "shape", None) == ():  # NumPy's
         value = value.item()
-    if isinstance(value, Real) and (field == "skip" or not isinstance(value, bool)):
+    if isinstance(value, Real) and (field in MAY_BE_BOOL or not isinstance(value, bool)):
         return value
     raise refusal(field, policy, value, shape=shape)
 
@@ -236,7 +241,7 @@ def _read(value: Any, field: str, policy: Policy) -> float:
     return float(one.item() if isinstance(one, Tensor) else one)
 
 
-def _on(value: Any, field: str, policy: Policy, device: torch.device, shape: tuple[int, ...] = ()) -> Tensor:
+def on(value: Any, field: str, policy: Policy, device: torch.device, shape: tuple[int, ...] = ()) -> Tensor:
     """``value`` on ``device``, float64 of ``shape``; for units in memory that no policy writes to later."""
     real = _real(value, field, policy, shape)
     if not isinstance(real, Tensor):

@@ -10,11 +10,13 @@ from torch import Tensor
 from .checks import positive
 from .protocol import Decision, State
 from .statistics import Statistic, Statistics, Units
+from .trust import trusted
 
 LEAST = torch.finfo(torch.float64).smallest_normal
 MOST = torch.finfo(torch.float64).max
 
 
+@trusted
 @dataclass(frozen=True, slots=True)
 class AutoClip:
     """Bound the norm by the ``percentile``-th percentile of the last ``window`` norms, this step's included.

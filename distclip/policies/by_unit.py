@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from .checks import count
+from .composed import joined, part_of
 from .protocol import Policy, State
 from .statistics import RowNames, Statistic, Units
+from .trust import inner_of
 
 KEPT = ("parameter", "row")  # the levels whose units are saved by name
 
@@ -24,7 +26,7 @@ def labelled(policy: Policy, units: Units) -> dict[str, Any]:
 
     * ``"parameter"``: names of parameters. ``"row"``, ``"rows"``: of those that the rows are of, and how many each has.
     """
-    needed, found = {each.per for each in policy.needs() if isinstance(each, Statistic)}, dict[str, Any]()
+    needed, found = _levels(policy), dict[str, Any]()
     if "parameter" in needed:
         found["parameter"] = list(units.names("parameter"))
     if "row" in needed:
@@ -34,24 +36,31 @@ def labelled(policy: Policy, units: Units) -> dict[str, Any]:
     return {"units": found} if found else {}
 
 
-def orders_of(given: Any, own: Mapping[str, Any]) -> dict[int, Tensor]:
-    """Where units of ``own`` are in a state that says ``given`` of them: int64, by how many they are.
+def orders_of(given: Any, own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Where units of ``own`` are in a state that says ``given`` of them: int64, by level.
 
     ValueError for other parameters, or other numbers of rows.
     """
     if not isinstance(given, dict) or set(given) != set(own):
         raise ValueError(f"the units of a state are a dictionary of {', '.join(sorted(own))}, got {short(given)}")
-    orders = {}
-    for level in KEPT:
-        if level in own:
-            order = _order(_counts(given, level), _counts(own, level))
-            orders[len(order)] = order
-    return orders
+    return {level: _order(_counts(given, level), _counts(own, level)) for level in KEPT if level in own}
 
 
-def in_order(state: State, orders: Mapping[int, Tensor]) -> State:
-    """``state`` with the entries of each unit where it is here."""
-    return {name: _moved(value, orders.get(len(value)) if value.dim() else None) for name, value in state.items()}
+def in_order(policy: Policy, state: State, orders: Mapping[str, Tensor]) -> State:
+    """``state`` with the entries of each unit where it is here.
+
+    Of a policy around others part by part: the window of one that needs no units may be as long as there are some.
+    """
+    parts = {name: inner for name, inner in inner_of(policy).items() if name}  # not that of PerParameter
+    if parts:
+        return joined({name: in_order(inner, part_of(state, name), orders) for name, inner in parts.items()})
+    needed = _levels(policy)
+    by_length = {len(order): order for level, order in orders.items() if level in needed}
+    return {name: _moved(value, by_length.get(len(value)) if value.dim() else None) for name, value in state.items()}
+
+
+def _levels(policy: Policy) -> set[str]:
+    return {each.per for each in policy.needs() if isinstance(each, Statistic)}
 
 
 def _moved(value: Tensor, order: Tensor | None) -> Tensor:

@@ -1,30 +1,39 @@
 """Several policies, one after the other, on one measurement."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .adopt import as_policy
-from .composed import coef_of, either, joined, part_of
+from . import refusals
+from .adopt import as_policy, made
+from .answer import ask
+from .composed import LEAST, MOST, Inner, any_of, asked_of, clamps, joined, kept, needs_of, part_of
 from .protocol import Decision, Number, Policy, State
-from .statistics import LEVELS, MODEL, Signal, Statistic, Statistics, Units, asked
+from .statistics import LEVELS, MODEL, Signal, Statistic, Statistics, Units
+from .trust import trusted
+
+PARAMETERS = Statistic("parameter")
 
 
+@trusted
 @dataclass(frozen=True, slots=True)
 class Chain:
     """Apply each of ``policies`` to gradients as those before it leave them: ``Chain(AdaGC(), MaxNorm(1.0))``.
 
     Norms scale linearly, so each sees the reduced statistics times the coefficients before it: no second pass over
-    gradients, and no second all-reduce. The step is skipped if one of them skips it; each sees the step all the same.
-    One that clamps elements (:class:`ValueClip`) must be the last.
+    gradients, and no second all-reduce. The step is skipped if one of them skips it; the others then keep the states
+    that they had. One that clamps elements (:class:`ValueClip`) must be the last. Policies that decide by different
+    groups are combined by parameter, whose norms then travel too.
 
-    * ``policies``: or numbers, which mean :class:`MaxNorm`. Those that decide by group must all name the same groups,
-      unless another decides by parameter or by row.
+    * ``policies``: or numbers, which mean :class:`MaxNorm`.
 
-    State: ``"0.key"``, ``"1.key"``, ... by the place of each.
+    State: ``"0.key"``, ``"1.key"``, ... by the place of each. What they report keeps its name; a name that one before
+    it has used gets the place in front: ``"1/name"``.
 
     >>> Chain(2.0, 1.0).policies
     (MaxNorm(max_norm=2.0), MaxNorm(max_norm=1.0))
@@ -36,36 +45,72 @@ class Chain:
         if not policies:
             raise ValueError("Chain needs at least one policy")
         object.__setattr__(self, "policies", tuple(map(as_policy, policies)))
+        for policy in self.policies[:-1]:
+            if clamps(policy):
+                raise refusals.clamps_before(policy)
+
+    @property
+    def inner(self) -> Mapping[str, Policy]:
+        return {str(place): policy for place, policy in enumerate(self.policies)}
+
+    @property
+    def clamps(self) -> bool:
+        return clamps(self.policies[-1])
 
     def needs(self) -> Sequence[Statistic | Signal]:
-        return tuple(dict.fromkeys(each for policy in self.policies for each in policy.needs()))
+        asked = needs_of(self.policies)
+        groups = {each.level for each in asked if isinstance(each, Statistic) and each.per == "group"}
+        return asked if len(groups) < 2 else tuple(dict.fromkeys((*asked, PARAMETERS)))
 
     def init(self, units: Units, device: torch.device) -> State:
-        return joined({str(k): policy.init(units, device) for k, policy in enumerate(self.policies)})
+        return joined({place: made(policy, units, device) for place, policy in self.inner.items()})
 
     def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
         if len(self.policies) == 1:
-            decision, after = self.policies[0].decide(statistics, part_of(state, "0"))
-            return decision, joined({"0": after})
-        found: list[tuple[Statistic, Tensor]] = []
-        skip: Tensor | bool | None = None
-        bounds: tuple[Number, Number] | None = None
-        bound: Number = inf
-        extra: dict[str, Tensor] = {}
-        states: dict[str, State] = {}
-        seen = statistics
-        for k, policy in enumerate(self.policies):
-            if bounds is not None:
-                raise ValueError(f"{type(self.policies[k - 1]).__qualname__} clamps elements: put it last in the Chain")
-            decision, states[str(k)] = policy.decide(seen, part_of(state, str(k)))
-            skip = either(skip, decision.skip)
-            bounds, coefs = decision.bounds, coef_of(decision, seen)
-            seen = seen.after(coefs, decision.per)
-            found.append((asked(decision.per), coefs))
-            bound = _least(bound, decision.max_norm) if found[-1][0] == MODEL else bound
-            extra |= decision.extra
-        coef, per = _product(found, statistics)
-        return Decision(bound if per == MODEL else inf, skip, bounds, coef, per, extra), joined(states)
+            decision, own = ask(self.policies[0], statistics, part_of(state, "0"))
+            return decision, joined({"0": own})
+        found, states, extra, seen = list[_Link](), dict[str, State](), dict[str, Tensor](), statistics
+        for place, policy in self.inner.items():
+            if found and found[-1].inner.decision.bounds is not None:
+                raise refusals.clamps_before(self.policies[len(found) - 1])
+            inner, states[place] = asked_of(policy, seen, part_of(state, place))
+            found.append(link := _Link(inner, inner.coefs(seen) if inner.scales else None))
+            seen = seen if link.coefs is None else seen.after(link.coefs, inner.per)
+            extra |= {f"{place}/{name}" if name in extra else name: v for name, v in inner.decision.extra.items()}
+        skips = [link.inner.skip for link in found]
+        skip = any_of(skips)
+        after = {k: kept(part_of(state, k), states[k], skip, own) for k, own in zip(states, skips, strict=True)}
+        combined = _combined([link for link in found if link.coefs is not None], statistics.units)
+        return replace(combined, skip=skip, bounds=found[-1].inner.decision.bounds, extra=extra), joined(after)
+
+
+class _Link(NamedTuple):
+    """One of a chain: what it decides, and by what it multiplies each unit, None where it scales nothing."""
+
+    inner: Inner
+    coefs: Tensor | None
+
+
+def _combined(links: Sequence[_Link], units: Units) -> Decision:
+    """One decision that scales as all ``links`` do, which is that of the only one."""
+    if len(links) < 2:
+        return links[0].inner.decision if links else Decision(inf)
+    finest = _finest([link.inner.per for link in links])
+    product: Tensor | None = None
+    for inner, coefs in links:
+        assert coefs is not None
+        own = coefs if inner.per in (MODEL, finest) else units.spread(coefs, inner.per, finest)
+        product = own if product is None else product * own
+    assert product is not None
+    bounds = [inner.max_norm for inner, _ in links if inner.per == MODEL]
+    return Decision(reduce(_least, bounds) if finest == MODEL else inf, coef=product.clamp_(LEAST, MOST), per=finest)
+
+
+def _finest(levels: Sequence[Statistic]) -> Statistic:
+    """The finest of ``levels``; parameters where that are different groups."""
+    finest = max(levels, key=lambda each: LEVELS.index(each.per))
+    others = [each for each in levels if each.per == "group" and each != finest]
+    return PARAMETERS if finest.per == "group" and others else finest
 
 
 def _least(bound: Number, other: Number) -> Number:
@@ -74,14 +119,3 @@ def _least(bound: Number, other: Number) -> Number:
     if isinstance(bound, Tensor):
         bound, other = other, bound
     return other.clamp(max=bound) if isinstance(other, Tensor) else min(bound, other)
-
-
-def _product(found: Sequence[tuple[Statistic, Tensor]], statistics: Statistics) -> tuple[Tensor, Statistic]:
-    """All coefficients as one for each unit of the finest level among them."""
-    finest = max((per for per, _ in found), key=lambda per: LEVELS.index(per.per))
-    product: Tensor | None = None
-    for per, coefs in found:
-        own = coefs if per in (MODEL, finest) else statistics.units.spread(coefs, per, finest)
-        product = own if product is None else product * own
-    assert product is not None
-    return product, finest

@@ -8,8 +8,10 @@ import torch
 from .checks import positive
 from .protocol import Decision, State
 from .statistics import Statistic, Statistics, Units
+from .trust import trusted
 
 
+@trusted
 @dataclass(frozen=True, slots=True)
 class MaxNorm:
     """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))``.

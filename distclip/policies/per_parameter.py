@@ -1,26 +1,30 @@
 """A policy for each parameter's own norm, in place of that of the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from .adopt import as_policy
-from .composed import either, on_a_norm, on_norms
+from . import refusals
+from .adopt import made
+from .answer import ask, level_of
+from .composed import any_of, kept, needs_of, on_a_norm, skip_of
 from .protocol import Decision, Policy, State
 from .statistics import Signal, Statistic, Statistics, Units
+from .trust import is_trusted, trusted
 
 PARAMETERS = Statistic("parameter")
 
 
+@trusted
 @dataclass(frozen=True, slots=True)
 class PerParameter:
     """Apply ``policy`` to each parameter by itself: its own norm, its own state, its own coefficient.
 
     * ``policy``: one that decides on a norm, or a number, which means :class:`MaxNorm`. A policy that skips skips the
-      whole step as soon as one parameter makes it.
+      whole step as soon as one parameter makes it; the state of the others is then as before.
 
-    State: that of ``policy``, with an entry for each parameter.
+    State: that of ``policy``, with an entry for each parameter. What it reports of single parameters is left out.
 
     >>> PerParameter(1.0)
     PerParameter(policy=MaxNorm(max_norm=1.0))
@@ -29,17 +33,25 @@ class PerParameter:
     policy: Policy
 
     def __init__(self, policy: Policy | float) -> None:
-        inner = as_policy(policy)
-        on_a_norm(inner, "PerParameter")
-        object.__setattr__(self, "policy", inner)
+        object.__setattr__(self, "policy", on_a_norm(policy, "PerParameter"))
+
+    @property
+    def inner(self) -> Mapping[str, Policy]:
+        return {"": self.policy}
 
     def needs(self) -> Sequence[Statistic | Signal]:
-        return (PARAMETERS, *self.policy.needs())
+        return (PARAMETERS, *needs_of([self.policy]))
 
     def init(self, units: Units, device: torch.device) -> State:
-        return self.policy.init(units.at(PARAMETERS), device)
+        return made(self.policy, units.at(PARAMETERS), device)
 
     def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
-        decision, state = self.policy.decide(statistics.at(PARAMETERS), state)
-        decision = on_norms(decision, "PerParameter")
-        return replace(decision, per=PARAMETERS, skip=either(decision.skip, None), extra={}), state
+        own = statistics.at(PARAMETERS)
+        decision, after = ask(self.policy, own if is_trusted(self.policy) else own.copy(), state)
+        if decision.bounds is not None:
+            raise refusals.clamps_inside(self.policy, "PerParameter")
+        if level_of(decision.per, self.policy, own.units) != PARAMETERS:
+            raise refusals.by_unit_inside(self.policy, "PerParameter", decision.per)
+        skips = skip_of(decision, self.policy, own)
+        skip, extra = any_of([skips]), {name: each for name, each in decision.extra.items() if not each.dim()}
+        return replace(decision, per=PARAMETERS, skip=skip, extra=extra), kept(state, after, skip, skips)

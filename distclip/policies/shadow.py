@@ -6,21 +6,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .adopt import as_policy
-from .composed import coef_of, either, joined, name_of, part_of
+from . import refusals
+from .adopt import as_policy, made
+from .answer import ask
+from .composed import Skip, any_of, asked_of, checked_name, clamps, joined, needs_of, part_of
 from .protocol import Decision, Policy, State
 from .statistics import Signal, Statistic, Statistics, Units
+from .trust import trusted
 
 ACTING = "acting"
 
 
+@trusted
 @dataclass(frozen=True, slots=True)
 class Shadow:
     """Do what ``acting`` decides, and report what ``others`` would have, as in ``Shadow(1.0, zclip=ZClip())``.
 
     ``report.extra["zclip/coef"]``: by what the norm of the model would have been multiplied, 0-d;
     ``report.extra["zclip/skip"]``: whether the step would have been skipped, 1 or 0. The others keep states of their
-    own, as if they had acted on the norms that are seen, which are those of the training that ``acting`` makes.
+    own, as if they had acted on the norms that are seen, which are those of the training that ``acting`` makes. What
+    they report of themselves is ``"zclip/name"``.
 
     * ``acting``, ``others``: policies, or numbers, which mean :class:`MaxNorm`.
 
@@ -30,37 +35,44 @@ class Shadow:
     acting: Policy
     others: Mapping[str, Policy]
 
-    def __init__(self, acting: Policy | float, **others: Policy | float) -> None:
+    def __init__(self, acting: Policy | float, /, **others: Policy | float) -> None:
         if ACTING in others:
-            raise ValueError("Shadow has the acting policy first, and the others by names of their own")
+            raise ValueError("Shadow takes the acting policy first, and others by names that are not 'acting'")
+        found = {checked_name(name, "Shadow"): as_policy(each) for name, each in others.items()}
+        for policy in found.values():
+            if clamps(policy):
+                raise refusals.clamps_in_shadow(policy)
         object.__setattr__(self, "acting", as_policy(acting))
-        object.__setattr__(self, "others", {name_of(k, "Shadow"): as_policy(each) for k, each in others.items()})
-
-    def needs(self) -> Sequence[Statistic | Signal]:
-        return tuple(dict.fromkeys(each for policy in self._all.values() for each in policy.needs()))
-
-    def init(self, units: Units, device: torch.device) -> State:
-        return joined({name: policy.init(units, device) for name, policy in self._all.items()})
-
-    def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
-        acting, after = self.acting.decide(statistics, part_of(state, ACTING))
-        states, extra = {ACTING: after}, dict(acting.extra)
-        for name, policy in self.others.items():
-            decision, states[name] = policy.decide(statistics, part_of(state, name))
-            extra[f"{name}/coef"] = _overall(decision, statistics)
-            extra[f"{name}/skip"] = _number(either(decision.skip, None), statistics.norm())
-        return replace(acting, extra=extra), joined(states)
+        object.__setattr__(self, "others", found)
 
     @property
-    def _all(self) -> dict[str, Policy]:
+    def inner(self) -> Mapping[str, Policy]:
         return {ACTING: self.acting, **self.others}
 
+    @property
+    def clamps(self) -> bool:
+        return clamps(self.acting)
 
-def _overall(decision: Decision, statistics: Statistics) -> Tensor:
-    """By what the norm of the model would be multiplied, 0-d."""
-    coefs = coef_of(decision, statistics)
-    return statistics.shrunk(statistics.units.by_slot(decision.per, coefs)) if coefs.dim() else coefs
+    def needs(self) -> Sequence[Statistic | Signal]:
+        return needs_of(self.inner.values())
+
+    def init(self, units: Units, device: torch.device) -> State:
+        return joined({name: made(policy, units, device) for name, policy in self.inner.items()})
+
+    def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
+        states, extra = dict[str, State](), dict[str, Tensor]()
+        for name, policy in self.others.items():
+            inner, states[name] = asked_of(policy, statistics, part_of(state, name))
+            if inner.decision.bounds is not None:
+                raise refusals.clamps_in_shadow(policy)
+            by_slot = statistics.units.by_slot(inner.per, inner.coefs(statistics))
+            own = {**inner.decision.extra, "coef": statistics.shrunk(by_slot), "skip": _number(inner.skip, by_slot)}
+            extra |= {f"{name}/{key}": number for key, number in own.items()}
+        acting, states[ACTING] = ask(self.acting, statistics, part_of(state, ACTING))
+        return replace(acting, extra={**acting.extra, **extra}), joined(states)
 
 
-def _number(skip: Tensor | bool | None, like: Tensor) -> Tensor:
-    return skip.to(like).reshape(()) if isinstance(skip, Tensor) else torch.full_like(like, float(bool(skip)))
+def _number(skip: Skip, like: Tensor) -> Tensor:
+    """Whether it skips, 0-d: 1 or 0."""
+    skip = any_of([skip])
+    return skip.to(like) if isinstance(skip, Tensor) else like.new_full((), float(skip is True))

@@ -73,12 +73,12 @@ class Statistics:
         return norms / self._scale if wanted.of == "gradient" and self._scale != 1.0 else norms
 
     def signal(self, name: str) -> Tensor:
-        """The mean over ranks of what ``signals=`` gave by this name: 0-d float64, may be NaN or inf."""
+        """The mean over ranks of what ``signals=`` gave by this name: 0-d float64, may be NaN or inf, a copy."""
         if name not in self._signals:
             raise ValueError(
                 f"{name!r} is none of the signals that were asked for: return Signal({name!r}) from needs()"
             )
-        return self._signals[name]
+        return self._signals[name].clone()
 
     def at(self, whole: Statistic, member: int | None = None) -> "Statistics":
         """The same for a policy whose whole are the units of ``whole``, or the one with this number."""
@@ -87,24 +87,30 @@ class Statistics:
 
     def after(self, coefs: Tensor, per: Statistic | Per = MODEL) -> "Statistics":
         """As they are once the gradients of each unit were multiplied by its coefficient: 0-d, or (units,)."""
-        slots, norm = dict(self._slots), self._norm
-        by_model = asked(per) == MODEL
+        slots, factors = dict(self._slots), self.units.by_slot(per, coefs)
         if "gradient" in slots:
-            factors = coefs if by_model else self.units.by_slot(per, coefs)
-            slots["gradient"] = slots["gradient"] * (factors if self._p == inf else factors.pow(self._p))
-        norm = norm * coefs if by_model else self._root(combined(slots["gradient"], self._p)) / self._scale
+            slots["gradient"] = self._times(slots["gradient"], factors)
+        norm = self._root(combined(slots["gradient"], self._p)) / self._scale if factors.dim() else self._norm * factors
         return Statistics(norm, self.units, slots, self._p, self._scale, self._signals)
 
     def shrunk(self, factors: Tensor) -> Tensor:
         """What the norm of all gradients is multiplied by where those of each slot are by one of (slots,) ``factors``.
 
-        0-d float64: exactly 1 where all factors are. No host sync.
+        0-d float64: exactly 1 where all factors are, and a factor that is 0-d itself. No host sync.
         """
+        if not factors.dim():
+            return factors
         slots = self._slots["gradient"]
-        before = combined(slots, self._p)
-        after = combined(slots * (factors if self._p == inf else factors.pow(self._p)), self._p)
+        before, after = combined(slots, self._p), combined(self._times(slots, factors), self._p)
         nothing_is_scaled = (before == 0) | (factors == 1).all()  # also of what is not finite, where a ratio is NaN
         return torch.where(nothing_is_scaled, 1.0, self._root(after / before))
+
+    def copy(self) -> "Statistics":
+        """The same, whose tensors are of its own: for a policy that may write to them."""
+        return Statistics(self._norm.clone(), self.units, self._slots, self._p, self._scale, self._signals)
+
+    def _times(self, slots: Tensor, factors: Tensor) -> Tensor:
+        return slots * (factors if self._p == inf else factors.pow(self._p))
 
     def _root(self, sums: Tensor) -> Tensor:
         norms = sums.clone() if self._p == inf else root(sums, self._p)

@@ -121,6 +121,11 @@ class Units:
         return inner
 
     @property
+    def bounded(self) -> Statistic:
+        """What a decision for the model bounds: the model or one group, or all parameters, each by itself."""
+        return MODEL if self._member is not None else self._whole
+
+    @property
     def levels(self) -> tuple[Statistic, ...]:
         """The statistics of gradients that have units, in an order that is the same on every rank."""
         return tuple(self._levels)
@@ -145,17 +150,33 @@ class Units:
         """
         return self.level(statistic).names
 
+    def where(self, unit: int, statistic: Statistic | Per | None = None) -> str:
+        """Of which unit something is, as errors say it; None: of the whole."""
+        if statistic is not None:
+            names = self.names(statistic)
+            return f" for {names[unit]} (unit {unit} of {len(names)})"
+        return "" if self._member is None else f" for the group {self.names(self._whole)[self._member]!r}"
+
     def sizes(self, statistic: Statistic | Per) -> Tensor:
         """How many elements each unit has: (units,) float64."""
         return self.level(statistic).sizes
 
     def by_slot(self, per: Statistic | Per, coefs: Tensor) -> Tensor:
-        """Of one coefficient for each unit, (units,), that of each slot, (slots,): 1 for those in no unit."""
-        level = self.level(per)
-        if level.of_slots.is_nothing:
+        """Of one coefficient for each unit, (units,), that of each slot, (slots,): 1 for those in no unit.
+
+        For the model they are those of the whole: 0-d for one group, and for the model itself, where they stay so.
+        """
+        of_whole = asked(per) == MODEL
+        wanted, member = (self._whole, self._member) if of_whole else (asked(per), None)
+        if wanted == MODEL:
+            return coefs
+        level = self.level(wanted)
+        if level.of_slots.is_nothing and member is None:
             return coefs
         places = level.unit_of_slot
         assert places is not None, "groups that overlap are refused"
+        if member is not None:
+            return torch.where(places == member, coefs, 1.0)
         return torch.cat([coefs, coefs.new_ones(1)]).index_select(0, places)
 
     def spread(self, coefs: Tensor, per: Statistic | Per, finer: Statistic | Per) -> Tensor:

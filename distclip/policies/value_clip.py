@@ -9,8 +9,10 @@ import torch
 from .checks import bounds
 from .protocol import Decision, State
 from .statistics import Statistic, Statistics, Units
+from .trust import trusted
 
 
+@trusted
 @dataclass(frozen=True, slots=True)
 class ValueClip:
     """Clamp every gradient element to ``[-clip_value, clip_value]``, or to ``(min, max)``.

@@ -21,10 +21,10 @@ from ..plan.measured import Measured
 from ..plan.split import compare_axes
 from ..policies import Policy, State, Statistic
 from ..policies.adopt import fitting, hash_of, made, with_keys
-from ..policies.answer import is_trusted
 from ..policies.by_unit import in_order, labelled, orders_of
 from ..policies.checks import count, finite
 from ..policies.refusals import refusal_of
+from ..policies.trust import is_trusted
 from ..report import Report
 from ..shield import shielded
 from . import refusals
@@ -138,7 +138,8 @@ class Progress:
         state = with_keys(state, ("policy", "steps", "consecutive_skips", *labels), "a Clipper's")
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
         orders = orders_of(state["units"], labels["units"]) if labels else {}
-        self.state = in_order(fitting(state["policy"], made(self.policy, self.units, self.plan.device)), orders)
+        fresh = made(self.policy, self.units, self.plan.device)
+        self.state = in_order(self.policy, fitting(state["policy"], fresh), orders)
         self.streak.skips = skips
         self.calls.begin_anew(steps, hash_of(self.state, skips))
         self._unchecked = None

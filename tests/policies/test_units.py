@@ -298,11 +298,11 @@ def test_entries_go_where_their_units_are():
         "count": torch.tensor(7),
         "window": torch.arange(5.0),
     }
-    here = in_order(state, orders_of(saved, own))
+    here = in_order(BOTH, state, orders_of(saved, own))
     assert here["mean"].tolist() == [10.0, 20.0, 30.0]
     assert here["rows"].tolist() == [[10.0], [11.0], [12.0], [20.0], [30.0], [31.0]]
     assert (here["count"], here["window"].tolist()) == (7, [0.0, 1.0, 2.0, 3.0, 4.0])
-    back = in_order(here, orders_of(own, saved))
+    back = in_order(BOTH, here, orders_of(own, saved))
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 

@@ -327,3 +327,11 @@ def test_a_state_of_other_units_is_refused_by_their_names(name):
     given, says = DAMAGED[name]
     with pytest.raises(ValueError, match=says):
         orders_of(given, OWN)
+
+
+@EACH_ROAD
+@pytest.mark.parametrize("field", ["max_norm", "coef"])
+def test_numbers_for_units_that_are_not_named_are_told_how_to_name_them(field, road):
+    decision = Decision(**{"max_norm": 1.0, field: of_three(1, 1, 1)})
+    with pytest.raises(ValueError, match=r"shape \(3,\) .*, or say by per= for which units these are$"):
+        road(decision, statistics())

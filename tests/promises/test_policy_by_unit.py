@@ -5,6 +5,7 @@ It is resumed in another, by the names of its units: support/own_policy.py, agai
 
 import re
 from functools import lru_cache
+from math import inf
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 import distclip
+from promises.test_accelerator import EXISTS, adamw, fill, layers, on_the_accelerator
 from support import trained
+from support.accelerator import counted_waits, raw
 from support.own_policy import OwnRunningMean
 from support.ranks import count_collectives, run_ranks, same_bits
 from support.trained import alone, united
@@ -168,3 +171,56 @@ def loaded_apart() -> str:
 def test_ranks_that_load_other_means_are_told():
     for said in run_ranks(loaded_apart, 2):
         assert "after loading a state" in said
+
+
+def on_device(folds: bool) -> tuple[list[float], list[bool], list[int], float]:
+    """Steps whose gradients a fused AdamW would scale itself, one of them with an inf; and how far from a loop."""
+    coefs, skips, waited, means = [], [], [], [0.0] * 4
+    with on_the_accelerator():
+        model, beside = layers(), layers()
+        optimizer, other = (
+            adamw(m) if folds else torch.optim.RMSprop(m.parameters(), foreach=False) for m in (model, beside)
+        )
+        clipper = distclip.Clipper(model, POLICY)
+        for step in range(STEPS):
+            scale = trained.SCALES[step % len(trained.SCALES)]
+            fill(model, step, scale)
+            fill(beside, step, scale)
+            if step == 4:  # no call that compares copies
+                raw(model[2].grad)[0, 0] = inf
+            with counted_waits() as waits:
+                report = clipper.step(optimizer)
+            coefs.append(raw(report.coef).item())
+            skips.append(raw(report.skip).item())
+            waited += waits
+            for k, p in enumerate(beside if step != 4 else ()):
+                norm = raw(p.grad).double().norm().item()
+                bound = POLICY.times * means[k] if means[k] else inf
+                raw(p.grad).mul_(min(1.0, bound / (norm + 1e-6)))
+                means[k] = POLICY.beta * means[k] + (1 - POLICY.beta) * min(norm, bound) if means[k] else norm
+            if step == 4:
+                # The policy saw that step too: every mean but that of the inf, which went on from its bound.
+                norms = [raw(p.grad).double().norm().item() for p in beside]
+                norms[2] = inf
+                clipped = [min(n, POLICY.times * m) for n, m in zip(norms, means, strict=True)]
+                means = [POLICY.beta * m + (1 - POLICY.beta) * c for m, c in zip(means, clipped, strict=True)]
+            else:
+                other.step()
+        apart = max((raw(p.detach()) - raw(q.detach())).abs().max().item() for p, q in zip(model, beside, strict=True))
+    return coefs, skips, waited, apart
+
+
+@pytest.mark.skipif(not EXISTS, reason="this torch has no backend for devices written in Python")
+@pytest.mark.parametrize("folds", [True, False], ids=["fused", "not fused"])
+def test_on_an_accelerator_gradients_are_scaled_before_an_optimizer_that_could_fold(folds):
+    """It is handed no coefficient, and skips by found_inf: no wait. One that cannot waits to know whether to skip."""
+    (found,) = run_ranks(on_device, 1, folds, fresh=True)
+    coefs, skips, waits, apart = found
+    assert skips == [step == 4 for step in range(STEPS)]
+    assert coefs[0] == coefs[4] == 1.0
+    assert min(coefs) < 0.5
+    assert apart < 1e-6
+    if folds:  # after the inf the next call asks which parameter it was
+        assert [w > 0 for w in waits] == [step == 5 for step in range(STEPS)]
+    else:
+        assert [w > 1 for w in waits] == [step == 4 for step in range(STEPS)]

@@ -77,8 +77,8 @@ class Report:
     * ``norm``: total norm before clipping, float32 (float64 if a parameter is float64). A finite norm beyond float32 is
       ``finfo.max``, so ``inf`` always means a non-finite gradient (or power sum).
     * ``max_norm``: the bound that the policy chose, same dtype; ``inf`` if nothing bounds the norm.
-    * ``coef``: the factor for every gradient, same dtype; exactly 1 if nothing is scaled, above 0 for a finite norm, and
-      above 1 only from a policy that scales up (:class:`Normalize`). Below float32's normal numbers gradients are
+    * ``coef``: the factor for every gradient, same dtype; exactly 1 if nothing is scaled, above 0 for a finite norm,
+      and above 1 only from a policy that scales up (:class:`Normalize`). Below float32's normal numbers gradients are
       scaled by the exact factor, of which this has a few digits; on an accelerator, where the host does not know it, by
       the least normal number, which is then shown. So are factors above its inverse, 2**126.
     * ``skip``: bool; do not take the step (``step`` did not take it).

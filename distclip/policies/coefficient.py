@@ -52,7 +52,7 @@ def factors(norm: float, max_norm: float, coef: float | None, dtype: torch.dtype
 
 
 def _normal_parts(over: float, under: float) -> list[float]:
-    """Numbers from ``LEAST`` to ``MOST`` whose product is ``over / under``: powers of two, which round nothing, first."""
+    """Numbers from ``LEAST`` to ``MOST`` whose product is ``over / under``: first powers of two, which are exact."""
     (high, exponent), (low, taken) = frexp(over), frexp(under)
     rest, exponent = high / low / 2, exponent - taken + 1  # the rest is between 1/4 and 1
     parts = []

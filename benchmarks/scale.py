@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import thread_time
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -36,11 +37,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
+from distclip.bench.contests import Tenths
 from distclip.bench.machine import cpu_model
 from distclip.clipper import Clipper
 from distclip.layouts.model import held_in
 from distclip.plan.build import Plan
 from distclip.plan.measure import TAG_STEP
+from distclip.plan.units import Parameter
 from distclip.ranks.group import ClippingGroup
 from distclip.ranks.message import CODES
 
@@ -217,7 +220,8 @@ def ep_dtensor(model: Model, world: int) -> Placed:
 def ep_plain(model: Model, world: int) -> Placed:
     """FSDP2 over all ranks, but 4 of 256 experts of each layer are plain parameters of this rank; ``layout=``."""
     everyone = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
-    copies = distclip.Layout(world // EXPERT)
+    mesh = init_device_mesh("cpu", (world // EXPERT, EXPERT), mesh_dim_names=("efsdp", "ep"))
+    copies = distclip.Layout.cut(over=[mesh["ep"]])
 
     def place(weight: Weight) -> dict[str, Tensor]:
         if not weight.experts:
@@ -322,6 +326,16 @@ class Collectives(TorchDispatchMode):
 
 
 @dataclass(frozen=True, slots=True)
+class Finer:
+    """A Clipper that needs norms of units: how many there are on all ranks, its construction and its collectives."""
+
+    units: int
+    clipper_ms: float
+    construction: Sent
+    step: Sent
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """One model in one layout on one number of ranks, as rank 0 sees it.
 
@@ -330,6 +344,7 @@ class Figures:
       ``Clipper(...)`` without checksums of values, which meta tensors lack.
     * ``kept``: bytes that a plan keeps, its pieces included.
     * ``construction``, ``step``: the collectives of ``Clipper(...)`` and of ``clip_()``.
+    * ``of_parameters``, ``of_rows``: of Clippers that need norms of these.
     """
 
     model: str
@@ -343,6 +358,8 @@ class Figures:
     kept: int
     construction: Sent
     step: Sent
+    of_parameters: Finer
+    of_rows: Finer
 
     @property
     def kept_per_parameter(self) -> float:
@@ -380,6 +397,8 @@ def measure(model: Model, layout: Callable[[Model, int], Placed], world: int) ->
         kept=kept(placed),
         construction=construction,
         step=stepped(clipper),
+        of_parameters=finer(placed, "parameter"),
+        of_rows=finer(placed, "row"),
     )
 
 
@@ -409,10 +428,38 @@ def kept(placed: Placed) -> int:
     return after - before + plan.weights.nbytes  # tensors are not Python's memory
 
 
-def constructed(placed: Placed) -> tuple[Clipper, Sent]:
+def constructed(placed: Placed, policy: distclip.Policy | float = 1.0) -> tuple[Clipper, Sent]:
     with Collectives() as collectives:
-        clipper = Clipper(placed.module, 1.0, **placed.written)
+        clipper = Clipper(placed.module, policy, **placed.written)
     return clipper, collectives.sent
+
+
+def finer(placed: Placed, per: Literal["parameter", "row"]) -> Finer:
+    """What a policy costs that decides for each unit, which stands in the tables of units on all ranks."""
+    told = patch("distclip.plan.construction.distinct_texts", texts_of_all)
+    with told, patch("distclip.plan.units._count", counted):
+        start = thread_time()
+        clipper, construction = constructed(placed, Tenths(per))
+        ms = 1e3 * (thread_time() - start)
+    return Finer(len(clipper.engine.plan.slots.units.names(per)), ms, construction, stepped(clipper))
+
+
+def texts_of_all(group: ClippingGroup, device: torch.device, mine: str) -> list[str]:
+    """In place of ``distinct_texts``, and with its messages: what the other stages, or ranks with experts, would say.
+
+    They are taken to hold as many parameters as rank 0, whose names are the same.
+    """
+    places = {"pp=0": STAGES, "ep=0": EXPERT}
+    texts = [mine.replace(at, f"{at[:-1]}{k}") for at, count in places.items() if at in mine for k in range(count)]
+    texts = texts or [mine]
+    dist.all_reduce(torch.zeros(group.size, 2, dtype=torch.float64))
+    dist.all_reduce(torch.zeros(sum(map(len, texts)), dtype=torch.uint8))
+    return texts
+
+
+def counted(plan: Plan, table: Sequence[Parameter], places: Sequence[int]) -> None:
+    """In place of ``_count``, and with its message: a fake group does not add what other ranks have."""
+    dist.all_reduce(torch.zeros(len(table), dtype=torch.float64))
 
 
 def stepped(clipper: Clipper) -> Sent:
@@ -445,6 +492,12 @@ COLUMNS: dict[str, Callable[[Figures], str]] = {
     "a parameter": lambda f: f"{f.kept_per_parameter:.0f} B",
     "a step": lambda f: shown(f.step),
     "construction": lambda f: shown(f.construction),
+    "units": lambda f: str(f.of_parameters.units),
+    "their Clipper": lambda f: f"{f.of_parameters.clipper_ms:.0f} ms",
+    "their construction": lambda f: shown(f.of_parameters.construction),
+    "rows": lambda f: str(f.of_rows.units),
+    "rows' Clipper": lambda f: f"{f.of_rows.clipper_ms:.0f} ms",
+    "rows' step": lambda f: shown(f.of_rows.step),
 }
 
 

@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.scale import (
     CASES,
+    EXPERT,
+    STAGES,
     Figures,
     Model,
     Sent,
@@ -99,6 +101,20 @@ def test_construction_sends_at_most_one_word_a_parameter_more(figures):
     assert few.construction == many.construction
     assert few.construction.collectives == 2
     assert 0 < few.construction.bytes <= 8 * (24 + few.parameters)
+
+
+def test_norms_of_units_send_one_number_a_unit_and_construction_two_a_rank(figures):
+    few, many = figures
+    flags = few.step.bytes - 16
+    for one, other in [(few.of_parameters, many.of_parameters), (few.of_rows, many.of_rows)]:
+        assert one.units == other.units
+        assert one.step == other.step == Sent(1, 8 * (one.units + 1) + flags)
+        assert one.construction.collectives == other.construction.collectives <= 6
+        assert other.construction.bytes - one.construction.bytes == 16 * (MANY - FEW)
+    assert few.of_rows.units > few.of_parameters.units
+    shares = {"pp_fsdp_tp": STAGES, "ep_plain": EXPERT}  # whose parameters are units of their own
+    known = 2 if few.layout == "ep_plain" else 0  # the gate of each layer, which all ranks have
+    assert few.of_parameters.units == known + (few.parameters - known) * shares.get(few.layout, 1)
 
 
 def test_the_first_plan_keeps_no_more_than_a_later_one():

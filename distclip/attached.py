@@ -13,7 +13,7 @@ from .optimizers.fused import Stepping
 from .optimizers.hooks import SKIP, Arguments, guard, parameters_of, versions_of, withhold
 from .optimizers.wrapped import clip_target, is_optimizer, with_inner
 from .policies import Policy
-from .policies.adopt import bound_by_place
+from .policies.adopt import bound_by_place, without_signals
 from .report import Report
 from .step.driver import Driver
 from .step.engine import Engine
@@ -201,8 +201,8 @@ def attach(
     A closure may make the gradients, once a step. RuntimeError for LBFGS, which runs it more often, for gradients that
     a GradScaler has not unscaled, for a closure with ``gradients=``, and where the gradients of the second optimizer
     are not those that the first one's step saw; ValueError for an optimizer that is attached already, for what is no
-    optimizer, for several with ``gradients=``, and for one that wraps two, so that it is not known which steps. Source:
-    ``torch.optim.Optimizer.register_step_pre_hook``.
+    optimizer, for a policy that asks for signals, for several with ``gradients=``, and for one that wraps two, so that
+    it is not known which steps. Source: ``torch.optim.Optimizer.register_step_pre_hook``.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
@@ -221,6 +221,7 @@ def attach(
             "Clipper.step(*optimizers) instead"
         )
     engine = Engine(model, policy, **options)
+    without_signals(policy, "optimizer.step()")  # when all ranks know that they have the same policy
     attachment = Attachment(engine, attached, in_grad)
     return Clipper.of(engine, Driver("optimizer.step()", measure=attachment.measure, detach=attachment.detach))
 

@@ -50,7 +50,7 @@ from .gradients.storage import GradientFn
 from .layouts.layout import LayoutFn
 from .layouts.model import ParameterFilter
 from .policies import Policy
-from .policies.adopt import bound_by_place
+from .policies.adopt import bound_by_place, without_signals
 from .ranks.group import Axis
 from .report import Report
 from .shield import untraced
@@ -160,9 +160,14 @@ class Clipper:
 
     @classmethod
     def of(cls, engine: Engine, driver: Driver | None = None) -> "Clipper":
-        """The Clipper of an ``engine`` that a ``driver`` calls: for frameworks (see :mod:`distclip.step`)."""
+        """The Clipper of an ``engine`` that a ``driver`` calls: for frameworks (see :mod:`distclip.step`).
+
+        ValueError for a policy that asks for signals where the user makes no call to pass them in.
+        """
         if not isinstance(engine, Engine):
             raise refusals.no_engine(engine)
+        if driver is not None and driver.clip_ is None and driver.step is None:  # its user makes no call
+            without_signals(engine.policy, driver.name)
         clipper = cls.__new__(cls)
         clipper.engine, clipper._driver = engine, driver
         return clipper

@@ -30,6 +30,7 @@ from ..report import Report
 from ..step.driver import Driver
 from ..step.engine import Engine
 from ..step.options import Options
+from ..step.signals import Signals
 
 UNSUPPORTED = (DistributedType.MEGATRON_LM, DistributedType.XLA)
 
@@ -93,21 +94,21 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         self.register_for_checkpointing(clipper)
         return clipper
 
-    def _clip(self, engine: Engine) -> Report:
+    def _clip(self, engine: Engine, signals: Signals | None = None) -> Report:
         self._refuse_to_clip("clip_()")
         prepared = self._to_step(engine.owner.clipped)
         inner = list(map(_inner, prepared))
         for optimizer in inner:
             refuse_clip_before_step(optimizer)
         list(map(_follow, prepared))
-        report = engine.clip_(inner, self.scaler, only_theirs=True)
+        report = engine.clip_(inner, self.scaler, only_theirs=True, signals=signals)
         for optimizer in prepared:
             if optimizer.scaler is None:
                 optimizer._is_overflow = report.skip
                 _decided.add(optimizer)
         return report
 
-    def _measure(self, engine: Engine) -> Report:
+    def _measure(self, engine: Engine, signals: Signals | None = None) -> Report:
         inner = list(map(_inner, self._holding(engine.owner.clipped)))
         scaler = self.scaler
         if scaler is not None and scaler.is_enabled() and not all(is_unscaled(scaler, each) for each in inner):
@@ -115,7 +116,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
                 "the gradients are still multiplied by the loss scale: call accelerator.unscale_gradients() before "
                 "measure(), or clip_(), whose report tells the norm"
             )
-        return engine.measure(inner, only_theirs=True)
+        return engine.measure(inner, only_theirs=True, signals=signals)
 
     def _clips_any_of(self, ids: Set[int]) -> bool:
         """Whether a :meth:`clipper` of this Accelerator clips any of these parameters."""

@@ -25,11 +25,12 @@ from ..optimizers.hooks import guard, watch
 from ..optimizers.scaler import is_unscaled, needs_update
 from ..optimizers.wrapped import refuse_clip_before_step
 from ..policies import Policy
-from ..policies.adopt import as_policy
+from ..policies.adopt import without_signals
 from ..report import Report
 from ..step.driver import Driver
 from ..step.engine import Engine
 from ..step.options import Options
+from ..step.signals import Signals
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
 SCALED = "the gradients are still multiplied by the GradScaler's scale: call "
@@ -61,7 +62,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
 
     def __init__(self, policy: Policy | float, **options: Unpack[Options]) -> None:
         self.clipper: Clipper | None = None
-        self._policy = as_policy(policy)
+        self._policy = without_signals(policy, "ClipGradients")
         self._options = options
         self._loaded: dict[str, Any] = {}
         self._steps = 0  # since the last log
@@ -176,20 +177,20 @@ class _FabricCalls:
     engine: Engine
     scaler: GradScaler | None
 
-    def clip_(self) -> Report:
+    def clip_(self, signals: Signals | None = None) -> Report:
         self._refuse_scaled()
-        return self.engine.clip_()
+        return self.engine.clip_(signals=signals)
 
-    def measure(self) -> Report:
+    def measure(self, signals: Signals | None = None) -> Report:
         self._refuse_scaled()
-        return self.engine.measure()
+        return self.engine.measure(signals=signals)
 
-    def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None) -> Report:
+    def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None, signals: Signals | None = None) -> Report:
         if scaler is not None:
             raise ValueError("the scaler is Fabric's: call step(optimizer), and Fabric(plugins=MixedPrecision(...))")
         inner = [each.optimizer if isinstance(each, _FabricOptimizer) else each for each in optimizers]
         try:
-            report = self.engine.step(*inner, scaler=self.scaler)
+            report = self.engine.step(*inner, scaler=self.scaler, signals=signals)
         finally:  # once it has unscaled, the scaler would take the next gradients for unscaled too
             if self.scaler is not None and any(needs_update(self.scaler, optimizer) for optimizer in inner):
                 self.scaler.update()

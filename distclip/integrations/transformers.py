@@ -22,6 +22,7 @@ from ..errors import warn_user
 from ..optimizers.hooks import watch
 from ..optimizers.wrapped import refuse_clip_before_step
 from ..policies import Policy
+from ..policies.adopt import without_signals
 from ..step.driver import Driver
 from ..step.engine import Engine
 from ..step.options import Options
@@ -40,7 +41,8 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: Trainer, policy: Policy | float, engine: EngineTakeOver | None, options: Any) -> None:
         self.clipper: Clipper | None = None
-        self._trainer, self._policy, self._engine, self._options = trainer, policy, engine, options
+        self._policy = without_signals(policy, type(trainer).__name__)
+        self._trainer, self._engine, self._options = trainer, engine, options
         self._resumed: str | None = None  # the file, from the load to the beginning of this training
         self._clipped = False
         self._save, self._load = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler

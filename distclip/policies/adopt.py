@@ -15,6 +15,7 @@ from .checks import is_dense
 from .max_norm import MaxNorm
 from .protocol import Policy, State
 from .statistics import MODEL, Signal, Statistic, Units
+from .trust import name_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,6 +63,18 @@ def needs(policy: Policy) -> list[Statistic | Signal]:
             'distclip.Statistic, such as (Statistic("parameter"),), empty for the norm of all gradients'
         )
     return list(dict.fromkeys(each for each in found if each != MODEL))
+
+
+def without_signals(policy: Policy | float, caller: str) -> Policy:
+    """The policy that is given; ValueError where it asks for signals, which ``caller`` has no way to pass."""
+    adopted = as_policy(policy)
+    names = [each.name for each in needs(adopted) if isinstance(each, Signal)]
+    if names:
+        raise ValueError(
+            f"{name_of(adopted)} asks for the signals {', '.join(names)}, and nobody passes signals= where {caller} "
+            "clips: take a policy without, or call step(optimizer, signals=...) of a Clipper in a loop of your own"
+        )
+    return adopted
 
 
 def made(policy: Policy, units: Units, device: torch.device) -> State:

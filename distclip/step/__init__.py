@@ -7,7 +7,7 @@ change in a minor version, which CHANGELOG.md then says.
 
 * ``step.engine.Engine``: the verbs ``measure``, ``clip_``, ``begin``, ``decide`` and ``step``; ``owner.register``,
   ``owner.release``, ``owner.clipped``, ``interruption.record`` and ``plan.p``. ``step.options``: ``Options``, the
-  keywords of a user, and ``Watch``, the type of one.
+  keywords of a user, and ``Watch``, the type of one. ``step.signals.Signals``: what is passed with a call.
 * ``optimizers.fused.Stepping``, which ``begin`` returns: ``step`` steps an optimizer, or does not; ``around`` is what
   its step runs inside where someone else calls it, unless it is ``skipped``.
 * ``step.decision.Outcome``, which ``decide`` returns: ``report`` and ``skip``; ``apply_to`` scales what it is handed,
@@ -18,7 +18,7 @@ change in a minor version, which CHANGELOG.md then says.
 * ``optimizers.hooks``: ``guard``, with ``Arguments`` and ``SKIP`` for what it calls, ``watch``, ``parameters_of``,
   ``versions_of`` and ``withhold``. ``optimizers.scaler``: ``unscale_``, ``is_unscaled`` and ``needs_update``.
   ``optimizers.wrapped``: ``refuse_clip_before_step``, ``clip_target``, ``with_inner`` and ``is_optimizer``.
-* ``policies.adopt``: ``as_policy`` and ``bound_by_place``, to check a policy before there is an engine.
+* ``policies.adopt``: ``bound_by_place`` and ``without_signals``, to check a policy before there is an engine.
   ``errors.warn_user``: a warning at the user's line.
 * ``plan.arguments.Parameters``: what torch's own functions call parameters. ``layouts.layout.LayoutFn``: the type of
   ``layout``. ``layouts.fsdp1.is_flattened``: whether FSDP1 manages a parameter.

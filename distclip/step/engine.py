@@ -193,7 +193,7 @@ class Engine:
         #    could be stepped then may accumulate now.
         folds = self._folding.known(optimizers)
         if folds is None or folds is not self._checked:
-            self._check(optimizers)
+            self._check(optimizers, signals)
             self.owner.register(optimizers)
             folds = self._checked = self._folding.of(optimizers)
         # 2 to 8.
@@ -266,7 +266,7 @@ class Engine:
                 return refusals.not_unscaled(label)
         return None
 
-    def _check(self, optimizers: Sequence[Optimizer]) -> None:
+    def _check(self, optimizers: Sequence[Optimizer], signals: Signals | None) -> None:
         """ValueError for what cannot be stepped; the other ranks, which make this call too, raise as well."""
         try:
             check_optimizers(optimizers)
@@ -279,6 +279,7 @@ class Engine:
                         scaler=None,
                         only_theirs=False,
                         skips_on_device=True,
+                        signals=signals,
                         fault=LayoutError(str(error)),
                     )
             raise

@@ -1,6 +1,7 @@
 """Every error of this room and of Clipper: what is wrong, with which parameter or rank, and what to do about it."""
 
 from collections.abc import Mapping, Sequence
+from reprlib import repr as short
 
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def other_signals(signals: object, wanted: Sequence[str]) -> ValueError:
 
 
 def no_signal(name: str, signal: object) -> ValueError:
-    got = f"a {type(signal).__name__} of shape {tuple(signal.shape)}" if isinstance(signal, Tensor) else repr(signal)
+    got = f"a {type(signal).__name__} of shape {tuple(signal.shape)}" if isinstance(signal, Tensor) else short(signal)
     return ValueError(f"signal {name} must be a number or a real tensor with one element, got {got}")
 
 

@@ -1,12 +1,13 @@
 """Signals: numbers of the user that travel with the norm, for policies that ask for them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from ..policies.checks import is_dense
 from ..ranks.message import Scalar
 from . import refusals
 
@@ -22,9 +23,10 @@ def given(signals: Signals, wanted: Sequence[str]) -> list[Scalar]:
 
 
 def _number(name: str, signal: Any) -> Scalar:
-    if isinstance(signal, Tensor) and not isinstance(signal, DTensor):
-        if signal.numel() == 1 and not signal.is_complex():
-            return signal.detach().reshape(())
-    elif isinstance(signal, Real):
-        return float(signal)
+    if is_dense(signal) and signal.numel() == 1 and not signal.is_complex():
+        number: Tensor = signal.detach().reshape(())
+        return number
+    if isinstance(signal, Real):
+        with suppress(OverflowError):  # of a whole number beyond float64
+            return float(signal)
     raise refusals.no_signal(name, signal)

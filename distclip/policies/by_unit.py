@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from .checks import count
-from .composed import joined, part_of
 from .protocol import Policy, State
 from .statistics import RowNames, Statistic, Units
-from .trust import inner_of
 
 KEPT = ("parameter", "row")  # the levels whose units are saved by name
 
@@ -46,25 +44,26 @@ def orders_of(given: Any, own: Mapping[str, Any]) -> dict[str, Tensor]:
     return {level: _order(_counts(given, level), _counts(own, level)) for level in KEPT if level in own}
 
 
-def in_order(policy: Policy, state: State, orders: Mapping[str, Tensor]) -> State:
+def in_order(policy: Policy, units: Units, state: State, orders: Mapping[str, Tensor]) -> State:
     """``state`` with the entries of each unit where it is here.
 
-    Of a policy around others part by part: the window of one that needs no units may be as long as there are some.
+    Dimensions of units are those that are longer where ``policy`` makes a state for one unit more.
     """
-    parts = {name: inner for name, inner in inner_of(policy).items() if name}  # not that of PerParameter
-    if parts:
-        return joined({name: in_order(inner, part_of(state, name), orders) for name, inner in parts.items()})
-    needed = _levels(policy)
-    by_length = {len(order): order for level, order in orders.items() if level in needed}
-    return {name: _moved(value, by_length.get(len(value)) if value.dim() else None) for name, value in state.items()}
+    for level, order in orders.items():
+        longer = policy.init(units.with_one_more(level), order.device)
+        state = {name: _moved(value, longer[name], order) for name, value in state.items()}
+    return state
 
 
 def _levels(policy: Policy) -> set[str]:
     return {each.per for each in policy.needs() if isinstance(each, Statistic)}
 
 
-def _moved(value: Tensor, order: Tensor | None) -> Tensor:
-    return value if order is None else value.index_select(0, order.to(value.device))
+def _moved(value: Tensor, longer: Tensor, order: Tensor) -> Tensor:
+    for dim, (size, other) in enumerate(zip(value.shape, longer.shape, strict=True)):
+        if other == size + 1:
+            value = value.index_select(dim, order.to(value.device))
+    return value
 
 
 def _counts(said: Mapping[str, Any], level: str) -> dict[str, int]:

@@ -58,8 +58,8 @@ class Policy(Protocol):
     def init(self, units: Units, device: torch.device) -> State:
         """The state before the first step: tensors on ``device``; empty for a policy without memory.
 
-        A tensor whose first dimension is as long as there are parameters (or rows, where these are needed) has one
-        entry for each of them: it is saved with their names, and loaded by them.
+        Pure, and asked more than once. A dimension that is as long as there are parameters (or rows), and longer for
+        longer ``units``, has an entry for each of them: it is saved with their names, and loaded by them.
         """
         ...
 

@@ -5,7 +5,7 @@ The words: [Note: units and slots] in policies/statistics.py.
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
 from typing import overload
@@ -97,6 +97,13 @@ class Level:
     unit_of_slot: Tensor | None
     shared: str = ""
 
+    def longer(self) -> "Level":
+        """With one more unit, the last, of no name and without slots."""
+        names: Sequence[str] = [*self.names, ""]
+        if isinstance(self.names, RowNames):
+            names = RowNames([*self.names.parameters, ""], [*self.names.counts, 1])
+        return replace(self, names=names, sizes=torch.cat([self.sizes, self.sizes.new_ones(1)]))
+
 
 class Units:
     """What the statistics of one Clipper are norms of: agreed when it is built, the same on every rank.
@@ -124,6 +131,10 @@ class Units:
     def bounded(self) -> Statistic:
         """What a decision for the model bounds: the model or one group, or all parameters, each by itself."""
         return MODEL if self._member is not None else self._whole
+
+    def with_one_more(self, per: str) -> "Units":
+        """The same with one more unit of this level, the last: to see which dimensions of a state are of units."""
+        return Units(self.size, {k: level.longer() if k.per == per else level for k, level in self._levels.items()})
 
     @property
     def levels(self) -> tuple[Statistic, ...]:

@@ -139,7 +139,7 @@ class Progress:
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
         orders = orders_of(state["units"], labels["units"]) if labels else {}
         fresh = made(self.policy, self.units, self.plan.device)
-        self.state = in_order(self.policy, fitting(state["policy"], fresh), orders)
+        self.state = in_order(self.policy, self.units, fitting(state["policy"], fresh), orders)
         self.streak.skips = skips
         self.calls.begin_anew(steps, hash_of(self.state, skips))
         self._unchecked = None

@@ -289,20 +289,31 @@ def test_a_state_says_the_names_of_the_units_that_its_policy_needs():
         assert labelled(policy, units()) == {}
 
 
+class Remembers(Mine):
+    """States in which only some dimensions are of units, and others are as long by chance."""
+
+    def init(self, units, device):
+        parameters, rows = units.shape("parameter")[0], units.shape("row")[0]
+        sizes = {"mean": (parameters,), "rows": (rows, 1), "count": (), "window": (3,), "past": (3, parameters)}
+        return {name: torch.zeros(size, device=device) for name, size in sizes.items()}
+
+
 def test_entries_go_where_their_units_are():
-    saved = {"parameter": ["c", "a", "b"], "row": ["c", "a", "b"], "rows": [2, 3, 1]}
-    own = labelled(BOTH, units())["units"]
+    policy, saved = Remembers(BOTH.levels), {"parameter": ["c", "a", "b"], "row": ["c", "a", "b"], "rows": [2, 3, 1]}
+    own = labelled(policy, units())["units"]
     state = {
         "mean": torch.tensor([30.0, 10.0, 20.0]),
         "rows": torch.tensor([[30.0], [31.0], [10.0], [11.0], [12.0], [20.0]]),
         "count": torch.tensor(7),
-        "window": torch.arange(5.0),
+        "window": torch.arange(3.0),
+        "past": torch.tensor([[30.0, 10.0, 20.0]]).repeat(3, 1),
     }
-    here = in_order(BOTH, state, orders_of(saved, own))
+    here = in_order(policy, units(), state, orders_of(saved, own))
     assert here["mean"].tolist() == [10.0, 20.0, 30.0]
     assert here["rows"].tolist() == [[10.0], [11.0], [12.0], [20.0], [30.0], [31.0]]
-    assert (here["count"], here["window"].tolist()) == (7, [0.0, 1.0, 2.0, 3.0, 4.0])
-    back = in_order(BOTH, here, orders_of(own, saved))
+    assert (here["count"], here["window"].tolist()) == (7, [0.0, 1.0, 2.0])
+    assert here["past"].tolist() == [[10.0, 20.0, 30.0]] * 3
+    back = in_order(policy, units(), here, orders_of(own, saved))
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 

@@ -16,7 +16,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -66,6 +68,15 @@ class Channel:
         self.latest = work = self.own.allreduce([message], options)
         return work
 
+    def give_up(self) -> None:
+        """Let what is under way fail, on all ranks: this process would not end before the group's timeout otherwise."""
+        if self.own is None or self.latest is None or self.latest.is_completed():
+            return
+        # A receive that times out closes the connections to all ranks; by one that is closed already it fails at once.
+        for rank in set(range(self.own.size())) - {self.own.rank()}:
+            with suppress(RuntimeError):
+                self.own.recv([torch.empty(1)], rank, 0).wait(timedelta(milliseconds=1))
+
 
 _opened: Counter[str] = Counter()  # channels by name: a group may have that of another which was destroyed
 _channels: WeakKeyDictionary[dist.ProcessGroup, dict[int, Channel]] = WeakKeyDictionary()
@@ -103,6 +114,8 @@ def all_reduce(
         else:
             dist.all_reduce(message, op, group=process_group)
     except RuntimeError as error:
+        if opened is not None:
+            opened.give_up()
         missing = _slow(group, process_group, signed_length, call, opened).who_is_missing(time.monotonic() - started)
         raise RuntimeError(f"{missing} ({str(error).splitlines()[0]})") from error
     awaited.clear()
@@ -125,7 +138,18 @@ def _slow(
     group: ClippingGroup, process_group: dist.ProcessGroup, signed_length: int, call: str, opened: Channel | None
 ) -> SlowCollective:
     name = "" if opened is None else f"{opened.name}/{opened.begun}"
-    return SlowCollective(group.ranks, process_group.group_name, signed_length, call, name)
+    stopped = following(process_group, int(opened is None))
+    return SlowCollective(group.ranks, process_group.group_name, signed_length, call, name, stopped)
+
+
+def following(process_group: dist.ProcessGroup, ahead: int = 1) -> str:
+    """Where in the store ranks say that they stopped before a collective: the latest here, or so many ``ahead`` of it.
+
+    The same on every rank, whatever the channel; empty before the first channel is open.
+    """
+    opened = list(_channels.get(process_group, {}).values())
+    number = sum(channel.begun for channel in opened) + ahead
+    return f"distclip/stopped/{opened[0].name}/{number}" if opened else ""
 
 
 def channel(process_group: dist.ProcessGroup, signed_length: int) -> Channel | None:

@@ -24,7 +24,6 @@ MEETING_POINT = "DISTCLIP_MEETING_POINT"  # in the environment: where ranks meet
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun may keep one store for all starts of a job
 ANSWERED = 5.0  # seconds for the others' threads to answer: a look, and a machine with more to do
 LIMIT = 12.0  # seconds for the whole roll call: a store behind a link that is down never answers
-LONGEST = 500  # characters of an exception that other ranks quote
 HERE = "here"  # the answer of a rank that waits in no collective of ours
 
 # Gloo raises plain RuntimeErrors. These are in all those of torch 2.13 that a peer's end or silence causes.
@@ -77,7 +76,7 @@ class Presence:
         if error is None or of_backend(error) or of_backend(error.__cause__) or self.thread.is_alive():
             return  # all is well, or another rank is to blame, or the store does not answer
         with suppress(RuntimeError):  # the store is gone
-            _of_job().leave(refusals.raised(dist.get_rank(), error, LONGEST))  # before this rank's connections close
+            _of_job().leave(refusals.raised(dist.get_rank(), error))  # before this rank's connections close
 
 
 @dataclass(frozen=True, slots=True)

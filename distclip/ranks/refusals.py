@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from ..errors import and_more
 
 FEW_CALLS = 3  # missing ranks whose own call is named
+LONGEST = 500  # characters of an exception that other ranks quote
 
 
 def _named(ranks: Sequence[int], most: int = 16) -> str:
@@ -35,6 +36,7 @@ def differs(odd: Sequence[int], text: str, usual: int, usual_text: str) -> str:
 # ---- a collective of ours that failed, or takes long
 
 GIVEN_UP = "the others have given up"
+GAVE_UP = "this rank gave up"
 NO_ANSWER = "it does not answer"
 ALL_FAILED = " on all of its ranks: see the backend's message"
 
@@ -43,14 +45,22 @@ def failed(call: str, story: str) -> str:
     return f"a collective of the clipping group failed{f' in {call}' if call else ''}{story}"
 
 
-def missing(ranks: Sequence[int], joined: Sequence[int], calls: Mapping[int, str]) -> str:
-    """``calls``: the other call in which some of those who are missing wait."""
+def missing(ranks: Sequence[int], joined: Sequence[int], calls: Mapping[int, str], stopped: Mapping[int, str]) -> str:
+    """Of those who are missing, ``calls``: the other call in which some wait; ``stopped``: what some have raised."""
+    others = [rank for rank in ranks if rank not in stopped]
+    absent = f"; {_named(others)} did not join or died" if others else ""
+    if stopped:
+        return f": {'; '.join(stopped.values())}{absent}; an error on one rank must end it, or be raised on every rank"
     only = f", only {_named(joined)} did" if len(joined) <= len(ranks) else ""
     elsewhere = "".join(f", rank {rank} was in {call or 'another call'}" for rank, call in calls.items())
     return (
         f": {_named(ranks)} did not join or died{only}{elsewhere}; let every rank of the group make the same calls, "
         "and see the output of the missing ones"
     )
+
+
+def stopped(rank: int, call: str, why: str) -> str:
+    return f"rank {rank} stopped in {call}: {why}"
 
 
 def late(ranks: Sequence[int], seconds: float) -> str:
@@ -79,8 +89,13 @@ def store_gone(holder: str) -> str:
     return f"the job's store is gone: {holder} has ended or cannot be reached"
 
 
-def raised(rank: int, error: BaseException, longest: int) -> str:
-    return f"rank {rank} failed: {' '.join(f'{type(error).__name__}: {error}'.split())[:longest]}"
+def raised(rank: int, error: BaseException) -> str:
+    return f"rank {rank} failed: {in_short(error)}"
+
+
+def in_short(error: BaseException) -> str:
+    """As other ranks quote it: on one line, at most ``LONGEST`` characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]
 
 
 def no_answer(ranks: Sequence[int]) -> str:

@@ -2,7 +2,8 @@
 
 The first caller asks all others and stores what it found, the story; all later callers wait for that. So each rank
 makes a few requests to the store, however many ranks there are. slow_collective.py calls the roll after a collective of
-ours, lost_ranks.py after any of the job. Private torch API, 2.13: the default store.
+ours, lost_ranks.py after any of the job; in those of stopped.py ranks answer uncalled. Private torch API, 2.13: the
+default store.
 """
 
 import time
@@ -73,6 +74,12 @@ class Roll:
     def left(self) -> str:
         store, key = _get_default_store(), f"{self.name}/left"
         return store.get(key).decode() if store.check([key]) else ""
+
+    def some_answers(self) -> dict[int, str]:
+        """The answers of the first ranks that have answered."""
+        absent = set(self.absent())
+        few = [rank for rank in self.ranks if rank not in absent][: refusals.FEW_CALLS]
+        return dict(zip(few, self.answers(few), strict=True))
 
     def answers(self, ranks: Sequence[int]) -> list[str]:
         """The answers of ``ranks``, all of which must have answered."""

@@ -12,6 +12,7 @@ from . import refusals
 from .roll_call import LOOK, Roll, awaited, within
 
 LONG = 30  # looks after which a warning says for whom a rank waits
+HOPE = 2  # looks at a rank that has stopped: it may have caught what it raised, and be about to go on
 LATE = 0.5  # of the longest wait: who waited less joined late
 PATIENCE = 3.0  # seconds for the others' collective to fail too
 
@@ -25,7 +26,8 @@ class SlowCollective:
     * ``ranks``: the global ranks of the clipping group; ``group``: its name.
     * ``signed_length``: of the message, which says by which channel it goes.
     * ``call``: what errors say that this rank was in; empty where no rank can be in another call.
-    * ``name``: the name of this one collective in the store, the same on every rank.
+    * ``name``: the name of this one collective in the store, the same on every rank; ``stopped``: where ranks say there
+      that an exception keeps them from it.
     """
 
     ranks: Sequence[int]
@@ -33,13 +35,14 @@ class SlowCollective:
     signed_length: int
     call: str = ""
     name: str = ""
+    stopped: str = ""
 
     def wait(self, work: dist.Work) -> None:
-        """Wait for it on the host; RuntimeError if it fails, here or elsewhere.
+        """Wait for it on the host; RuntimeError if it fails, here or elsewhere, or a rank has stopped before it.
 
         After half a minute, a RuntimeWarning on the first rank that joined says which have not.
         """
-        looks = 0
+        looks = stops = 0
         while True:
             try:
                 work.wait(timedelta(seconds=LOOK))
@@ -56,6 +59,17 @@ class SlowCollective:
                 # for dead themselves.
                 if given_up(self.group, self.signed_length):
                     raise
+                stops += self.is_vain()
+                if stops > HOPE:
+                    raise RuntimeError(refusals.GAVE_UP) from None
+
+    def is_vain(self) -> bool:
+        """Whether a rank has stopped before this collective, and this one has not: where all have, all may go on."""
+        roll = Roll(self.stopped, (dist.get_rank(),))
+        try:
+            return bool(self.stopped) and within(LOOK, lambda: bool(roll.left() and roll.absent()))
+        except RuntimeError:  # the store is gone
+            return False
 
     def _warn(self, looks: int) -> None:
         """Note in the store that this rank waits; on the later look the first rank to call warns of those absent."""
@@ -99,9 +113,8 @@ class SlowCollective:
         missing = roll.absent(PATIENCE)
         if missing:
             joined = [rank for rank in self.ranks if rank not in missing]
-            elsewhere = [rank for rank in missing if rank not in Roll(calls.name, missing).absent()]
-            named = elsewhere[: refusals.FEW_CALLS]
-            return refusals.missing(missing, joined, dict(zip(named, calls.answers(named), strict=True)))
+            stopped = Roll(self.stopped, missing).some_answers() if self.stopped else {}
+            return refusals.missing(missing, joined, Roll(calls.name, missing).some_answers(), stopped)
         # A rank that joined late fails as well, because the others have given up: it is known by its short wait.
         waits = list(map(float, roll.answers(self.ranks)))
         late = [rank for rank, seconds in zip(self.ranks, waits, strict=True) if seconds < LATE * max(waits)]

@@ -56,6 +56,10 @@ class Calls:
         compares = not captured and self.made >= self.compare_in
         return self._call(f"step {self.steps}", COMPARING * compares, compares)
 
+    def name_of_step(self, committed: bool) -> str:
+        """The name of the step being made, which is counted already if it is ``committed``."""
+        return self._by_whom(f"step {self.steps - committed}")
+
     def measurement(self) -> Call:
         """The next call of ``measure``."""
         return self._call(f"measure() in step {self.steps}", MEASURING, False)

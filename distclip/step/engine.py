@@ -37,8 +37,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _records_interruption(verb: Callable[Concatenate["Engine", P], R]) -> Callable[Concatenate["Engine", P], R]:
-    """``verb``; where an exception leaves it on this rank alone, all ranks raise in the next call."""
+def _tells(verb: Callable[Concatenate["Engine", P], R]) -> Callable[Concatenate["Engine", P], R]:
+    """``verb``; where an exception leaves it on this rank alone, the others do not wait for this one."""
 
     @wraps(verb)
     def call(self: "Engine", *args: P.args, **kwargs: P.kwargs) -> R:
@@ -46,7 +46,7 @@ def _records_interruption(verb: Callable[Concatenate["Engine", P], R]) -> Callab
         try:
             return verb(self, *args, **kwargs)
         except BaseException as error:
-            self.interruption.record_unless_shared(type(error), self.progress.committed)
+            self.interruption.leave(verb.__name__, error, self.progress.committed)
             raise
 
     return call  # type: ignore[return-value]  # mypy wants the name self of a Callable, which has none
@@ -110,9 +110,10 @@ class Engine:
         self._folding = Folding(self.owner.clipped, may_fold=built.progress.storage.in_grad)
         self._checked: Folds | None = None  # of the optimizers of the latest step()
         self._inventory, self._joinable = Inventory(built.parts, built.everything), joinable_in(built.parts)
-        self.interruption = Interruption(self.plan.group.size > 1)
+        self.interruption = Interruption(self.plan.group, self.progress.calls)
 
     @shielded
+    @_tells
     def measure(
         self, optimizers: Sequence[Optimizer] = (), only_theirs: bool = False, signals: Signals | None = None
     ) -> Report:
@@ -121,7 +122,7 @@ class Engine:
         return self.progress.preview(self._fault(), counted, signals).report
 
     @shielded
-    @_records_interruption
+    @_tells
     def clip_(
         self,
         optimizers: Sequence[Optimizer] = (),
@@ -147,7 +148,7 @@ class Engine:
         return report
 
     @shielded
-    @_records_interruption
+    @_tells
     def begin(
         self,
         optimizers: Sequence[Optimizer],
@@ -178,7 +179,7 @@ class Engine:
         return Stepping(outcome.report, outcome.skip is True, folds, coef, skip_on_device, scaler)
 
     @shielded
-    @_records_interruption
+    @_tells
     def decide(self, signals: Signals | None = None) -> Outcome:
         """Decide, and change nothing but the policy's state: :meth:`.decision.Outcome.apply_to` scales gradients later.
 
@@ -186,7 +187,7 @@ class Engine:
         """
         return self._advance((), self._folding.of(()), None, only_theirs=False, skips_on_device=False, signals=signals)
 
-    @_records_interruption  # and not shielded: the optimizers step in the modes of the caller; begin() is shielded
+    @_tells  # and not shielded: the optimizers step in the modes of the caller; begin() is shielded
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None, signals: Signals | None = None) -> Report:
         """See :meth:`Clipper.step`."""
         # 1. Check the optimizers, if they are not those of the latest step or not torch's own: a framework's proxy that
@@ -204,6 +205,7 @@ class Engine:
         return stepping.report
 
     @shielded
+    @_tells
     def verify(self) -> None:
         """See :meth:`Clipper.verify`."""
         refuse_join(self._joinable)

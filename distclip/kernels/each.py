@@ -75,7 +75,8 @@ def _add_squares(tensors: Sequence[Tensor], cuts: "array[int]", first: Sequence[
     groups: dict[torch.dtype, list[int]] = {}
     others: list[int] = []
     for k, tensor in enumerate(tensors):
-        readable = tensor.dtype in native.KINDS and type(tensor) in PLAIN and tensor.is_cpu and _in_row_order(tensor)
+        usual = tensor.dtype in native.KINDS and type(tensor) in PLAIN and tensor.is_cpu
+        readable = usual and _in_row_order(tensor, cuts[4 * k + 3])
         (groups.setdefault(tensor.dtype, []) if readable else others).append(k)
     for places in groups.values():
         theirs = array("Q", [number for k in places for number in cuts[4 * k : 4 * k + 4]])
@@ -88,11 +89,12 @@ def _all_contiguous(tensors: Sequence[Tensor]) -> bool:
     return set(map(type, tensors)) <= PLAIN and all(map(on_cpu, tensors)) and all(map(Tensor.is_contiguous, tensors))
 
 
-def _in_row_order(tensor: Tensor) -> bool:
-    """Whether its elements are side by side in memory, row after row, those of a row in any order."""
+def _in_row_order(tensor: Tensor, count: int) -> bool:
+    """Whether the elements of ``count`` rows are side by side in memory, row after row, those of a row in any order."""
     if tensor.is_contiguous():
         return True
-    return is_dense(tensor) and (len(tensor) == 1 or tensor.stride(0) * len(tensor) == tensor.numel())
+    along_first = count == len(tensor) and tensor.stride(0) * count == tensor.numel()
+    return is_dense(tensor) and (count == 1 or along_first)
 
 
 def _call(tensors: Sequence[Tensor], cuts: "array[int]", first: "array[int]", sums: Tensor) -> None:

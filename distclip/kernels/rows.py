@@ -42,7 +42,10 @@ def whole(tensor: Tensor) -> Cut:
 
 
 def rows_of(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> Iterator[Rows]:
-    """Yield the rows of each tensor, at most three times; none where there are no elements."""
+    """Yield the rows of each tensor; none where there are no elements.
+
+    At most three times, or as often as takes views of one that is not contiguous.
+    """
     first = 0
     for tensor, cut in zip(tensors, cuts, strict=True):
         at = first
@@ -57,7 +60,10 @@ def _matrices(tensor: Tensor, cut: Cut) -> Sequence[Tensor]:
         return (tensor.unsqueeze(0) if tensor.ndim else tensor.view(1, 1),)
     if not (cut.head or cut.tail) and cut.count == tensor.shape[0] and tensor.ndim > 1:
         return (tensor,)
-    assert tensor.is_contiguous(), "only flat tensors are cut within rows"
+    if not tensor.is_contiguous():
+        assert cut.head == cut.tail == 0, "only flat tensors are cut within rows"
+        inside = cut._replace(count=cut.count // len(tensor))  # rows have indices along more dimensions than the first
+        return [numbers for each in tensor.unbind() for numbers in _matrices(each, inside)]
     flat = tensor.view(-1)
     body = flat[cut.head : len(flat) - cut.tail]
     parts = [flat[: cut.head].view(1, -1), body.view(-1, cut.length or 1), flat[len(flat) - cut.tail :].view(1, -1)]

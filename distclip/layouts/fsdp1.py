@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from .outputs import layers_of, output_dims
 from .piece import Held, Piece, Spec
 
 
@@ -38,12 +39,13 @@ def held_by_fsdp1(module: FullyShardedDataParallel, prefix: str) -> Iterator[Hel
     handle = module._handle
     if handle is None:
         return
-    flat = handle.flat_param
+    flat, layers = handle.flat_param, layers_of(module)
     ranks = tuple(dist.get_process_group_ranks(handle.process_group)) if handle.uses_sharded_strategy else ()
     for i, info in enumerate(flat._shard_param_infos):
         extension = flat._param_extensions[i]  # the DTensorSpec of a parameter that was cut by tensor parallel before
         start, here = info.offset_in_shard or 0, info.numel_in_shard or 0
         holder = flat if flat._params is None else flat._params[i]
+        shape = flat._shapes[i] if extension is None else extension.shape
         piece = Piece(
             name=f"{prefix}{flat._fqns[i]}",
             shape=flat._sharded_size if flat._params is None else torch.Size([here]),  # as it is after a backward
@@ -51,18 +53,22 @@ def held_by_fsdp1(module: FullyShardedDataParallel, prefix: str) -> Iterator[Hel
             device=holder.device,
             is_dtensor=False,
             here=here,
-            global_shape=flat._shapes[i] if extension is None else extension.shape,
+            global_shape=shape,
             span=slice(start, start + here) if flat._params is None else None,
             spec=None if extension is None else Spec(extension.mesh, extension.placements),
             flat_over=ranks,
             flattened=flat._shapes[i],
-            start=(info.intra_param_start_idx or 0) if _is_row_major(flat, i) else None,
+            start=info.intra_param_start_idx or 0,
+            in_order=_in_order(flat, i),
+            row_dims=output_dims(layers[flat._param_infos[i].module], shape),
             aligned=not any(flat._param_extensions),  # tensor-parallel neighbours may have other sizes on other ranks
         )
         yield Held(piece, holder)
 
 
-def _is_row_major(flat: Any, i: int) -> bool:
-    """Whether parameter ``i`` was flattened row by row: FSDP1 flattens memory as it is, also that of a transpose."""
+def _in_order(flat: Any, i: int) -> int:
+    """How many first dimensions of parameter ``i`` are row-major: FSDP1 flattens memory as it is, also a transpose."""
     shape, strides = flat._shapes[i], flat._strides[i]
-    return flat._contiguities[i] or len(shape) < 2 or shape[0] * strides[0] == shape.numel()
+    if flat._contiguities[i]:
+        return len(shape)
+    return next((d for d, size in enumerate(shape) if strides[d] != shape[d + 1 :].numel() and size > 1), len(shape))

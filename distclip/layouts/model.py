@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..errors import LayoutError
 from .fsdp1 import held_by_fsdp1, is_flattened
 from .fsdp2 import managed_anywhere, managed_parameters
+from .outputs import layers_of, output_dims
 from .piece import Held, held_parameter, holders_of, once
 from .refusals import BY_ITS_PARAMETERS, not_a_module, optimizer_as_model, parameters_replaced, part_of_flat
 
@@ -134,12 +135,14 @@ def _held_in_part(part: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterato
         elif isinstance(module, DistributedDataParallel):
             hidden += module._module_parameters  # over tensor parallel it shows none of these after a forward
     names = {p: _clean(name) for name, p in part.named_parameters()}
+    layer = {p: owner for module, owner in layers_of(part).items() for _, p in module.named_parameters(recurse=False)}
     if isinstance(part, DistributedDataParallel):
         names = {p: name.removeprefix("module.") for p, name in names.items()}
     for parameter in dict.fromkeys([*names, *hidden]):
         if not is_flattened(parameter):
             name = names.get(parameter)
-            yield held_parameter(parameter, f"{prefix}{name}" if name else "", reduced=id(parameter) in managed)
+            dims = output_dims(layer[parameter], parameter.shape) if parameter in layer else (0,)
+            yield held_parameter(parameter, f"{prefix}{name}" if name else "", id(parameter) in managed, dims)
 
 
 def _clean(name: str) -> str:

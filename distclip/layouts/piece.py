@@ -38,8 +38,9 @@ class Piece:
     * ``spec``: DTensor placements, also if the holder is the plain local tensor of one.
     * ``flat_over``: global ranks among which the local tensor is cut once more, as FSDP1 does; empty for none.
     * ``flattened``: the shape of that local tensor, before FSDP1 made it flat; None for none.
-    * ``start``: the element of it, in row-major order, with which this piece begins; None if it was not flattened in
-      that order.
+    * ``start``: the element of it, in the order in which it was flattened, with which this piece begins; ``in_order``:
+      how many of its first dimensions are row-major in that order.
+    * ``row_dims``: the dimensions that number outputs of its layer, ascending; (0,) where no layer is known.
     * ``aligned``: replicas on other ranks are cut at the same places, so that they can be compared.
     * ``reduced``: the gradient comes already in the placements of ``spec``, as FSDP2 makes it.
     """
@@ -55,7 +56,9 @@ class Piece:
     spec: Spec | None = None
     flat_over: tuple[int, ...] = ()
     flattened: torch.Size | None = None
-    start: int | None = 0
+    start: int = 0
+    in_order: int = 0
+    row_dims: tuple[int, ...] = (0,)
     aligned: bool = True
     reduced: bool = False
 
@@ -78,7 +81,13 @@ class Held:
 
     @classmethod
     def whole(
-        cls, holder: Tensor, name: str, global_shape: torch.Size, spec: Spec | None = None, reduced: bool = False
+        cls,
+        holder: Tensor,
+        name: str,
+        global_shape: torch.Size,
+        spec: Spec | None = None,
+        reduced: bool = False,
+        row_dims: tuple[int, ...] = (0,),
     ) -> Self:
         """All that ``holder`` has on this rank is one piece."""
         piece = Piece(
@@ -91,6 +100,7 @@ class Held:
             global_shape=global_shape,
             spec=spec,
             reduced=reduced,
+            row_dims=row_dims,
         )
         return cls(piece, holder)
 
@@ -100,18 +110,19 @@ class Held:
         return values if self.piece.span is None else values[self.piece.span]
 
 
-def held_parameter(parameter: Tensor, name: str = "", reduced: bool = False) -> Held:
+def held_parameter(parameter: Tensor, name: str = "", reduced: bool = False, row_dims: tuple[int, ...] = (0,)) -> Held:
     """A parameter that is not cut by FSDP1. DDP over tensor parallel leaves ``_st_info`` (torch 2.13).
 
     [Note: a new sharding] in layouts/__init__.py.
     """
     if isinstance(parameter, DTensor):
         spec = Spec(parameter.device_mesh, parameter.placements)
-        return Held.whole(parameter, name, parameter.shape, spec, reduced)
+        return Held.whole(parameter, name, parameter.shape, spec, reduced, row_dims)
     hidden = getattr(parameter, "_st_info", None)
     if hidden is not None:
-        return Held.whole(parameter, name, hidden.shape, Spec(hidden.mesh, hidden.placements))
-    return Held.whole(parameter, name, parameter.shape)
+        spec = Spec(hidden.mesh, hidden.placements)
+        return Held.whole(parameter, name, hidden.shape, spec, row_dims=row_dims)
+    return Held.whole(parameter, name, parameter.shape, row_dims=row_dims)
 
 
 def held_gradient(gradient: Tensor) -> Held:

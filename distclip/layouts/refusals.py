@@ -61,10 +61,21 @@ def unknown_placement(name: str, placement: Placement) -> LayoutError:
 NO_ROWS = "; ask for statistics per parameter, or choose others by only="
 
 
-def flattened_by_columns(name: str) -> LayoutError:
+def flattened_in_another_order(name: str, dims: tuple[int, ...]) -> LayoutError:
+    if dims != tuple(range(len(dims))):
+        return LayoutError(
+            f"FSDP1 has flattened {name} row by row, and its rows are along dims {dims}, of which a rank has no view: "
+            f"use fully_shard, or say dims={{{name!r}: (0,)}}{NO_ROWS}"
+        )
     return LayoutError(
         f"FSDP1 has flattened {name} in another order than row by row, so which rows a rank has cannot be known: make "
         f"it contiguous before FullyShardedDataParallel(...){NO_ROWS}"
+    )
+
+
+def no_such_dim(name: str, shape: tuple[int, ...], dims: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"the rows of {name}, of shape {shape}, cannot be along dims {dims}: name dimensions it has, or ()"
     )
 
 

@@ -1,6 +1,7 @@
 """Rows: which rows of its parameter a piece holds, on every layout. No collective.
 
-A row is an index along dim 0 of a parameter of two dimensions or more; one of fewer is one row.
+A row is an index along some dimensions, the *row dims*, of a parameter of two dimensions or more; one of fewer is one
+row. Rows are numbered by these indices, that of the last dimension counting fastest.
 
 Private torch API, read in 2.13 and 2.6: ``_StridedShard.split_factor``.
 """
@@ -15,58 +16,87 @@ from torch import Tensor
 
 from ..kernels.rows import Cut
 from .piece import Piece, Spec, cuts
-from .refusals import flattened_by_columns, not_as_placed, placed_out_of_order, placed_two_ways
+from .refusals import flattened_in_another_order, no_such_dim, not_as_placed, placed_out_of_order, placed_two_ways
+
+Grid: TypeAlias = tuple[tuple[int, int], ...]
+"""Row dims, ascending, and their sizes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """The rows of one piece, in the order of its memory, which is row-major.
+    """The rows of one piece, in row-major order once its row dims are the first.
 
     * ``index``: (count,) int64 on the CPU, ascending: where each of them is in the whole parameter.
     * ``cut``: which elements of the piece are theirs.
-    * ``total``: rows of the whole parameter.
+    * ``grid``: the row dims of the whole parameter and their sizes; empty where it is one row.
     """
 
     index: Tensor
     cut: Cut
-    total: int
+    grid: Grid
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return tuple(dim for dim, _ in self.grid)
+
+    @property
+    def total(self) -> int:
+        """Rows of the whole parameter."""
+        return prod(size for _, size in self.grid)
 
 
-def rows_of(piece: Piece) -> Rows:
-    """The rows of which ``piece`` has elements. LayoutError where they cannot be known."""
+def rows_of(piece: Piece, dims: tuple[int, ...] | None = None) -> Rows:
+    """The rows of which ``piece`` has elements. LayoutError where they cannot be known.
+
+    ``dims``: the row dims, ascending; None for those of outputs. ValueError for one that the parameter has not.
+    """
     shape = piece.global_shape
-    if piece.start is None:
-        raise flattened_by_columns(piece.name)
-    if len(shape) < 2:
-        return _in(torch.zeros(1, dtype=torch.int64, device="cpu"), piece.start + piece.here, piece, total=1)
-    index, *others = (_along(piece, dim) for dim in range(len(shape)))
-    length = prod(map(len, others))
+    dims = piece.row_dims if dims is None else dims
+    if len(shape) < 2 or not dims:
+        here = min(piece.here, 1)
+        return Rows(torch.zeros(here, dtype=torch.int64, device="cpu"), Cut(0, piece.here, 0, here), ())
+    if dims[-1] >= len(shape):
+        raise no_such_dim(piece.name, tuple(shape), dims)
+    if piece.flattened is not None and not (are_first(dims) and len(dims) <= piece.in_order):
+        raise flattened_in_another_order(piece.name, dims)
+    along = [_along(piece, dim, of_rows=dim in dims) for dim in range(len(shape))]
+    index = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for dim in dims:
+        index = (index.view(-1, 1) * shape[dim] + along[dim]).flatten()
+    length = prod(len(each) for dim, each in enumerate(along) if dim not in dims)
     if len(index) * length != (piece.here if piece.flattened is None else piece.flattened.numel()):
         raise not_as_placed(piece.name)
-    return _in(index, length, piece, total=shape[0])
+    return _in(index, length, piece, tuple((dim, shape[dim]) for dim in dims))
 
 
-def _in(index: Tensor, length: int, piece: Piece, total: int) -> Rows:
+def are_first(dims: tuple[int, ...]) -> bool:
+    """Whether these are the first dimensions, so that rows are neighbours in row-major order."""
+    return dims == tuple(range(len(dims)))
+
+
+def _in(index: Tensor, length: int, piece: Piece, grid: Grid) -> Rows:
     """The rows of ``piece``, which is a part of a tensor with rows ``index`` of ``length`` elements each."""
-    assert piece.start is not None, "where it starts is known"
     if not piece.here:
-        return Rows(index[:0], Cut(0, length, 0, 0), total)
+        return Rows(index[:0], Cut(0, length, 0, 0), grid)
     first, last = piece.start // length, (piece.start + piece.here - 1) // length
     head = min(-piece.start % length, piece.here)
-    return Rows(index[first : last + 1], Cut(head, length, (piece.here - head) % length, last + 1 - first), total)
+    return Rows(index[first : last + 1], Cut(head, length, (piece.here - head) % length, last + 1 - first), grid)
 
 
 Step: TypeAlias = tuple[int, int, int]
 """One cut: the split factor of its placement, this rank's coordinate along the mesh axis, and the ranks along it."""
 
 
-def _along(piece: Piece, dim: int) -> Tensor:
-    """The indices along ``dim`` that this rank has, before FSDP1 cut them once more; int64, ascending."""
+def _along(piece: Piece, dim: int, of_rows: bool) -> Tensor:
+    """The indices along ``dim`` that this rank has, before FSDP1 cut them once more; int64, ascending.
+
+    ``of_rows``: it matters which, and not only how many.
+    """
     index = torch.arange(piece.global_shape[dim], device="cpu")
     if piece.spec is None:
         return index
     axes = list(_axes(piece.spec, dim, piece.global_shape))
-    if dim == 0 and any(bool((piece.spec.mesh.mesh.diff(dim=axis) < 0).any()) for axis in axes):
+    if of_rows and any(bool((piece.spec.mesh.mesh.diff(dim=axis) < 0).any()) for axis in axes):
         # torch 2.13 scatters in the order of a group's ranks, which is ascending, and reads placements in the mesh's.
         raise placed_out_of_order(piece.name)
     steps = [_step(piece.spec, axis) for axis in axes]

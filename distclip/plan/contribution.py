@@ -1,6 +1,6 @@
 """What this rank puts into the message: one sum of all its gradients, or one for each slot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -14,7 +14,7 @@ from ..kernels.transfer import sent
 from ..ranks.message import Scalar, root
 from .build import Plan
 from .measured import Norms
-from .slots import ByPiece, Slots, all_sums, chosen, local_sums, powers, rows_of_entries
+from .slots import ByPiece, Entries, Slots, all_sums, chosen, local_sums, powers
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,11 @@ def _of_gradients(
         mine = sum_over_replicas(local.runs, local.by_replicas, plan.p) if norms is None else _sum_of(plan, norms)
         return mine, norms, None
     slots = plan.slots
-    entries = {}
+    entries: Mapping[int, Entries] = {}
     if slots.cuts is not None:  # only these tell the rows of a sparse gradient
-        entries = rows_of_entries([local.instead.get(k, g) for k, g in enumerate(gradients)], plan.sources)
+        found = [local.instead.get(k, g) for k, g in enumerate(gradients)]
+        sparse = {k: g for k, g in enumerate(found) if g is not None and g.layout == torch.sparse_coo}
+        entries = slots.entries_of([sparse.get(source) for source in plan.sources]) if sparse else {}
     by_piece = ByPiece(local.parts(), local.indices, entries)
     sums, norms = _sums_and_norms(plan, slots, by_piece)
     vector = slots.vector(sums, plan.p)

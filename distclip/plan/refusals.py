@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 
 from ..errors import LayoutError, NonFiniteError, and_more
+from ..policies.statistic import Dims
 from ..report import Culprit
 
 SAY_WHERE = (
@@ -174,6 +175,17 @@ def unit_not_counted_once(name: str, times: float) -> LayoutError:
         f"the ranks that have a parameter {name} count its elements {times:.3g}x, so that it has no norm of its own: "
         "the layout must say how many ranks hold it under this name (a weight that stages share needs one name on all)"
     )
+
+
+def other_rows(one: Dims, other: Dims) -> ValueError:
+    return ValueError(
+        f"rows have one norm each, and two statistics want rows along different dimensions: {dict(one)} and "
+        f"{dict(other)}: give both the same dims"
+    )
+
+
+def no_parameter(field: str, pattern: str, parameters: Sequence[str]) -> ValueError:
+    return ValueError(f"no parameter matches {pattern!r} in {field}: choose among {and_more(parameters)}")
 
 
 def empty_group(name: str, patterns: Sequence[str], parameters: Sequence[str]) -> ValueError:

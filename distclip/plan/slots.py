@@ -6,8 +6,8 @@ policies/statistics.py.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import NamedTuple
+from math import inf, prod
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class Slots:
       None where the slots are those of groups.
     * ``here``: how this rank's local sums make up slots. ``slot_of_sum``: (local sums,) int64, where each goes.
     * ``per_piece``: how many local sums each piece has; ``of_pieces``: how these make up one for each piece; ``cuts``:
-      how the elements of a piece fall into rows, None where nobody asked for rows.
+      how the elements of a piece fall into rows, None where nobody asked for rows; ``along``: the row dims of each;
+      ``moves``: of pieces where others come before these.
     * ``weights``: (local sums,) float64, 1 / replicas of each; None where nothing is replicated.
     """
 
@@ -40,6 +41,8 @@ class Slots:
     per_piece: tuple[int, ...]
     of_pieces: Gather
     cuts: tuple[Cut, ...] | None
+    along: Sequence[Sequence[int]]
+    moves: Mapping[int, Sequence[int]]
     weights: Tensor | None
 
     @property
@@ -70,26 +73,68 @@ class Slots:
             return
         if len(indices) < len(self.per_piece) or entries:
             every = torch.split(own, list(self.per_piece))
-            found = [every[i].index_select(0, entries[i]) if i in entries else every[i] for i in indices]
+            found = [every[i].index_select(0, entries[i].rows) if i in entries else every[i] for i in indices]
             own = torch.cat(found) if found else own[:0]
-        scale_rows_(parts, self.cuts_of(by_piece), own)
+        scale_rows_(self.rows_first(by_piece), self.cuts_of(by_piece), own)
 
     def cuts_of(self, by_piece: "ByPiece") -> list[Cut]:
         """How each of the parts falls into rows, the entries of a sparse one into rows of their own."""
         assert self.cuts is not None
         parts, indices, entries = by_piece
-        return [_by_entry(part) if i in entries else self.cuts[i] for part, i in zip(parts, indices, strict=True)]
+        pairs = zip(parts, indices, strict=True)
+        return [entries[i].cut(part.numel()) if i in entries else self.cuts[i] for part, i in pairs]
+
+    def entries_of(self, sparse: Sequence[Tensor | None]) -> dict[int, "Entries"]:
+        """``sparse``: the gradient of each piece where that is sparse."""
+        return {i: Entries.of(g, self.along[i]) for i, g in enumerate(sparse) if g is not None}
+
+    def rows_first(self, by_piece: "ByPiece") -> Sequence[Tensor]:
+        """Views of the parts, whose rows are along the first dimensions."""
+        parts, indices, entries = by_piece
+        if not (self.moves or entries):
+            return parts
+        first = {**self.moves} | {i: each.first for i, each in entries.items()}
+        return [_moved(part, first[i]) if i in first else part for part, i in zip(parts, indices, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """Where the values of a sparse gradient are: ``rows`` of its piece, (rows of values,) int64.
+
+    ``first``: the dimensions of the values that have to come first, so that they fall into these.
+    """
+
+    rows: Tensor
+    first: Sequence[int]
+
+    @classmethod
+    def of(cls, gradient: Tensor, dims: Sequence[int]) -> Self:
+        """Those of a coalesced ``gradient`` with rows along ``dims``, some of which may be dense."""
+        indices, shape, sparse = gradient._indices(), gradient.shape, gradient.sparse_dim()
+        dense = [dim for dim in dims if dim >= sparse]
+        rows = indices.new_zeros(indices.shape[1])
+        for dim in dims[: len(dims) - len(dense)]:
+            rows = rows * shape[dim] + indices[dim]
+        if dense:
+            count = prod(shape[dim] for dim in dense)
+            rows = (rows.view(-1, 1) * count + torch.arange(count, device=rows.device)).flatten()
+        return cls(rows, (0, *(dim - sparse + 1 for dim in dense)))
+
+    def cut(self, elements: int) -> Cut:
+        """How that many values fall into rows."""
+        count = len(self.rows)
+        return Cut(0, elements // count if count else 0, 0, count)
 
 
 class ByPiece(NamedTuple):
     """Gradients piece by piece: the local tensors ``parts`` of the pieces ``indices``.
 
-    ``entries``: of the pieces whose gradients are sparse, the row of each entry, where sums are by rows.
+    ``entries``: of the pieces whose gradients are sparse, where sums are by rows.
     """
 
     parts: Sequence[Tensor]
     indices: Sequence[int]
-    entries: Mapping[int, Tensor]
+    entries: Mapping[int, Entries]
 
 
 def all_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
@@ -117,11 +162,11 @@ def local_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
         norms = local_norms(parts, p) if has_float64(parts[0].device) else norms_on_host(parts, p)
         return powers(norms, p)
     cuts = slots.cuts_of(by_piece)
-    sums = row_sums(parts, cuts, p)
+    sums = row_sums(slots.rows_first(by_piece), cuts, p)
     if not entries:
         return sums
     every = zip(indices, torch.split(sums, [cut.count for cut in cuts]), strict=True)
-    return torch.cat([_added(own, entries[i], slots.per_piece[i], p) if i in entries else own for i, own in every])
+    return torch.cat([_added(own, entries[i].rows, slots.per_piece[i], p) if i in entries else own for i, own in every])
 
 
 def chosen(numbers: Tensor, indices: Sequence[int]) -> Tensor:
@@ -137,19 +182,12 @@ def powers(norms: Tensor, p: float) -> Tensor:
     return norms if p == inf else norms.square() if p == 2 else norms.pow(p)
 
 
-def rows_of_entries(gradients: Sequence[Tensor | None], sources: Sequence[int]) -> dict[int, Tensor]:
-    """Of each piece whose gradient is sparse: the row of each of its entries, (entries,) int64."""
-    sparse = {k: g for k, g in enumerate(gradients) if g is not None and g.layout == torch.sparse_coo}
-    return {i: sparse[source]._indices()[0] for i, source in enumerate(sources) if source in sparse}
-
-
-def _by_entry(values: Tensor) -> Cut:
-    """The entries of a sparse gradient as rows of ``values``."""
-    return Cut(0, values[0].numel() if len(values) else 0, 0, len(values))
+def _moved(part: Tensor, first: Sequence[int]) -> Tensor:
+    return part.movedim(tuple(first), tuple(range(len(first)))) if part.numel() else part
 
 
 def _added(sums: Tensor, rows: Tensor, count: int, p: float) -> Tensor:
-    """What entries in these ``rows`` add up to, (count,): a row has several where more dimensions are sparse."""
+    """What those in these ``rows`` add up to, (count,): a row has several where other dimensions are sparse."""
     if p == inf:
         return sums.new_zeros(count).scatter_reduce_(0, rows, sums, "amax")  # index_reduce_ warns
     return sums.new_zeros(count).index_put_((rows,), sums, accumulate=True)  # on CUDA it sorts: in a fixed order

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from math import prod
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..kernels.transfer import sent
-from ..layouts.rows import Rows, rows_of
-from ..policies.statistics import LEVELS, Gather, Level, RowNames, Statistic, Units
+from ..layouts.rows import Grid, Rows, are_first, rows_of
+from ..policies.statistic import LEVELS, Dims, Statistic
+from ..policies.units import Gather, Level, RowNames, Units
 from ..ranks.connections import all_reduce
 from . import refusals
 from .build import Plan
@@ -28,22 +30,27 @@ class Parameter:
 
     * ``where``: which of those of this ``name``, as :class:`.layouts.layout.Replication` tells it; ``label``: what its
       unit is called.
-    * ``rows``: how many it has, 1 where nobody asked. ``size``: its elements, 0 where ranks have parts and none knows.
+    * ``grid``: dimensions that number its rows, and their sizes; empty where it is one row, or nobody asked for rows.
+    * ``size``: its elements, 0 where ranks have parts and none knows.
     """
 
     name: str
     where: str
-    rows: int
+    grid: Grid
     size: float
     label: str = ""
+
+    @property
+    def rows(self) -> int:
+        return prod(size for _, size in self.grid)
 
     def matches(self, pattern: str) -> bool:
         """Whether a group with this pattern has it."""
         return pattern in (self.name, self.label) or any(fnmatchcase(n, pattern) for n in (self.name, self.label))
 
 
-Others: TypeAlias = Sequence[tuple[str, str, int, float]]
-"""Name, ``where``, rows and size of the parameters of one rank that not all ranks know."""
+Others: TypeAlias = Sequence[tuple[str, str, Sequence[Sequence[int]], float]]
+"""Name, ``where``, grid and size of the parameters of one rank that not all ranks know."""
 
 
 def others_of(plan: Plan, asked: Sequence[Statistic]) -> Others:
@@ -51,7 +58,7 @@ def others_of(plan: Plan, asked: Sequence[Statistic]) -> Others:
     rows = _rows(plan, asked)
     mine = [_own(plan, i, rows) for i in range(len(plan.pieces))]
     others = [each for each, known in zip(mine, plan.known_to_all, strict=True) if not known]
-    return [(each.name, each.where, each.rows, each.size) for each in others]
+    return [(each.name, each.where, each.grid, each.size) for each in others]
 
 
 def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others]) -> Plan:
@@ -63,6 +70,7 @@ def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others])
     finest = max((each.per for each in asked), key=LEVELS.index)
     rows, by_parameter = _rows(plan, asked), finest in ("parameter", "row")
     table, places = _table(plan, rows, others)
+    _must_match(table, asked)
     groups = [patterns for each in asked for _, patterns in each.named]
     blocks = _by_parameter(table) if by_parameter else _by_groups(table, groups)
     slot_of_sum = _slots_of_sums(blocks, places, rows)
@@ -73,35 +81,49 @@ def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others])
         count=blocks.total,
         of_parameters=any(each.of == "parameter" for each in asked),
         units=Units(sum(each.size for each in table), {k: _sent(level, plan.device) for k, level in levels.items()}),
-        names=RowNames([each.label for each in table], [each.rows for each in table]) if by_parameter else None,
+        names=_row_names(table) if by_parameter else None,
         here=_sent_gather(_gather(slot_of_sum, blocks.total, len(slot_of_sum)), plan.device),
         slot_of_sum=sent(slot_of_sum, plan.device),
         per_piece=tuple(counts),
         of_pieces=Gather() if rows is None else Gather(None, sent(torch.tensor(counts), plan.device)),
         cuts=None if rows is None else tuple(each.cut for each in rows),
+        along=() if rows is None else tuple(each.dims for each in rows),
+        moves={} if rows is None else {i: each.dims for i, each in enumerate(rows) if not are_first(each.dims)},
         weights=None if plan.unweighted else sent(weights, plan.device),
     )
-    return plan.with_slots(slots, repr([(each.label, each.rows) for each in table]))
+    return plan.with_slots(slots, repr([(each.label, each.grid) for each in table]))
 
 
 # ---- the table ----------------------------------------------------------------------------------------------
 
 
 def _rows(plan: Plan, asked: Sequence[Statistic]) -> list[Rows] | None:
-    """Which rows each piece has, where some are asked for."""
-    return [rows_of(piece) for piece in plan.pieces] if any(each.per == "row" for each in asked) else None
+    """Which rows each piece has, where some are asked for; ValueError where these are along different dimensions."""
+    dims = list(dict.fromkeys(each.along for each in asked if each.per == "row"))
+    if len(dims) > 1:
+        raise refusals.other_rows(*dims[:2])
+    return [rows_of(piece, _dims(plan, i, dims[0])) for i, piece in enumerate(plan.pieces)] if dims else None
+
+
+def _dims(plan: Plan, index: int, by_pattern: Dims) -> tuple[int, ...] | None:
+    """The row dims that somebody named for this piece."""
+    return next((dims for pattern, dims in by_pattern if fnmatchcase(_name(plan, index), pattern)), None)
+
+
+def _name(plan: Plan, index: int) -> str:
+    """Without one it has a number, which all ranks that know it count alike."""
+    return plan.pieces[index].name or f"parameter {index}"
 
 
 def _own(plan: Plan, index: int, rows: Sequence[Rows] | None) -> Parameter:
-    """That of this piece. Without a name it has a number, which all ranks that know it count alike."""
+    """That of this piece."""
     where = plan.where[index]
     if where is None:
         raise refusals.unknown_replicas(plan.label(index))
     if rows is not None and plan.in_parts[index]:
         raise refusals.unknown_rows(plan.label(index))
-    name = plan.pieces[index].name or f"parameter {index}"
     size = 0.0 if plan.in_parts[index] else float(plan.pieces[index].size)
-    return Parameter(name, where, 1 if rows is None else rows[index].total, size)
+    return Parameter(_name(plan, index), where, () if rows is None else rows[index].grid, size)
 
 
 def _table(plan: Plan, rows: Sequence[Rows] | None, others: Sequence[Others]) -> tuple[list[Parameter], list[int]]:
@@ -112,9 +134,10 @@ def _table(plan: Plan, rows: Sequence[Rows] | None, others: Sequence[Others]) ->
     mine = [_own(plan, i, rows) for i in range(len(plan.pieces))]
     found = {(each.name, each.where): each for each, known in zip(mine, plan.known_to_all, strict=True) if known}
     for rank in others:
-        for name, where, count, size in rank:
-            same = found.setdefault((name, where), Parameter(name, where, count, size))
-            if (same.rows, same.size) != (count, size):
+        for name, where, listed, size in rank:
+            grid = tuple((dim, count) for dim, count in listed)
+            same = found.setdefault((name, where), Parameter(name, where, grid, size))
+            if (same.grid, same.size) != (grid, size):
                 raise refusals.units_differ(name, same.size, size)
     table, place = list(found.values()), {key: k for k, key in enumerate(found)}
     places = [place[each.name, each.where] for each in mine]
@@ -146,6 +169,12 @@ def _count(plan: Plan, table: Sequence[Parameter], places: Sequence[int]) -> Non
         if parameter.size and abs(size - parameter.size) > 0.5:
             raise refusals.unit_not_counted_once(parameter.label, size / parameter.size)
         parameter.size = float(round(size))
+
+
+def _must_match(table: Sequence[Parameter], asked: Sequence[Statistic]) -> None:
+    for pattern in dict.fromkeys(pattern for each in asked for pattern, _ in each.along):
+        if not any(fnmatchcase(each.name, pattern) for each in table):
+            raise refusals.no_parameter("dims", pattern, [each.label for each in table])
 
 
 # ---- slots --------------------------------------------------------------------------------------------------
@@ -212,11 +241,15 @@ def _level(table: Sequence[Parameter], blocks: _Blocks, level: Statistic) -> Lev
         return _groups(table, blocks, level, sizes)
     rows = sum(blocks.counts)  # where there are none, the slot that travels all the same is in no unit
     if level.per == "row":
-        names, of_slots = RowNames(labels, counts.tolist()), Gather(None if rows else torch.arange(0))
-        return Level(names, (sizes / counts).repeat_interleave(counts), of_slots, torch.arange(blocks.total))
+        each, of_slots = (sizes / counts).repeat_interleave(counts), Gather(None if rows else torch.arange(0))
+        return Level(_row_names(table), each, of_slots, torch.arange(blocks.total))
     units = torch.full((blocks.total,), len(table))
     units[:rows] = torch.arange(len(table)).repeat_interleave(counts)
     return Level(labels, sizes, _gather(units[:rows], len(table), blocks.total), units)
+
+
+def _row_names(table: Sequence[Parameter]) -> RowNames:
+    return RowNames([each.label for each in table], [each.rows for each in table], [each.grid for each in table])
 
 
 def _groups(table: Sequence[Parameter], blocks: _Blocks, level: Statistic, sizes: Tensor) -> Level:

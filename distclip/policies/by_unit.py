@@ -28,7 +28,7 @@ def labelled(policy: Policy, units: Units) -> dict[str, Any]:
     if "parameter" in needed:
         found["parameter"] = list(units.names("parameter"))
     if "row" in needed:
-        rows = units.names("row")
+        rows = units.names(needed["row"])
         assert isinstance(rows, RowNames)
         found |= {"row": list(rows.parameters), "rows": list(rows.counts)}
     return {"units": found} if found else {}
@@ -55,8 +55,8 @@ def in_order(policy: Policy, units: Units, state: State, orders: Mapping[str, Te
     return state
 
 
-def _levels(policy: Policy) -> set[str]:
-    return {each.per for each in policy.needs() if isinstance(each, Statistic)}
+def _levels(policy: Policy) -> dict[str, Statistic]:
+    return {each.per: each for each in policy.needs() if isinstance(each, Statistic)}
 
 
 def _moved(value: Tensor, longer: Tensor, order: Tensor) -> Tensor:

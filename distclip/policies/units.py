@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
-from typing import overload
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -51,13 +51,20 @@ class Gather:
         return places if self.order is None else self.order.index_select(0, places)
 
 
+Grid: TypeAlias = tuple[tuple[int, int], ...]
+"""How the rows of a parameter are numbered: dimensions, ascending, and their sizes; the last counts fastest."""
+
+
 class RowNames(Sequence[str]):
-    """Names of rows, made when they are asked for: there may be millions. ``parameters`` have ``counts`` rows each."""
+    """Names of rows, made when they are asked for: there may be millions. ``parameters`` have ``counts`` rows each.
 
-    __slots__ = ("_starts", "counts", "parameters")
+    They say what to write in Python to get at the row: ``weight[3]``, ``experts.w2[0, :, 5]``.
+    """
 
-    def __init__(self, parameters: Sequence[str], counts: Sequence[int]) -> None:
-        self.parameters, self.counts = parameters, counts
+    __slots__ = ("_grids", "_starts", "counts", "parameters")
+
+    def __init__(self, parameters: Sequence[str], counts: Sequence[int], grids: Sequence[Grid] = ()) -> None:
+        self.parameters, self.counts, self._grids = parameters, counts, grids
         self._starts = [0, *accumulate(counts)]
 
     def __len__(self) -> int:
@@ -76,8 +83,16 @@ class RowNames(Sequence[str]):
             return [self[k] for k in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         k = bisect_right(self._starts, index) - 1
-        name = self.parameters[k]
-        return name if self.counts[k] == 1 else f"{name}[{index - self._starts[k]}]"
+        name, grid = self.parameters[k], self._grids[k] if self._grids else ((0, self.counts[k]),)
+        return name if self.counts[k] == 1 else f"{name}[{_place(index - self._starts[k], grid)}]"
+
+
+def _place(row: int, grid: Grid) -> str:
+    places: dict[int, str] = {}
+    for dim, size in reversed(grid):
+        row, at = divmod(row, size)
+        places[dim] = str(at)
+    return ", ".join(places.get(dim, ":") for dim in range(max(places) + 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

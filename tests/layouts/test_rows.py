@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
 
 import distclip
 from distclip.kernels.each import row_sums
@@ -43,6 +44,17 @@ class Net(nn.Module):
             p.data = numbered(*p.shape)
 
 
+def row_of(place: int, shape: tuple[int, ...], dims: tuple[int, ...]) -> int:
+    """The row of the element at this place of the whole, without distclip."""
+    indices, row = [], 0
+    for size in reversed(shape):
+        indices.insert(0, place % size)
+        place //= size
+    for dim in dims if len(shape) > 1 else ():
+        row = row * shape[dim] + indices[dim]
+    return row
+
+
 def cut_into(rows: Rows, elements: int) -> list[int]:
     """The row of each element, as `Cut` describes it."""
     head, length, tail, count = rows.cut
@@ -52,27 +64,30 @@ def cut_into(rows: Rows, elements: int) -> list[int]:
     return [row for row, size in zip(rows.index.tolist(), sizes, strict=True) for _ in range(size)]
 
 
-def looked_at(listed: list[Held]) -> list[Found]:
+def looked_at(listed: list[Held], dims: tuple[int, ...] | None = None) -> list[Found]:
     found = []
     for item in listed:
-        rows, values = rows_of(item.piece), item.values().detach().flatten().tolist()
+        rows, first = rows_of(item.piece, dims), item.values().detach()
+        if first.ndim > 1:  # a view, as sums and scaling take it
+            first = first.movedim(rows.dims, tuple(range(len(rows.dims))))
+        values = first.flatten().tolist()
         assert rows.index.dtype == torch.int64
         assert rows.index.unique().tolist() == rows.index.tolist()
         pairs = list(zip(cut_into(rows, len(values)), map(int, values), strict=True))
-        sums = [sum(value**2 for at, value in pairs if at == row) for row in rows.index.tolist()]
-        assert row_sums([item.values().detach()], [rows.cut], 2.0).tolist() == sums
+        for p, power in ((2.0, 2), (1.0, 1)):
+            sums = [sum(value**power for at, value in pairs if at == row) for row in rows.index.tolist()]
+            assert row_sums([first], [rows.cut], p).tolist() == sums
         found.append((item.piece.name, tuple(item.piece.global_shape), rows.total, pairs))
     return found
 
 
-def check(results: list[list[Found]], copies: int | None = None) -> None:
+def check(results: list[list[Found]], copies: int | None = None, dims: tuple[int, ...] = (0,)) -> None:
     """Every element of every rank is in its row; together the ranks hold all of them, ``copies`` times."""
     held: dict[str, Counter[int]] = {}
     for found in results:
         for name, shape, total, pairs in found:
-            assert total == (shape[0] if len(shape) > 1 else 1)
-            length = prod(shape[1:]) if len(shape) > 1 else prod(shape)
-            assert [row for row, _ in pairs] == [value // length for _, value in pairs], name
+            assert total == (prod(shape[dim] for dim in dims) if len(shape) > 1 else 1)
+            assert [row for row, _ in pairs] == [row_of(value, shape, dims) for _, value in pairs], name
             held.setdefault(name, Counter(range(prod(shape)))).update(value for _, value in pairs)
             assert set(held[name]) == set(range(prod(shape))), name
     for name, values in held.items():
@@ -81,9 +96,9 @@ def check(results: list[list[Found]], copies: int | None = None) -> None:
         assert copies is None or times == {copies}, name
 
 
-def refusal(piece) -> str:
+def refusal(piece, dims: tuple[int, ...] | None = None) -> str:
     try:
-        return str(rows_of(piece))
+        return str(rows_of(piece, dims))
     except distclip.LayoutError as error:
         return str(error)
 
@@ -170,6 +185,117 @@ def cut_otherwise() -> tuple[int, str]:
 
 def test_a_dtensor_that_is_not_cut_as_its_placements_say_is_refused():
     assert all("another number of elements of weight than its placements say" in s for s in run_ranks(cut_otherwise, 2))
+
+
+# ---- rows along other dims ---------------------------------------------------------------------------------
+
+
+CUBES = [(4, 3, 5), (1, 6, 2), (7, 2, 3), (5, 8, 4)]
+DIMS = [(), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+
+
+def placed_along(shape: tuple[int, ...], placements: list, dims: tuple[int, ...]) -> list[Found]:
+    mesh = init_device_mesh("cpu", shape)
+    made = [distribute_tensor(numbered(*whole), mesh, placements) for whole in CUBES]
+    return looked_at([held_parameter(p, str(whole)) for p, whole in zip(made, CUBES, strict=True)], dims)
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize(
+    ("placements", "size"), [([Replicate()], 1), ([Shard(0)], 2), ([Shard(1)], 3), ([Shard(2)], 4)], ids=str
+)
+def test_rows_along_any_dims_of_a_dtensor(placements, size, dims):
+    check(run_ranks(placed_along, size, (size,), placements, dims), 1, dims)
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize(
+    "placements", [[Shard(0), Shard(1)], [Shard(2), Shard(1)], [Shard(1), Shard(1)], [Shard(2), Shard(0)]], ids=str
+)
+def test_rows_along_any_dims_of_a_dtensor_on_two_axes(placements, dims):
+    check(run_ranks(placed_along, 4, (2, 2), placements, dims), 1, dims)
+
+
+def matrices_along(size: tuple[int, ...], hidden: int) -> list[Found]:
+    """Tensor parallel inside FSDP2, whose rows are the inputs of a layer."""
+    mesh = init_device_mesh("cpu", size, mesh_dim_names=("dp", "tp"))
+    model = parallelize_module(Net(hidden), mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    return looked_at(held_in([model]), (1,))
+
+
+@pytest.mark.parametrize("hidden", [7, 8])
+@pytest.mark.parametrize("size", [(2, 2), (3, 2)], ids=str)
+def test_rows_along_dim_1_of_tensor_parallel_inside_fsdp2(size, hidden):
+    check(run_ranks(matrices_along, prod(size), size, hidden), None, (1,))
+
+
+class Outputs(nn.Module):
+    """Layers whose outputs are along other dims, parametrized ones among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.along = nn.ConvTranspose1d(3, 4, 2), nn.Conv1d(3, 4, 2)
+        self.embed, self.bilinear = nn.Embedding(7, 3), nn.Bilinear(2, 3, 4)
+        self.experts = nn.ParameterDict({"w": nn.Parameter(torch.zeros(4, 3, 5)), "b": nn.Parameter(torch.zeros(4, 3))})
+        self.images = nn.ConvTranspose2d(2, 3, 2)
+        self.normed = weight_norm(nn.Conv1d(3, 4, 2))
+        for p in self.parameters():
+            p.data = numbered(*p.shape)
+
+
+OUTPUTS = {
+    "up.weight": (1,),
+    "images.weight": (1,),
+    "experts.w": (0, 1),
+    **dict.fromkeys(["along.weight", "embed.weight", "bilinear.weight", "experts.b"], (0,)),
+    **dict.fromkeys([f"normed.parametrizations.weight.original{k}" for k in (0, 1)], (0,)),
+}
+
+
+def dims_in(how: str) -> dict[str, tuple[int, ...]]:
+    model: nn.Module = Outputs()
+    if how == "ddp":
+        model = DistributedDataParallel(model)
+    elif how == "fsdp2":
+        fully_shard(model)
+    elif how.startswith("fsdp1"):
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=how == "fsdp1")
+    elif how == "list":
+        model = nn.ParameterList(model.parameters())
+    return {item.piece.name: item.piece.row_dims for item in held_in([model]) if len(item.piece.global_shape) > 1}
+
+
+@pytest.mark.parametrize("how", ["plain", "ddp", "fsdp2", "fsdp1", "fsdp1 flat"])
+def test_rows_are_outputs_by_the_kind_of_their_layer(how):
+    for found in run_ranks(dims_in, 1 if how == "plain" else 2, how):
+        assert found == OUTPUTS
+
+
+def test_of_bare_parameters_those_of_three_dimensions_are_experts():
+    assert set(dims_in("list").values()) == {(0,), (0, 1)}
+
+
+def flat_along(dims: tuple[int, ...], orig: bool) -> list[Found] | str:
+    model = nn.ParameterList(nn.Parameter(numbered(*whole)) for whole in CUBES)
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=orig)
+    try:
+        return looked_at(held_in([wrapped]), dims)
+    except distclip.LayoutError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("orig", [True, False], ids=["orig", "flat"])
+@pytest.mark.parametrize("dims", [(), (0,), (0, 1), (0, 1, 2)], ids=str)
+def test_rows_along_first_dims_that_fsdp1_cuts_in_the_middle(dims, orig):
+    check(run_ranks(flat_along, 3, dims, orig), 1, dims)
+
+
+@pytest.mark.parametrize("dims", [(1,), (0, 2)], ids=str)
+def test_rows_along_other_dims_under_fsdp1_are_refused(dims):
+    for said in run_ranks(flat_along, 2, dims, True):
+        assert f"has flattened 0 row by row, and its rows are along dims {dims}, of which a rank has no view" in said
+        assert "say dims={'0': (0,)}" in said
 
 
 # ---- wrappers ----------------------------------------------------------------------------------------------
@@ -289,6 +415,7 @@ def transposed(channels_last: bool) -> str | list[Found]:
     (item,) = (item for item in held_in([wrapped]) if item.piece.name == "weight")
     if not channels_last:
         return refusal(item.piece)
+    assert "in another order than row by row" in refusal(item.piece, (0, 1))
     rows = rows_of(item.piece)
     return [
         (

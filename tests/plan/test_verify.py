@@ -382,9 +382,9 @@ ASKED = {
 }
 
 
-def one_row_further(piece):
+def one_row_further(piece, dims):
     """Rows as they are not: the first of those that a rank has is that of its neighbour."""
-    rows = rows_of(piece)
+    rows = rows_of(piece, dims)
     index = rows.index.clone()
     index[:1] -= int(piece.name == "blocks.0.1.weight" and dist.get_rank() == 1)
     return replace(rows, index=index)

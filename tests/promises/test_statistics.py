@@ -13,9 +13,10 @@ from torch import Tensor
 import distclip
 from distclip import Statistic
 from support import parallel
+from support.oracle import rows_in
 from support.parallel import EIGHT, FOUR, THREE, TWO, by_name, whole_values
 from support.ranks import run_ranks, same_bits
-from support.statistics import Recorder, both, expected, lengths, members, rows
+from support.statistics import Recorder, both, expected, lengths, members
 
 P = (1.0, 2.0, 3.0, inf)
 NAMED = [parallel.ep_named if layout is parallel.ep_plain else layout for layout in FOUR]
@@ -116,7 +117,7 @@ def slots(finest: str, values: Mapping[str, Tensor], names: Sequence[str]) -> in
     if finest == "group":
         chosen = [members([p] if isinstance(p, str) else p, names) for p in groups_of(names).values()]
         return len({tuple(name in group for group in chosen) for name in names})
-    return len(names) if finest == "parameter" else sum(len(rows(values[name])) for name in names)
+    return len(names) if finest == "parameter" else sum(len(rows_in(values[name])) for name in names)
 
 
 def errors(result: dict, layout) -> dict[tuple[str, str, float, str], float]:

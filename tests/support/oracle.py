@@ -17,6 +17,17 @@ def true_norm(tensors: Iterable[Tensor], p: float = 2.0) -> float:
     return largest * (vector / largest).pow(p).sum().item() ** (1 / p)
 
 
+def rows_in(tensor: Tensor, dims: Sequence[int] | None = None) -> list[Tensor]:
+    """Views of the rows of a whole tensor that is no weight of a convolution, or of those along ``dims``."""
+    if tensor.ndim < 2:
+        return [tensor]
+    dims = ((0, 1) if tensor.ndim == 3 else (0,)) if dims is None else dims
+    found = [tensor]
+    for k, dim in enumerate(sorted(dims)):
+        found = [each for part in found for each in part.unbind(dim - k)]
+    return found
+
+
 def whole_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Every gradient in full and copied: DTensors gathered, plain tensors as they are."""
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distclip import Decision, Statistic
-from support.oracle import true_norm
+from support.oracle import rows_in, true_norm
 
 
 @dataclass
@@ -61,10 +61,6 @@ def members(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     return [n for n, ns in both_names.items() if any(p in ns or any(fnmatchcase(x, p) for x in ns) for p in patterns)]
 
 
-def rows(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.unbind() if tensor.ndim > 1 else [tensor]
-
-
 def expected(statistic: Statistic, whole: Mapping[str, Tensor], names: Sequence[str], p: float) -> list[float]:
     """Its norms in the order of units: parameters of these ``names``."""
     nothing = torch.zeros(1)
@@ -78,4 +74,4 @@ def expected(statistic: Statistic, whole: Mapping[str, Tensor], names: Sequence[
         case "parameter":
             return [true_norm([whole.get(name, nothing)], p) for name in names]
         case "row":
-            return [true_norm([row], p) for name in names for row in rows(whole[name])]
+            return [true_norm([row], p) for name in names for row in rows_in(whole[name])]

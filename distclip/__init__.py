@@ -14,17 +14,24 @@ from .plan.source import find_source as find_source
 from .policies import (
     AutoClip as AutoClip,
     Chain as Chain,
+    Cosine as Cosine,
     Decision as Decision,
     MaxNorm as MaxNorm,
+    Normalize as Normalize,
     PerGroup as PerGroup,
     PerParameter as PerParameter,
     Policy as Policy,
+    QuantileTracker as QuantileTracker,
     Shadow as Shadow,
     Signal as Signal,
+    SkipSpikes as SkipSpikes,
+    Smooth as Smooth,
     Statistic as Statistic,
     Statistics as Statistics,
     Units as Units,
     ValueClip as ValueClip,
+    Warmup as Warmup,
+    ZClip as ZClip,
 )
 from .report import Report as Report
 

@@ -6,9 +6,15 @@ Sees reduced numbers and its own state, never a gradient. What a policy returns 
 from .autoclip import AutoClip as AutoClip
 from .chain import Chain as Chain
 from .max_norm import MaxNorm as MaxNorm
+from .normalize import Normalize as Normalize
 from .per_group import PerGroup as PerGroup
 from .per_parameter import PerParameter as PerParameter
 from .protocol import Decision as Decision, Policy as Policy, State as State
+from .quantile_tracker import QuantileTracker as QuantileTracker
+from .schedules import Cosine as Cosine, Warmup as Warmup
 from .shadow import Shadow as Shadow
+from .skip_spikes import SkipSpikes as SkipSpikes
+from .smooth import Smooth as Smooth
 from .statistics import Signal as Signal, Statistic as Statistic, Statistics as Statistics, Units as Units
 from .value_clip import ValueClip as ValueClip
+from .zclip import ZClip as ZClip

@@ -100,7 +100,7 @@ def spelled(value: Any, inside: tuple[int, ...] = ()) -> str:
             return f"[{', '.join(spelled(item, inside) for item in value)}]"
         case Mapping():
             return f"{{{', '.join(f'{spelled(k, inside)}: {spelled(v, inside)}' for k, v in value.items())}}}"
-        case Policy() if id(value) not in inside:
+        case _ if (isinstance(value, Policy) or is_dataclass(value)) and id(value) not in inside:
             names = [f.name for f in fields(value)] if is_dataclass(value) else sorted(getattr(value, "__dict__", ()))
             held = (f"{name}={spelled(getattr(value, name), (*inside, id(value)))}" for name in names)
             return f"{type(value).__qualname__}({', '.join(held)})"

@@ -25,6 +25,21 @@ def finite(name: str, value: float) -> float:
     return number
 
 
+def share(name: str, value: float) -> float:
+    """``value`` as a float above 0 and below 1; ValueError for anything else."""
+    number = _number(name, value)
+    if not 0 < number < 1:
+        raise ValueError(f"{name} must be above 0 and below 1, got {value!r}")
+    return number
+
+
+def whole(name: str, value: int, least: int = 1) -> int:
+    """``value``; ValueError if it is no int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
 def bounds(name: str, value: float | tuple[float, float]) -> tuple[float, float]:
     """(low, high) from a number c > 0, meaning (-c, c), or from a pair on both sides of 0, one of which may be 0."""
     if isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Clipping by a fixed bound on the global norm (Mikolov 2012; Pascanu, Mikolov and Bengio, ICML 2013)."""
+"""Clipping by a bound on the global norm (Mikolov 2012; Pascanu, Mikolov and Bengio, ICML 2013)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 
 from .checks import positive
 from .protocol import Decision, State
+from .schedules import Schedule
 from .statistics import Statistic, Statistics, Units
 from .trust import trusted
 
@@ -17,7 +18,11 @@ class MaxNorm:
     """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))``.
 
     ``max_norm``: a number above 0, in the unit of the gradients; ``inf`` only measures. (torch accepts 0, which
-    zeroes every gradient; here it is a ValueError.)
+    zeroes every gradient; here it is a ValueError.) Or a schedule: :class:`Warmup`, :class:`Cosine`, or a function of
+    how many steps were made, a 0-d int64 tensor, that returns such a number or a 0-d tensor. On an accelerator a Python
+    ``if`` on that tensor is a host sync: write ``torch.where``.
+
+    State: none; with a schedule ``step``, 0-d int64, the number of steps whose norm was finite.
 
     >>> MaxNorm(1.0)
     MaxNorm(max_norm=1.0)
@@ -27,16 +32,20 @@ class MaxNorm:
     ValueError: max_norm must be above 0 (inf measures only), got 0
     """
 
-    max_norm: float
+    max_norm: float | Schedule
 
     def __post_init__(self) -> None:
-        positive("max_norm", self.max_norm, "inf measures only")
+        if not callable(self.max_norm):
+            positive("max_norm", self.max_norm, "inf measures only")
 
     def needs(self) -> Sequence[Statistic]:
         return ()
 
     def init(self, units: Units, device: torch.device) -> State:
-        return {}
+        return {"step": torch.zeros((), dtype=torch.int64, device=device)} if callable(self.max_norm) else {}
 
     def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
-        return Decision(float(self.max_norm)), state
+        if not callable(self.max_norm):
+            return Decision(float(self.max_norm)), state
+        made = state["step"] + statistics.norm("model").isfinite()
+        return Decision(self.max_norm(state["step"])), {"step": made}

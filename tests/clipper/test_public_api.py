@@ -41,7 +41,7 @@ SIGNATURES = {
     "Report": "(norm, max_norm, coef, skip, culprit=None, norms=<factory>, extra=<factory>)",
     "Report.to_dict": "(self)",
     "Statistic": "(per='model', of='gradient', groups=())",
-    "Shadow": "(acting, **others)",
+    "Shadow": "(acting, /, **others)",
     "Signal": "(name)",
     "SkipSpikes": "(max_norm=inf, sigma=6.0, window=128, patience=16, on=('norm',))",
     "Smooth": "(max_norm)",

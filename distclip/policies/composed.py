@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import inf, nan
+from operator import or_
 from typing import Any, TypeAlias
 
 import torch
@@ -142,7 +143,7 @@ def any_of(skips: Iterable[Skip]) -> Skip:
     """Whether one of them skips, which of several units is whether one of them does; None if none ever does."""
     found = [skip.any() if isinstance(skip, Tensor) and skip.dim() else skip for skip in skips if skip is not None]
     tensors = [skip for skip in found if isinstance(skip, Tensor)]
-    return True if len(tensors) < len(found) else reduce(torch.logical_or, tensors) if tensors else None
+    return True if len(tensors) < len(found) else reduce(or_, tensors) if tensors else None
 
 
 def kept(before: State, after: State, skip: Skip, own: Skip) -> State:
@@ -155,7 +156,7 @@ def kept(before: State, after: State, skip: Skip, own: Skip) -> State:
         return after
     if skip is True and own is None:
         return before
-    others = skip if own is None else torch.logical_and(~own, skip)  # type: ignore[arg-type]
+    others = skip if own is None else ~own & skip
     return {name: _where(others, before[name], value) for name, value in after.items()}
 
 

@@ -47,7 +47,7 @@ def take_over(
     Returns the Clipper, for ``report``, ``culprit`` and ``state_dict``; its ``clip_`` and ``step`` raise
     RuntimeError. ``engine.get_global_grad_norm()`` is the norm before clipping. One all-reduce a step, of two float64
     numbers, under ZeRO of four (more with ``watch``, or where ``policy`` needs more), and a host sync. Gradients are
-    scaled in fp32 wherever DeepSpeed steps fp32 copies.
+    scaled in fp32 wherever DeepSpeed steps fp32 copies, but by unit in their own dtype.
 
     * A skipped step counts in ``engine.skipped_steps`` and changes neither parameters nor optimizer nor LR scheduler.
       Only a norm that is not finite lowers a loss scale.
@@ -137,7 +137,7 @@ class Takeover:
     def _decide(self) -> None:
         """Measure, decide, and scale what DeepSpeed will not pass to :meth:`Step.finish`. Keeps no gradient alive."""
         step = self._step
-        outcome = self._clipping.decide()
+        outcome = self._clipping.decide().scaled_by_unit()  # DeepSpeed passes flat buffers, in which no unit shows
         step.outcome = outcome.without_gradients()
         if not hasattr(self._optimizer, "unscale_and_clip_grads"):
             step.finish(outcome.gradients)

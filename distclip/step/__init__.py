@@ -11,7 +11,7 @@ change in a minor version, which CHANGELOG.md then says.
 * ``optimizers.fused.Stepping``, which ``begin`` returns: ``step`` steps an optimizer, or does not; ``around`` is what
   its step runs inside where someone else calls it, unless it is ``skipped``.
 * ``step.decision.Outcome``, which ``decide`` returns: ``report`` and ``skip``; ``apply_to`` scales what it is handed,
-  for example its ``gradients``; ``without_gradients`` may be kept.
+  for example its ``gradients``, and takes other tensors after ``scaled_by_unit``; ``without_gradients`` may be kept.
 * ``step.driver.Driver`` and ``Clipper.of``: the Clipper that the user gets, and what its methods then do;
   ``Clipper.engine``.
 * ``gradients.storage.Storage``: gradients that are not in ``grad``.

@@ -77,6 +77,17 @@ class Outcome:
         """The same, but it keeps no gradient alive."""
         return replace(self, measured=self.measured.without_gradients())
 
+    def scaled_by_unit(self) -> "Outcome":
+        """The same once :meth:`apply_to` may be handed other tensors than ``gradients``, such as one flat buffer.
+
+        Where units have factors of their own, ``gradients`` are scaled and clamped now, and rounded to their dtype;
+        what is left is to unscale them.
+        """
+        if not self.by_slot:
+            return self
+        self.apply_to(self.gradients)
+        return replace(self, by_slot=(), clamp=None)
+
     @shielded
     def apply_to(self, gradients: Sequence[Tensor], unscale: bool = False) -> None:
         """Scale and clamp ``gradients`` in place; nothing if the step is skipped.

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import Clipper, Decision, Statistic
+from distclip.gradients.storage import Storage
 from distclip.step.engine import Engine
 from support.oracle import same_tensors
+from support.ranks import same_bits
 
 GROUPS = Statistic("group", groups={"first": "0", "third": "2"})
 SHAPES = ((4, 3), (5,), (2, 3, 2))
@@ -279,3 +281,19 @@ def test_a_model_without_elements_has_units_without_numbers(clipper_of, shapes, 
     assert (report.norm.item(), report.coef.item()) == (0.0, 1.0)
     units = len(shapes) if per == "parameter" else 0
     assert clipper.state_dict()["policy"]["decided"].tolist() == [1.0] * units
+
+
+@ROADS
+@pytest.mark.parametrize("per", ["parameter", "row"])
+def test_gradients_behind_a_loss_scale_are_scaled_by_unit_before_a_buffer_of_all_is_unscaled(per, decides_on_device):
+    model, plain = model_of(), model_of()
+    policy = answers(per, max_norm=0.1, bounds=(-0.02, 0.03))
+    buffer = torch.cat([p.grad.flatten() for p in model]).mul_(64.0)
+    views = [part.view(p.shape) for part, p in zip(buffer.split([p.numel() for p in model]), model, strict=True)]
+    storage = Storage(lambda: views, views.__setitem__, scale=lambda: 64.0)
+    outcome = Engine(model, policy, gradients=storage, decides_on_device=decides_on_device).decide()
+    settled = outcome.scaled_by_unit().without_gradients()
+    settled.apply_to([buffer], unscale=True)
+    assert same_bits([settled.report.coef, outcome.report.coef])
+    Clipper(plain, policy).clip_()
+    torch.testing.assert_close(buffer, torch.cat([p.grad.flatten() for p in plain]), rtol=1e-6, atol=1e-9)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import distclip
+from support.own_policy import OwnRunningMean
 from support.ranks import count_collectives
 
 STEPS = 10
@@ -139,11 +140,13 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 # ---- one process -------------------------------------------------------------------------------------------
 
 
-def alone(policy: Any, nan_at: int | None = None, branches: Callable[[int], bool] = bool) -> dict[str, Any]:
+def alone(
+    policy: Any, nan_at: int | None = None, branches: Callable[[int], bool] = bool, watch: Any = None
+) -> dict[str, Any]:
     """The same global batches in one process, clipped by a plain Clipper."""
     model = build()
     optimizer = sgd(model)
-    clipper = distclip.Clipper(model, policy)
+    clipper = distclip.Clipper(model, policy, watch=watch)
     reports = []
     for step in range(STEPS):
         model.branches = branches is bool or branches(step)
@@ -276,12 +279,17 @@ def masters_of(engine: Any) -> list[Tensor]:
     return [safe_get_full_fp32_param(p).clone() for p in engine.module.parameters() if p.requires_grad]
 
 
+class OfRows(OwnRunningMean):
+    def needs(self) -> tuple[distclip.Statistic]:
+        return (distclip.Statistic("row"),)
+
+
 # ---- cases -------------------------------------------------------------------------------------------------
 
 
-def train(case: Case, policy: Any, nan_at: int | None = None) -> dict[str, Any]:
+def train(case: Case, policy: Any, nan_at: int | None = None, watch: Any = None) -> dict[str, Any]:
     engine = engine_of(case.config, accumulate=case.accumulate)
-    clipper = taken(engine, policy)
+    clipper = taken(engine, policy, watch=watch)
     reports, norms, true, unchanged, culprit = [], [], [], None, None
     for step in range(STEPS):
         feed(engine, step, case.accumulate, spoil=step == nan_at)
@@ -603,6 +611,8 @@ def refusals() -> dict[str, str]:
         "propagate": told(lambda: take_over(engine_of(zero(0) | BF16), BOUND, nonfinite="propagate")),
         "muon": told(lambda: take_over(muon(), BOUND)),
         "deepcompile": unsupported({"compile": {"deepcompile": True}}),
+        "rows": told(lambda: taken(engine_of(zero(2)), OfRows())),
+        "patterns": told(lambda: taken(engine_of(zero(2)), watch={"a": "nowhere.*"})),
     }
     silent = {name: value for name, value in BASE.items() if name != "gradient_clipping"}
     model = build()
@@ -647,6 +657,7 @@ def launch(names: Sequence[str], odd: bool, folder: str) -> dict[Any, Any]:
             for options in offloads:
                 key, config = f"{stage} offloaded" if options else str(stage), zero(stage, **options)
                 attempt((key, "ValueClip"), train, Case(config), distclip.ValueClip(0.1))
+                attempt((key, "by unit"), train, Case(config), OwnRunningMean(), None, "parameters")
                 attempt((key, "branching"), branching, config)
                 attempt((key, "branching, NaN"), branching, config, NAN_AT)
                 attempt((key, "by halves"), by_halves, config)
@@ -654,6 +665,7 @@ def launch(names: Sequence[str], odd: bool, folder: str) -> dict[Any, Any]:
                 attempt((key, "skipping"), skipping, config)
                 attempt((key, "caught"), caught, config)
                 attempt((key, "collectives"), collectives, config)
+            attempt((f"{stage} bf16", "by unit"), train, Case(zero(stage) | BF16), OwnRunningMean(), None, "parameters")
             attempt((str(stage), "scaled in fp32"), scaled_in_fp32, zero(stage) | BF16)
             if stage == 1:
                 attempt(("1, fp32 sums", "scaled in fp32"), scaled_in_fp32, zero(1) | BF16 | FP32_SUMS)

@@ -13,6 +13,7 @@ import torch
 import distclip
 from integrations import deepspeed_runs as runs
 from integrations.launches import once
+from support.own_policy import OwnRunningMean
 from support.ranks import run_ranks, same_bits
 
 if find_spec("deepspeed") is None:  # importing it patches torch: only the ranks do
@@ -121,6 +122,20 @@ def test_values_are_clipped_on_the_partitions(launched, alone, place):
     found, expected = launched(2, (place, "ValueClip"))[0], alone(runs.by_hand, clamp)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
     close(found["parameters"], expected["parameters"])
+
+
+@pytest.mark.parametrize("place", [*PLACES, "0 bf16", "1 bf16", "2 bf16", "3 bf16"])
+def test_a_policy_by_unit_bounds_each_parameter_whatever_holds_its_parts(launched, alone, place):
+    ranks, bf16 = launched(2, (place, "by unit")), "bf16" in place
+    expected = alone(runs.alone, OwnRunningMean(), None, bool, "parameters")
+    for key in ("reports", "parameters"):
+        assert same_bits([rank[key] for rank in ranks])
+    found = ranks[0]
+    assert sum(report["coef"] < 0.9 for report in found["reports"]) > 5
+    for mine, theirs in zip(found["reports"], expected["reports"], strict=True):
+        assert theirs.keys() - mine.keys() == {"norm/frozen.weight"}  # which no optimizer holds
+        assert mine == pytest.approx({name: theirs[name] for name in mine}, rel=3e-2 if bf16 else 1e-6)
+    close(found["parameters"], expected["parameters"], atol=1e-2 if bf16 else 1e-6)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -240,6 +255,8 @@ def test_experts_count_once(launched, stage, split):
         ("default", "1.0, nothing, 0.0"),
         ("propagate", "NotImplementedError: take_over does not support nonfinite='propagate' with FP16_Unfused"),
         ("muon", "NotImplementedError: take_over does not support Muon"),
+        ("rows", "LayoutError: layout= says that ranks hold parts of "),
+        ("patterns", "ValueError: the group 'a' is empty, no parameter matches 'nowhere.*'"),
         ("deepcompile", 'NotImplementedError: take_over does not support "compile": {"deepcompile": true}'),
         ("autocast", 'NotImplementedError: take_over does not support "torch_autocast" in float16'),
         ("mpu", "NotImplementedError: take_over does not support ranks that hold different parts of the model (mpu"),

@@ -27,7 +27,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {  # the answer, and how the error 
     "bound of NaN": ({"max_norm": [1, nan, 1, 1]}, "max_norm = nan for 1 (unit 1 of 4)"),
     "bound of 0": ({"max_norm": [1, 1, 0, 1]}, "max_norm = 0.0 for 2 (unit 2 of 4)"),
     "bound below 0": ({"max_norm": [1, 1, 1, -2]}, "max_norm = -2.0 for 3 (unit 3 of 4)"),
-    "coefficient of 2": ({"coef": [2, 1, 1, 1]}, "coef = 2.0 for 0 (unit 0 of 4)"),
+    "coefficient of inf": ({"coef": [inf, 1, 1, 1]}, "coef = inf for 0 (unit 0 of 4)"),
     "coefficient of 0": ({"coef": [1, 1, 1, 0]}, "coef = 0.0 for 3 (unit 3 of 4)"),
     "bound of a group": ({"max_norm": [1, nan], "per": APART}, "max_norm = nan for b (unit 1 of 2)"),
     "bound of the last row": (

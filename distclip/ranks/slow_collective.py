@@ -12,7 +12,7 @@ from . import refusals
 from .roll_call import LOOK, Roll, awaited, within
 
 LONG = 30  # looks after which a warning says for whom a rank waits
-HOPE = 2  # looks at a rank that has stopped: it may have caught what it raised, and be about to go on
+HOPE = 30  # looks at a rank that has stopped: it may have caught that, to go on or to load a state on all ranks
 LATE = 0.5  # of the longest wait: who waited less joined late
 PATIENCE = 3.0  # seconds for the others' collective to fail too
 

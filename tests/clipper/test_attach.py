@@ -10,6 +10,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 
 import distclip
 from support.layouts import backward, build, ddp, ddp_bucket_view, fsdp2
+from support.own_policy import OwnRunningMean
 from support.ranks import count_collectives, run_ranks, same_bits
 
 STEPS = 12
@@ -22,7 +23,12 @@ OPTIMIZERS = {
     "sgd": lambda parameters: SGD(parameters, lr=0.05, momentum=0.9),
     "adagrad": lambda parameters: Adagrad(parameters, lr=0.05),
 }
-POLICIES = {"max_norm": BOUND, "autoclip": distclip.AutoClip(percentile=40), "value": distclip.ValueClip(0.01)}
+POLICIES = {
+    "max_norm": BOUND,
+    "autoclip": distclip.AutoClip(percentile=40),
+    "value": distclip.ValueClip(0.01),
+    "by unit": OwnRunningMean(),
+}
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,7 @@ import distclip
 from distclip import AutoClip, Decision, MaxNorm, ValueClip
 from distclip.integrations.lightning import ClipGradients, FabricClipper
 from support.layouts import ROWS, batch, build
+from support.own_policy import OwnRunningMean
 
 STEPS = 12
 BOUND = 1.25  # between the norms of the run
@@ -59,6 +60,7 @@ class SkipThird:
 POLICIES = {
     "max_norm": MaxNorm(BOUND),
     "autoclip": AutoClip(50),
+    "by_unit": OwnRunningMean(),
     "value": ValueClip(0.05),
     "skip_third": SkipThird(),
     "none": MaxNorm(inf),
@@ -483,7 +485,7 @@ def fabric_fit(case, folder=None):
 
 def fabric_fits(cases, folder):
     quiet()
-    return [fabric_fit(case) for case in cases], [fabric_fit(case, folder) for case in cases[:3]]
+    return [fabric_fit(case) for case in cases], [fabric_fit(case, folder) for case in cases[:4]]
 
 
 # ---- many in one launch --------------------------------------------------------------------------------------

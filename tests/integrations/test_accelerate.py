@@ -18,6 +18,7 @@ import distclip
 from distclip import AutoClip, Decision, MaxNorm, ValueClip
 from integrations.launches import once
 from support.layouts import ROWS, batch, build
+from support.own_policy import OwnRunningMean
 from support.ranks import run_ranks, same_bits
 
 accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'distclip[accelerate]'")
@@ -30,7 +31,12 @@ from distclip.integrations.accelerate import Accelerator  # noqa: E402
 STEPS = 12
 BOUND = 1.25  # between the norms of the run
 BAD = 5  # the step whose loss is NaN on rank 1
-POLICIES = {"max_norm": MaxNorm(BOUND), "autoclip": AutoClip(50), "value": ValueClip(0.05)}
+POLICIES = {
+    "max_norm": MaxNorm(BOUND),
+    "autoclip": AutoClip(50),
+    "value": ValueClip(0.05),
+    "by unit": OwnRunningMean(),
+}
 
 
 class SkipOdd:
@@ -79,7 +85,7 @@ def alone(policy, accumulated=1, bad=None):
                 p.grad.mul_(min(1.0, BOUND / (norm.item() + 1e-6)))
             elif policy == "value":
                 p.grad.clamp_(-0.05, 0.05)
-        if policy == "autoclip":
+        if policy in ("autoclip", "by unit"):
             clipper.clip_()
         if norm.isfinite():
             optimizer.step()
@@ -151,7 +157,8 @@ def whole(model):
 
 def train(make, policy, how, accumulated=1, bad=None):
     accelerator, model, optimizer = make(gradient_accumulation_steps=accumulated)
-    clipper = accelerator.clipper(model, POLICIES[policy]) if how == "clipper" else None
+    watch = "parameters" if policy == "by unit" else None
+    clipper = accelerator.clipper(model, POLICIES[policy], watch=watch) if how == "clipper" else None
     norms, skipped = [], []
     for micro in range(STEPS * accumulated):
         with accelerator.accumulate(model):
@@ -160,7 +167,9 @@ def train(make, policy, how, accumulated=1, bad=None):
                 if make is fsdp2:
                     reduce_ignored(model)
                 if clipper is not None:
-                    norms.append(clipper.clip_().norm.item())
+                    report = clipper.clip_()
+                    watched = torch.stack([*report.norms.values()]).norm() if watch else report.norm
+                    norms.append(watched.item())
                 elif policy == "value":
                     norms.append(distclip.clip_grad_norm_(accelerator._models, inf).item())
                     accelerator.clip_grad_value_(model.parameters(), 0.05)
@@ -173,12 +182,12 @@ def train(make, policy, how, accumulated=1, bad=None):
     return norms, skipped, whole(model)
 
 
-def resume(folder):
+def resume(folder, policy):
     """The decisions of six steps after a checkpoint, in the run that made it and in one that loads it."""
 
     def start():
         accelerator, model, optimizer = ddp()
-        return accelerator, model, optimizer, accelerator.clipper(model, AutoClip(25))
+        return accelerator, model, optimizer, accelerator.clipper(model, policy)
 
     def go_on(run, steps):
         accelerator, model, optimizer, clipper = run
@@ -399,7 +408,7 @@ def everything(folder):
         for layout in (ddp, fsdp2)
         for policy in POLICIES
         for how in ("function", "clipper")
-        if (policy, how) != ("autoclip", "function")
+        if how == "clipper" or policy in ("max_norm", "value")
     }
     runs["fsdp1", "max_norm", "function"] = train(fsdp1, "max_norm", "function")
     runs["fsdp1 originals", "max_norm", "function"] = train(partial(fsdp1, True), "max_norm", "function")
@@ -409,7 +418,7 @@ def everything(folder):
         "runs": runs,
         "accumulated": {how: train(ddp, "max_norm", how, accumulated=2) for how in ("function", "clipper")},
         "bad": {make.__name__: train(make, "autoclip", "clipper", bad=BAD) for make in (ddp, fsdp2)},
-        "resumed": resume(folder),
+        "resumed": [resume(folder, AutoClip(25)), resume(f"{folder}/by unit", OwnRunningMean())],
         "schedule": schedule(),
         "scaled": [scaled(None, False), scaled(None, True), scaled(MaxNorm(0.5), False), scaled(SkipOdd(), False)],
         "two scaled": two_scaled(),
@@ -504,9 +513,11 @@ def test_a_prepared_scheduler_waits_with_a_skipped_step(ranks):
 
 def test_a_resumed_run_decides_as_the_one_that_went_on(ranks):
     for each in ranks:
-        expected, resumed = each["resumed"]
-        assert resumed == expected
-        assert resumed[0]["max_norm"] != resumed[0]["norm"], "the first bound of an AutoClip that starts anew"
+        for expected, resumed in each["resumed"]:
+            assert resumed == expected
+        (_, by_all), (_, by_unit) = each["resumed"]
+        assert by_all[0]["max_norm"] != by_all[0]["norm"], "the first bound of an AutoClip that starts anew"
+        assert any(decision["coef"] < 1 for decision in by_unit)
 
 
 def test_gradients_are_unscaled_first_and_skips_reach_the_scaler(ranks):

@@ -28,11 +28,13 @@ FITS = [
     *(Case(layout, "skip_third", optimizer) for layout, optimizer in (("ddp", "fused"), ("fsdp1", "sgd"))),
     *(Case(layout, manual=True, optimizer="sgd") for layout in ("ddp", "fsdp2")),
     *(Case(layout, validate=True) for layout in ("ddp", "fsdp1", "fsdp2")),
+    *(Case(layout, "by_unit") for layout in ("ddp", "fsdp1", "tp")),
     Case(scaled=True, bad=5),
     Case(scaled=True, corrupt=5),
     Case(policy="skip_third", scaled=True),
 ]
 LOOPS = [
+    Case("fsdp2", "by_unit"),
     Case("fsdp2", "autoclip"),
     Case("ddp", "autoclip"),
     Case("fsdp1", "autoclip"),
@@ -42,7 +44,10 @@ LOOPS = [
     Case("ddp", optimizer="fused", scaled=True, bad=5),
     Case("ddp", "skip_third", scaled=True),
 ]
-RESUMED = [(layout, policy) for layout in ("ddp", "fsdp1", "fsdp2") for policy in ("autoclip", "max_norm")]
+RESUMED = [
+    *((layout, policy) for layout in ("ddp", "fsdp1", "fsdp2") for policy in ("autoclip", "max_norm")),
+    ("fsdp2", "by_unit"),
+]
 EXACT = {"rel": 1e-6, "nan_ok": True}
 
 
@@ -195,7 +200,7 @@ def test_a_loop_with_fabric_is_that_of_one_process(loops, index):
         assert first["scale"] == (512.0 if case.bad is not None else 1024.0)
 
 
-@pytest.mark.parametrize("index", range(3), ids=[named(case) for case in LOOPS[:3]])
+@pytest.mark.parametrize("index", range(4), ids=[named(case) for case in LOOPS[:4]])
 def test_fabric_saves_and_loads_the_clipper(loops, index):
     for whole, resumed in loops:
         assert resumed[index]["norms"] == pytest.approx(whole[index]["norms"], **EXACT)

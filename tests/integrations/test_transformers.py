@@ -17,6 +17,7 @@ import distclip
 from distclip import AutoClip, MaxNorm, ValueClip
 from integrations.launches import once
 from support.layouts import ROWS, batch, build
+from support.own_policy import OwnRunningMean
 from support.ranks import run_ranks, same_bits
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,7 +31,12 @@ from distclip.integrations.transformers import FILE, take_over  # noqa: E402
 STEPS = 12
 BOUND = 1.25  # between the norms of the run
 BAD = 5  # the step whose targets are NaN on rank 1
-POLICIES = {"max_norm": MaxNorm(BOUND), "autoclip": AutoClip(50), "value": ValueClip(0.05)}
+POLICIES = {
+    "max_norm": MaxNorm(BOUND),
+    "autoclip": AutoClip(50),
+    "value": ValueClip(0.05),
+    "by unit": OwnRunningMean(),
+}
 
 
 class Model(nn.Module):
@@ -80,7 +86,7 @@ def alone(policy, accumulated=1, bad=None):
                 p.grad.mul_(min(1.0, BOUND / (norm.item() + 1e-6)))
             elif policy == "value":
                 p.grad.clamp_(-0.05, 0.05)
-        if policy == "autoclip":
+        if policy in ("autoclip", "by unit"):
             clipper.clip_()
         if norm.isfinite():
             optimizer.step()

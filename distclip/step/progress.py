@@ -151,7 +151,7 @@ class Progress:
         plan, storage = self.plan, self.storage
         try:
             gradients = storage.read()
-            beside = Beside(self._values(), given(signals or {}, plan.signals))
+            beside = Beside(self._values(), given(signals or {}, plan.signals) if signals or plan.signals else ())
         except FAILURES as failed:  # of a function of the user, for example
             fail_with_others(plan, failed, call.tag, call.name, self._realigns)
             raise

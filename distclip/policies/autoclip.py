@@ -65,6 +65,7 @@ def _percentile(norms: Tensor, percentile: float) -> Tensor:
     if norms.shape[-1] == 1:
         return ordered[..., 0]
     place = (ordered[..., 1:] < inf).sum(-1) * number(percentile / 100)  # that many lie between the first and the last
-    below = place.long().clamp_(max=norms.shape[-1] - 2).unsqueeze(-1)
-    low, high = (numbers.gather(-1, below).squeeze(-1) for numbers in (ordered[..., :-1], ordered[..., 1:]))
-    return torch.fmax(torch.lerp(low, high, place - below.squeeze(-1)), low)  # NaN where ``high`` is unused
+    below = place.long().clamp_(max=norms.shape[-1] - 2)
+    pairs = ordered.unfold(-1, 2, 1)
+    low, high = pairs.gather(-2, below[..., None, None].expand(*below.shape, 1, 2)).squeeze(-2).unbind(-1)
+    return torch.fmax(torch.lerp(low, high, place - below), low)  # NaN where ``high`` is unused

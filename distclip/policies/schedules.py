@@ -65,7 +65,7 @@ def _check(start: float, end: float, steps: int) -> None:
 
 def _done(step: Tensor | int, steps: int) -> Tensor:
     """The share of the steps that were made, 0-d float64."""
-    return (torch.as_tensor(step, dtype=torch.float64) / steps).clamp(max=1.0)
+    return (torch.as_tensor(step, dtype=torch.float64) / steps).clamp(0.0, 1.0)
 
 
 def _between(start: float, end: float, share: Tensor) -> Tensor:

@@ -65,8 +65,9 @@ class ZClip:
     def decide(self, statistics: Statistics, state: State) -> tuple[Decision, State]:
         norm, mean, std = statistics.norm(), state["mean"], state["std"]
         above, scale = norm - mean, std + self.eps * mean
-        outlier = (above > self.z_thresh * scale) & (state["count"] >= self.warmup_steps)
         limit = mean + self.z_thresh**2 * std * scale / above
+        outlier = (above > self.z_thresh * scale) & (state["count"] >= self.warmup_steps)
+        outlier &= limit > 0  # which it is, unless a damaged state was loaded
         bound = torch.where(outlier, limit, inf).clamp_(LEAST, self.max_norm)
         return Decision(bound, coef=coef_to(bound, norm)), self._learn(norm, outlier, limit, state)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from math import inf, isfinite, nan
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from distclip import (
     AutoClip,
+    Clipper,
     Cosine,
     MaxNorm,
     Normalize,
@@ -103,6 +105,26 @@ def test_it_goes_on_from_a_saved_state(case):
         rest, last = run(case.policy, norms[cut:], {name: value.clone() for name, value in state.items()})
         near([*first, *rest], whole, norms)
         assert all(torch.equal(last[name], value) for name, value in end.items())
+
+
+def clipped(clipper: Clipper, model: torch.nn.Module, norms: Sequence[float]) -> list[tuple[float, bool]]:
+    reports = []
+    for norm in norms:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, norm / 8**0.5)
+        reports.append(clipper.clip_().to_dict())
+    return [(report["coef"], bool(report["skip"])) for report in reports]
+
+
+@EACH
+@pytest.mark.parametrize("wrap", [lambda policy: policy, PerParameter], ids=["model", "parameters"])
+def test_a_clipper_is_resumed_from_a_checkpoint(case, wrap, clipper_of):
+    norms, saved, model = norms_of()[:36], BytesIO(), torch.nn.Linear(3, 2)
+    first, second = clipper_of(model, wrap(case.policy)), clipper_of(model, wrap(case.policy))
+    clipped(first, model, norms[:18])
+    torch.save(first.state_dict(), saved)
+    second.load_state_dict(torch.load(BytesIO(saved.getvalue()), weights_only=True))
+    assert str(clipped(second, model, norms[18:])) == str(clipped(first, model, norms[18:]))  # NaN included
 
 
 @EACH

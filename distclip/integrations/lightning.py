@@ -2,8 +2,7 @@
 
 Source: lightning 2.6.6. The Trainer runs ``training_step`` and the backward inside the closure of ``optimizer.step()``,
 then, once a step, ``GradScaler.unscale_`` and ``Callback.on_before_optimizer_step``, still inside the closure. It calls
-these two under manual optimization as well. Private API: ``_FabricModule._forward_module``, the module as the strategy
-wrapped it.
+these two under manual optimization as well. Private API: ``_FabricModule._forward_module``, the wrapped module.
 """
 
 from collections.abc import Callable, Sequence

@@ -40,7 +40,7 @@ SIGNATURES = {
     "QuantileTracker": "(quantile=0.5, eta=0.2, max_norm=inf)",
     "Report": "(norm, max_norm, coef, skip, culprit=None, norms=<factory>, extra=<factory>)",
     "Report.to_dict": "(self)",
-    "Statistic": "(per='model', of='gradient', groups=())",
+    "Statistic": "(per='model', of='gradient', groups=(), dims=())",
     "Shadow": "(acting, /, **others)",
     "Signal": "(name)",
     "SkipSpikes": "(max_norm=inf, sigma=6.0, window=128, patience=16, on=('norm',))",

@@ -220,8 +220,7 @@ def _as_wrapped(module: nn.Module) -> nn.Module:
         raise ValueError(
             f"module must be what fabric.setup() returned, got {type(module).__name__}: pass that, or a list of it"
         )
-    wrapped: nn.Module = module._forward_module
-    return wrapped
+    return module._forward_module  # type: ignore[no-any-return]  # mypy does not look into lightning
 
 
 def _refuse_strategy(strategy: Any, who: str, engine: str) -> None:

@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from distclip import Policy
 from distclip.train.models.gpt import GptConfig
 from distclip.train.models.gru import GruConfig
 from distclip.train.models.irnn import IrnnConfig
-from distclip.train.problem import ConfigError, require
+from distclip.train.problem import require
 from distclip.train.tasks.digits import DigitsData
 from distclip.train.tasks.rows import RowsData
 from distclip.train.tasks.text import TextData
@@ -55,29 +56,26 @@ class Optim:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class Clip:
-    """The clipping policy and what it needs. `none` measures the norm and scales nothing."""
+class ClipOptions:
+    """What goes with any policy."""
 
-    policy: Literal["max_norm", "value", "autoclip", "none"] = "max_norm"
-    max_norm: float | None = None  # max_norm: the bound; autoclip: a ceiling on it
-    clip_value: float | None = None  # value
-    percentile: float = 10.0  # autoclip
-    window: int = 1000  # autoclip
     nonfinite: Literal["skip", "raise", "propagate"] = "skip"
     max_consecutive_skips: int | None = None
     watch: str | tuple[str, ...] | None = None  # norms in every record: of each "parameters", or of these patterns
 
     def __post_init__(self) -> None:
-        needed = {"max_norm": "max_norm", "value": "clip_value"}.get(self.policy)
-        if needed is not None and getattr(self, needed) is None:
-            raise ConfigError(f"clip.{needed}", f"clip.policy={self.policy} needs it: add clip.{needed}=1.0")
-        for name in ("max_norm", "clip_value", "window", "max_consecutive_skips"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"clip.{name}", f"must be positive, not {value}")
-        require(self.window <= 10**6, "clip.window", f"must be at most 1e6, not {self.window}: it is sorted every step")
-        require(0 <= self.percentile <= 100, "clip.percentile", f"must lie in [0, 100], not {self.percentile}")
+        skips = self.max_consecutive_skips
+        require(skips is None or skips > 0, "clip.max_consecutive_skips", f"must be positive, not {skips}")
         known = self.watch in (None, "parameters") or (isinstance(self.watch, tuple) and self.watch != ())
         require(known, "clip.watch", f"must be parameters, or a list of patterns of their names, not {self.watch!r}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Clip:
+    """The clipping policy, which the file describes beside the options: see policies.py."""
+
+    policy: Policy
+    options: ClipOptions
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -14,7 +14,10 @@ DEEPEST = 20
 KINDS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
 
 
-NUMBER = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+")  # 1e-3, which is text in PyYAML and a number in YAML 1.2
+# As in YAML 1.2. In PyYAML 1e-3 is text, and yes, no, on and off are no texts: `on:` is a field of a policy.
+NUMBER = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+\Z")
+TRUTH = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
+BOOL = "tag:yaml.org,2002:bool"
 
 
 class DocumentError(Exception):
@@ -54,7 +57,7 @@ class PlainLoader(yaml.SafeLoader):
         kind: yaml.SafeLoader.yaml_constructors[kind] for kind in KINDS
     }
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
-        first: [(kind, pattern) for kind, pattern in resolvers if kind in KINDS]
+        first: [(kind, pattern) for kind, pattern in resolvers if kind in KINDS and kind != BOOL]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -102,3 +105,4 @@ class PlainLoader(yaml.SafeLoader):
 
 
 PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
+PlainLoader.add_implicit_resolver(BOOL, TRUTH, list("tTfF"))

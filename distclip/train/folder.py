@@ -2,13 +2,13 @@
 
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distclip.train.config import Config
 from distclip.train.contents import check_contents
 from distclip.train.metrics import read_records
-from distclip.train.parse import read_config, to_yaml
+from distclip.train.parse import document_of, read_config, to_yaml
 from distclip.train.place import Place, from_rank_0
 from distclip.train.problem import ConfigError, require
 
@@ -82,7 +82,7 @@ def check_same(before: Config, now: Config, where: Path) -> None:
 def flat(config: Config) -> dict[str, object]:
     """Every value of a config under its dotted key."""
     values: dict[str, object] = {}
-    for name, section in asdict(config).items():
+    for name, section in document_of(config).items():
         if isinstance(section, dict):
             values |= {f"{name}.{key}": value for key, value in section.items()}
         else:

@@ -8,6 +8,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 
 from distclip import Clipper, Report
+from distclip.train.passes import Answer
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: ranks may hold different parameters
 
@@ -24,8 +25,8 @@ class Holder(Protocol):
     @property
     def clipper(self) -> Clipper: ...
 
-    def step(self) -> Report:
-        """Clip, step and drop the gradients. All ranks call."""
+    def step(self, answer: Answer | None) -> Report:
+        """Clip, step and drop the gradients of what gave this ``answer``. All ranks call."""
 
     def state(self) -> dict[str, Any]:
         """Model and optimizer by the names of the whole model, for any number of ranks. All ranks call."""
@@ -36,14 +37,21 @@ class Holder(Protocol):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Held:
-    """Plain and DTensor parameters in a torch optimizer."""
+    """Plain and DTensor parameters in a torch optimizer.
+
+    ``signals``: which numbers of an answer the policy asks for. ``stages``: so many ranks have one answer, on the last.
+    """
 
     model: nn.Module
     optimizer: Optimizer
     clipper: Clipper
+    signals: tuple[str, ...] = ()
+    stages: int = 1
 
-    def step(self) -> Report:
-        report = self.clipper.step(self.optimizer)
+    def step(self, answer: Answer | None) -> Report:
+        # The mean over ranks is then that of the ranks that have an answer.
+        signals = {name: 0.0 if answer is None else getattr(answer, name) * self.stages for name in self.signals}
+        report = self.clipper.step(self.optimizer, signals=signals)
         self.optimizer.zero_grad()
         return report
 

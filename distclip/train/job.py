@@ -14,7 +14,7 @@ from distclip.ranks.lost_ranks import Presence
 from distclip.train import checkpoint
 from distclip.train.axes import Axes
 from distclip.train.begun import say_begun
-from distclip.train.clip import check_watch
+from distclip.train.clip import check_clip, scales
 from distclip.train.config import Config
 from distclip.train.dataset import Batches, Dataset
 from distclip.train.folder import RunFolder, check_folder, open_folder
@@ -41,9 +41,8 @@ def check(config: Config, world: int) -> Dataset:
     dataset = TASKS[config.task].load(config.data, config.seed)
     batches_of(config, dataset, axes)
     with torch.device("meta"):
-        check_watch(
-            config.clip, [name for name, _ in TASKS[config.task].build(config.model, dataset).named_parameters()]
-        )
+        model = TASKS[config.task].build(config.model, dataset)
+    check_clip(config, [name for name, _ in model.named_parameters()])
     return dataset
 
 
@@ -108,7 +107,7 @@ class Job:
         self.start = self.found.step
         self.leads = trainer.place.rank == 0
         self.records = read_until(folder.metrics, self.start) if self.leads else []
-        self.tally = Tally(self.records, scales=config.clip.policy != "value")
+        self.tally = Tally(self.records, scales=scales(config.clip))
         self.last: dict[str, Any] = self.records[-1] if self.records else {}
         self.display = Display(
             Console(quiet=not self.leads),

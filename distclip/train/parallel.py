@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distclip import Clipper
 from distclip.step.options import Options
 from distclip.train.axes import Axes, data_mesh
-from distclip.train.clip import build_policy, options_of
+from distclip.train.clip import options_of, signals_of
 from distclip.train.config import Config
 from distclip.train.held import Held, Holder
 from distclip.train.models.gpt import Gpt
@@ -31,7 +31,9 @@ def spread(model: nn.Module, config: Config, axes: Axes, place: Place) -> tuple[
     held = Held(
         model=model,
         optimizer=build_optimizer(config.optim, model),
-        clipper=Clipper(model, build_policy(config.clip), **options),
+        clipper=Clipper(model, config.clip.policy, **options),
+        signals=signals_of(config.clip),
+        stages=axes.pipeline,
     )
     if axes.pipeline == 1:
         return Whole(model=model), held

@@ -1,19 +1,19 @@
 """From a YAML file and `key=value` overrides to a checked `Config`, and back to YAML."""
 
-import difflib
 import re
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import jsonargparse
 import yaml
 
-from distclip.train.config import Config
+from distclip.train.config import Clip, ClipOptions, Config
 from distclip.train.document import LARGEST, DocumentError, parse
-from distclip.train.problem import ConfigError, require
+from distclip.train.policies import KINDS, allowed_with, plain as plain_policy, policy_of
+from distclip.train.problem import ConfigError, check_names, require
 from distclip.train.tasks.registry import TASKS
 
 ABSENT = object()
@@ -28,8 +28,10 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or not YAML, or a key is unknown, missing, or has a wrong type or value.
     """
     document = read_yaml(Path(path))
+    in_file = dict(document["clip"]) if isinstance(document.get("clip"), dict) else {}
     for word in overrides:
         override(document, word)
+    drop_policy(in_file, document, [word.removeprefix("--").partition("=")[0] for word in overrides])
     task = document.get("task")
     if not isinstance(task, str) or task not in TASKS:
         raise ConfigError("task", f"must be one of {', '.join(TASKS)}, not {task!r}")
@@ -38,7 +40,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole config, defaults included: reading it back gives an equal one."""
-    return yaml.safe_dump(plain(asdict(config)), sort_keys=False)
+    return yaml.safe_dump(plain(document_of(config)), sort_keys=False)
+
+
+def document_of(config: Config) -> dict[str, Any]:
+    """The values of a config as a file has them."""
+    whole = replace(config, clip=config.clip.options)  # type: ignore[arg-type]  # a policy is no section
+    return {**asdict(whole), "clip": {**plain_policy(config.clip.policy), **asdict(config.clip.options)}}
 
 
 def plain(value: Any) -> Any:
@@ -76,14 +84,28 @@ def override(document: dict[str, Any], word: str) -> None:
         raise ConfigError(key, f"cannot read the value {text!r}: {error}") from error
 
 
+def drop_policy(in_file: dict[str, Any], document: dict[str, Any], given: Sequence[str]) -> None:
+    """Where the command line chooses another policy, forget what the file says of the fields that it lacks."""
+    chosen = [key.split(".")[1] for key in given if key.startswith("clip.")]
+    kinds = [key for key in chosen if key in KINDS]
+    if not kinds:
+        return
+    clip = document["clip"]
+    fits_it = allowed_with(clip) if kinds == ["policy"] else kinds
+    for name in in_file:
+        if name not in (*chosen, *fits_it, *(field.name for field in fields(ClipOptions))):
+            del clip[name]
+
+
 def sections(task: str) -> dict[str, Any]:
-    """The type of every top-level key; `task` determines those of `data` and `model`."""
-    known = {field.name: field.type for field in fields(Config)}
+    """The type of every top-level key; `task` determines those of `data` and `model`. The policy is read apart."""
+    known = {field.name: field.type for field in fields(Config)} | {"clip": ClipOptions}
     return known | {"data": TASKS[task].data, "model": TASKS[task].model}
 
 
 def build(document: dict[str, Any], known: dict[str, Any]) -> Config:
     """Let jsonargparse convert and check the types, and the dataclasses check the values."""
+    document, clip = without_policy(document)
     types_of = {key: kind for section, type_ in known.items() for key, kind in flat(section, type_)}
     check_keys(document, known)
     for key, kind in types_of.items():
@@ -97,7 +119,15 @@ def build(document: dict[str, Any], known: dict[str, Any]) -> Config:
         namespace = parser.instantiate(parser.parse_object(document))
     except jsonargparse.ArgumentError as error:
         raise wrong_type(error, document, types_of) from error
-    return Config(**vars(namespace))
+    policy = policy_of(clip, "clip", beside=[field.name for field in fields(ClipOptions)])
+    return Config(**{**vars(namespace), "clip": Clip(policy=policy, options=namespace.clip)})
+
+
+def without_policy(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The document without what its section ``clip`` says of the policy, and that section."""
+    clip, options = document.get("clip") or {}, [field.name for field in fields(ClipOptions)]
+    require(isinstance(clip, dict), "clip", f"is a section of keys, not {clip!r}")
+    return {**document, "clip": {name: value for name, value in clip.items() if name in options}}, clip
 
 
 def at(document: dict[str, Any], key: str) -> Any:
@@ -149,14 +179,6 @@ def fits(value: Any, kind: Any) -> bool:
     if isinstance(value, str):
         return kind is str or get_origin(kind) is Literal
     return not isinstance(value, dict)
-
-
-def check_names(prefix: str, given: dict[str, Any], known: list[str]) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
-            raise ConfigError(f"{prefix}{key}", f"there is no such key; {hint}")
 
 
 def wrong_type(error: Exception, document: dict[str, Any], types_of: dict[str, Any]) -> ConfigError:

@@ -44,7 +44,7 @@ class Trainer:
         self.seed(step)
         inputs, targets = (t.to(self.place.device, non_blocking=True) for t in self.batches.at(step))
         answer = self.passes.forward_backward(inputs, targets)
-        report = self.held.step()
+        report = self.held.step(answer)
         seen = [0.0, 0.0, 0.0] if answer is None else [answer.loss, right(answer.logits, targets).double().mean(), 1.0]
         loss, accuracy, ranks, *wishes = self.summed([*seen, *self.stop.wishes()])
         seconds = time.perf_counter() - began

@@ -27,7 +27,7 @@ PROBLEMS = [
     (QUICKSTART, ["data.suffixes=.py"], ["data.suffixes", "a list of str"]),
     (QUICKSTART, ['name="a\\nb"'], ["name", "can be printed", "'a\\nb'"]),
     (QUICKSTART, ["name=" + "x" * 201], ["name", "at most 200 bytes"]),
-    (QUICKSTART, ["clip.window=10_000_000"], ["clip.window", "at most 1e6"]),
+    (QUICKSTART, ["clip.policy=autoclip", "clip.window=10_000_000"], ["clip.window", "at most 1e6"]),
     (QUICKSTART, ["model.width=1_000_000"], ["model.width", "between 1 and 65536"]),
     (QUICKSTART, ["run.dir=" + "x" * 300], ["run.dir", "File name too long"]),
     (QUICKSTART, ["data.path=" + "x" * 300], ["data.path", "File name too long"]),
@@ -35,10 +35,37 @@ PROBLEMS = [
     (QUICKSTART, ["train.batch_size=null"], ["train.batch_size", "is missing"]),
     (QUICKSTART, ["train=5"], ["train", "section"]),
     (QUICKSTART, ["seed.x=5"], ["seed.x", "not a section"]),
-    (QUICKSTART, ["clip.policy=hard"], ["clip.policy", "max_norm, value, autoclip, none"]),
+    (
+        QUICKSTART,
+        ["clip.policy=hard"],
+        ["clip.policy", "must be one of autoclip, ", "zclip", "none, not 'hard'"],
+    ),
     (QUICKSTART, ["clip.policy=value"], ["clip.clip_value", "clip.policy=value needs it"]),
-    (QUICKSTART, ["clip.max_norm=-1"], ["clip.max_norm", "must be positive"]),
-    (QUICKSTART, ["clip.max_norm=.nan"], ["clip.max_norm", "must be positive"]),
+    (QUICKSTART, ["clip.max_norm=-1"], ["clip.max_norm", "must be above 0"]),
+    (QUICKSTART, ["clip.max_norm=.nan"], ["clip.max_norm", "must be above 0"]),
+    (QUICKSTART, ["clip.window=5"], ["clip.window", "no such key", "max_norm", "nonfinite"]),
+    (QUICKSTART, ["clip.policy=zclip", "clip.alpha=2"], ["clip.alpha", "2"]),
+    (QUICKSTART, ["clip.chain=[1.0, {{policy: zclip, window: 3}}]"], ["clip.chain[1].window", "no such key"]),
+    (
+        QUICKSTART,
+        ["clip.per_group={{a: {{patterns: heads.*, max_norm: 1}}}}"],
+        ["clip.per_group.a.patterns", "no parameter matches 'heads.*'", "tokens.weight"],
+    ),
+    (
+        QUICKSTART,
+        ["clip.per_group={{a: {{patterns: head.*, max_norm: 1}}, b: {{patterns: '*', policy: none}}}}"],
+        ["clip.per_group.b.patterns", "head.weight is in the group a already"],
+    ),
+    (
+        QUICKSTART,
+        ["clip.policy=skip_spikes", "clip.on=[reward]"],
+        ["clip", "asks for the signal reward: the trainer has loss"],
+    ),
+    (
+        QUICKSTART,
+        ["clip.policy=skip_spikes", "clip.on=[loss]", "parallel.strategy=zero1", "optim.fused=false"],
+        ["clip", "asks for the signal loss, which DeepSpeed does not pass"],
+    ),
     (QUICKSTART, ["clip.watch=norms"], ["clip.watch", "must be parameters, or a list of patterns", "'norms'"]),
     (QUICKSTART, ["clip.watch=[]"], ["clip.watch", "a list of patterns"]),
     (QUICKSTART, ["clip.watch=[5]"], ["clip.watch", "a list of str", "[5]"]),
@@ -286,4 +313,4 @@ def test_under_torchrun_one_rank_speaks_for_all():
     process = start("train", CONFIGS / QUICKSTART, "clip.max_norm=-1", launcher=[*TORCHRUN, "2"])
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 1  # torchrun's own, whatever its ranks return
-    assert errors.count("clip.max_norm: must be positive") == 1
+    assert errors.count("clip.max_norm: must be above 0") == 1

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from distclip import Clipper, Report
-from distclip.train.clip import build_policy, watch_of
+from distclip.train.clip import watch_of
 from distclip.train.config import Config
 from distclip.train.optim import build_optimizer
 from distclip.train.passes import Answer, mean_loss
@@ -58,9 +58,9 @@ class Zero:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(config, place.world))
         clipper = take_over(
             engine,
-            build_policy(config.clip),
-            nonfinite=config.clip.nonfinite,
-            max_consecutive_skips=config.clip.max_consecutive_skips,
+            config.clip.policy,
+            nonfinite=config.clip.options.nonfinite,
+            max_consecutive_skips=config.clip.options.max_consecutive_skips,
             watch=watch_of(config.clip),
         )
         momentum = ("momentum_buffer",) if config.optim.momentum else ()
@@ -87,7 +87,7 @@ class Zero:
         low = inputs.is_floating_point() and self.engine.bfloat16_enabled()
         return self.engine(inputs.bfloat16() if low else inputs)  # type: ignore[no-any-return]
 
-    def step(self) -> Report:
+    def step(self, answer: Answer | None) -> Report:
         self.engine.step()
         report = self.clipper.report
         assert report is not None  # engine.step() has made one

@@ -12,11 +12,14 @@ from .functional import (
 from .layouts.layout import Layout as Layout
 from .plan.source import find_source as find_source
 from .policies import (
+    AGC as AGC,
+    AdaGC as AdaGC,
     AutoClip as AutoClip,
     Chain as Chain,
     Cosine as Cosine,
     Decision as Decision,
     MaxNorm as MaxNorm,
+    MaxRMS as MaxRMS,
     Normalize as Normalize,
     PerGroup as PerGroup,
     PerParameter as PerParameter,

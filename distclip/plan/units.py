@@ -80,7 +80,7 @@ def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others])
     slots = Slots(
         count=blocks.total,
         of_parameters=any(each.of == "parameter" for each in asked),
-        units=Units(sum(each.size for each in table), {k: _sent(level, plan.device) for k, level in levels.items()}),
+        units=Units(sum(each.size for each in table), {k: _sent(v, plan.device) for k, v in levels.items()}, plan.p),
         names=_row_names(table) if by_parameter else None,
         here=_sent_gather(_gather(slot_of_sum, blocks.total, len(slot_of_sum)), plan.device),
         slot_of_sum=sent(slot_of_sum, plan.device),

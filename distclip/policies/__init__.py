@@ -3,9 +3,12 @@
 Sees reduced numbers and its own state, never a gradient. What a policy returns is checked here, in one place.
 """
 
+from .adagc import AdaGC as AdaGC
+from .agc import AGC as AGC
 from .autoclip import AutoClip as AutoClip
 from .chain import Chain as Chain
 from .max_norm import MaxNorm as MaxNorm
+from .max_rms import MaxRMS as MaxRMS
 from .normalize import Normalize as Normalize
 from .per_group import PerGroup as PerGroup
 from .per_parameter import PerParameter as PerParameter

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .units import Units
+
 
 def positive(name: str, value: float, note: str = "") -> float:
     """``value`` as a float above 0, inf included; ValueError for anything else, NaN included."""
@@ -62,6 +64,12 @@ def count(name: str, value: object) -> int:
     if not 0 <= number < 2**62:
         raise ValueError(f"{name} must lie between 0 and 2**62, which {hex(number)} does not")
     return number
+
+
+def euclidean(policy: object, units: Units) -> None:
+    """ValueError unless norms are those of ``norm_type=2``."""
+    if units.p != 2:
+        raise ValueError(f"{type(policy).__qualname__} is defined for norm_type=2 alone, got norm_type={units.p!r}")
 
 
 def is_dense(value: Any) -> bool:

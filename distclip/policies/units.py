@@ -127,18 +127,18 @@ class Units:
     parameters at once, or one group. It is what is meant where no statistic is named.
     """
 
-    __slots__ = ("_levels", "_member", "_whole", "size")
+    __slots__ = ("_levels", "_member", "_whole", "p", "size")
 
-    def __init__(self, size: float = 0.0, levels: Mapping[Statistic, Level] | None = None) -> None:
-        """``size``: how many elements the model has; 0 where nobody asked for more than its norm."""
-        self.size = size
+    def __init__(self, size: float = 0.0, levels: Mapping[Statistic, Level] | None = None, p: float = 2.0) -> None:
+        """``size``: how many elements the model has; 0 where nobody asked for more than its norm. ``p``: of norms."""
+        self.size, self.p = size, p
         self._levels = dict(levels or {})
         self._whole = MODEL
         self._member: int | None = None
 
     def at(self, whole: Statistic, member: int | None = None) -> "Units":
         """The same for a policy whose whole are the units of ``whole``, or the one with this number."""
-        inner = Units(self.size, self._levels)
+        inner = Units(self.size, self._levels, self.p)
         inner._whole, inner._member = whole, member
         return inner
 
@@ -149,7 +149,8 @@ class Units:
 
     def with_one_more(self, per: str) -> "Units":
         """The same with one more unit of this level, the last: to see which dimensions of a state are of units."""
-        return Units(self.size, {k: level.longer() if k.per == per else level for k, level in self._levels.items()})
+        levels = {k: level.longer() if k.per == per else level for k, level in self._levels.items()}
+        return Units(self.size, levels, self.p)
 
     @property
     def levels(self) -> tuple[Statistic, ...]:

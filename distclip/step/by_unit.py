@@ -19,14 +19,21 @@ from ..report import Watched
 NO_UNITS = Units()
 
 
+def units_of(plan: Plan) -> Units:
+    """What the statistics of a policy are of."""
+    if plan.slots is not None:
+        return plan.slots.units
+    return NO_UNITS if plan.p == 2 else Units(p=plan.p)
+
+
 def statistics_of(measured: Measured, norm: Tensor, plan: Plan) -> Statistics:
     """What a policy sees of one measurement; ``norm``: of the model, 0-d float64."""
     sums, slots = measured.reduced.sums, plan.slots
     if sums is None:
-        return Statistics(norm, NO_UNITS)
+        return Statistics(norm, units_of(plan))
     signals = dict(zip(plan.signals, sums[len(sums) - len(plan.signals) :], strict=True)) if plan.signals else {}
     if slots is None:
-        return Statistics(norm, NO_UNITS, None, plan.p, measured.scale, signals)
+        return Statistics(norm, units_of(plan), None, plan.p, measured.scale, signals)
     found = {"gradient": sums[: slots.count]}
     if slots.of_parameters:
         found["parameter"] = sums[slots.count : 2 * slots.count]

@@ -28,7 +28,7 @@ from ..policies.trust import is_trusted
 from ..report import Report
 from ..shield import shielded
 from . import refusals
-from .by_unit import NO_UNITS, code_of
+from .by_unit import code_of, units_of
 from .calls import Call, Calls
 from .decision import Outcome, decided_on_device, decided_on_host
 from .nonfinite import Streak
@@ -62,7 +62,7 @@ class Progress:
         self.on_device = not reads_are_free(plan.device) if on_device is None else on_device
         self.report: Report | None = None
         self.committed = False
-        self.units = NO_UNITS if plan.slots is None else plan.slots.units
+        self.units = units_of(plan)
         self.state = made(policy, self.units, plan.device)
         self._watch = watch
         self._trusted = is_trusted(policy)

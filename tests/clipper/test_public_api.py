@@ -15,6 +15,8 @@ import distclip
 
 ROOT = Path(__file__).parents[2]
 SIGNATURES = {
+    "AGC": "(clipping=0.01, eps=0.001, exempt=(), unit_dims=())",
+    "AdaGC": "(lambda_abs=1.0, lambda_rel=1.05, beta=0.98, warm_up=100)",
     "AutoClip": "(percentile=10, window=1000, max_norm=inf)",
     "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
     " max_consecutive_skips=None, gradients=None, watch=None)",
@@ -32,6 +34,7 @@ SIGNATURES = {
     "Layout.cut": "(over=(), *, parts=(), group=None)",
     "LayoutError": None,  # an exception: its arguments are Python's
     "MaxNorm": "(max_norm)",
+    "MaxRMS": "(max_rms=1.0)",
     "NonFiniteError": None,
     "Normalize": "(norm)",
     "PerGroup": "(groups)",
@@ -47,7 +50,7 @@ SIGNATURES = {
     "Smooth": "(max_norm)",
     "Statistics": "(norm, units, slots=None, p=2.0, scale=1.0, signals=None)",
     "Statistics.norm": "(self, statistic=None)",
-    "Units": "(size=0.0, levels=None)",
+    "Units": "(size=0.0, levels=None, p=2.0)",
     "Units.level": "(self, statistic)",
     "Units.names": "(self, statistic)",
     "Units.shape": "(self, statistic=None)",

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 from hypothesis import strategies as st
 
 from distclip.train.parse import flat, sections
+from distclip.train.policies import CATALOGUE, KINDS, WRAPPERS
 
 Document = dict[str, Any]
 REST = {
@@ -90,12 +92,29 @@ values = st.recursive(
 )
 
 
+FIELDS = sorted({field.name for kind in CATALOGUE.values() for field in fields(kind)})
+policies = st.recursive(
+    st.one_of(
+        scalars,
+        st.tuples(st.sampled_from([*CATALOGUE, "none", "zclipp"]), st.sampled_from(FIELDS), values).map(
+            lambda drawn: {"policy": drawn[0], "max_norm": 1.0, drawn[1]: drawn[2]}
+        ),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda policies: {"chain": policies}),
+        inner.map(lambda policy: {"per_parameter": policy}),
+        st.tuples(values, inner).map(lambda two: {"per_group": {"a": {"patterns": two[0], "chain": [two[1]]}}}),
+        st.tuples(inner, inner).map(lambda two: {"shadow": {"acting": two[0], "b": two[1]}}),
+    ),
+    max_leaves=4,
+)
+
+
 def keys_of(task: str) -> list[tuple[str, ...]]:
     """Every section and every key of it that a config of this task may have."""
     known = sections(task)
-    return [(name,) for name in known] + [
-        tuple(k.split(".")) for name, type_ in known.items() for k, _ in flat(name, type_)
-    ]
+    below = [tuple(k.split(".")) for name, type_ in known.items() for k, _ in flat(name, type_)]
+    return [(name,) for name in known] + below + [("clip", name) for name in (*KINDS, *FIELDS)]
 
 
 PATHS = {("data", "path"), ("run", "dir"), ("run", "root"), ("name",)}
@@ -113,7 +132,8 @@ def mutated(draw: st.DrawFn, document: Document, known: list[tuple[str, ...]], t
         change = draw(st.sampled_from(["value", "value", "value", "drop", "rename", "nest"]))
         if change == "value":
             at_paths = st.sampled_from(traps) if key in PATHS else st.nothing()
-            section[key[-1]] = draw(st.one_of(at_paths, values))
+            around = policies.map(lambda policy: [policy]) if key == ("clip", "chain") else policies
+            section[key[-1]] = draw(st.one_of(at_paths, values, around if key[-1] in WRAPPERS else st.nothing()))
         elif change == "drop":
             section.pop(key[-1], None)
         elif change == "rename":

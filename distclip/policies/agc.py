@@ -9,7 +9,7 @@ import torch
 from .adaptive import LEAST, coef_to, number
 from .checks import euclidean, finite, positive
 from .protocol import Decision, State
-from .statistic import Dims
+from .statistic import Dims, dims_by_pattern
 from .statistics import Statistic, Statistics, Units
 from .trust import trusted
 
@@ -48,7 +48,7 @@ class AGC:
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"exempt must be a pattern or patterns of parameters, got {self.exempt!r}")
         object.__setattr__(self, "exempt", patterns)
-        object.__setattr__(self, "unit_dims", Statistic("row", dims=self.unit_dims).along)
+        object.__setattr__(self, "unit_dims", dims_by_pattern(self.unit_dims, "unit_dims"))
 
     def needs(self) -> Sequence[Statistic]:
         both = (self._rows, Statistic("row", of="parameter", dims=self.unit_dims))

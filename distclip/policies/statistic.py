@@ -26,14 +26,15 @@ def _groups(given: Groups | Mapping[str, str | Sequence[str]]) -> Groups:
     return tuple((name, tuple(patterns)) for name, patterns in found)
 
 
-def _dims(given: Dims | Mapping[str, int | Sequence[int]]) -> Dims:
+def dims_by_pattern(given: Dims | Mapping[str, int | Sequence[int]], name: str = "dims") -> Dims:
+    """``given`` as pairs; ValueError, of an argument with this ``name``, for what are no dimensions by pattern."""
     pairs = given.items() if isinstance(given, Mapping) else given
     found = [(pattern, (each,) if isinstance(each, int) else each) for pattern, each in pairs]
     for pattern, dims in found:
         listed = isinstance(dims, Sequence) and all(type(each) is int and each >= 0 for each in dims)
         if not isinstance(pattern, str) or not listed or len({*dims}) < len(dims):
             raise ValueError(
-                "dims must be different dimensions from 0 by pattern, such as {'*.experts.w2': (0, 2)}, got "
+                f"{name} must be different dimensions from 0 by pattern, such as {{'*.experts.w2': (0, 2)}}, got "
                 f"{pattern!r}: {dims!r}"
             )
     return tuple((pattern, tuple(sorted(dims))) for pattern, dims in found)
@@ -76,7 +77,7 @@ class Statistic:
         object.__setattr__(self, "groups", _groups(self.groups))
         if bool(self.groups) != (self.per == "group"):
             raise ValueError(f"groups must be given for per='group' and for nothing else, got per={self.per!r}")
-        object.__setattr__(self, "dims", _dims(self.dims))
+        object.__setattr__(self, "dims", dims_by_pattern(self.dims))
         if self.dims and self.per != "row":
             raise ValueError(f"dims may be given for per='row' and for nothing else, got per={self.per!r}")
 
@@ -88,7 +89,7 @@ class Statistic:
     @property
     def along(self) -> Dims:
         """The dimensions of rows, by patterns."""
-        return _dims(self.dims)
+        return dims_by_pattern(self.dims)
 
     @property
     def level(self) -> "Statistic":

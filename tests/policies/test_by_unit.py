@@ -257,7 +257,7 @@ REFUSED = {
     "eps": lambda: AGC(eps=0),
     "eps must be finite": lambda: AGC(eps=inf),
     "exempt": lambda: AGC(exempt=[3]),
-    "dims": lambda: AGC(unit_dims={"w": -1}),
+    "unit_dims": lambda: AGC(unit_dims={"w": -1}),
 }
 
 

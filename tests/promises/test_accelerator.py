@@ -467,7 +467,7 @@ BAD = {
     "max_norm of NaN, not to be skipped": {"max_norm": [torch.nan], "skip": False},
     "max_norm of the host": {"max_norm": 0.0},
     "coef of 0": {"coef": [0.0]},
-    "coef of 2, of the host": {"coef": 2.0},
+    "coef of inf, of the host": {"coef": inf},
     "bounds of the device": {"bounds": ([5.0], [6.0])},
     "bounds of both": {"bounds": ([5.0], 6.0)},
 }

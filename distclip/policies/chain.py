@@ -27,8 +27,8 @@ class Chain:
 
     Norms scale linearly, so each sees the reduced statistics times the coefficients before it: no second pass over
     gradients, and no second all-reduce. The step is skipped if one of them skips it; the others then keep the states
-    that they had. One that clamps elements (:class:`ValueClip`) must be the last. Policies that decide by different
-    groups are combined by parameter, whose norms then travel too.
+    that they had. One that clamps elements (:class:`ValueClip`) must be the last. With a policy that decides by group
+    the norms of all parameters travel, by which it is combined with the others.
 
     * ``policies``: or numbers, which mean :class:`MaxNorm`.
 
@@ -59,8 +59,9 @@ class Chain:
 
     def needs(self) -> Sequence[Statistic | Signal]:
         asked = needs_of(self.policies)
-        groups = {each.level for each in asked if isinstance(each, Statistic) and each.per == "group"}
-        return asked if len(groups) < 2 else tuple(dict.fromkeys((*asked, PARAMETERS)))
+        finest = max((LEVELS.index(each.per) for each in asked if isinstance(each, Statistic)), default=0)
+        by_group = LEVELS[finest] == "group" and len(self.policies) > 1
+        return (*asked, PARAMETERS) if by_group else asked
 
     def init(self, units: Units, device: torch.device) -> State:
         return joined({place: made(policy, units, device) for place, policy in self.inner.items()})
@@ -107,10 +108,9 @@ def _combined(links: Sequence[_Link], units: Units) -> Decision:
 
 
 def _finest(levels: Sequence[Statistic]) -> Statistic:
-    """The finest of ``levels``; parameters where that are different groups."""
+    """Of which each of ``levels`` is made up; parameters for groups, which may leave some of these out."""
     finest = max(levels, key=lambda each: LEVELS.index(each.per))
-    others = [each for each in levels if each.per == "group" and each != finest]
-    return PARAMETERS if finest.per == "group" and others else finest
+    return PARAMETERS if finest.per == "group" and len({*levels}) > 1 else finest
 
 
 def _least(bound: Number, other: Number) -> Number:

@@ -105,6 +105,17 @@ def test_different_groups_in_a_chain_are_combined_by_parameter(clipper_of):
         torch.testing.assert_close(g, left[name] * (weights if name.endswith("weight") else 1), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_in_no_group_is_scaled_by_the_others_of_a_chain(first, clipper_of):
+    net = model()
+    before = fill(net)
+    policies = [1.0, PerGroup({"first": ("0.*", 0.25)})]
+    clipper_of(net, Chain(*policies if first else policies[::-1])).clip_()
+    after = gradients(net)
+    left = before if first else {n: g * 0.25 / norm(before, "0.") if n[0] == "0" else g for n, g in before.items()}
+    assert norm(after, "1.") == pytest.approx(norm(before, "1.") / norm(left), rel=1e-5)
+
+
 def test_a_chain_inside_others_stays_in_its_place(clipper_of):
     net = model()
     before = fill(net)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import distclip
-from distclip import AutoClip, Chain, MaxNorm, PerGroup, PerParameter, Policy, Shadow, ValueClip
+from distclip import AGC, AdaGC, AutoClip, Chain, MaxNorm, PerGroup, PerParameter, Policy, Shadow, ValueClip
 from distclip.step.decision import Outcome
 from support import trained
 from support.accelerator import EXISTS, counted_launches, no_waits, raw
@@ -234,6 +234,7 @@ ON_DEVICE = {
     "own": Chain(PerParameter(SPIKES), PerGroup({"a": ("[01]", SPIKES), "b": ("2", None)}), SPIKES, inf),
     "shadows": Shadow(Chain(SPIKES, 1.0), a=0.5, b=PerParameter(SPIKES), c=PerGroup({"a": ("0", SPIKES)})),
     "each": PerParameter(Chain(SPIKES, Shadow(0.5, a=0.1))),
+    "rows": Shadow(Chain(AGC(0.5), PerParameter(SPIKES), PerGroup({"a": ("[01]", 0.5)}), 1.0), a=AGC(), b=AdaGC()),
     "other groups": Chain(PerGroup({"a": ("0", 0.5)}), PerGroup({"b": ("[01]", 0.25)}), ValueClip(0.1)),
 }
 
@@ -268,7 +269,7 @@ def test_nothing_waits_and_the_device_decides_as_the_host_does(name):
     for device, host in rows:
         assert device == pytest.approx({key: float(host[key]) for key in device}, rel=1e-6)
     assert min(device["coef"] for device, _ in rows) < 1
-    assert name in ("trusted", "other groups") or any(
+    assert name in ("trusted", "other groups", "rows") or any(
         value for row, _ in rows for k, value in row.items() if "skip" in k
     )
 

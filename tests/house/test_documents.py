@@ -31,7 +31,7 @@ from support.programs import play
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = [file for file in (README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))) if file.exists()]
-EXAMPLES = sorted(ROOT.glob("examples/**/*.py"))
+EXAMPLES = sorted(ROOT.glob("examples/*.py"))  # tests/experiments has those of the folder
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 OPTIONAL = {"accelerate", "deepspeed", "lightning", "transformers"}  # extras that tests do without
 IMPORTED = [str(ROOT), str(ROOT / "tests")]  # from where programs import

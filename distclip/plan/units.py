@@ -46,7 +46,12 @@ class Parameter:
 
     def matches(self, pattern: str) -> bool:
         """Whether a group with this pattern has it."""
-        return pattern in (self.name, self.label) or any(fnmatchcase(n, pattern) for n in (self.name, self.label))
+        return matches(self.name, pattern) or matches(self.label, pattern)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` is this name, brackets and all, or has wildcards that fit."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 Others: TypeAlias = Sequence[tuple[str, str, Sequence[Sequence[int]], float]]
@@ -107,7 +112,7 @@ def _rows(plan: Plan, asked: Sequence[Statistic]) -> list[Rows] | None:
 
 def _dims(plan: Plan, index: int, by_pattern: Dims) -> tuple[int, ...] | None:
     """The row dims that somebody named for this piece."""
-    return next((dims for pattern, dims in by_pattern if fnmatchcase(_name(plan, index), pattern)), None)
+    return next((dims for pattern, dims in by_pattern if matches(_name(plan, index), pattern)), None)
 
 
 def _name(plan: Plan, index: int) -> str:
@@ -173,7 +178,7 @@ def _count(plan: Plan, table: Sequence[Parameter], places: Sequence[int]) -> Non
 
 def _must_match(table: Sequence[Parameter], asked: Sequence[Statistic]) -> None:
     for pattern in dict.fromkeys(pattern for each in asked for pattern, _ in each.along):
-        if not any(fnmatchcase(each.name, pattern) for each in table):
+        if not any(matches(each.name, pattern) for each in table):
             raise refusals.no_parameter("dims", pattern, [each.label for each in table])
 
 

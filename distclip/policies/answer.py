@@ -57,10 +57,11 @@ class Numbers:
     def check(self, policy: Policy, statistics: Statistics, finite: bool) -> None:
         """ValueError if no step can use it.
 
-        ``finite``: whether the model's norm is. If not, only numbers of units whose own norm is finite matter.
+        ``finite``: whether the model's norm is. If not, only numbers of units whose own norm is finite matter, and NaN,
+        which they may have from the model's norm, propagates as that does.
         """
         if isinstance(self.max_norm, Tensor):
-            self._check_units(policy, statistics)
+            self._check_units(policy, statistics, finite)
         elif finite:
             if not self.max_norm > 0:  # true for NaN too
                 raise refusal("max_norm", policy, self.max_norm)
@@ -69,9 +70,10 @@ class Numbers:
         if finite and self.bounds is not None:
             _check_bounds(self.bounds, policy)
 
-    def _check_units(self, policy: Policy, statistics: Statistics) -> None:
+    def _check_units(self, policy: Policy, statistics: Statistics, finite: bool) -> None:
         for field, numbers, bad in bad_units(self.max_norm, self.coef):
             if bad.any():
+                bad = bad if finite else bad & ~numbers.isnan()
                 matters = bad.logical_and_(statistics.norm(self.per).isfinite())
                 for unit in matters.nonzero().flatten()[:1].tolist():
                     raise refusal(field, policy, numbers[unit].item(), where=statistics.units.where(unit, self.per))
@@ -115,7 +117,7 @@ class Tensors:
         """What no step can use: 0-d float64, 0 for nothing or a code for :func:`.refusals.refusal_of`.
 
         ``finite``: 0-d bool, whether the model's norm is. Of a decision for the model it is not asked here. Of one for
-        units, what is bad only where norms are not finite is no fault.
+        units, what is bad only where norms are not finite is no fault, and no NaN is where the model's is not.
         """
         assert isinstance(self.max_norm, Tensor), "policies that are trusted are not asked"
         if self.per is MODEL:
@@ -123,20 +125,21 @@ class Tensors:
             if self.coef is not None:
                 fault = torch.where((self.coef > 0) & (self.coef < inf), fault, 2.0)
         else:
-            fault = self._fault_of_units(statistics)
+            fault = self._fault_of_units(statistics, finite)
         if self.bounds is not None and isinstance(self.bounds[0], Tensor):
             low, high = self.bounds
             good = (low <= 0) & (high >= 0) & (low < high)
             fault = torch.where(good if self.per is MODEL else good | ~finite, fault, 3.0)
         return fault.double()
 
-    def _fault_of_units(self, statistics: Statistics) -> Tensor:
-        finite = statistics.norm(self.per) < inf  # false for NaN too
+    def _fault_of_units(self, statistics: Statistics, finite: Tensor) -> Tensor:
+        matters = statistics.norm(self.per) < inf  # false for NaN too
         fault = torch.zeros((), dtype=torch.float64, device=finite.device)
-        places = torch.arange(len(finite), dtype=torch.float64, device=finite.device)
-        for field, _, bad in bad_units(self.max_norm, self.coef):
+        places = torch.arange(len(matters), dtype=torch.float64, device=finite.device)
+        for field, numbers, bad in bad_units(self.max_norm, self.coef):
             if len(places):  # not argmax, which may return any of several maxima on an accelerator
-                first = torch.where(bad & finite, places, inf).amin()
+                wrong = bad & matters & (finite | ~numbers.isnan())
+                first = torch.where(wrong, places, inf).amin()
                 one, step = fault_code(field, self.per, statistics.units)
                 fault = torch.where(first < inf, first * step + one, fault)
         return fault

@@ -59,9 +59,8 @@ class Chain:
 
     def needs(self) -> Sequence[Statistic | Signal]:
         asked = needs_of(self.policies)
-        finest = max((LEVELS.index(each.per) for each in asked if isinstance(each, Statistic)), default=0)
-        by_group = LEVELS[finest] == "group" and len(self.policies) > 1
-        return (*asked, PARAMETERS) if by_group else asked
+        by_group = any(isinstance(each, Statistic) and each.per == "group" for each in asked)
+        return tuple(dict.fromkeys((*asked, PARAMETERS))) if by_group and len(self.policies) > 1 else asked
 
     def init(self, units: Units, device: torch.device) -> State:
         return joined({place: made(policy, units, device) for place, policy in self.inner.items()})

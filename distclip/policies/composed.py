@@ -126,11 +126,14 @@ def skip_of(decision: Decision, policy: Policy, statistics: Statistics) -> Skip:
 
 
 def _by_the_rules(inner: Inner, policy: Policy, statistics: Statistics) -> Inner:
-    """``inner``, whose coefficients are NaN where they break the rules; ValueError where the host knows that."""
+    """``inner``, whose coefficients are NaN where they break the rules; ValueError where the host knows that.
+
+    Where the model's norm is not finite none does: who skips such steps looks at no coefficient.
+    """
     norm, units = statistics.norm(inner.of), statistics.units
     coefs = inner.coefs(statistics).clone()
     for field, numbers, bad in bad_units(inner.max_norm, inner.coef):
-        if norm.device.type != "cpu":
+        if norm.device.type != "cpu" or not bool(statistics.norm("model").isfinite()):
             coefs.masked_fill_(bad, nan)
             continue
         skips = any_of([inner.skip])

@@ -25,7 +25,8 @@ class Shadow:
     ``report.extra["zclip/coef"]``: by what the norm of the model would have been multiplied, 0-d;
     ``report.extra["zclip/skip"]``: whether the step would have been skipped, 1 or 0. The others keep states of their
     own, as if they had acted on the norms that are seen, which are those of the training that ``acting`` makes. What
-    they report of themselves is ``"zclip/name"``.
+    they report of themselves is ``"zclip/name"``. What ``acting`` reports keeps its name, or is ``"acting/name"`` where
+    one of the others has that.
 
     * ``acting``, ``others``: policies, or numbers, which mean :class:`MaxNorm`.
 
@@ -38,6 +39,8 @@ class Shadow:
     def __init__(self, acting: Policy | float, /, **others: Policy | float) -> None:
         if ACTING in others:
             raise ValueError("Shadow takes the acting policy first, and others by names that are not 'acting'")
+        if "norm" in others:
+            raise ValueError("Shadow reports 'norm/coef', the name of a norm that is watched: take another than 'norm'")
         found = {checked_name(name, "Shadow"): as_policy(each) for name, each in others.items()}
         for policy in found.values():
             if clamps(policy):
@@ -69,7 +72,8 @@ class Shadow:
             own = {**inner.decision.extra, "coef": statistics.shrunk(by_slot), "skip": _number(inner.skip, by_slot)}
             extra |= {f"{name}/{key}": number for key, number in own.items()}
         acting, states[ACTING] = ask(self.acting, statistics, part_of(state, ACTING))
-        return replace(acting, extra={**acting.extra, **extra}), joined(states)
+        own = {f"{ACTING}/{name}" if name in extra else name: number for name, number in acting.extra.items()}
+        return replace(acting, extra=own | extra), joined(states)
 
 
 def _number(skip: Skip, like: Tensor) -> Tensor:

@@ -86,10 +86,13 @@ def _by_slot(answer: Numbers | Tensors, statistics: Statistics) -> Tensor:
 
 
 def _normal_factors(coefs: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """``coefs`` as factors from ``LEAST`` to ``MOST``, or 0; none where all are 1. See :func:`.coefficient.factors`."""
+    """``coefs`` as factors from ``LEAST`` to ``MOST``, or 0, inf and NaN; none where all are 1.
+
+    See :func:`.coefficient.factors`.
+    """
     found = []
-    while bool(((within := coefs.clamp(LEAST, MOST)) != coefs).logical_and_(coefs > 0).any()):
-        powers = torch.where((within != coefs) & (coefs > 0), within, 1.0)  # of two, which round nothing
+    while bool((outside := (coefs.clamp(LEAST, MOST) != coefs) & (coefs > 0) & (coefs < inf)).any()):
+        powers = torch.where(outside, coefs.clamp(LEAST, MOST), 1.0)  # of two, which round nothing
         found.append(powers.to(dtype))
         coefs = coefs / powers
     last = coefs.to(dtype)

@@ -133,6 +133,15 @@ def test_nonfinite_propagate_bounds_the_other_units(clipper_of):
     assert model[0].grad.isnan().all(), "as torch does with all of them"
 
 
+def test_a_coefficient_of_inf_for_a_unit_that_is_not_finite_ends_nothing(clipper_of):
+    model = model_of()
+    model[0].grad[0, 0] = inf
+    kept = copies(model)
+    clipper_of(model, answers(coef=[inf, 0.5, 0.25]), nonfinite="propagate").clip_()
+    assert torch.equal(model[1].grad, kept[1] * 0.5)
+    assert torch.equal(model[2].grad, kept[2] * 0.25)
+
+
 @pytest.mark.parametrize("skip", [True, [1.0]])
 def test_a_policy_that_skips_scales_nothing(clipper_of, skip):
     model = model_of()

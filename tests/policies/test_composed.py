@@ -11,7 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import distclip
-from distclip import AutoClip, Chain, Decision, MaxNorm, PerGroup, PerParameter, Shadow, Signal, Statistic, ValueClip
+from distclip import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    Chain,
+    Decision,
+    MaxNorm,
+    PerGroup,
+    PerParameter,
+    Shadow,
+    Signal,
+    Statistic,
+    ValueClip,
+)
 from distclip.policies.adopt import spelled
 from distclip.policies.trust import inner_of, is_trusted, name_of
 from support.own_policy import OwnGate, OwnRunningMean, OwnSpikes
@@ -114,6 +127,16 @@ def test_what_is_in_no_group_is_scaled_by_the_others_of_a_chain(first, clipper_o
     after = gradients(net)
     left = before if first else {n: g * 0.25 / norm(before, "0.") if n[0] == "0" else g for n, g in before.items()}
     assert norm(after, "1.") == pytest.approx(norm(before, "1.") / norm(left), rel=1e-5)
+
+
+def test_norms_of_rows_in_the_shadow_keep_no_chain_from_combining_by_parameter(clipper_of):
+    net, ends = model(), []
+    for first in (1.0, Shadow(1.0, rows=AGC())):
+        before = fill(net)
+        clipper_of(net, Chain(first, PerGroup({"biases": ("*.bias", 0.1)}))).clip_()
+        ends.append(gradients(net))
+    assert all(torch.allclose(g, ends[1][name], rtol=1e-12) for name, g in ends[0].items())
+    assert norm(ends[0]) < norm(before)
 
 
 def test_a_chain_inside_others_stays_in_its_place(clipper_of):
@@ -462,7 +485,46 @@ def test_of_a_norm_that_is_not_finite_any_answer_will_do(bad, clipper_of):
             assert clipper_of(net, policy).clip_().skip
 
 
+@pytest.mark.parametrize("bad", [nan, inf])
+@pytest.mark.parametrize("coef", [nan, 0.0, -1.0])
+def test_nor_does_one_for_units_matter_then(bad, coef, clipper_of):
+    net, each = model(), Statistic("parameter")
+    inner = Mine(lambda s: Decision(inf, coef=torch.full_like(s.norm(each), coef), per=each), (each,))
+    for policy in (Chain(inner, 1.0), Shadow(1.0, own=inner)):
+        fill(net)
+        net[0].weight.grad[1, 1] = bad
+        assert clipper_of(net, policy).clip_().skip
+
+
+PROPAGATING = {
+    "warm-up": AdaGC(),
+    "of the model after units": Chain(PerParameter(0.1), 1.0),
+    "of rows": Chain(AGC(), 1.0),
+    "of units after the model": Chain(1.0, PerParameter(AutoClip(10, 4))),
+    "of groups after the model": Chain(1.0, PerGroup({"a": ("*.bias", 0.1)})),
+}
+
+
+@pytest.mark.parametrize("name", PROPAGATING)
+def test_a_norm_of_nan_propagates_into_every_gradient(name, clipper_of):
+    net = model()
+    fill(net)
+    net[0].weight.grad[1, 1] = nan
+    report = clipper_of(net, PROPAGATING[name], nonfinite="propagate").clip_()
+    assert not report.skip
+    assert all(p.grad.isnan().all() for p in net.parameters()), "as in torch"
+
+
 # ---- who they are -------------------------------------------------------------------------------------------
+
+
+def test_what_two_shadows_report_by_one_name_is_told_apart(clipper_of):
+    net = model()
+    before = norm(fill(net))
+    extra = clipper_of(net, Shadow(Shadow(1.0, a=0.5), a=0.25)).clip_().extra
+    assert [round(extra[name].item() * before, 3) for name in ("acting/a/coef", "a/coef")] == [0.5, 0.25]
+    with pytest.raises(ValueError, match="take another than 'norm'"):  # to_dict has norms that are watched there
+        Shadow(1.0, norm=0.5)
 
 
 def test_wrappers_are_trusted_as_far_as_what_is_inside():

@@ -108,6 +108,13 @@ def test_rows_that_cannot_be_are_refused_when_a_clipper_is_built(name):
         distclip.Clipper(Layers(), Halved(asked))
 
 
+def test_a_name_with_brackets_is_itself_and_no_wildcard():
+    model = nn.ParameterDict({"a[0]": nn.Parameter(torch.zeros(2, 3))})
+    statistic = Statistic("row", dims={"a[0]": 1})
+    clipper = distclip.Clipper(model, Halved((statistic,)), watch={"own": "a[0]"})
+    assert list(clipper.engine.plan.slots.units.names(statistic)) == [f"a[0][:, {k}]" for k in range(3)]
+
+
 def of_other_dims() -> str:
     """Ranks that name other dims are told at once."""
     dims = {"w1": 1} if dist.get_rank() else {"w1": 2}

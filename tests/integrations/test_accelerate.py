@@ -18,7 +18,7 @@ import distclip
 from distclip import AutoClip, Decision, MaxNorm, ValueClip
 from integrations.launches import once
 from support.layouts import ROWS, batch, build
-from support.own_policy import OwnRunningMean
+from support.own_policy import OwnGate, OwnRunningMean
 from support.ranks import run_ranks, same_bits
 
 accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'distclip[accelerate]'")
@@ -609,3 +609,19 @@ def test_values_are_clipped_under_fsdp2_where_accelerate_refuses(ranks):
 def test_what_raises(ranks, case, message):
     for each in ranks:
         assert re.match(message, each["errors"][case])
+
+
+def with_signals() -> list[bool]:
+    accelerator, model, optimizer = ddp()
+    clipper, skips = accelerator.clipper(model, OwnGate(most=2.0)), []
+    for step, loss in enumerate((1.0, 9.0, torch.tensor(1.0))):
+        accelerator.backward(loss_of(model, step))
+        signals = {"loss": loss if dist.get_rank() else 1.0, "tokens": 1}
+        skips += [bool(clipper.measure(signals=signals).skip), bool(clipper.clip_(signals=signals).skip)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return skips
+
+
+def test_signals_are_passed_with_clip_and_measure():
+    assert run_ranks(with_signals, 2, fresh=True) == [[False, False, True, True, False, False]] * 2

@@ -1,5 +1,6 @@
 """distclip.integrations.lightning: fits of the Trainer and loops of Fabric, beside one process clipped by hand."""
 
+from functools import partial
 from math import inf, isnan, nan
 
 import pytest
@@ -8,6 +9,7 @@ from torch.optim import LBFGS, SGD
 from torch.optim.lr_scheduler import StepLR
 
 from integrations.launches import once
+from support.own_policy import OwnGate
 from support.ranks import run_ranks, same_bits
 
 pytest.importorskip("lightning", reason="needs the extra: pip install 'distclip[lightning]'")
@@ -226,6 +228,20 @@ def test_fabric_refuses_what_it_cannot_clip():
     fabric._strategy = XLAStrategy.__new__(XLAStrategy)
     with pytest.raises(ValueError, match="FabricClipper does not know XLAStrategy"):
         FabricClipper(fabric, net, 1.0)
+
+
+def test_signals_are_passed_by_who_makes_the_calls_and_refused_where_nobody_can():
+    with pytest.raises(ValueError, match=r"OwnGate asks for the signals loss, tokens, .* ClipGradients clips"):
+        ClipGradients(OwnGate())
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net = torch.nn.Linear(2, 1)
+    module, optimizer = fabric.setup(net, SGD(net.parameters(), 0.1))
+    clipper = FabricClipper(fabric, module, OwnGate(most=2.0))
+    for call in (clipper.measure, clipper.clip_, partial(clipper.step, optimizer)):
+        fabric.backward(module(torch.ones(1, 2)).sum())
+        assert [call(signals={"loss": loss, "tokens": 1}).skip.item() for loss in (1.0, 3.0)] == [False, True]
+        with pytest.raises(ValueError, match="the policy asks for signals="):
+            call()
 
 
 def test_a_step_of_fabric_that_raises_does_not_leave_the_scale_in_the_next_norm():

@@ -17,7 +17,7 @@ import distclip
 from distclip import AutoClip, MaxNorm, ValueClip
 from integrations.launches import once
 from support.layouts import ROWS, batch, build
-from support.own_policy import OwnRunningMean
+from support.own_policy import OwnGate, OwnRunningMean
 from support.ranks import run_ranks, same_bits
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -230,6 +230,7 @@ def errors(folder):
     note("two owners", lambda: take_over(trainer_in(folder, max_grad_norm=1.0), 1.0))
     note("layerwise", lambda: take_over(trainer_in(folder, optim="galore_adamw_layerwise"), 1.0))
     trainer = trainer_in(folder, max_steps=2)
+    note("signals", lambda: take_over(trainer, OwnGate()))
     clipping = take_over(trainer, 1.0)
     note("twice", lambda: take_over(trainer, 1.0))
     trainer.train()
@@ -382,6 +383,10 @@ def test_a_second_training_starts_anew(ranks):
         ("two owners", r"ValueError: TrainingArguments.max_grad_norm=1.0 .* pass max_grad_norm=0.0"),
         ("two owners later", r"ValueError: TrainingArguments.max_grad_norm=1.0 .* pass max_grad_norm=0.0"),
         ("two owners meanwhile", r"ValueError: TrainingArguments.max_grad_norm=1.0 .* pass max_grad_norm=0.0"),
+        (
+            "signals",
+            "ValueError: OwnGate asks for the signals loss, tokens, .* where .*Trainer clips",
+        ),
         ("twice", r"ValueError: .* call take_over\(\) once"),
         ("layerwise", "ValueError: optim=galore_adamw_layerwise steps inside the backward"),
         ("clip_", "RuntimeError: Trainer clips with this Clipper already"),

@@ -163,6 +163,14 @@ def kept(before: State, after: State, skip: Skip, own: Skip) -> State:
     return {name: _where(others, before[name], value) for name, value in after.items()}
 
 
+def if_finite(before: State, after: State, statistics: Statistics) -> State:
+    """``after``, or ``before`` in a step whose norm is not finite, though that of some units may be."""
+    if not after:
+        return after
+    finite = statistics.norm(MODEL).isfinite()
+    return {name: torch.where(finite, value, before[name]) for name, value in after.items()}
+
+
 def _where(skip: Any, before: Tensor, after: Tensor) -> Tensor:
     """``before`` where ``skip``, 0-d or for each entry of the first dimension; what is of no unit is ``after``."""
     if not skip.dim():

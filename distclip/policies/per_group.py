@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import refusals
 from .adopt import made
-from .composed import Inner, any_of, asked_of, checked_name, joined, kept, needs_of, on_a_norm, part_of
+from .composed import Inner, any_of, asked_of, checked_name, if_finite, joined, kept, needs_of, on_a_norm, part_of
 from .protocol import Decision, Policy, State
 from .statistics import MODEL, Signal, Statistic, Statistics, Units
 from .trust import trusted
@@ -28,8 +28,9 @@ class PerGroup:
       Clipper is built, for a group that matches nothing, and for a parameter in two groups. Parameters in no group are
       left alone too.
 
-    A policy that skips skips the whole step; those of other groups then keep the states that they had. State:
-    ``"name.key"`` for each key of a group's policy; what it reports is ``"name/key"``.
+    A policy that skips skips the whole step; those of other groups then keep the states that they had, and all of them
+    in a step whose norm is not finite. State: ``"name.key"`` for each key of a group's policy; what it reports is
+    ``"name/key"``.
 
     >>> PerGroup({"matrices": ("*.weight", 1.0), "rest": (("*.bias", "*norm*"), None)}).groups["matrices"]
     (('*.weight',), MaxNorm(max_norm=1.0))
@@ -76,7 +77,8 @@ class PerGroup:
             extra |= {f"{name}/{key}": number for key, number in inner.decision.extra.items()}
         skip = any_of(each.skip for each in found.values())
         after = {name: kept(part_of(state, name), states[name], skip, each.skip) for name, each in found.items()}
-        return Decision(inf, skip, coef=torch.stack(coefs), per=level, extra=extra), joined(after)
+        decision = Decision(inf, skip, coef=torch.stack(coefs), per=level, extra=extra)
+        return decision, if_finite(state, joined(after), statistics)
 
     @property
     def _level(self) -> Statistic:

@@ -8,7 +8,7 @@ import torch
 from . import refusals
 from .adopt import made
 from .answer import ask, level_of
-from .composed import any_of, kept, needs_of, on_a_norm, skip_of
+from .composed import any_of, if_finite, kept, needs_of, on_a_norm, skip_of
 from .protocol import Decision, Policy, State
 from .statistics import Signal, Statistic, Statistics, Units
 from .trust import is_trusted, trusted
@@ -22,7 +22,8 @@ class PerParameter:
     """Apply ``policy`` to each parameter by itself: its own norm, its own state, its own coefficient.
 
     * ``policy``: one that decides on a norm, or a number, which means :class:`MaxNorm`. A policy that skips skips the
-      whole step as soon as one parameter makes it; the state of the others is then as before.
+      whole step as soon as one parameter makes it; the state of the others is then as before. A step whose norm is not
+      finite leaves nothing in the state of any.
 
     State: that of ``policy``, with an entry for each parameter. What it reports of single parameters is left out.
 
@@ -54,4 +55,5 @@ class PerParameter:
             raise refusals.by_unit_inside(self.policy, "PerParameter", decision.per)
         skips = skip_of(decision, self.policy, own)
         skip, extra = any_of([skips]), {name: each for name, each in decision.extra.items() if not each.dim()}
-        return replace(decision, per=PARAMETERS, skip=skip, extra=extra), kept(state, after, skip, skips)
+        after = if_finite(state, kept(state, after, skip, skips), statistics)
+        return replace(decision, per=PARAMETERS, skip=skip, extra=extra), after

@@ -196,6 +196,15 @@ def test_parameters_that_differ_between_ranks_have_names_that_say_where():
     )
 
 
+def test_a_weight_that_two_modules_share_has_the_name_in_the_first():
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4)})
+    model["head"].weight = model["embed"].weight
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    norms = Clipper(model, 1.0, watch={"embed": "embed.weight", "head": "head.*"}).measure().norms
+    assert {name: norm.item() ** 2 for name, norm in norms.items()} == pytest.approx({"embed": 12, "head": 4})
+
+
 def test_a_pattern_may_be_such_a_name_or_the_one_that_ranks_share():
     shown, other = run_ranks(experts, 2, "patterns")
     assert same_bits([shown, other])

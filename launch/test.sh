@@ -4,7 +4,7 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-make_environment train,dev,deepspeed,lightning,accelerate,transformers # the integrations are tested too
+make_environment train,dev,deepspeed,lightning,accelerate,transformers,viz # integrations and pictures are tested too
 cd "$root"
 export OMP_NUM_THREADS=1 # ranks share the cores already
 failed=

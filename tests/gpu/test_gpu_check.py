@@ -236,7 +236,7 @@ def test_parts_hold_on_the_host_and_measure_what_they_must(road, monkeypatch):
 def broken(name: str) -> list[str]:
     """What the check finds wrong with a library that was broken in one place, on the device that is not there."""
     from distclip.kernels import foreach
-    from distclip.plan import measure as plan
+    from distclip.plan import contribution as plan
     from gpu.check import PARTS, NotThere
 
     norms = plan.local_norms

@@ -38,7 +38,7 @@ PROBLEMS = [
     (
         QUICKSTART,
         ["clip.policy=hard"],
-        ["clip.policy", "must be one of autoclip, ", "zclip", "none, not 'hard'"],
+        ["clip.policy", "must be one of adagc, ", "zclip", "none, not 'hard'"],
     ),
     (QUICKSTART, ["clip.policy=value"], ["clip.clip_value", "clip.policy=value needs it"]),
     (QUICKSTART, ["clip.max_norm=-1"], ["clip.max_norm", "must be above 0"]),

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import FAILURES
 from ..layouts.piece import Held, once
-from ..policies.statistics import Statistic
+from ..policies.statistic import Statistic
 from ..ranks.compare import checksums, differing_fields, distinct_texts, who_differs
 from ..ranks.group import ClippingGroup
 from . import refusals

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels import Cut, local_norms, norms_on_host, row_sums, scale_each_, scale_rows_, sums_of_each
 from ..kernels.device import device_of, has_float64
 from ..kernels.transfer import sent
-from ..policies.statistics import Gather, RowNames, Units
+from ..policies.units import Gather, RowNames, Units
 
 
 @dataclass(frozen=True, slots=True, eq=False)

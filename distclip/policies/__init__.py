@@ -18,6 +18,8 @@ from .schedules import Cosine as Cosine, Warmup as Warmup
 from .shadow import Shadow as Shadow
 from .skip_spikes import SkipSpikes as SkipSpikes
 from .smooth import Smooth as Smooth
-from .statistics import Signal as Signal, Statistic as Statistic, Statistics as Statistics, Units as Units
+from .statistic import Signal as Signal, Statistic as Statistic
+from .statistics import Statistics as Statistics
+from .units import Units as Units
 from .value_clip import ValueClip as ValueClip
 from .zclip import ZClip as ZClip

@@ -14,8 +14,9 @@ from torch import Tensor
 from .checks import is_dense
 from .max_norm import MaxNorm
 from .protocol import Policy, State
-from .statistics import MODEL, Signal, Statistic, Units
+from .statistic import MODEL, Signal, Statistic
 from .trust import name_of
+from .units import Units
 
 P = ParamSpec("P")
 R = TypeVar("R")

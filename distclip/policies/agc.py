@@ -9,9 +9,10 @@ import torch
 from .adaptive import LEAST, coef_to, number
 from .checks import euclidean, finite, positive
 from .protocol import Decision, State
-from .statistic import Dims, dims_by_pattern
-from .statistics import Statistic, Statistics, Units
+from .statistic import Dims, Statistic, dims_by_pattern
+from .statistics import Statistics
 from .trust import trusted
+from .units import Units
 
 
 @trusted

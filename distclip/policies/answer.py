@@ -18,8 +18,10 @@ from ..kernels.transfer import sent
 from .checks import is_dense
 from .protocol import Decision, Policy, State
 from .refusals import fault_code, no_decision, other_keys, other_state, refusal
-from .statistics import MODEL, Statistic, Statistics, Units, asked
+from .statistic import MODEL, Statistic, asked
+from .statistics import Statistics
 from .trust import is_trusted
+from .units import Units
 
 MAY_BE_BOOL = ("skip", "extra")
 REPORTED = ("norm", "max_norm", "coef", "skip")  # by the report itself

@@ -10,8 +10,10 @@ from torch import Tensor
 from .adaptive import at_most, coef_to, learnt_from, moved_on, number
 from .checks import positive, whole
 from .protocol import Decision, State
-from .statistics import Statistic, Statistics, Units
+from .statistic import Statistic
+from .statistics import Statistics
 from .trust import trusted
+from .units import Units
 
 
 @trusted

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .checks import count
 from .protocol import Policy, State
-from .statistics import RowNames, Statistic, Units
+from .statistic import Statistic
+from .units import RowNames, Units
 
 KEPT = ("parameter", "row")  # the levels whose units are saved by name
 

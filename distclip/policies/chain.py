@@ -14,8 +14,10 @@ from .adopt import as_policy, made
 from .answer import ask
 from .composed import LEAST, MOST, Inner, any_of, asked_of, clamps, joined, kept, needs_of, part_of
 from .protocol import Decision, Number, Policy, State
-from .statistics import LEVELS, MODEL, Signal, Statistic, Statistics, Units
+from .statistic import LEVELS, MODEL, Signal, Statistic
+from .statistics import Statistics
 from .trust import trusted
+from .units import Units
 
 PARAMETERS = Statistic("parameter")
 

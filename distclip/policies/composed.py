@@ -18,7 +18,8 @@ from . import refusals
 from .adopt import as_policy, needs
 from .answer import ask, bad_units, level_of, on
 from .protocol import Decision, Number, Policy, State
-from .statistics import MODEL, Signal, Statistic, Statistics
+from .statistic import MODEL, Signal, Statistic
+from .statistics import Statistics
 from .trust import is_trusted
 from .value_clip import ValueClip
 

@@ -12,8 +12,10 @@ from . import refusals
 from .adopt import made
 from .composed import Inner, any_of, asked_of, checked_name, if_finite, joined, kept, needs_of, on_a_norm, part_of
 from .protocol import Decision, Policy, State
-from .statistics import MODEL, Signal, Statistic, Statistics, Units
+from .statistic import MODEL, Signal, Statistic
+from .statistics import Statistics
 from .trust import trusted
+from .units import Units
 
 Patterns: TypeAlias = str | Sequence[str]
 

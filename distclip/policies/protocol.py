@@ -13,7 +13,9 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
-from .statistics import Per, Signal, Statistic, Statistics, Units
+from .statistic import Per, Signal, Statistic
+from .statistics import Statistics
+from .units import Units
 
 State: TypeAlias = dict[str, Tensor]
 Number: TypeAlias = Tensor | float

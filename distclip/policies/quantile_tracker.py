@@ -9,8 +9,10 @@ import torch
 from .adaptive import LEAST, MOST, at_most, coef_to, learnt_from
 from .checks import finite, positive, share
 from .protocol import Decision, State
-from .statistics import Statistic, Statistics, Units
+from .statistic import Statistic
+from .statistics import Statistics
 from .trust import trusted
+from .units import Units
 
 
 @trusted

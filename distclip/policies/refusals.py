@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .checks import is_dense
 from .protocol import Policy, State
-from .statistics import Per, Statistic, Units, asked
+from .statistic import Per, Statistic, asked
 from .trust import name_of
+from .units import Units
 
 RULES = {
     "max_norm": "a number above 0, or inf for no bound",

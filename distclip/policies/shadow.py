@@ -11,8 +11,10 @@ from .adopt import as_policy, made
 from .answer import ask
 from .composed import Skip, any_of, asked_of, checked_name, clamps, joined, needs_of, part_of
 from .protocol import Decision, Policy, State
-from .statistics import Signal, Statistic, Statistics, Units
+from .statistic import Signal, Statistic
+from .statistics import Statistics
 from .trust import trusted
+from .units import Units
 
 ACTING = "acting"
 

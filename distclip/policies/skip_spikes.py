@@ -10,8 +10,10 @@ from torch import Tensor
 from .adaptive import learnt_from, moved_on, winsorised
 from .checks import positive, whole
 from .protocol import Decision, State
-from .statistics import Signal, Statistics, Units
+from .statistic import Signal
+from .statistics import Statistics
 from .trust import trusted
+from .units import Units
 
 EPS = 1e-6  # deviations are at least that share of the mean, so that rounding is no spike
 BELOW = 1e150  # larger numbers have squares that may not add up in float64

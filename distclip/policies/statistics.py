@@ -21,16 +21,8 @@ import torch
 from torch import Tensor
 
 from ..ranks.message import combined, root
-from .statistic import (
-    LEVELS as LEVELS,
-    MODEL as MODEL,
-    Per as Per,
-    Signal as Signal,
-    Statistic as Statistic,
-    asked as asked,
-    not_asked_for as not_asked_for,
-)
-from .units import Gather as Gather, Level as Level, RowNames as RowNames, Units as Units
+from .statistic import MODEL, Per, Statistic, asked, not_asked_for
+from .units import Units
 
 
 class Statistics:

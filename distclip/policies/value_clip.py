@@ -8,8 +8,10 @@ import torch
 
 from .checks import bounds
 from .protocol import Decision, State
-from .statistics import Statistic, Statistics, Units
+from .statistic import Statistic
+from .statistics import Statistics
 from .trust import trusted
+from .units import Units
 
 
 @trusted

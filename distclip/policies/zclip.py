@@ -10,8 +10,10 @@ from torch import Tensor
 from .adaptive import LEAST, coef_to, learnt_from, moved_on, winsorised
 from .checks import finite, positive, share, whole
 from .protocol import Decision, State
-from .statistics import Statistic, Statistics, Units
+from .statistic import Statistic
+from .statistics import Statistics
 from .trust import trusted
+from .units import Units
 
 BELOW = 1e150  # larger norms have squares that may not add up in float64
 

@@ -18,7 +18,7 @@ from ..plan.copies import has_copies
 from ..policies import Policy
 from ..policies.adopt import as_policy, needs
 from ..policies.checks import positive
-from ..policies.statistics import Signal, Statistic
+from ..policies.statistic import Signal, Statistic
 from ..ranks.group import Axis, ClippingGroup
 from . import options, refusals
 from .calls import Calls

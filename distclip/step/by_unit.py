@@ -13,7 +13,9 @@ from ..plan.build import Plan
 from ..plan.measured import Measured
 from ..policies.answer import Numbers, Tensors
 from ..policies.coefficient import LEAST, MOST, all_presented
-from ..policies.statistics import Statistic, Statistics, Units
+from ..policies.statistic import Statistic
+from ..policies.statistics import Statistics
+from ..policies.units import Units
 from ..report import Watched
 
 NO_UNITS = Units()

@@ -14,7 +14,7 @@ from ..plan.slots import Slots
 from ..policies import Policy, State, Statistic
 from ..policies.answer import Numbers, Tensors, ask
 from ..policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device, rounded
-from ..policies.statistics import MODEL
+from ..policies.statistic import MODEL
 from ..policies.trust import is_trusted
 from ..report import Culprit, Report
 from ..shield import shielded

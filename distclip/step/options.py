@@ -13,7 +13,7 @@ from ..layouts.model import ParameterFilter
 from ..plan.build import Plan
 from ..policies import Policy
 from ..policies.adopt import spelled
-from ..policies.statistics import Signal, Statistic
+from ..policies.statistic import Signal, Statistic
 from ..ranks.group import Axis
 from . import refusals
 from .nonfinite import MODES, Nonfinite, Streak

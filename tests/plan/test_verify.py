@@ -19,7 +19,7 @@ from distclip import Statistic
 from distclip.layouts.rows import rows_of
 from distclip.plan import units
 from distclip.plan.units import _groups as groups_of, _slots_of_sums as slots_of_sums
-from distclip.policies.statistics import Gather
+from distclip.policies.units import Gather
 from distclip.ranks.compare import checksums
 from support.layouts import backward, build, ddp, fsdp2
 from support.parallel import mesh_of

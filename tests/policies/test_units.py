@@ -13,7 +13,7 @@ from distclip import AutoClip, Decision, Statistic, Statistics, Units
 from distclip.policies.answer import Numbers, Tensors
 from distclip.policies.by_unit import in_order, labelled, orders_of
 from distclip.policies.refusals import refusal_of
-from distclip.policies.statistics import Gather, Level, RowNames
+from distclip.policies.units import Gather, Level, RowNames
 from support.accelerator import DEVICE, EXISTS, no_waits, raw, use_accelerator
 from support.ranks import run_ranks
 

@@ -123,11 +123,6 @@ class Plan:
         return (1 if self.slots is None else self.slots.length) + len(self.signals)
 
     @property
-    def of_model(self) -> int:
-        """How many of these make up the norm of all gradients."""
-        return 1 if self.slots is None else self.slots.count
-
-    @property
     def known(self) -> list[int]:
         """The pieces that every rank of the group must know, in an order that is the same on all of them."""
         return [i for i, is_known in enumerate(self.known_to_all) if is_known]

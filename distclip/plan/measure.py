@@ -127,7 +127,8 @@ def _round(
     missing = missing_in(plan, gradients) if len(local.indices) < len(plan.pieces) else ()
     code = plan.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
     faulty = local.error is not None
-    reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call, plan.of_model)
+    of_model = 1 if plan.slots is None else plan.slots.count  # the others of a vector only travel along
+    reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call, of_model)
     if reduced.disagree is True:
         reduced = replace(reduced, who=who_differs(plan.group, plan.device, account(plan, call, missing, local.error)))
     return local, norms, by_piece, reduced

@@ -127,25 +127,21 @@ class Units:
     parameters at once, or one group. It is what is meant where no statistic is named.
     """
 
-    __slots__ = ("_levels", "_member", "_whole", "p", "size")
+    __slots__ = ("_levels", "_member", "_whole", "bounded", "p", "size")
 
     def __init__(self, size: float = 0.0, levels: Mapping[Statistic, Level] | None = None, p: float = 2.0) -> None:
         """``size``: how many elements the model has; 0 where nobody asked for more than its norm. ``p``: of norms."""
         self.size, self.p = size, p
         self._levels = dict(levels or {})
-        self._whole = MODEL
+        self._whole = self.bounded = MODEL  # what a decision for the model bounds
         self._member: int | None = None
 
     def at(self, whole: Statistic, member: int | None = None) -> "Units":
         """The same for a policy whose whole are the units of ``whole``, or the one with this number."""
         inner = Units(self.size, self._levels, self.p)
         inner._whole, inner._member = whole, member
+        inner.bounded = whole if member is None else MODEL  # one group has one number, as the model has
         return inner
-
-    @property
-    def bounded(self) -> Statistic:
-        """What a decision for the model bounds: the model or one group, or all parameters, each by itself."""
-        return MODEL if self._member is not None else self._whole
 
     def with_one_more(self, per: str) -> "Units":
         """The same with one more unit of this level, the last: to see which dimensions of a state are of units."""

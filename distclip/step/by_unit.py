@@ -28,24 +28,21 @@ def units_of(plan: Plan) -> Units:
     return NO_UNITS if plan.p == 2 else Units(p=plan.p)
 
 
-def statistics_of(measured: Measured, norm: Tensor, plan: Plan) -> Statistics:
-    """What a policy sees of one measurement; ``norm``: of the model, 0-d float64."""
+def statistics_of(measured: Measured, norm: Tensor, units: Units, plan: Plan) -> Statistics:
+    """What a policy sees of a measurement in which more than its ``norm``, 0-d float64, has travelled."""
     sums, slots = measured.reduced.sums, plan.slots
-    if sums is None:
-        return Statistics(norm, units_of(plan))
+    assert sums is not None
     signals = dict(zip(plan.signals, sums[len(sums) - len(plan.signals) :], strict=True)) if plan.signals else {}
     if slots is None:
-        return Statistics(norm, units_of(plan), None, plan.p, measured.scale, signals)
+        return Statistics(norm, units, None, plan.p, measured.scale, signals)
     found = {"gradient": sums[: slots.count]}
     if slots.of_parameters:
         found["parameter"] = sums[slots.count : 2 * slots.count]
-    return Statistics(norm, slots.units, found, plan.p, measured.scale, signals)
+    return Statistics(norm, units, found, plan.p, measured.scale, signals)
 
 
-def watched(statistics: Statistics, watch: Statistic | None, dtype: torch.dtype) -> Mapping[str, Tensor]:
+def watched(statistics: Statistics, watch: Statistic, dtype: torch.dtype) -> Mapping[str, Tensor]:
     """The norms that a report shows by name."""
-    if watch is None:
-        return {}
     return Watched(statistics.units.names(watch), all_presented(statistics.norm(watch), dtype))
 
 

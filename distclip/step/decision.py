@@ -11,7 +11,7 @@ from ..kernels import clamp_, scale_
 from ..plan.build import Plan
 from ..plan.measured import Measured
 from ..plan.slots import Slots
-from ..policies import Policy, State, Statistic
+from ..policies import Policy, State, Statistic, Statistics, Units
 from ..policies.answer import Numbers, Tensors, ask
 from ..policies.coefficient import clip_coef_on_device, factors, presented, presented_on_device, rounded
 from ..policies.statistic import MODEL
@@ -147,6 +147,7 @@ def decided_on_host(
     state: State,
     skips_nonfinite: bool,
     plan: Plan,
+    units: Units,
     watch: Statistic | None,
     trusted: bool,
 ) -> tuple[Outcome, State]:
@@ -159,10 +160,12 @@ def decided_on_host(
     disagree = bool(reduced.disagree)
     norm = nan if disagree else reduced.norm
     asked = torch.scalar_tensor(norm, dtype=torch.float64, device=plan.device)
-    statistics = statistics_of(measured, asked, plan)
+    plain = reduced.sums is None  # nothing travelled but the norm of the model
+    statistics = Statistics(asked, units) if plain else statistics_of(measured, asked, units, plan)
     decision, state = policy.decide(statistics, state) if trusted else ask(policy, statistics, state)
     answer, finite, dtype = Numbers.of(decision, policy, statistics), isfinite(norm), measured.dtype
-    skip, norms = answer.skip or (skips_nonfinite and not finite), watched(statistics, watch, dtype)
+    skip = answer.skip or (skips_nonfinite and not finite)
+    norms = {} if watch is None else watched(statistics, watch, dtype)
     if not skip:
         answer.check(policy, statistics, finite)
     skipped, shown, bound, given = (
@@ -188,6 +191,7 @@ def decided_on_device(
     state: State,
     skips_nonfinite: bool,
     plan: Plan,
+    units: Units,
     watch: Statistic | None,
     last: Report | None,
 ) -> tuple[Outcome, State]:
@@ -198,7 +202,8 @@ def decided_on_device(
     device = plan.device
     norm, dtype, trusted = measured.reduced.tensor(device), measured.dtype, is_trusted(policy)
     # A policy of a user may write to the norm that it is shown.
-    statistics = statistics_of(measured, norm if trusted else norm.clone(), plan)
+    asked, plain = norm if trusted else norm.clone(), measured.reduced.sums is None
+    statistics = Statistics(asked, units) if plain else statistics_of(measured, asked, units, plan)
     decision, state = ask(policy, statistics, state)
     answer, finite = Tensors.of(decision, policy, statistics, device), norm < inf  # false for NaN too
     skip = _skipped(answer.skip, finite, skips_nonfinite)
@@ -210,7 +215,7 @@ def decided_on_device(
         is_bad = fault > 0
         skip, shown = skip | is_bad, torch.where(is_bad, torch.nan, norm)
     never = answer.skip is None and not skips_nonfinite and trusted
-    known, norms = False if never else skip, watched(statistics, watch, dtype)
+    known, norms = False if never else skip, {} if watch is None else watched(statistics, watch, dtype)
     shown = presented_on_device(shown, finite, dtype)
     disagree = measured.reduced.disagree
     if answer.per is not MODEL:

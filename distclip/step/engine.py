@@ -168,11 +168,12 @@ class Engine:
         on_device = self.progress.on_device and all(folds.by_optimizer) and all(map(prepare_skip_on_device, optimizers))
         scaler = _enabled(scaler)
         outcome = self._advance(optimizers, folds, scaler, only_theirs, on_device, signals)
-        gradients, coef = outcome.gradients, None
         # 8. Scale. An optimizer that folds divides by 1 / coef: one factor, and no clamping after it. The report's
         #    coefficient is that factor, the same tensor; outcome.coef may be a number, or be rounded otherwise.
         if len(outcome.factors) == 1 and outcome.clamp is None and outcome.skip is not True:
             gradients, coef = self._not_folded(outcome, folds), outcome.report.coef
+        else:
+            gradients, coef = outcome.gradients, None
         if gradients:
             outcome.change(gradients, outcome.measured.scale)
         skip_on_device = outcome.skip if isinstance(outcome.skip, Tensor) else None
@@ -264,8 +265,7 @@ class Engine:
             raise refusals.scaler_with_gradients()
         for source, holder in enumerate(self.holders):
             if holder.grad is not None and id(holder) not in folds.parameters and not only_theirs:
-                label = self.plan.label(self.plan.sources.index(source))
-                return refusals.not_unscaled(label)
+                return refusals.not_unscaled(self.plan.label(self.plan.sources.index(source)))
         return None
 
     def _check(self, optimizers: Sequence[Optimizer], signals: Signals | None) -> None:

@@ -65,6 +65,7 @@ class Progress:
         self.units = units_of(plan)
         self.state = made(policy, self.units, plan.device)
         self._watch = watch
+        self._shows_values = plan.slots is not None and plan.slots.of_parameters  # to the policy, as norms
         self._trusted = is_trusted(policy)
         self._holders = holders
         self._compares_axes = compares_axes
@@ -151,7 +152,8 @@ class Progress:
         plan, storage = self.plan, self.storage
         try:
             gradients = storage.read()
-            beside = Beside(self._values(), given(signals or {}, plan.signals) if signals or plan.signals else ())
+            values = self._values() if self._shows_values else ()
+            beside = Beside(values, given(signals or {}, plan.signals) if signals or plan.signals else ())
         except FAILURES as failed:  # of a function of the user, for example
             fail_with_others(plan, failed, call.tag, call.name, self._realigns)
             raise
@@ -182,18 +184,17 @@ class Progress:
         return replace(measured, reduced=measured.reduced.unscaled(scale, plan.p), scale=scale)
 
     def _values(self) -> list[Tensor]:
-        """The parameters' values, piece by piece, where a policy asks for norms of them."""
-        plan = self.plan
-        if plan.slots is None or not plan.slots.of_parameters:
-            return []
-        return [Held(p, self._holders[k]).values() for p, k in zip(plan.pieces, plan.sources, strict=True)]
+        """The parameters' values, piece by piece."""
+        pieces = zip(self.plan.pieces, self.plan.sources, strict=True)
+        return [Held(piece, self._holders[source]).values() for piece, source in pieces]
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
         skips = self.streak.mode != "propagate"
+        asked = measured, self.policy, self.state, skips, self.plan, self.units, self._watch
+        if not self.on_device:
+            return decided_on_host(*asked, self._trusted)
         last = None if self._captured else self.report  # a graph may own its memory, and write to it in a replay
-        if self.on_device:
-            return decided_on_device(measured, self.policy, self.state, skips, self.plan, self._watch, last)
-        return decided_on_host(measured, self.policy, self.state, skips, self.plan, self._watch, self._trusted)
+        return decided_on_device(*asked, last)
 
     def _must_check_now(self, outcome: Outcome, skips_on_device: bool) -> bool:
         return (

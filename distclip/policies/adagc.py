@@ -10,12 +10,10 @@ from torch import Tensor
 from .adaptive import LEAST, coef_to, learnt_from, number
 from .checks import finite, positive, share, whole
 from .protocol import Decision, State
-from .statistic import Statistic
+from .statistic import PARAMETERS, Statistic
 from .statistics import Statistics
 from .trust import trusted
 from .units import Units
-
-PARAMETERS = Statistic("parameter")
 
 
 @trusted

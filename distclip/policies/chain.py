@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from . import refusals
+from .adaptive import LEAST, MOST
 from .adopt import as_policy, made
 from .answer import ask
-from .composed import LEAST, MOST, Inner, any_of, asked_of, clamps, joined, kept, needs_of, part_of
+from .composed import Inner, any_of, asked_of, clamps, joined, kept, needs_of, part_of
 from .protocol import Decision, Number, Policy, State
-from .statistic import LEVELS, MODEL, Signal, Statistic
+from .statistic import LEVELS, MODEL, PARAMETERS, Signal, Statistic
 from .statistics import Statistics
 from .trust import trusted
 from .units import Units
-
-PARAMETERS = Statistic("parameter")
 
 
 @trusted

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import refusals
+from .adaptive import LEAST, number
 from .adopt import as_policy, needs
 from .answer import ask, bad_units, level_of, on
 from .protocol import Decision, Number, Policy, State
@@ -22,8 +23,6 @@ from .statistic import MODEL, Signal, Statistic
 from .statistics import Statistics
 from .trust import is_trusted
 from .value_clip import ValueClip
-
-LEAST, MOST = torch.finfo(torch.float64).smallest_normal, torch.finfo(torch.float64).max
 
 Skip: TypeAlias = Tensor | bool | None
 """Whether to skip, bool: 0-d, or (units,) inside :class:`PerParameter`; None for a policy that does not."""
@@ -98,8 +97,7 @@ class Inner:
         if not self.scales:
             return torch.ones_like(norm)
         if not isinstance(bound, Tensor):
-            bound = torch.scalar_tensor(bound, dtype=torch.float64)  # of the host: an argument of the kernel
-            return (bound / (norm + 1e-6)).clamp_(LEAST, 1.0)
+            return (number(bound) / (norm + 1e-6)).clamp_(LEAST, 1.0)
         return (bound / (norm + 1e-6)).clamp_(LEAST, 1.0).masked_fill_(bound == inf, 1.0)
 
 

@@ -8,12 +8,10 @@ import torch
 from .adaptive import coef_to
 from .checks import euclidean, positive
 from .protocol import Decision, State
-from .statistic import Statistic
+from .statistic import PARAMETERS, Statistic
 from .statistics import Statistics
 from .trust import trusted
 from .units import Units
-
-PARAMETERS = Statistic("parameter")
 
 
 @trusted

@@ -10,12 +10,10 @@ from .adopt import made
 from .answer import ask, level_of
 from .composed import any_of, if_finite, kept, needs_of, on_a_norm, skip_of
 from .protocol import Decision, Policy, State
-from .statistic import Signal, Statistic
+from .statistic import PARAMETERS, Signal, Statistic
 from .statistics import Statistics
 from .trust import is_trusted, trusted
 from .units import Units
-
-PARAMETERS = Statistic("parameter")
 
 
 @trusted

@@ -97,7 +97,7 @@ class Statistic:
         return self if self.of == "gradient" else Statistic(self.per, groups=self.groups, dims=self.dims)
 
 
-MODEL = Statistic()
+MODEL, PARAMETERS = Statistic(), Statistic("parameter")
 
 
 def asked(statistic: Statistic | Per) -> Statistic:

@@ -16,7 +16,29 @@ Schedule: TypeAlias = Callable[[Tensor], Number]
 
 
 @dataclass(frozen=True, slots=True)
-class Warmup:
+class _Between:
+    """A bound that goes from one to another; along which curve, a subclass says."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        finite("start", self.start)
+        finite("end", self.end)
+        whole("steps", self.steps)
+
+    def __call__(self, step: Tensor | int) -> Tensor:
+        share = self._share((torch.as_tensor(step, dtype=torch.float64) / self.steps).clamp(0.0, 1.0))
+        return self.start * (1 - share) + self.end * share  # both ends exactly
+
+    def _share(self, done: Tensor) -> Tensor:
+        """How much of ``end`` the bound is, from 0 to 1, when ``done`` of the steps are made: both 0-d float64."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup(_Between):
     """From ``start`` to ``end`` in a straight line over ``steps`` steps, and ``end`` ever after.
 
     Step 0, the first, has the bound ``start``, and step ``steps`` has ``end``. No host sync.
@@ -25,19 +47,12 @@ class Warmup:
     5.5
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check(self.start, self.end, self.steps)
-
-    def __call__(self, step: Tensor | int) -> Tensor:
-        return _between(self.start, self.end, _done(step, self.steps))
+    def _share(self, done: Tensor) -> Tensor:
+        return done
 
 
 @dataclass(frozen=True, slots=True)
-class Cosine:
+class Cosine(_Between):
     """From ``start`` to ``end`` along half a cosine over ``steps`` steps, and ``end`` ever after.
 
     The bound is ``end + (start - end) * (1 + cos(pi * step / steps)) / 2``. No host sync.
@@ -46,27 +61,5 @@ class Cosine:
     5.5
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check(self.start, self.end, self.steps)
-
-    def __call__(self, step: Tensor | int) -> Tensor:
-        return _between(self.start, self.end, (1 - torch.cos(pi * _done(step, self.steps))) / 2)
-
-
-def _check(start: float, end: float, steps: int) -> None:
-    finite("start", start)
-    finite("end", end)
-    whole("steps", steps)
-
-
-def _done(step: Tensor | int, steps: int) -> Tensor:
-    """The share of the steps that were made, 0-d float64."""
-    return (torch.as_tensor(step, dtype=torch.float64) / steps).clamp(0.0, 1.0)
-
-
-def _between(start: float, end: float, share: Tensor) -> Tensor:
-    return start * (1 - share) + end * share  # both ends exactly
+    def _share(self, done: Tensor) -> Tensor:
+        return (1 - torch.cos(pi * done)) / 2

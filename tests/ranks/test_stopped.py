@@ -6,6 +6,7 @@ Groups here have a timeout of minutes, so that a rank that waits for it does not
 import gc
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -110,6 +111,12 @@ def meet(folder: str, ranks: int) -> None:
         time.sleep(0.02)
 
 
+def at_once(*calls: tuple[Any, ...]) -> list[list[Any]]:
+    """What run_ranks returns for each, side by side on fresh ranks, which wait for most of the time."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: run_ranks(*call, timeout=50, fresh=True), calls))
+
+
 def without_rank_1(folder: str, call: str, where: str, error: BaseException, then: str) -> tuple[list[str], bool]:
     """Rank 1 stops in its second call. It makes the third when the others have given theirs up, or leaves the group."""
     loop, stops = Loop(where), dist.get_rank() == 1
@@ -137,21 +144,24 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("how", "size", "then"),
-    [*((how, 3, "comes back") for how in STOPS), ("step", 2, "comes back"), ("step", 2, "leaves")],
-)
-def test_who_waits_for_a_rank_that_has_stopped_is_told_why_before_the_timeout(how, size, then, tmp_path):
-    call, where, error, why = STOPS[how]
-    results = run_ranks(without_rank_1, size, str(tmp_path), call, where, error, then, timeout=50, fresh=True)
-    for rank, ((first, second, *third), over) in enumerate(results):
-        assert first == "right"
-        assert second == (f"{type(error).__name__}: {error}" if rank == 1 else "right")
-        assert over
-        for said in third:
-            assert said.startswith("RuntimeError: a collective of the clipping group failed in ")
-            assert f": {why}; an error on one rank must end it, or be raised on every rank (" in said
-    assert len(results[0][0]) == 3
+CASES = [*((how, 3, "comes back") for how in STOPS), ("step", 2, "comes back"), ("step", 2, "leaves")]
+
+
+def test_who_waits_for_a_rank_that_has_stopped_is_told_why_before_the_timeout(tmp_path):
+    calls = [
+        (without_rank_1, size, str(tmp_path / str(k)), *STOPS[how][:3], then)
+        for k, (how, size, then) in enumerate(CASES)
+    ]
+    for case, results in zip(CASES, at_once(*calls), strict=True):
+        _, _, error, why = STOPS[case[0]]
+        for rank, ((first, second, *third), over) in enumerate(results):
+            assert first == "right", case
+            assert second == (f"{type(error).__name__}: {error}" if rank == 1 else "right"), case
+            assert over, case
+            for said in third:
+                assert said.startswith("RuntimeError: a collective of the clipping group failed in "), case
+                assert f": {why}; an error on one rank must end it, or be raised on every rank (" in said, case
+        assert len(results[0][0]) == 3, case
 
 
 def interrupted_before_the_message(folder: str) -> list[str]:
@@ -180,10 +190,10 @@ def going_on(call: str, ranks: list[int], late: float) -> list[str]:
     return [*said, loop.said(call), loop.said(call)]
 
 
-@pytest.mark.parametrize("call", ["clip_", "measure"])
-def test_where_all_have_raised_all_may_go_on_and_one_may_be_late(call):
+def test_where_all_have_raised_all_may_go_on_and_one_may_be_late():
     late = roll_call.LOOK * (HOPE + 2.5)
-    assert run_ranks(going_on, 3, call, [0, 1, 2], late) == [["right", "ValueError: boom", "right", "right"]] * 3
+    for found in at_once(*((going_on, 3, call, [0, 1, 2], late) for call in ("clip_", "measure"))):
+        assert found == [["right", "ValueError: boom", "right", "right"]] * 3
 
 
 def test_a_rank_that_goes_on_where_the_others_have_stepped_disagrees_with_them():

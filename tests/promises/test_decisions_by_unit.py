@@ -73,23 +73,38 @@ def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return max((torch.where(a == b, 0.0, (a - b).abs() / b.abs())).max().item() for a, b in pairs)
 
 
-def scaled(job_of, per: str, by_coef: bool, p: float = 2.0, road: str = "host") -> dict[str, Any]:
-    """What a decision for each unit makes of gradients, beside what the oracle does with whole ones."""
+@dataclass(frozen=True, slots=True)
+class Case:
+    per: str
+    by_coef: bool = False
+    p: float = 2.0
+    road: str = "host"
+
+
+def scaled_each(job_of, cases: list[Case]) -> list[dict[str, Any]]:
+    """What a decision for each unit makes of the gradients of one job, case by case."""
     job = job_of()
-    job.backward()
     names = list(distclip.Clipper(job.parts, inf, watch="parameters", **job.options).measure().norms)
-    before, level = united(job), level_of(per, names)
-    clipper = ROADS[road](job.parts, InTurn(level, by_coef), norm_type=p, **job.options)
+    return [scaled(job, names, case) for case in cases]
+
+
+def scaled(job: Job, names: list[str], case: Case) -> dict[str, Any]:
+    """What it makes of new gradients, beside what the oracle does with whole ones."""
+    for parameter in (each for part in job.parts for each in part.parameters()):
+        parameter.grad = None
+    job.backward()
+    before, level, p = united(job), level_of(case.per, names), case.p
+    clipper = ROADS[case.road](job.parts, InTurn(level, case.by_coef), norm_type=p, **job.options)
     clipper.measure()
     looked, report = united(job), clipper.clip_()
     after, wanted = united(job), {name: gradient.double().clone() for name, gradient in before.items()}
     kinds = list(units_of(wanted, names, level))
     for unit, share, coef in zip(kinds, in_turn(SHARES, len(kinds)), in_turn(COEFS, len(kinds)), strict=True):
         norm = true_norm(unit, p) if unit else 0.0
-        factor = coef.item() if by_coef else min(1.0, share.item() * norm / (norm + 1e-6))
+        factor = coef.item() if case.by_coef else min(1.0, share.item() * norm / (norm + 1e-6))
         for part in unit:
             part.mul_(factor)
-    free = [name for name in names[3::4] if name in before] if per == "group" else []
+    free = [name for name in names[3::4] if name in before] if case.per == "group" else []
     return {
         "apart": apart(after, wanted),
         "looked": 0.0 if job.realigns else apart(looked, before),
@@ -117,7 +132,7 @@ def in_training(layout) -> Job:
     return Job([part], partial(training.backward, 0), lambda: full_gradients(part), training.options)
 
 
-def cases() -> Iterator[Any]:
+def jobs() -> Iterator[Any]:
     two = [parallel.fsdp1_full, parallel.tp_sequence]
     four = [
         *(parallel.hsdp, parallel.fsdp2_tp, parallel.fsdp2_tp_sequence, parallel.fsdp1_hybrid, parallel.cp_fsdp2),
@@ -130,55 +145,45 @@ def cases() -> Iterator[Any]:
         yield pytest.param(partial(in_training, layout), 4, id=f"{layout.__name__}-4")
 
 
-CASES = list(cases())
+JOBS = list(jobs())
+SOME = [job for job in JOBS if job.id in {"by_hand-4", "fsdp2_tp-4", "fsdp1_hybrid-4", "tp_sequence-2"}]
 
 
-def skip_columns_of_fsdp1(job, per: str) -> None:
-    if per == "column" and "fsdp1" in job.args[0].__name__:
-        pytest.skip("flat parameters have no view of these")
+def levels_of(job: partial[Job]) -> list[str]:
+    """Those that it has: flat parameters have no view of columns."""
+    return [per for per in LEVELS if per != "column" or "fsdp1" not in job.args[0].__name__]
 
 
-def check(found: list[dict[str, Any]], error: float = 1e-6) -> None:
-    assert same_bits([(rank["norm"], rank["coef"]) for rank in found])
-    for rank in found:
-        assert rank["scaled"] > 0.2, "a vacuous case"
-        assert rank["looked"] == 0
-        assert rank["apart"] < error
-        assert rank["free"]
-        assert rank["ratio"] == pytest.approx(1.0, abs=2e-7)
+def check(job: partial[Job], size: int, cases: list[Case], error: float = 1e-6) -> None:
+    ranks = run_ranks(scaled_each, size, job, cases)
+    assert same_bits([[(found["norm"], found["coef"]) for found in rank] for rank in ranks])
+    for rank in ranks:
+        for case, found in zip(cases, rank, strict=True):
+            assert found["scaled"] > 0.2, f"{case} is vacuous"
+            assert found["looked"] == 0, case
+            assert found["apart"] < error, case
+            assert found["free"], case
+            assert found["ratio"] == pytest.approx(1.0, abs=2e-7), case
 
 
-@pytest.mark.parametrize("by_coef", [False, True], ids=["max_norm", "coef"])
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("job", "size"), CASES)
-def test_each_element_is_scaled_by_the_factor_of_its_unit(job, size, level, by_coef):
-    skip_columns_of_fsdp1(job, level)
-    check(run_ranks(scaled, size, job, level, by_coef))
+@pytest.mark.parametrize(("job", "size"), JOBS)
+def test_each_element_is_scaled_by_the_factor_of_its_unit(job, size):
+    check(job, size, [Case(per, by_coef) for per in levels_of(job) for by_coef in (False, True)])
 
 
-SOME = [case for case in CASES if case.id in {"by_hand-4", "fsdp2_tp-4", "fsdp1_hybrid-4", "tp_sequence-2"}]
-
-
-@pytest.mark.parametrize("per", ["parameter", "row", "column"])
-@pytest.mark.parametrize("p", [0.5, 1.0, 3.0, inf])
 @pytest.mark.parametrize(("job", "size"), SOME)
-def test_with_any_norm(job, size, p, per):
-    skip_columns_of_fsdp1(job, per)
-    check(run_ranks(scaled, size, job, per, False, p))
+def test_with_any_norm(job, size):
+    check(job, size, [Case(per, p=p) for per in levels_of(job)[1:] for p in (0.5, 1.0, 3.0, inf)])
 
 
-@pytest.mark.parametrize("per", LEVELS)
 @pytest.mark.parametrize(("job", "size"), SOME)
-def test_where_decisions_stay_on_the_device(job, size, per):
-    skip_columns_of_fsdp1(job, per)
-    check(run_ranks(scaled, size, job, per, False, 2.0, "device"))
+def test_where_decisions_stay_on_the_device(job, size):
+    check(job, size, [Case(per, road="device") for per in levels_of(job)])
 
 
-@pytest.mark.parametrize("per", LEVELS)
 @pytest.mark.parametrize(
     "layout", [parallel.by_hand, parallel.fsdp2_tp, parallel.fsdp1_hybrid], ids=lambda f: f.__name__
 )
-def test_of_bf16_gradients_each_is_rounded_once(layout, per):
+def test_of_bf16_gradients_each_is_rounded_once(layout):
     job = partial(by_layout, layout, torch.bfloat16)
-    skip_columns_of_fsdp1(job, per)
-    check(run_ranks(scaled, 4, job, per, False), 2**-8)
+    check(job, 4, [Case(per) for per in levels_of(job)], 2**-8)

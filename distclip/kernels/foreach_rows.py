@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import foreach
-from .dtypes import WIDE, as_real
+from .dtypes import WIDE
 from .foreach import FEW, LARGE, SMALL
 from .rows import Rows
 
@@ -27,7 +27,8 @@ def sums(rows: Sequence[Rows], count: int, like: Tensor, p: float) -> Tensor:
     alone = [(each.first + k, row) for each in long for k, row in enumerate(each.numbers.unbind())]
     norms = [norm.view(1) for norm in foreach.norms([row for _, row in alone], p)]
     places = [slice(at, at + 1) for at, _ in alone]
-    for same in _alike(_real(each, p) for each in rows if len(each.numbers) > 1 and each.length <= SMALL):
+    short = [each for each in rows if len(each.numbers) > 1 and each.length <= SMALL]
+    for same in _alike(map(Rows.real, short) if p == 2 else short):
         for few in _batches(same):
             norms += _norms(few, p)
             places += [slice(each.first, each.first + len(each.numbers)) for each in few]
@@ -41,27 +42,25 @@ def multiply_(rows: Sequence[Rows], factors: Tensor) -> None:
 
     The product is in fp32 and rounded once, for bf16 and fp16 tensors too; in float64 for float64.
     """
-    for same in _alike(Rows(as_real(each.numbers), each.first) for each in rows):
+    for same in _alike(map(Rows.real, rows)):
         by = factors if same[0].numbers.dtype in WIDE else factors.float()
-        small = [each for each in same if each.numbers.numel() <= SMALL and each.numbers.is_contiguous()]
-        joins = len(small) > FEW
-        for each in same:
-            if not (joins and each.numbers.numel() <= SMALL and each.numbers.is_contiguous()):
-                each.numbers.mul_(_beside(each, by))
-        for few in _batches(small) if joins else ():
+        small, large = _by_size(same)
+        joined, alone = (small, large) if len(small) > FEW else ([], same)
+        for each in alone:
+            each.numbers.mul_(each.theirs(by))  # never 0-d, of which torch would round the factor to bf16
+        for few in _batches(joined):
             copy, parts = _copied(few, few[0].numbers.dtype)
-            copy.mul_(torch.cat([by[each.first : each.first + len(each.numbers)] for each in few]).view(-1, 1))
+            copy.mul_(torch.cat([each.theirs(by).flatten() for each in few]).view(-1, 1))
             torch._foreach_copy_([each.numbers for each in few], parts)
 
 
-def _beside(rows: Rows, factors: Tensor) -> Tensor:
-    """Their factors, one for each index of dim 0; never 0-d, of which torch would round the factor to bf16."""
-    numbers = rows.numbers
-    return factors[rows.first : rows.first + len(numbers)].view(-1, *[1] * (numbers.ndim - 1))
-
-
-def _real(rows: Rows, p: float) -> Rows:
-    return Rows(as_real(rows.numbers), rows.first) if p == 2 else rows
+def _by_size(rows: Iterable[Rows]) -> tuple[list[Rows], list[Rows]]:
+    """Those that are worth joining, and the others."""
+    small: list[Rows] = []
+    large: list[Rows] = []
+    for each in rows:
+        (small if each.numbers.numel() <= SMALL and each.numbers.is_contiguous() else large).append(each)
+    return small, large
 
 
 def _norms(rows: Sequence[Rows], p: float) -> Sequence[Tensor]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .dtypes import as_real
+
 
 class Cut(NamedTuple):
     """How the elements of one tensor, in row-major order, fall into ``count`` rows.
@@ -34,6 +36,15 @@ class Rows(NamedTuple):
     @property
     def length(self) -> int:
         return self.numbers.numel() // len(self.numbers)
+
+    def real(self) -> "Rows":
+        """The same with complex numbers as pairs."""
+        return Rows(as_real(self.numbers), self.first)
+
+    def theirs(self, factors: Tensor) -> Tensor:
+        """Of the ``factors`` of all rows, (rows,), those of these: a view with as many dimensions as ``numbers``."""
+        count, *others = self.numbers.shape
+        return factors[self.first : self.first + count].view(count, *[1] * len(others))
 
 
 def whole(tensor: Tensor) -> Cut:

@@ -15,7 +15,7 @@ from . import foreach_rows
 from .device import device_of, has_float64
 from .dtypes import COMPLEX, WIDE, as_real, dtype_of
 from .memory import check_memory
-from .rows import Cut, rows_of, whole
+from .rows import Cut, Rows, rows_of, whole
 from .scale import changing
 from .sums import CHUNK
 from .transfer import sent
@@ -89,10 +89,9 @@ def _multiply_rows(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tens
         tensors, cuts = list(compress(tensors, changed)), list(compress(cuts, changed))
         factors = torch.cat(list(compress(torch.split(factors, counts), changed)))
     narrow, every, columns = factors.float(), [], []
-    for rows in rows_of(tensors, cuts):
-        numbers = as_real(rows.numbers)
-        count, by = numbers.shape[0], factors if numbers.dtype in WIDE else narrow
-        column = by[rows.first : rows.first + count].view(count, *[1] * (numbers.ndim - 1))
+    for rows in map(Rows.real, rows_of(tensors, cuts)):
+        numbers = rows.numbers
+        column = rows.theirs(factors if numbers.dtype in WIDE else narrow)
         if numbers.dtype.itemsize > 2:
             every.append(numbers)
             columns.append(column)

@@ -58,11 +58,7 @@ def _of_gradients(
         mine = sum_over_replicas(local.runs, local.by_replicas, plan.p) if norms is None else _sum_of(plan, norms)
         return mine, norms, None
     slots = plan.slots
-    entries: Mapping[int, Entries] = {}
-    if slots.cuts is not None:  # only these tell the rows of a sparse gradient
-        found = [local.instead.get(k, g) for k, g in enumerate(gradients)]
-        sparse = {k: g for k, g in enumerate(found) if g is not None and g.layout == torch.sparse_coo}
-        entries = slots.entries_of([sparse.get(source) for source in plan.sources]) if sparse else {}
+    entries = {} if slots.cuts is None else _entries(plan, slots, gradients, local)
     by_piece = ByPiece(local.parts(), local.indices, entries)
     sums, norms = _sums_and_norms(plan, slots, by_piece)
     vector = slots.vector(sums, plan.p)
@@ -74,14 +70,21 @@ def _of_gradients(
     return vector, norms, by_piece
 
 
+def _entries(plan: Plan, slots: Slots, gradients: Sequence[Tensor | None], local: Local) -> Mapping[int, Entries]:
+    """Of each sparse gradient, by piece, in which rows its values are: of these alone its part consists."""
+    found = [local.instead.get(k, g) for k, g in enumerate(gradients)]
+    sparse = {k: g for k, g in enumerate(found) if g is not None and g.layout == torch.sparse_coo}
+    return slots.entries_of([sparse.get(source) for source in plan.sources]) if sparse else {}
+
+
 def _sums_and_norms(plan: Plan, slots: Slots, by_piece: ByPiece) -> tuple[Tensor, Norms | None]:
     """All local sums; and on accelerators the norms of the pieces, which are made of these or they of them."""
     parts, indices, _ = by_piece
-    if not plan.on_host and slots.cuts is None:
-        norms = norms_on(plan, parts, indices)
-        return slots.filled(powers(norms.norms, plan.p), indices), norms
     if plan.on_host:
         return slots.filled(local_sums(slots, by_piece, plan.p), indices), None
+    if slots.cuts is None:
+        norms = norms_on(plan, parts, indices)
+        return slots.filled(powers(norms.norms, plan.p), indices), norms
     sums = slots.filled(all_sums(slots, by_piece, plan.p), indices)
     norms_of_pieces = root(slots.of_pieces(sums, plan.p), plan.p)
     assert isinstance(norms_of_pieces, Tensor)

@@ -61,12 +61,14 @@ def unknown_placement(name: str, placement: Placement) -> LayoutError:
 NO_ROWS = "; ask for statistics per parameter, or choose others by only="
 
 
-def flattened_in_another_order(name: str, dims: tuple[int, ...]) -> LayoutError:
-    if dims != tuple(range(len(dims))):
-        return LayoutError(
-            f"FSDP1 has flattened {name} row by row, and its rows are along dims {dims}, of which a rank has no view: "
-            f"use fully_shard, or say dims={{{name!r}: (0,)}}{NO_ROWS}"
-        )
+def flattened_across_rows(name: str, dims: tuple[int, ...]) -> LayoutError:
+    return LayoutError(
+        f"FSDP1 has flattened {name} row by row, and its rows are along dims {dims}, of which a rank has no view: "
+        f"use fully_shard, or say dims={{{name!r}: (0,)}}{NO_ROWS}"
+    )
+
+
+def flattened_in_another_order(name: str) -> LayoutError:
     return LayoutError(
         f"FSDP1 has flattened {name} in another order than row by row, so which rows a rank has cannot be known: make "
         f"it contiguous before FullyShardedDataParallel(...){NO_ROWS}"

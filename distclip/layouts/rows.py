@@ -16,7 +16,14 @@ from torch import Tensor
 
 from ..kernels.rows import Cut
 from .piece import Piece, Spec, cuts
-from .refusals import flattened_in_another_order, no_such_dim, not_as_placed, placed_out_of_order, placed_two_ways
+from .refusals import (
+    flattened_across_rows,
+    flattened_in_another_order,
+    no_such_dim,
+    not_as_placed,
+    placed_out_of_order,
+    placed_two_ways,
+)
 
 Grid: TypeAlias = tuple[tuple[int, int], ...]
 """Row dims, ascending, and their sizes."""
@@ -39,11 +46,6 @@ class Rows:
     def dims(self) -> tuple[int, ...]:
         return tuple(dim for dim, _ in self.grid)
 
-    @property
-    def total(self) -> int:
-        """Rows of the whole parameter."""
-        return prod(size for _, size in self.grid)
-
 
 def rows_of(piece: Piece, dims: tuple[int, ...] | None = None) -> Rows:
     """The rows of which ``piece`` has elements. LayoutError where they cannot be known.
@@ -57,8 +59,10 @@ def rows_of(piece: Piece, dims: tuple[int, ...] | None = None) -> Rows:
         return Rows(torch.zeros(here, dtype=torch.int64, device="cpu"), Cut(0, piece.here, 0, here), ())
     if dims[-1] >= len(shape):
         raise no_such_dim(piece.name, tuple(shape), dims)
-    if piece.flattened is not None and not (are_first(dims) and len(dims) <= piece.in_order):
-        raise flattened_in_another_order(piece.name, dims)
+    if piece.flattened is not None and not are_first(dims):
+        raise flattened_across_rows(piece.name, dims)
+    if piece.flattened is not None and len(dims) > piece.in_order:
+        raise flattened_in_another_order(piece.name)
     along = [_along(piece, dim, of_rows=dim in dims) for dim in range(len(shape))]
     index = torch.zeros(1, dtype=torch.int64, device="cpu")
     for dim in dims:

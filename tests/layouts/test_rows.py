@@ -77,7 +77,7 @@ def looked_at(listed: list[Held], dims: tuple[int, ...] | None = None) -> list[F
         for p, power in ((2.0, 2), (1.0, 1)):
             sums = [sum(value**power for at, value in pairs if at == row) for row in rows.index.tolist()]
             assert row_sums([first], [rows.cut], p).tolist() == sums
-        found.append((item.piece.name, tuple(item.piece.global_shape), rows.total, pairs))
+        found.append((item.piece.name, tuple(item.piece.global_shape), prod(size for _, size in rows.grid), pairs))
     return found
 
 
@@ -421,7 +421,7 @@ def transposed(channels_last: bool) -> str | list[Found]:
         (
             "weight",
             tuple(item.piece.global_shape),
-            rows.total,
+            prod(size for _, size in rows.grid),
             [
                 (row, int(value))
                 for row, value in zip(cut_into(rows, item.piece.here), item.values().tolist(), strict=True)

@@ -59,11 +59,11 @@ class SlowCollective:
                 # for dead themselves.
                 if given_up(self.group, self.signed_length):
                     raise
-                stops += self.is_vain()
+                stops += self._is_vain()
                 if stops > HOPE:
                     raise RuntimeError(refusals.GAVE_UP) from None
 
-    def is_vain(self) -> bool:
+    def _is_vain(self) -> bool:
         """Whether a rank has stopped before this collective, and this one has not: where all have, all may go on."""
         roll = Roll(self.stopped, (dist.get_rank(),))
         try:

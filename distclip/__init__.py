@@ -1,4 +1,42 @@
-"""distclip: gradient clipping by the true global norm, whatever the parallelism."""
+"""distclip: gradient clipping by the true global norm, whatever the parallelism.
+
+[Note: collectives and host syncs]
+Construction compares the parameters, the settings and the policy of all ranks, by two all-reduces of one or two
+float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then makes one all-reduce of two float64 numbers
+(three int64 for p = inf), under DDP too, so that ranks decide alike even when one replica is corrupt. In addition:
+
+* Where ``watch`` or the policy ask for finer norms, the first number becomes one for each parameter, for each row if
+  any are asked for, or, if only groups are, for each set of groups that some parameter is in; twice as many if norms of
+  parameters' values are asked for too. Each signal adds one. Construction then makes three all-reduces more, and a
+  fourth where ranks hold different parameters, whose names and sizes it exchanges.
+* With DTensors that FSDP2 does not manage, ``split_over`` or ``layout``, the message carries two flags more: some rank
+  holds float64; some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms
+  leave pending sums). Misplaced gradients are redistributed into ``.grad``, in later calls before the all-reduce.
+* Calls 1, 2, 4, 8, ... of ``clip_`` and ``step``, counted from construction or a loaded state, compare replicas of
+  gradients before anything is scaled: one all-reduce more, of five numbers for each replicated parameter, and three
+  more along ``split_over``. LayoutError on all ranks where replicas differ (a missing reduction, experts taken for
+  replicas), or where ranks along ``split_over`` hold the same values and gradients. If the norm was not finite, the
+  next call compares instead.
+* In the other calls, if every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns, and the next
+  call raises on all ranks.
+* On a norm that is not finite three small all-reduces find the culprit; none where norms of parameters or rows name it.
+
+On an accelerator there is no host sync, except for ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
+float64 gradients, p > 7, the two flags, and messages that go through the host (Gloo, and devices without float64): one
+a step for all of these together, two with the flags. Comparing replicas costs two more, in those few calls. Gradients
+on the host beside those on an accelerator wait for their coefficient.
+
+Without a host sync, non-finite norms, disagreement and bad answers of a policy are checked when the next call starts,
+so that the error and :attr:`Clipper.culprit` come one call late. A bad answer skips its step; for that, a policy of
+your own costs a host sync under ``"propagate"`` too if an optimizer cannot fold. A coefficient below float32's normal
+numbers becomes the smallest of them where the host does not know it, and one above its inverse becomes that; elsewhere
+they are exact. While a CUDA graph is captured nothing is checked (RuntimeError where it must be), and a replay is no
+call: it advances the policy, but counts no step.
+
+A call that raises leaves gradients and policy state as they were, except that a GradScaler's gradients are unscaled,
+some misplaced gradients may be redistributed, and on an accelerator a fused SGD with momentum that has not stepped may
+have got buffers of zeros.
+"""
 
 from .attached import attach as attach
 from .clipper import Clipper as Clipper
@@ -37,5 +75,6 @@ from .policies import (
     ZClip as ZClip,
 )
 from .report import Report as Report
+from .step.history import History as History
 
 __version__ = "0.1.0"

@@ -1,9 +1,10 @@
 """From gradients to a decision: what one call of a Clipper measures, decides and commits."""
 
-from collections.abc import Set
+from collections import OrderedDict
+from collections.abc import Callable, Set
 from dataclasses import replace
 from math import isfinite
-from typing import Any
+from typing import Any, TypeAlias
 from zlib import crc32
 
 from torch import Tensor
@@ -31,8 +32,11 @@ from . import refusals
 from .by_unit import code_of, units_of
 from .calls import Call, Calls
 from .decision import Outcome, decided_on_device, decided_on_host
+from .history import History, Recorder
 from .nonfinite import Streak
 from .signals import Signals, given
+
+ReportHook: TypeAlias = Callable[[Report, int], None]
 
 
 class Progress:
@@ -41,7 +45,7 @@ class Progress:
     * ``holders``, ``storage``: the parameters of the plan, and where their gradients are.
     * ``on_device``: whether the decision stays where the norm is reduced, without a host sync.
     * ``units``: what the policy's statistics are of. ``watch``: what is reported beside them.
-    * ``report``: of the latest step.
+    * ``report``: of the latest step. ``recorder``: of all steps. ``hooks``: what is told of each step's report.
     * ``signals`` of a call: numbers of the user, by name, that the policy asks for.
     * ``committed``: whether the ranks have decided in the call now being made, so that the other ranks will step.
     """
@@ -61,6 +65,8 @@ class Progress:
         self.plan, self.storage, self.policy, self.streak, self.calls = plan, storage, policy, streak, calls
         self.on_device = not reads_are_free(plan.device) if on_device is None else on_device
         self.report: Report | None = None
+        self.recorder = Recorder()
+        self.hooks: OrderedDict[int, ReportHook] = OrderedDict()  # which a RemovableHandle can refer to
         self.committed = False
         self.units = units_of(plan)
         self.state = made(policy, self.units, plan.device)
@@ -124,6 +130,8 @@ class Progress:
         # 7. Commit. From here on the other ranks step, whatever happens on this one.
         self._captured = self._captured or capturing
         self._commit(outcome, state)
+        if not capturing:
+            self._record(outcome)
         return outcome
 
     @shielded
@@ -131,17 +139,23 @@ class Progress:
         """See :meth:`Clipper.state_dict`."""
         policy = {name: value.detach().clone() for name, value in self.state.items()}
         counts = {"steps": self.calls.steps, "consecutive_skips": self.streak.skips}
-        return {"policy": policy, **counts, **labelled(self.policy, self.units)}
+        history = {"history": self.recorder.read().state_dict()}
+        return {"policy": policy, **counts, **labelled(self.policy, self.units), **history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :meth:`Clipper.load_state_dict`."""
         labels = labelled(self.policy, self.units)
-        state = with_keys(state, ("policy", "steps", "consecutive_skips", *labels), "a Clipper's")
+        wanted = ("policy", "steps", "consecutive_skips", *labels, "history")
+        if isinstance(state, dict):  # of an older version, without a history
+            state = {"history": History().state_dict()} | state
+        state = with_keys(state, wanted, "a Clipper's")
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))
         orders = orders_of(state["units"], labels["units"]) if labels else {}
+        history = History.of_state(state["history"])
         fresh = made(self.policy, self.units, self.plan.device)
         self.state = in_order(self.policy, self.units, fitting(state["policy"], fresh), orders)
         self.streak.skips = skips
+        self.recorder.begin_anew(history)
         self.calls.begin_anew(steps, hash_of(self.state, skips))
         self._unchecked = None
         self.plan.memory.take_late_error()
@@ -262,3 +276,12 @@ class Progress:
         self.calls.loaded = 0
         self.report = outcome.report
         self.committed = True
+
+    def _record(self, outcome: Outcome) -> None:
+        """Count the step, and tell who listens."""
+        if self.on_device:  # also where the host knows this step: those before it may not have arrived
+            self.recorder.keep(outcome.report)
+        else:
+            self.recorder.add(float(outcome.norm), float(outcome.coef), bool(outcome.skip))
+        for hook in tuple(self.hooks.values()):
+            hook(outcome.report, self.calls.steps)

@@ -367,7 +367,8 @@ def test_a_loaded_state_leaves_what_was_before_it_behind():
     clipper.load_state_dict(state)
     fill(model, 1)
     clipper.clip_()
-    assert clipper.state_dict() == {"policy": {}, "steps": 1, "consecutive_skips": 0}
+    state = clipper.state_dict()
+    assert (state["steps"], state["consecutive_skips"], state["history"]["nonfinite"]) == (1, 0, 0)
     assert clipper.culprit is None
 
 
@@ -451,6 +452,9 @@ BAD_STATES = {
     "no whole number": lambda s: s | {"consecutive_skips": nan},
     "negative": lambda s: s | {"steps": -1},
     "beyond 64 bits": lambda s: s | {"steps": 10**400},
+    "no history": lambda s: s | {"history": {}},
+    "a history of NaN": lambda s: s | {"history": s["history"] | {"largest": nan}},
+    "a history of less than nothing": lambda s: s | {"history": s["history"] | {"norms": -s["history"]["norms"] - 1}},
 }
 
 

@@ -21,8 +21,10 @@ SIGNATURES = {
     "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
     " max_consecutive_skips=None, gradients=None, watch=None)",
     "Clipper.clip_": "(self, *, signals=None)",
+    "Clipper.history": None,
     "Clipper.load_state_dict": "(self, state)",
     "Clipper.measure": "(self, *, signals=None)",
+    "Clipper.register_report_hook": "(self, hook)",
     "Clipper.state_dict": "(self)",
     "Clipper.step": "(self, *optimizers, scaler=None, signals=None)",
     "Clipper.steps": None,  # a property
@@ -30,6 +32,10 @@ SIGNATURES = {
     "Chain": "(*policies)",
     "Cosine": "(start, end, steps)",
     "Decision": "(max_norm, skip=None, bounds=None, coef=None, per='model', extra=<factory>)",
+    "History": "(steps=0, clipped=0, skipped=0, nonfinite=0, longest_skips=0, current_skips=0, largest=0.0,"
+    " largest_step=0, _norms=<factory>)",
+    "History.quantile": "(self, q)",
+    "History.to_dict": "(self)",
     "Layout": "(replicas, *, parts=False)",
     "Layout.cut": "(over=(), *, parts=(), group=None)",
     "LayoutError": None,  # an exception: its arguments are Python's

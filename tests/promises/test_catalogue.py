@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch.distributed as dist
-from torch import Tensor
 
 from distclip import (
     AutoClip,
@@ -36,6 +35,7 @@ from distclip import (
 from policies import reference
 from policies.reference import Answer, Row
 from support import trained
+from support.mixed import MIXED, Mixture, shares
 from support.oracle import true_norm
 from support.ranks import count_collectives, run_ranks, same_bits
 from support.roads import ROADS
@@ -44,7 +44,6 @@ STEPS, CUTS = 60, (0, 20, 40, 60)
 SPIKES, BROKEN, EMPTY, SHIFT = (5, 43), (12, 33), (9, 50), 36  # one of each is in the warm-up
 LOSSES = {28: 9.0, 30: nan}  # a spike; and NaN, on one rank alone
 COUNTED = (6, 9, 20, 43, 59)  # not every step, which takes long; copies are compared in calls 1, 2, 4, ...
-MIXED = (0, 6, 12)  # the steps whose gradients are mixed: those of equal loss scales
 MATRICES = ("*.weight", "*.w")
 
 
@@ -133,46 +132,25 @@ ALL = Shadow(CASES["zclip"].policy, **{name: case.policy for name, case in CASES
 # ---- gradients ------------------------------------------------------------------------------------------------
 
 
-def shares(step: int) -> list[float]:
+def shares_of(step: int) -> list[float]:
     """How much of each of the mixed gradients is in those of a step."""
-    random = Random(step)
-    size = (1e3 if step in SPIKES else 1.0) * (2.0 if step >= SHIFT else 1.0) * (step not in EMPTY)
-    return [size * random.lognormvariate(0, 0.2) for _ in MIXED]
+    return shares(step, (1e3 if step in SPIKES else 1.0) * (2.0 if step >= SHIFT else 1.0) * (step not in EMPTY))
 
 
 def loss_of(step: int) -> float:
     return LOSSES.get(step, Random(-step).gauss(2.0, 0.1))
 
 
-def mixed(tensors: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
-    return sum(number * tensor for number, tensor in zip(numbers, tensors, strict=True))
-
-
-def gradients_of(training: trained.Training) -> list[tuple[Tensor, list[Tensor]]]:
-    """What this rank has of each gradient, and copies of it in each of the steps that are mixed; some may be empty."""
-    parameters, copies = [p for part in training.parts for p in part.parameters()], []
-    for step in MIXED:
-        for p in parameters:
-            p.grad = None
-        training.backward(step)
-        copies.append([local_of(p.grad).clone() for p in parameters])
-    return [(local_of(p.grad), list(own)) for p, *own in zip(parameters, *copies, strict=True)]
-
-
-def local_of(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
-
-
 @lru_cache
 def one_process(of_experts: bool) -> tuple[float, list[Norms]]:
     """By what gradients are multiplied so that a norm is about 1, and the norms of all steps."""
     training = trained.all_experts() if of_experts else trained.one()
-    (model,), found = training.parts, gradients_of(training)
+    (model,), mixture = training.parts, Mixture.of(training)
     names = [name for name, _ in model.named_parameters()]
-    unit = 1 / true_norm([mixed(copies, [1.0] * len(MIXED)) for _, copies in found])
+    unit = 1 / true_norm(mixture.mixed([1.0] * len(MIXED)))
     steps = []
     for step in range(STEPS):
-        each = [nan if step in BROKEN else true_norm([unit * mixed(copies, shares(step))]) for _, copies in found]
+        each = [nan if step in BROKEN else true_norm([unit * g]) for g in mixture.mixed(shares_of(step))]
         steps.append(Norms(true_sum(each), dict(zip(names, each, strict=True)), loss_of(step)))
     return unit, steps
 
@@ -183,17 +161,16 @@ def one_process(of_experts: bool) -> tuple[float, list[Norms]]:
 def clip(layout, unit: float, road: str, first: int, end: int, begun: Any = None) -> dict[str, Any]:
     """Steps of the Clipper, from a state: reports, the state after them, and how many collectives some took."""
     training = layout()
-    gradients = gradients_of(training)
+    mixture = Mixture.of(training)
     clipper = ROADS[road](training.parts, ALL, **training.options)
     if begun:
         clipper.load_state_dict(begun)
     rank, size = dist.get_rank(), dist.get_world_size()
     reports, counts = [], []
     for step in range(first, end):
-        for local, copies in gradients:
-            local.copy_(unit * mixed(copies, shares(step)))
+        mixture.mix([unit * share for share in shares_of(step)])
         if step in BROKEN and rank == size // 2:
-            next(local for local, _ in gradients if local.numel()).view(-1)[0] = nan
+            mixture.break_()
         loss = loss_of(step) if rank == size - 1 or not isnan(loss_of(step)) else 1.0
         with count_collectives() if step in COUNTED else nullcontext({}) as collectives:
             report = clipper.clip_(signals={"loss": loss + rank - (size - 1) / 2})

@@ -4,6 +4,7 @@ Against loops over numbers in one process: policies/reference_by_unit.py.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import distclip
 from distclip import AGC, AdaGC, MaxRMS
 from policies.reference_by_unit import AdaptiveClipping, BlockRMS, UnitwiseClipping
 from support import trained
+from support.mixed import Mixture, shares
 from support.oracle import rows_in
 from support.ranks import count_collectives, run_ranks, same_bits
 from support.trained import Training, Whole, united
@@ -23,54 +25,53 @@ from support.trained import Training, Whole, united
 STEPS, HALF = 60, 31
 SPIKES, BROKEN = (5, 40), (12, 33)  # one step of each is in the warm-up
 SHIFT, WARM_UP = 36, 20
+RENEWED = (0, HALF)  # steps before which the mixed gradients are made anew, of the weights of that time
+COUNTED = (6, 20, STEPS - 1)  # copies are compared in calls 1, 2, 4, ...
 
 POLICIES: dict[str, tuple[tuple[Any, Callable[[], Any]], ...]] = {  # for the net, and for the experts
     "MaxRMS": tuple((MaxRMS(d), partial(BlockRMS, d)) for d in (0.1, 3.0)),
-    "AdaGC": tuple((AdaGC(a, 1.5, 0.9, WARM_UP), partial(AdaptiveClipping, a, 1.5, 0.9, WARM_UP)) for a in (2.0, 20.0)),
+    "AdaGC": tuple((AdaGC(a, 1.5, 0.9, WARM_UP), partial(AdaptiveClipping, a, 1.5, 0.9, WARM_UP)) for a in (6.0, 20.0)),
     "AGC": tuple((AGC(c, 1e-2), partial(UnitwiseClipping, c, 1e-2)) for c in (0.1, 2.0)),
 }
 
 
-def size_of(step: int) -> float:
-    """By what the gradients of a step are multiplied."""
-    return (1e3 if step in SPIKES else 1.0) * (2.0 if step >= SHIFT else 1.0)
+def shares_of(step: int) -> list[float]:
+    """How much of each of the mixed gradients is in those of a step."""
+    size = (1e3 if step in SPIKES else 1.0) * (2.0 if step >= SHIFT else 1.0)
+    return shares(step, size * trained.SCALES[step % len(trained.SCALES)])
 
 
 def train(layout, name: str, first: int, end: int, begun: dict[str, Any] | None = None) -> dict[str, Any]:
     """Steps of SGD from ``begun``: weights, state and counts of collectives after them."""
     training = layout(begun and begun["weights"])
-    parameters = [p for part in training.parts for p in part.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=trained.LR)
+    optimizer = torch.optim.SGD([p for part in training.parts for p in part.parameters()], lr=trained.LR)
     clipper = distclip.Clipper(training.parts, POLICIES[name]["experts" in layout.__name__][0], **training.options)
     if begun:
         clipper.load_state_dict(begun["state"])
     counts, skipped = [], []
     for step in range(first, end):
-        training.backward(step)
-        for p in parameters:
-            if p.grad is not None:
-                p.grad.mul_(size_of(step))
+        if step in RENEWED:
+            mixture = Mixture.of(training)
+        mixture.mix(shares_of(step))
         if step in BROKEN and dist.get_rank() == dist.get_world_size() // 2:
-            next(local for p in parameters if (local := local_of(p.grad)).numel()).view(-1)[0] = float("nan")
-        with count_collectives() as collectives:
+            mixture.break_()
+        with count_collectives() if step in COUNTED else nullcontext({}) as collectives:
             report = clipper.step(optimizer)
-        counts.append(collectives["allreduce"])
+        counts += collectives.values()
         skipped.append(bool(report.skip))
         optimizer.zero_grad()
     assert [first + k for k, skip in enumerate(skipped) if skip] == [k for k in BROKEN if first <= k < end]
     return {"weights": united(training), "state": clipper.state_dict(), "counts": counts, "units": training.units}
 
 
-def local_of(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
-
-
 def alone(training: Training, reference: Any) -> tuple[Whole, float]:
     """The weights after all steps in one process; and the share of units that were clipped."""
     parameters, clipped, units = dict(training.parts[0].named_parameters()), 0, 0
     for step in range(STEPS):
-        training.backward(step)
-        gradients = {name: p.grad * size_of(step) for name, p in parameters.items()}
+        if step in RENEWED:
+            mixture = Mixture.of(training)
+        mixture.mix(shares_of(step))
+        gradients = {name: p.grad for name, p in parameters.items()}
         if step not in BROKEN:
             factors = reference.factors(gradients, {name: p.detach() for name, p in parameters.items()})
             for name, p in parameters.items():
@@ -78,8 +79,6 @@ def alone(training: Training, reference: Any) -> tuple[Whole, float]:
                 p.data.sub_(trained.LR * gradients[name])
             clipped += sum(factor < 1 for each in factors.values() for factor in each)
             units += sum(map(len, factors.values()))
-        for p in parameters.values():
-            p.grad = None
     return {name: p.detach() for name, p in parameters.items()}, clipped / units
 
 
@@ -124,7 +123,7 @@ def test_it_trains_as_its_paper_says_in_one_process(layout, size, name):
     found = run_ranks(train, size, layout, name, 0, STEPS)
     check(found, name, "experts" in layout.__name__)
     if layout is not trained.fsdp2_tp_sequence:  # whose gradients are realigned
-        assert {rank["counts"][k] for rank in found for k in (6, 20, STEPS - 1)} == {1}
+        assert [rank["counts"] for rank in found] == [[1] * len(COUNTED)] * size
 
 
 ROUTES = [

@@ -1,7 +1,9 @@
 """The matrix: every layout, dtype, p and state of the gradients against the float64 oracle, on 2, 4 and 8 ranks."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from math import inf, isfinite, nan
 
 import pytest
@@ -18,8 +20,9 @@ from support.parallel import EIGHT, FOUR, THREE, TWO, united
 from support.ranks import count_collectives, run_ranks, same_bits
 
 P = (0.5, 1.0, 2.0, 3.0, inf)
-SCALES = {"ordinary": 30.0, "tiny": 1e-4, "huge": 1e15}
+TIMES = {"ordinary": 1.0, "tiny": 2.0**-18, "huge": 2.0**45}  # exact
 AFTER = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+Kept = tuple[torch.Tensor, torch.Tensor | None]  # a parameter, and what its gradient was
 LAYOUTS = [
     pytest.param(layout, size, id=f"{layout.__name__}-{size}") for size, ls in ((2, TWO), (4, FOUR)) for layout in ls
 ]
@@ -47,49 +50,69 @@ class Bound:
         return distclip.Decision(torch.full_like(statistics.norm(), self.max_norm)), state
 
 
-def clipped(layout, dtype: torch.dtype, state: str) -> dict[str, object]:
-    """By function and by Clipper, for every p: the norms, what clipping leaves, whether an unclipped step kept bits."""
-    job = layout(dtype, SCALES[state])
+def clipped(layout, dtype: torch.dtype, *states: str) -> list[dict[str, object]]:
+    """What the function and the Clipper make of gradients in each of these states, for every p."""
+    job = layout(dtype, 30.0)
     job.backward()
     whole = united(job)
-    bound = Bound()
+    bound, norms = Bound(), {p: true_norm(whole, p) for p in P}
     clippers = {p: distclip.Clipper(job.parts, bound, norm_type=p, **job.options) for p in P}
-    holders = clippers[2.0].engine.holders  # TP under DDP and FSDP1 hide them
+    plan, holders = clippers[2.0].engine.plan, clippers[2.0].engine.holders  # TP under DDP and FSDP1 hide them
     kept = [(h, None if h.grad is None else h.grad.detach().clone()) for h in holders]
-    result: dict[str, object] = {"oracle": {p: true_norm(whole, p) for p in P}, "realigns": job.realigns}
-    result["tolerance"] = 2e-7 if job.exact else 1e-6 if dtype == torch.float32 else 2e-2
-    for name in ("function", "clipper"):
-        norms, untouched, after = {}, {}, {}
-        for p in P:
-            oracle = result["oracle"][p]
-            for bound.max_norm in (2 * oracle, oracle / 3):
-                clips = bound.max_norm < oracle
-                for holder, gradient in kept:
-                    holder.grad = None if gradient is None else gradient.clone()
-                before = [local(h.grad).clone() for h, _ in kept if h.grad is not None]
-                if name == "function":
-                    with count_collectives() as counts:
-                        norms[p, clips] = distclip.clip_grad_norm_(job.parts, bound.max_norm, p, **job.options)
-                else:
-                    with count_collectives() as counts:
-                        norms[p, clips] = clippers[p].clip_().norm
-                if not clips:
-                    untouched[p] = same_tensors(before, [local(h.grad) for h, _ in kept if h.grad is not None])
-                else:
-                    again = distclip.clip_grad_norm_(job.parts, inf, p, **job.options)
-                    after[p] = again.item() / bound.max_norm
-        result[name] = {"norms": norms, "untouched": untouched, "after": after, "collectives": dict(counts)}
+    compares = has_copies(plan) + 3 * ("split_over" in job.options)  # all-reduces in calls 1, 2, 4, ... of a Clipper
+
+    def function(max_norm: float, p: float) -> torch.Tensor:
+        return distclip.clip_grad_norm_(job.parts, max_norm, p, **job.options)
+
+    def clipper(max_norm: float, p: float) -> torch.Tensor:
+        bound.max_norm = max_norm
+        return clippers[p].clip_().norm
+
+    tolerance = 2e-7 if job.exact else 1e-6 if dtype == torch.float32 else 2e-2
+    results = []
+    for call, state in zip(range(2, 20, 2), states, strict=False):
+        oracle = {p: TIMES[state] * norm for p, norm in norms.items()}
+        found = {"oracle": oracle, "realigns": job.realigns, "tolerance": tolerance}
+        for clip in (function, clipper):
+            expected = 1 + (compares if clip is clipper and call in (2, 4) else 0)
+            found[clip.__name__] = {"expected": expected, **calls_of(clip, function, kept, oracle, TIMES[state])}
+        results.append(found)
+    put_back(kept, 1.0)
+    one = clippers.pop(2.0)
+    clippers.clear()  # verify() tolerates no other Clipper of these parameters
+    one.verify()
+    return results
+
+
+def calls_of(clip, function, kept: list[Kept], oracle: dict[float, float], times: float) -> dict[str, object]:
+    """The norms, what clipping leaves, whether an unclipped step kept bits, and the collectives of the last call."""
+    norms, untouched, after = {}, {}, {}
+    for p, clips in product(P, (False, True)):
+        max_norm = oracle[p] / 3 if clips else 2 * oracle[p]
+        put_back(kept, times)
+        before = [local(h.grad).clone() for h, _ in kept if h.grad is not None]
+        with count_collectives() if (p, clips) == (P[-1], True) else nullcontext() as counts:
+            norms[p, clips] = clip(max_norm, p)
+        if clips:
+            after[p] = function(inf, p).item() / max_norm
+        else:
+            untouched[p] = same_tensors(before, [local(h.grad) for h, _ in kept if h.grad is not None])
+    return {"norms": norms, "untouched": untouched, "after": after, "collectives": dict(counts)}
+
+
+def put_back(kept: list[Kept], times: float) -> None:
     for holder, gradient in kept:
         holder.grad = None if gradient is None else gradient.clone()
-    copies, axes = has_copies(clippers[2.0].engine.plan), "split_over" in job.options
-    result["compares"] = copies + 3 * axes  # all-reduces in the second of the two calls of each
-    clipper = clippers.pop(2.0)
-    clippers.clear()  # verify() tolerates no other Clipper of these parameters
-    clipper.verify()
-    return result
+        if holder.grad is not None and times != 1.0:
+            local(holder.grad).mul_(times)
 
 
-def check(results: list[dict], dtype: torch.dtype) -> None:
+def check(ranks: list[list[dict]], dtype: torch.dtype) -> None:
+    for results in zip(*ranks, strict=True):  # of one state
+        check_state(results, dtype)
+
+
+def check_state(results: tuple[dict, ...], dtype: torch.dtype) -> None:
     assert same_bits([r["function"]["norms"] for r in results])
     assert same_bits([r["clipper"]["norms"] for r in results])
     for name in ("function", "clipper"):
@@ -104,15 +127,13 @@ def check(results: list[dict], dtype: torch.dtype) -> None:
             assert results[0][name]["after"][p] == pytest.approx(left, rel=error), p
             assert results[0]["realigns"] or all(r[name]["untouched"][p] for r in results)
         if not results[0]["realigns"]:
-            expected = 1 + (results[0]["compares"] if name == "clipper" else 0)
-            assert all(r[name]["collectives"] == {"allreduce": expected} for r in results)
+            assert all(r[name]["collectives"] == {"allreduce": r[name]["expected"]} for r in results)
 
 
-@pytest.mark.parametrize("state", SCALES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("layout", "size"), LAYOUTS)
-def test_norm_and_clipping_are_those_of_one_process(layout, size, dtype, state):
-    check(run_ranks(clipped, size, layout, dtype, state), dtype)
+def test_norm_and_clipping_are_those_of_one_process(layout, size, dtype):
+    check(run_ranks(clipped, size, layout, dtype, *TIMES), dtype)
 
 
 @pytest.mark.parametrize(("layout", "size"), ON_THREE)

@@ -1,4 +1,4 @@
-"""The command line: `distclip train CONFIG [key=value ...]` and `distclip bench [CASE ...]`."""
+"""The command line: `distclip train CONFIG [key=value ...]`, `distclip report RUN ...`, `distclip bench [CASE ...]`."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from distclip.train.complaint import complain
 
 # modules of the extra `train`, under the names to install them by
 EXTRA = {"jsonargparse": "jsonargparse", "rich": "rich", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+FOR_REPORTS = {"numpy", "plotly", "rich"}  # the extra `report`
 TRAIN = """\
 examples:
   distclip train configs/quickstart.yaml
@@ -26,6 +27,21 @@ exit codes:
   1    failed in training
   2    something in the config, on the command line or in the data is wrong: one line on stderr
   130  stopped by Ctrl-C (143: by SIGTERM, 129: by SIGHUP), with a checkpoint to resume from
+"""
+REPORT = """\
+examples:
+  distclip report runs/quickstart-20261130-120000
+  distclip report out/trainer_state.json --max-norm 1.0
+  distclip report lightning_logs/version_0 tb/ --out both.html
+  distclip report log.csv --step it --norm gnorm --loss train_loss
+
+A run is a folder or a file: of distclip train, distclip.telemetry, Transformers (trainer_state.json), Lightning
+(metrics.csv), TensorBoard, a W&B export, or any CSV or JSON lines whose columns you name. docs/report.md says more.
+
+exit codes:
+  0    written
+  2    something in a run or on the command line is wrong: one line on stderr, and nothing is written
+  130  stopped by Ctrl-C
 """
 BENCH = """\
 examples:
@@ -59,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known.command == "train":
             return train(known.config, [*known.overrides, *others])
         if others:
-            parser.error(f"bench does not know {others[0]}: see distclip bench --help")
+            parser.error(f"{known.command} does not know {others[0]}: see distclip {known.command} --help")
+        if known.command == "report":
+            return report(known)
         return bench(known, words)
     except KeyboardInterrupt:
         return 130
@@ -77,6 +95,27 @@ def train(config: str, overrides: list[str]) -> int:
             raise
         complain(f'training needs {package}: pip install "distclip[train]"')
         return 2
+
+
+def report(known: argparse.Namespace) -> int:
+    """Write a report on runs."""
+    try:
+        from rich.console import Console
+
+        from distclip.reporting.command import Options, report as write_report
+        from distclip.runs import Names, RunError
+    except ModuleNotFoundError as error:
+        if error.name not in FOR_REPORTS:
+            raise
+        complain(f'a report needs {error.name}: pip install "distclip[report]"')
+        return 2
+    names = Names(step=known.step, norm=known.norm, loss=known.loss, layers=known.layers, max_norm=known.max_norm)
+    try:
+        write_report(Options(runs=known.runs, out=known.out, names=names), Console())
+    except RunError as error:
+        complain(str(error))
+        return 2
+    return 0
 
 
 def bench(known: argparse.Namespace, words: list[str]) -> int:
@@ -98,10 +137,11 @@ def bench(known: argparse.Namespace, words: list[str]) -> int:
 
 
 def parser_of_commands() -> Parser:
-    parser = Parser(prog="distclip", description="Gradient clipping by the true global norm: train, measure.")
+    parser = Parser(prog="distclip", description="Gradient clipping by the true global norm: train, report, measure.")
     parser.add_argument("--version", action="version", version=f"distclip {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     add_train(commands)
+    add_report(commands)
     add_bench(commands)
     return parser
 
@@ -117,6 +157,31 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="override values of the file")
+
+
+def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "write an HTML report on the gradient norms of runs, also of other programs"
+    report = commands.add_parser(
+        "report",
+        help=about,
+        description=sentence(about),
+        epilog=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder or the log of a run")
+    report.add_argument("--out", type=Path, metavar="FILE", help="write here (report.html in the first run's folder)")
+    report.add_argument("--step", metavar="COL", help="the column of steps")
+    report.add_argument("--norm", metavar="COL", help="the column of gradient norms, before clipping")
+    report.add_argument("--loss", metavar="COL", help="the column of losses")
+    report.add_argument("--layers", metavar="PREFIX", help="columns that begin so are norms of layers")
+    report.add_argument("--max-norm", type=bound, metavar="BOUND", help="the bound of runs that did not log it")
+
+
+def bound(text: str) -> float:
+    """A number above 0, for argparse."""
+    if not float(text) > 0:
+        raise ValueError
+    return float(text)
 
 
 def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:

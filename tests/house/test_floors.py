@@ -21,6 +21,8 @@ FLOORS = [  # the rule that CONTRIBUTING.md and docs/design.md refer to, from th
     {"attached"},
     {"__init__"},  # `import distclip`: the public names; the core ends here
     {"integrations"},
+    {"runs"},
+    {"reporting"},
     {"train"},
     {"bench"},
     {"cli"},
@@ -30,7 +32,7 @@ INSIDE_INTEGRATIONS = {  # one integration never imports another, but for what i
     ("accelerate.py", "deepspeed"),
     ("deepspeed.py", "deepspeed_optimizers"),
 }
-MOST_LINES, MOST_METHODS, MOST_UNITS = 300, 14, 18
+MOST_LINES, MOST_METHODS, MOST_UNITS = 300, 14, 22
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 CORE = {unit for unit, floor in FLOOR_OF.items() if floor <= FLOOR_OF["__init__"]}
 PICKLES = {name for name in dir(dist) if "_object" in name}  # all_gather_object and its like

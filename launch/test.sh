@@ -4,7 +4,9 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-make_environment train,dev,deepspeed,lightning,accelerate,transformers,viz # integrations and pictures are tested too
+integrations=deepspeed,lightning,accelerate,transformers
+sinks=tensorboard,wandb,mlflow,prometheus,opentelemetry
+make_environment "train,dev,viz,$integrations,$sinks" # all of it is tested
 cd "$root"
 export OMP_NUM_THREADS=1 # ranks share the cores already
 failed=

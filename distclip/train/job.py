@@ -11,6 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from distclip.ranks.lost_ranks import Presence
+from distclip.telemetry.json_lines import spelled
 from distclip.train import checkpoint
 from distclip.train.axes import Axes
 from distclip.train.begun import say_begun
@@ -18,7 +19,7 @@ from distclip.train.clip import check_clip, scales
 from distclip.train.config import Config
 from distclip.train.dataset import Batches, Dataset
 from distclip.train.folder import RunFolder, check_folder, open_folder
-from distclip.train.metrics import MetricsFile, read_until, spelled
+from distclip.train.metrics import MetricsFile, read_until
 from distclip.train.parallel import spread
 from distclip.train.place import Place, join, limit_waits
 from distclip.train.problem import require

@@ -1,29 +1,18 @@
 """`metrics.jsonl`: one JSON object per step, and none twice when a run resumes.
 
-JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", which
-Python's and JavaScript's number parsers read back.
+Numbers are spelled as telemetry/json_lines.py says.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any, TextIO
 
+from distclip.telemetry.json_lines import to_json
 from distclip.train.problem import require
 
 NEEDED: dict[str, Any] = {"step": int, "skip": bool, "coef": (int, float, str)}  # what a run that goes on counts again
-
-
-def to_json(record: dict[str, Any]) -> str:
-    return json.dumps({key: spelled(value) for key, value in record.items()}, allow_nan=False)
-
-
-def spelled(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def read_until(path: Path, step: int) -> list[dict[str, Any]]:

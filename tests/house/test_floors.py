@@ -20,6 +20,7 @@ FLOORS = [  # the rule that CONTRIBUTING.md and docs/design.md refer to, from th
     {"clipper"},
     {"attached"},
     {"__init__"},  # `import distclip`: the public names; the core ends here
+    {"telemetry"},
     {"integrations"},
     {"runs"},
     {"reporting"},

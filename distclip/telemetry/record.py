@@ -1,0 +1,35 @@
+"""A record: the numbers of one step, by the names in keys.py."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+from ..report import Report, Watched
+from . import keys
+
+Record: TypeAlias = tuple[dict[str, float], int]
+"""The numbers of a step, and the step."""
+
+
+def tensors_of(report: Report) -> list[Tensor]:
+    """Its numbers as 1-D tensors on the device of the norm: norm, bound, coefficient, skip, norms, extra."""
+    own = (report.norm, report.max_norm, report.coef, report.skip)
+    watched = [report.norms.tensor] if isinstance(report.norms, Watched) else list(report.norms.values())
+    extra = [number.to(report.norm.device) for number in report.extra.values()]
+    return [each.view(-1) for each in (*own, *watched, *extra)]
+
+
+def numbers_of(report: Report, row: Sequence[float]) -> dict[str, float]:
+    """The same numbers, once they are on the host, by their names."""
+    norm, max_norm, coef, skipped, *others = row
+    names = [*map(keys.LAYER.format, report.norms), *map(keys.EXTRA.format, report.extra)]
+    own = {
+        keys.PRE_CLIP: norm,
+        keys.POST_CLIP: norm * coef,
+        keys.COEF: coef,
+        keys.MAX_NORM: max_norm,
+        keys.CLIPPED: float(coef < 1),  # it is 1 where the step is skipped
+        keys.SKIPPED: skipped,
+    }
+    return own | dict(zip(names, others, strict=True)) | own  # no policy's number replaces one of these

@@ -32,7 +32,7 @@ trainer = Trainer(
     devices=2,
     strategy=DDPStrategy(process_group_backend="gloo"),
     max_epochs=1,
-    logger=CSVLogger("."),  # grad_norm, grad_clip_coef, grad_clip_share
+    logger=CSVLogger("."),  # grad_norm/pre_clip, clip/coef, clip/fraction and others
     log_every_n_steps=10,
     callbacks=[clip],
 )

@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
@@ -30,6 +29,7 @@ from ..step.driver import Driver
 from ..step.engine import Engine
 from ..step.options import Options
 from ..step.signals import Signals
+from ..telemetry.window import Window
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
 SCALED = "the gradients are still multiplied by the GradScaler's scale: call "
@@ -46,10 +46,10 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
     parallel), with any precision, gradient accumulation, automatic or manual optimization. A skipped step counts in
     ``trainer.global_step`` and for LR schedulers, as does one that a GradScaler skips. Checkpoints contain the state.
 
-    Every ``log_every_n_steps`` steps ``trainer.loggers`` get ``grad_norm`` (before clipping), ``grad_clip_coef`` and
-    ``grad_clip_share``, the share of the steps since the last log whose coefficient was not 1. Logging is a host sync
-    on rank 0's accelerator. Other host syncs and collectives are those of :meth:`Clipper.clip_`, and one host sync a
-    step for an optimizer that is not fused, or with a GradScaler, since the host must know whether to step.
+    Every ``log_every_n_steps`` steps ``trainer.loggers`` get the numbers of :mod:`distclip.telemetry.keys`, and with
+    them those of each step in between that was skipped or not finite. Logging is a host sync on rank 0's accelerator.
+    Other host syncs and collectives are those of :meth:`Clipper.clip_`, and one host sync a step for an optimizer that
+    is not fused, or with a GradScaler, since the host must know whether to step.
 
     The norm is over what the optimizer holds, as with ``gradient_clip_val``: nobody zeroes other gradients. When the
     decision is made the step is already running: one to be skipped runs without gradients, and an optimizer that keeps
@@ -64,8 +64,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         self._policy = without_signals(policy, "ClipGradients")
         self._options = options
         self._loaded: dict[str, Any] = {}
-        self._steps = 0  # since the last log
-        self._clipped: int | Tensor = 0  # of these
+        self._window = Window()
         self._expected = False  # whether the step that ends next passed on_before_optimizer_step
         self._undo: list[Callable[[], Any]] = []
 
@@ -84,7 +83,6 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         clipper = _called_by_trainer(trainer, optimizer, self._policy, self._options)
         if state:
             clipper.load_state_dict(state["clipper"])
-            self._steps, self._clipped = state["steps"], state["clipped"]
         self.clipper = clipper
         plugin = trainer.precision_plugin
         plugin.clip_gradients = _refuse_clip_gradients
@@ -99,11 +97,10 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         if _nothing_to_step(trainer, optimizer):
             return
         report = self.clipper.engine.clip_([optimizer], trainer.scaler, only_theirs=True)
-        self._steps += 1
-        self._clipped = self._clipped + (report.coef != 1)
-        every = trainer.log_every_n_steps
-        if every and (trainer.global_step + 1) % every == 0:
-            self._log(trainer, report)
+        if trainer.is_global_zero and trainer.loggers:
+            self._window.add(report, trainer.global_step)
+            every = trainer.log_every_n_steps
+            self._log(trainer, due=bool(every) and (trainer.global_step + 1) % every == 0)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the Trainer as it was."""
@@ -115,23 +112,17 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """The Clipper's state and the counts of the clip share; empty before training, if nothing was loaded."""
-        if self.clipper is None:
-            return self._loaded
-        return {"clipper": self.clipper.state_dict(), "steps": self._steps, "clipped": self._clipped}
+        """The Clipper's state; empty before training, if nothing was loaded."""
+        return self._loaded if self.clipper is None else {"clipper": self.clipper.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what :meth:`state_dict` returned until training starts: there may be no model yet."""
         self.clipper, self._loaded = None, state_dict
 
-    def _log(self, trainer: Trainer, report: Report) -> None:
-        if trainer.is_global_zero and trainer.loggers:
-            clipped = torch.as_tensor(self._clipped, device=report.coef.device)
-            norm, coef, of_all = torch.stack([word.double() for word in (report.norm, report.coef, clipped)]).tolist()
-            metrics = {"grad_norm": norm, "grad_clip_coef": coef, "grad_clip_share": of_all / self._steps}
+    def _log(self, trainer: Trainer, due: bool) -> None:
+        for metrics, step in self._window.records(due):
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
-        self._steps, self._clipped = 0, 0
+                logger.log_metrics(metrics, step=step)
 
     def _refuse_unexpected_step(self, optimizer: Optimizer) -> None:
         if not self._expected:

@@ -1,13 +1,13 @@
 """Transformers: a Trainer, or any subclass of it, clips by any policy and logs the norm before clipping.
 
-Private API, replaced on the instance, of Trainer in transformers 5.23.0: ``_get_grad_norm``, which its loop calls once
-for every optimizer step, after the last backward; ``_save_optimizer_and_scheduler`` and
+Replaced on the instance: ``log``. Private API, replaced too, of Trainer in transformers 5.23.0: ``_get_grad_norm``,
+which its loop calls once for every optimizer step, after the last backward; ``_save_optimizer_and_scheduler`` and
 ``_load_optimizer_and_scheduler``, which know the checkpoint's folder. Read: ``AcceleratedOptimizer.optimizer`` of
 accelerate 1.15.0; written: its ``_is_overflow``, which ``step_was_skipped`` returns.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, Unpack
 from zipfile import is_zipfile
 
@@ -26,6 +26,8 @@ from ..policies.adopt import without_signals
 from ..step.driver import Driver
 from ..step.engine import Engine
 from ..step.options import Options
+from ..telemetry.record import Record
+from ..telemetry.window import Window
 
 FILE = "distclip.pt"  # in a checkpoint, beside scheduler.pt
 EngineTakeOver: TypeAlias = Callable[..., Clipper]  # that of deepspeed.py, which is another integration
@@ -45,8 +47,10 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
         self._trainer, self._engine, self._options = trainer, engine, options
         self._resumed: str | None = None  # the file, from the load to the beginning of this training
         self._clipped = False
+        self._window = Window()
         self._save, self._load = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler
-        trainer._get_grad_norm = self._clip
+        self._log = trainer.log
+        trainer.log, trainer._get_grad_norm = self._log_with_ours, self._clip
         trainer._save_optimizer_and_scheduler = self._save_with_ours
         trainer._load_optimizer_and_scheduler = self._load_with_ours
 
@@ -60,6 +64,8 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
             engine = Engine(trainer.model_wrapped, self._policy, **self._options)
             self.clipper = Clipper.of(engine, Driver(type(trainer).__name__))
         resumed, self._resumed, self._clipped = self._resumed, None, False
+        self._window = Window()
+        self.clipper.register_report_hook(lambda report, _: self._window.add(report, trainer.state.global_step + 1))
         if resumed is not None:
             _load(self.clipper, resumed)
 
@@ -70,6 +76,7 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
                 "that nothing was clipped: use distclip.attach in it"
             )
         self._clipped = False
+        self._log_between(self._window.records(due=False))
 
     def _clip(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
         """Clip, and return the norm that Trainer logs."""
@@ -87,6 +94,23 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
         if scaler is None:
             outer._is_overflow = report.skip
         return report.norm
+
+    def _log_with_ours(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Where Trainer logs a norm, log the numbers of that step with it, and those of bad steps before."""
+        if "grad_norm" in logs and (records := self._window.records(due=True)):
+            *between, (numbers, _) = records
+            self._log_between(between)
+            logs.update(numbers)
+        self._log(logs, *arguments, **options)
+
+    def _log_between(self, records: Iterable[Record]) -> None:
+        state = self._trainer.state
+        present = state.global_step
+        try:
+            for numbers, state.global_step in records:
+                self._log(numbers)
+        finally:
+            state.global_step = present
 
     def _save_with_ours(self, output_dir: str) -> None:
         self._save(output_dir)
@@ -115,7 +139,9 @@ def take_over(
     * ``deepspeed``: under DeepSpeed, ``distclip.integrations.deepspeed.take_over``, which is called with the engine
       when training begins; ``options`` are then its own.
 
-    ``grad_norm`` in the logs is the norm before clipping, also where nothing is clipped. A skipped step changes neither
+    ``grad_norm`` in the logs is the norm before clipping, also where nothing is clipped, and has the numbers of
+    :mod:`distclip.telemetry.keys` beside it; a step between logs that was skipped or not finite is logged with them. A
+    skipped step changes neither
     parameters nor optimizer nor learning rate, on all ranks, but counts as a step. Checkpoints contain the policy's
     state as ``distclip.pt``, from which a resumed training continues. Collectives and host syncs: those of
     :meth:`Clipper.clip_` once a step, and on accelerators one more, since Trainer must know whether to move the

@@ -22,6 +22,8 @@ change in a minor version, which CHANGELOG.md then says.
   ``errors.warn_user``: a warning at the user's line.
 * ``plan.arguments.Parameters``: what torch's own functions call parameters. ``layouts.layout.LayoutFn``: the type of
   ``layout``. ``layouts.fsdp1.is_flattened``: whether FSDP1 manages a parameter.
+* ``telemetry.window.Window``, with ``telemetry.record.Record`` for what it returns: the numbers of steps for a
+  framework's own logger, when that logs.
 
 [Note: the phases]
 Where each phase of :meth:`.Clipper.step` is, and what it makes (Engine.begin goes through 2 to 8):

@@ -1,7 +1,7 @@
 """distclip.integrations.lightning: fits of the Trainer and loops of Fabric, beside one process clipped by hand."""
 
 from functools import partial
-from math import inf, isnan, nan
+from math import inf, isfinite, isnan, nan
 
 import pytest
 import torch
@@ -141,8 +141,7 @@ def test_a_resumed_fit_decides_as_if_it_had_never_stopped(more, key):
         assert first["coefs"] + second["coefs"] == pytest.approx(whole["coefs"], rel=1e-6)
         assert first["skips"] + second["skips"] == whole["skips"]
         for state in (whole["state"], second["state"]):
-            assert (state["steps"], state["clipper"]["steps"]) == (STEPS, STEPS)
-        assert whole["state"]["clipped"] == second["state"]["clipped"]
+            assert state["clipper"]["steps"] == STEPS
         for name, value in whole["state"]["clipper"]["policy"].items():
             torch.testing.assert_close(second["state"]["clipper"]["policy"][name], value, rtol=1e-6, atol=0)
         for mine, one in zip(second["parameters"], whole["parameters"], strict=True):
@@ -157,17 +156,25 @@ def test_a_second_fit_goes_on_with_the_state_of_the_first(more, layout):
         assert policy["norms"][-len(norms) :].tolist() == pytest.approx(norms, rel=1e-6)
 
 
-def test_loggers_get_norm_coefficient_and_clip_share(more):
+def test_loggers_get_the_numbers_of_telemetry(more):
     (few, table, every), (_, _, every_of_rank_1) = more[runs.log]
     coefs = few["coefs"]
-    assert len(few["logged"]) == STEPS // 4
+    assert [step for step, _ in few["logged"]] == [3, 5, 7, 11]
+    ((bad, at_bad),) = [few["logged"].pop(1)]
+    assert (bad, at_bad["clip/skipped"], "clip/fraction" in at_bad) == (5, 1.0, False)
+    assert isnan(at_bad["grad_norm/pre_clip"])
+    assert [few["skips"][step] for step, _ in few["logged"]] == [False] * 3
     for i, (step, metrics) in enumerate(few["logged"]):
         assert step == 4 * i + 3
-        assert metrics["grad_norm"] == pytest.approx(few["norms"][step], **EXACT)
-        assert metrics["grad_clip_coef"] == coefs[step]
-        assert metrics["grad_clip_share"] == sum(coef < 1 for coef in coefs[4 * i : 4 * i + 4]) / 4
-    assert len({metrics["grad_clip_share"] for _, metrics in few["logged"]}) > 1
-    assert [float(row["grad_norm"]) for row in table] == [metrics["grad_norm"] for _, metrics in few["logged"]]
+        assert metrics["grad_norm/pre_clip"] == pytest.approx(few["norms"][step], **EXACT)
+        norms = few["norms"][4 * i : 4 * i + 4]
+        assert metrics["grad_norm/max"] == pytest.approx(max(filter(isfinite, norms)), **EXACT)
+        assert metrics["clip/coef"] == coefs[step]
+        assert metrics["clip/fraction"] == sum(coef < 1 for coef in coefs[4 * i : 4 * i + 4]) / 4
+    assert len({metrics["clip/fraction"] for _, metrics in few["logged"]}) > 1
+    in_table = [float(row["grad_norm/pre_clip"]) for row in table]
+    assert isnan(in_table.pop(1))
+    assert in_table == [metrics["grad_norm/pre_clip"] for _, metrics in few["logged"]]
     assert [step for step, _ in every["logged"]] == list(range(STEPS)), "steps are counted, not batches"
     assert every_of_rank_1["logged"] == []
 

@@ -1,4 +1,4 @@
-"""The command line: `distclip train CONFIG [key=value ...]`, `distclip report RUN ...`, `distclip bench [CASE ...]`."""
+"""The command line: `distclip train`, `report`, `bench`, `doctor` and `inspect`."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distclip import __version__
+from distclip.doctor.arguments import add_doctor, add_inspect
 from distclip.train.complaint import complain
 
 # modules of the extra `train`, under the names to install them by
@@ -76,9 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train(known.config, [*known.overrides, *others])
         if others:
             parser.error(f"{known.command} does not know {others[0]}: see distclip {known.command} --help")
-        if known.command == "report":
-            return report(known)
-        return bench(known, words)
+        match known.command:
+            case "report":
+                return report(known)
+            case "bench":
+                return bench(known, words)
+        return doctor(known)
     except KeyboardInterrupt:
         return 130
 
@@ -136,6 +140,15 @@ def bench(known: argparse.Namespace, words: list[str]) -> int:
     )
 
 
+def doctor(known: argparse.Namespace) -> int:
+    """Check this machine's ranks, or look at the plan of a model."""
+    from distclip.doctor.options import Options
+    from distclip.doctor.start import start
+
+    fields = Options.__dataclass_fields__
+    return start(Options(**{name: value for name, value in vars(known).items() if name in fields}))
+
+
 def parser_of_commands() -> Parser:
     parser = Parser(prog="distclip", description="Gradient clipping by the true global norm: train, report, measure.")
     parser.add_argument("--version", action="version", version=f"distclip {__version__}")
@@ -143,6 +156,8 @@ def parser_of_commands() -> Parser:
     add_train(commands)
     add_report(commands)
     add_bench(commands)
+    add_doctor(commands)
+    add_inspect(commands)
     return parser
 
 

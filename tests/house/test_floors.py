@@ -26,6 +26,7 @@ FLOORS = [  # the rule that CONTRIBUTING.md and docs/design.md refer to, from th
     {"reporting"},
     {"train"},
     {"bench"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 ]

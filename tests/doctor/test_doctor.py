@@ -1,0 +1,210 @@
+"""`distclip doctor`: all is well on healthy ranks, and what is wrong on one of them is named, with exit code 1."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distclip.cli import main
+from distclip.doctor.subjects import LAYOUTS
+from support.programs import play
+
+ROOT = Path(__file__).parents[2]
+PATHS = [str(ROOT), str(ROOT / "tests")]
+QUICK = ["--parameters", "30000", "--timeout", "20"]
+PROGRAM = """\
+import os, sys
+import torch
+import torch.distributed as dist
+RANK = int(os.environ.get("RANK", 0))
+{before}
+from distclip.cli import main
+sys.exit(main({words!r}))
+"""
+
+
+def ranks_of(folder: Path, *words: str, before: str = "", ranks: int = 2) -> tuple[list[int], str]:
+    """Exit codes and all output of ``distclip <words>`` on the ranks of a launcher."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(before=before, words=[*map(str, words)]))
+    return play(program, ranks, PATHS, 100)
+
+
+def line_of(output: str, name: str) -> str:
+    return next(line for line in output.splitlines() if line[7:].startswith(name))
+
+
+# ---- healthy ranks -----------------------------------------------------------------------------------------
+
+
+def test_all_is_well_on_four_ranks_on_every_layout(tmp_path: Path):
+    target = tmp_path / "found.json"
+    codes, output = ranks_of(tmp_path, "doctor", *QUICK, "--model", "doctor.mine:sharded", "--json", target, ranks=4)
+    assert codes == [0] * 4, output
+    document = json.loads(target.read_text())
+    found = {each["name"]: each for each in document["findings"]}
+    assert document["ok"]
+    assert {each["state"] for each in found.values()} == {"ok"}
+    assert set(found) == {"versions", "collectives", "latency", "kernels", *LAYOUTS, "speed", "your model"}
+    for name in LAYOUTS:
+        facts = found[name]["facts"]
+        assert facts["norm"] == pytest.approx(facts["oracle"], rel=1e-5)
+        assert facts["after"] == pytest.approx(0.5 * facts["oracle"], rel=1e-5)
+    assert found["latency"]["facts"]["all_reduce_ms"]["2"] > 0
+    assert found["speed"]["facts"]["ratio"] > 0
+    assert line_of(output, "your model").endswith("the same bits on all")
+    assert output.splitlines()[-1].startswith("All is well: 14 checks in")
+    assert "Warning" not in output
+
+
+def test_torch_answers_beside_ours(tmp_path: Path):
+    codes, output = ranks_of(tmp_path, "doctor", *QUICK)
+    assert codes == [0, 0], output
+    assert line_of(output, "DDP").split()[-1] == "right"
+    if torch.__version__.startswith("2.13"):
+        assert "by rank" in line_of(output, "FSDP1")
+        assert "raises RuntimeError" in line_of(output, "tensor parallel")
+        assert "by rank" in line_of(output, "pipeline stages")
+    assert "needs 4 ranks" in line_of(output, "HSDP")
+    assert output.splitlines()[-1].endswith("left out: HSDP, FSDP2 x TP")
+
+
+# ---- a rank that is not as the others ----------------------------------------------------------------------
+
+
+def test_another_torch_on_one_rank_is_named(tmp_path: Path):
+    before = "if RANK == 1: torch.__version__ = '2.6.0'"
+    codes, output = ranks_of(tmp_path, "doctor", *QUICK, before=before)
+    assert codes == [1, 1]
+    assert "WRONG  versions         rank 1: torch 2.6.0, the others have" in output
+    assert output.splitlines()[-1].startswith("Wrong: versions")
+
+
+def test_a_backend_that_cannot_begin_is_named(tmp_path: Path):
+    before = "if RANK == 1: os.environ['GLOO_SOCKET_IFNAME'] = 'nowhere'"
+    codes, output = ranks_of(tmp_path, "doctor", "--timeout", "3", before=before)
+    assert codes == [1, 1]
+    wrong = line_of(output, "collectives")
+    assert "rank 1: RuntimeError" in wrong
+    assert "nowhere" in wrong
+
+
+def test_a_backend_that_adds_wrongly_is_named(tmp_path: Path):
+    before = """
+if RANK == 1:
+    right = dist.all_reduce
+    def all_reduce(tensor, *args, **kwargs):
+        right(tensor, *args, **kwargs)
+        tensor.add_(1)
+    dist.all_reduce = all_reduce
+"""
+    codes, output = ranks_of(tmp_path, "doctor", *QUICK, before=before)
+    assert codes == [1, 1]
+    assert "the backend is broken: rank 1: all_reduce of float64 gave [3.0, 2.0], not [2.0, 1.0]" in output
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("another_on_rank_1", "rank 1: 4 parameters of 75 elements"),
+        ("another_ddp_on_rank_1", "rank 1"),
+        ("unreduced", "ranks that should hold the same gradient do not: 0.weight"),
+        ("raises_on_rank_1", "rank 1: RuntimeError: backward() of --model raised KeyError: 'batch' at"),
+    ],
+)
+def test_a_model_that_is_wrong_on_rank_1_is_named(model, said, tmp_path: Path):
+    words = ["doctor", *QUICK[:2], "--timeout", "4", "--model", f"doctor.mine:{model}"]
+    skip = "from distclip.doctor import subjects\nsubjects.LAYOUTS.clear()"
+    codes, output = ranks_of(tmp_path, *words, before=skip)
+    assert codes == [1, 1], output
+    assert said in line_of(output, "your model"), output
+
+
+# ---- alone -------------------------------------------------------------------------------------------------
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "distclip", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_alone_it_starts_two_processes_and_names_one_that_dies():
+    process = start("inspect", "--processes", "2", "--model", "doctor.mine:dies_on_rank_1")
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
+    assert errors == "distclip: rank 1 was killed by SIGKILL\n"
+
+
+def test_alone_a_rank_that_hangs_is_named_and_ended():
+    process = start("inspect", "--processes", "2", "--timeout", "3", "--model", "doctor.mine:hangs_on_rank_1")
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (1, "")
+    assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
+
+
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["in the terminal", "to the command alone"])
+def test_ctrl_c_ends_it_quietly(send):
+    process = start("doctor", "--timeout", "100", "--model", "doctor.mine:hangs_on_rank_1")
+    try:
+        assert process.stdout.readline().startswith("ok     versions")  # its ranks have met
+        send(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, errors) == (130, "")
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["doctor", "--processes", "0"], "--processes must be from 1 to"),
+        (["doctor", "--timeout", "-1"], "--timeout must be above 0 seconds, not -1"),
+        (["doctor", "--parameters", "0"], "--parameters must be at least 1, not 0"),
+        (["doctor", "--json", "nowhere/found.json"], "--json: nowhere/found.json cannot be written"),
+        (["doctor", "--frobnicate"], "doctor does not know --frobnicate"),
+        (["doctor", "--model", "mine"], "--model: 'mine' is not of the form package.module:function"),
+        (["inspect"], "the following arguments are required: --model"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_code_2(words, said, capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    output, errors = capsys.readouterr()
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"distclip: {said}")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("nowhere:build", "nowhere cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
+        ("doctor.mine:lost", "doctor.mine has no lost"),
+        ("doctor.mine:nothing", "doctor.mine:nothing is NoneType, not a function that builds the model"),
+        ("doctor.mine:a_number", "doctor.mine:a_number() returned int, not a module"),
+    ],
+)
+def test_a_model_that_is_none_is_one_line_and_code_2(model, said, tmp_path: Path):
+    codes, output = ranks_of(tmp_path, "inspect", "--model", model)
+    assert codes == [2, 2]
+    assert output.startswith(f"distclip: --model: {said}")
+    assert output.count("\n") == 1

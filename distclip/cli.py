@@ -109,9 +109,10 @@ def report(known: argparse.Namespace) -> int:
         from distclip.reporting.command import Options, report as write_report
         from distclip.runs import Names, RunError
     except ModuleNotFoundError as error:
-        if error.name not in FOR_REPORTS:
+        package = (error.name or "").partition(".")[0]
+        if package not in FOR_REPORTS:
             raise
-        complain(f'a report needs {error.name}: pip install "distclip[report]"')
+        complain(f'a report needs {package}: pip install "distclip[report]"')
         return 2
     names = Names(step=known.step, norm=known.norm, loss=known.loss, layers=known.layers, max_norm=known.max_norm)
     try:

@@ -60,8 +60,8 @@ def tiles(found: Analysis) -> list[list[str]]:
     return [
         ["steps", f"{found.steps:,}", f"{run.step[0]:,} to {run.step[-1]:,}" if found.steps else ""],
         ["clipped", "?" if found.clipped is None else percent(found.clipped), bound + ", moving" * found.moves],
-        ["skipped", percent(found.skipped), f"longest row {found.longest_skips:,}"],
-        ["not finite", f"{found.nonfinite:,}", "steps with NaN or inf"],
+        ["skipped", percent(found.skipped), f"at most {found.longest_skips:,} in a row"],
+        ["not finite", f"{found.nonfinite:,}", "NaN or inf"],
         ["median norm", short(found.quantiles[0.5]), f"99 % below {short(found.quantiles[0.99])}"],
         ["largest norm", short(found.largest), f"step {found.largest_step:,}"],
         ["spikes", f"{len(found.spikes):,}", f"up to {short(high.height)} x the norms around" if high else "none"],

@@ -13,6 +13,7 @@ from distclip.runs.names import Names, matters
 from distclip.runs.refusals import empty, no_history, no_json
 from distclip.runs.run import Log
 from distclip.runs.table import Table, named
+from distclip.telemetry import keys
 
 CHUNK = 1 << 20  # bytes of lines that are parsed at once: by themselves a million take 1.3 times as long
 CUT = "The last line is cut short, as a crash leaves it, and is left out."
@@ -43,7 +44,9 @@ def is_record(line: bytes) -> bool:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and not any(isinstance(value.get(key), list) for key in ("log_history",))
+    if not isinstance(value, dict) or isinstance(value.get("log_history"), list):
+        return False
+    return not value or not all(isinstance(each, (dict, list)) for each in value.values())  # else columns
 
 
 def read_lines(path: Path, file: BinaryIO, names: Names, advance: Callable[[int], None]) -> Log:
@@ -94,7 +97,7 @@ def reason(error: ValueError | RecursionError) -> str:
 
 
 def program_of(table: Table) -> str:
-    if "grad_norm/pre_clip" in table.values:
+    if keys.PRE_CLIP in table.values:
         return "distclip telemetry"
     if {"norm", "max_norm", "coef", "skip"} <= table.values.keys():
         return "distclip train"

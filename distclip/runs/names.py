@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distclip.runs.refusals import no_column, no_norm, no_number, several_norms
+from distclip.runs.refusals import no_column, no_norm, no_number, no_values, several_norms
 from distclip.runs.run import Floats, Layers, Log, Run, Series, Steps
+from distclip.telemetry import keys
 
 # In order of preference, in lower case with `_` for `-` and blanks.
 STEP = ("step", "_step", "global_step", "train/global_step", "trainer/global_step", "iteration", "iter", "iterations")
 NORM = (
-    "grad_norm/pre_clip",  # distclip.telemetry
+    keys.PRE_CLIP,
     "norm",  # distclip train
     "grad_norm",  # Transformers, torchtitan, nanotron, NeMo
     "train/grad_norm",  # Transformers by a tracker
@@ -38,10 +39,10 @@ LOSS = (
     "loss/train/total",  # Composer
     "training_loss",
 )
-MAX_NORM = ("clip/max_norm", "max_norm", "max_grad_norm", "grad/threshold", "gradient_clip_val")
-COEF = ("clip/coef", "coef", "clip_coef", "grad/clip_coef")
-SKIP = ("clip/skipped", "skip", "skipped", "optim/step_skipped", "grad/skipped")
-CULPRIT = ("culprit", "clip/culprit")
+MAX_NORM = (keys.MAX_NORM, "max_norm", "max_grad_norm", "grad/threshold", "gradient_clip_val")
+COEF = (keys.COEF, "coef", "clip_coef", "grad/clip_coef")
+SKIP = (keys.SKIPPED, "skip", "skipped", "optim/step_skipped", "grad/skipped")
+CULPRIT = ("culprit", "culprit_before")  # the second: of the step before, which accelerators tell late
 LAYER = re.compile(r"(?:grad_norm/layer/|norm/|grad_[\d.]+_norm/|l2_norm/grad/|grad/norm/)(?P<name>.+)")
 KNOWN = {*STEP, *NORM, *LOSS, *MAX_NORM, *COEF, *SKIP, *CULPRIT}
 TOTALS = {"global", "total"}
@@ -110,17 +111,22 @@ def assembled(log: Log, names: Names) -> Run:
         skip=np.zeros(len(steps), np.bool_) if skip is None else skip.at(steps) > 0,
         loss=unknown if loss is None else loss.up_to(steps),
         layers=layers_of(series, steps, names.layers),
-        culprits=next((dict(log.texts[name]) for name in CULPRIT if name in log.texts), {}),
+        culprits=culprits_of(log),
         notes=tuple(notes),
     )
+
+
+def culprits_of(log: Log) -> dict[int, str]:
+    late = enumerate(log.texts.get(name, {}) for name in CULPRIT)
+    return {step - steps: text for steps, texts in late for step, text in texts.items()}
 
 
 def norm_column(log: Log, names: Names) -> str:
     if names.norm is not None:
         return checked(log, "--norm", names.norm)
-    found = known(log.series, NORM)
+    found = known((*log.texts, *log.series), NORM)
     if found is None:
-        ends = [name for name in log.series if is_norm(name)]
+        ends = [name for name in dict.fromkeys((*log.texts, *log.series)) if is_norm(name)]
         if not ends:
             raise no_norm(log.path, log.columns)
         if len(ends) > 1:
@@ -137,8 +143,10 @@ def checked(log: Log, option: str, name: str) -> str:
     """The name of a column that is there and holds numbers alone."""
     for text in log.texts.get(name, {}).values():
         raise no_number(log.path, name, str(text)[:80])
-    if name not in log.series:
+    if name not in log.columns:
         raise no_column(log.path, option, name, log.columns)
+    if name not in log.series or not len(log.series[name].step):
+        raise no_values(log.path, name)
     return name
 
 

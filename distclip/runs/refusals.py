@@ -73,6 +73,10 @@ def no_number(path: Path, column: str, text: str) -> RunError:
     return RunError(f"{path}: column {column!r} holds {text!r}, which is no number")
 
 
+def no_values(path: Path, column: str) -> RunError:
+    return RunError(f"{path}: column {column!r} holds no number in any step")
+
+
 def no_step(path: Path, column: str, value: float) -> RunError:
     return RunError(f"{path}: column {column!r} holds {value!r}, which is no step: name another by --step")
 

@@ -48,11 +48,12 @@ def check_clip(config: Config, names: Sequence[str]) -> None:
     for policy in all_in(clip.policy):
         if isinstance(policy, PerGroup):
             check_groups(policy, names)
+    zero = config.parallel.strategy.startswith("zero")
+    require(not (zero and clip.options.find_source), "clip.find_source", "does not go with DeepSpeed: set it to false")
     for name in signals_of(clip):
         require(name in SIGNALS, "clip", f"the policy asks for the signal {name}: the trainer has {', '.join(SIGNALS)}")
-        alone = not config.parallel.strategy.startswith("zero")
         require(
-            alone, "clip", f"the policy asks for the signal {name}, which DeepSpeed does not pass: use fsdp2 or ddp"
+            not zero, "clip", f"the policy asks for the signal {name}, which DeepSpeed does not pass: use fsdp2 or ddp"
         )
 
 

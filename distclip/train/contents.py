@@ -4,7 +4,7 @@ from pathlib import Path
 
 from distclip.train.problem import require
 
-FILES = ("config.yaml", "metrics.jsonl", "metrics.tmp", "summary.json")
+FILES = ("config.yaml", "metrics.jsonl", "metrics.tmp", "summary.json", "report.html")
 
 
 def check_contents(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from distclip import find_source
 from distclip.ranks.lost_ranks import Presence
 from distclip.telemetry.json_lines import spelled
 from distclip.train import checkpoint
@@ -20,6 +21,7 @@ from distclip.train.config import Config
 from distclip.train.dataset import Batches, Dataset
 from distclip.train.folder import RunFolder, check_folder, open_folder
 from distclip.train.metrics import MetricsFile, read_until
+from distclip.train.page import page_of
 from distclip.train.parallel import spread
 from distclip.train.place import Place, join, limit_waits
 from distclip.train.problem import require
@@ -82,6 +84,7 @@ def build(config: Config, dataset: Dataset, place: Place, stop: StopSignals) -> 
         parameters=parameters,
         steps=config.train.steps or (config.train.epochs or 0) * batches.epoch_steps,
         stop=stop,
+        source=find_source(held.model) if config.clip.options.find_source else None,
     )
 
 
@@ -169,7 +172,7 @@ class Job:
             say("resumed  nothing: the folder has no checkpoint, starting at step 1")
 
     def conclude(self, stopped: Signals | None, seconds: float) -> None:
-        """The table at the end, and the same in summary.json."""
+        """The table at the end, the same in summary.json, and the report on the run."""
         summary = {
             "status": "finished" if stopped is None else f"stopped by {stopped.name}",
             "steps": self.last.get("step", self.start),
@@ -184,6 +187,7 @@ class Job:
         }
         self.folder.summary.write_text(json.dumps({k: spelled(v) for k, v in summary.items()}, indent=2) + "\n")
         self.display.table({name: shown(value) for name, value in summary.items() if value is not None})
+        self.display.say(f"report   {page_of(self.folder)}")
         if stopped is not None:
             self.display.say(f"go on with: resume=true run.dir={self.folder.path}")
 

@@ -39,6 +39,7 @@ class Display:
         self.start, self.steps, self.began = start, steps, time.perf_counter()
         self.bar: Progress | None = None
         self.recent: list[dict[str, Any]] = []  # since the last look at the held-out part
+        self.blaming = False  # whether the step before had a culprit: of steps in a row the first is shown
         if console.is_terminal and not console.quiet:
             bar = [BarColumn(bar_width=16)] if console.width >= 100 else []  # the numbers need 80 columns
             self.bar = Progress(*bar, TextColumn("{task.description}"), console=console)
@@ -66,9 +67,18 @@ class Display:
             self.bar.update(self.task, completed=step, description=self.line(record, tally).removeprefix("step "))
         elif step % self.log_every == 0 or step == self.start + 1:
             self.say(self.line(record, tally))
+        self.blame(record)
         if "held_out_loss" in record:
             self.say(self.look(record))
             self.recent.clear()
+
+    def blame(self, record: dict[str, Any]) -> None:
+        """Where the norm of this step, or of the one before, became not finite, in one line."""
+        late = "culprit_before" in record
+        culprit = record.get("culprit_before" if late else "culprit")
+        if culprit is not None and not self.blaming:
+            self.say(f"step {record['step'] - late}: {culprit}")
+        self.blaming = culprit is not None
 
     def line(self, record: dict[str, Any], tally: Tally) -> str:
         clipped = f" coef {record['coef']:.3g} clipped {tally.share(tally.clipped):.0%}" if tally.scales else ""

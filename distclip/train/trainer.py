@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from math import isfinite
 from signal import Signals
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distclip import Report
+from distclip.plan.source import Source
 from distclip.train.config import Config
 from distclip.train.dataset import Batches, Split
 from distclip.train.held import Holder
@@ -30,6 +33,7 @@ class Trainer:
     parameters: int  # of the whole model
     steps: int
     stop: StopSignals
+    source: Source | None = None
 
     def step(self, step: int) -> tuple[dict[str, Any], Signals | None]:
         """Train on one global batch: its record, and the signal to stop for if any rank got one.
@@ -47,18 +51,30 @@ class Trainer:
         report = self.held.step(answer)
         seen = [0.0, 0.0, 0.0] if answer is None else [answer.loss, right(answer.logits, targets).double().mean(), 1.0]
         loss, accuracy, ranks, *wishes = self.summed([*seen, *self.stop.wishes()])
-        seconds = time.perf_counter() - began
+        seconds, numbers = time.perf_counter() - began, report.to_dict()
         record = {
             "step": step + 1,
             "epoch": step // self.batches.epoch_steps + 1,
             "loss": loss / ranks,
             "accuracy": accuracy / ranks,
-            **report.to_dict(),
+            **numbers,
+            **self.blamed(report, isfinite(numbers["norm"])),
             "lr": lr,
             "seconds": seconds,
             "per_second": targets.numel() * self.batches.world / seconds,
         }
         return record, agreed(wishes)
+
+    def blamed(self, report: Report, finite: bool) -> dict[str, str]:
+        """What to write of a norm that is not finite: the step's `culprit`, or where the decision is on an accelerator,
+        which has it one call late, `culprit_before`, that of the step before. All ranks call.
+        """
+        found = None if finite or self.source is None else self.source.culprit()
+        found = found or report.culprit
+        if found is not None or self.source is not None or report.norm.device.type == "cpu":
+            return {} if found is None else {"culprit": str(found)}
+        before = self.held.clipper.culprit
+        return {} if before is None else {"culprit_before": str(before)}
 
     def seed(self, step: int) -> None:
         """Draw dropout from (seed, step, part of the batch), so that a checkpoint needs no generator state."""

@@ -25,6 +25,7 @@ LAUNCH, DOCKER = ROOT / "launch", ROOT / "docker"
 SCRIPTS = [
     *sorted(LAUNCH.glob("*.sh")),
     LAUNCH / "slurm.sbatch",
+    *sorted(ROOT.glob("docs/*.sh")),
     *sorted(ROOT.glob("tests/**/*.sh")),
     ROOT / ".ci" / "run",
 ]

@@ -76,7 +76,7 @@ function layout(more) {
 }
 
 const STEPS = () => axis("step", { tickformat: ",d", hoverformat: ",d" });
-const LOG = (title, more) => axis(title, { type: "log", exponentformat: "power", dtick: narrow() ? 1 : undefined, ...more });
+const LOG = (title, more) => axis(title, { type: "log", tickformat: "~g", nticks: 4, ...more });
 
 function card(title, why, ...children) {
   const head = el("div", { class: "head" }, el("h2", {}, title));
@@ -105,10 +105,7 @@ function figure(name, title, why, height, build, toggles = []) {
     head.append(el("button", { type: "button", onclick: save, "aria-label": `Save as ${format.toUpperCase()}` }, format.toUpperCase()));
   }
   made.append(plot);
-  const config = {
-    responsive: true, displaylogo: false, displayModeBar: coarse ? false : "hover", scrollZoom: false,
-    modeBarButtonsToRemove: ["lasso2d", "select2d", "toImage", "autoScale2d"],
-  };
+  const config = { responsive: true, displayModeBar: false }; // its buttons are ours, dragging and a double-click
   const draw = () => Plotly.react(plot, ...build(), config);
   redraws.push(draw);
   draw();
@@ -149,7 +146,11 @@ function showNorm(run) {
       const shown = clipped.length > x.length / 2 ? "legendonly" : true; // else nothing else is seen
       traces.push(dots("clipped", clipped.map((i) => x[i]), clipped.map((i) => y[i]), "clipped", "circle", 4.5, { visible: shown, hoverinfo: "skip" }));
     }
-    if (run.bound) traces.push(line("bound", unpack(run.bound.x), unpack(run.bound.y), "bound", { line: { color: colour("bound"), width: 1.6, dash: "dash", shape: "hv" }, hovertemplate: "bound %{y:.4g}<extra></extra>" }));
+    if (run.bound) {
+      const bounds = unpack(run.bound.y), fixed = bounds.every((b) => b === bounds[0]); // then it has two points
+      const told = fixed ? { hoverinfo: "skip" } : { hovertemplate: "bound %{y:.4g}<extra></extra>" };
+      traces.push(line(fixed ? `bound ${short(bounds[0])}` : "bound", unpack(run.bound.x), bounds, "bound", { line: { color: colour("bound"), width: 1.6, dash: "dash", shape: "hv" }, ...told }));
+    }
     if (run.skipped) traces.push(dots("skipped", unpack(run.skipped.x), unpack(run.skipped.y), "skipped", "x", 8, { hovertemplate: "skipped<extra></extra>" }));
     if (run.spikes.length) {
       const texts = run.spikes.map(([, , times, , layers]) => `spike, ${short(times)} x` + layers.map(([name, share]) => `<br>${percent(share)} ${escaped(name)}`).join(""));
@@ -223,7 +224,7 @@ function showLayers(run) {
   };
   const some = all > names.length ? ` The ${names.length} of ${whole(all)} with the largest norms.` : "";
   const why = `Each row beside its own median, or the norm itself; of many steps in a cell the largest.${some}`;
-  figure("layers", "Layers over time", why, Math.min(900, Math.max(220, 90 + 15 * names.length)), build, [["beside its median", true, (on) => { own = on; }]]);
+  figure("layers", "Layers over time", why, Math.min(900, Math.max(220, 90 + 15 * names.length)), build, [["vs its median", true, (on) => { own = on; }]]);
 }
 
 function showSpikes(run) {
@@ -235,7 +236,7 @@ function showSpikes(run) {
   }));
   const rows = run.spikes.map(([step, norm, times, what, found]) => ({ cells: [whole(step), short(norm), `${short(times)} ×`, what || "taken as it was", found.length ? layers(found) : "not logged"] }));
   card("Spikes", "Steps at least three times above the norms around them, and the layers that made them (their share of the squared norm). Highest first.",
-    table(["step", "norm", "times its surroundings", "the step was", "layers"], rows, [0, 1, 2]));
+    table(["step", "norm", "× surroundings", "the step was", "layers"], rows, [0, 1, 2]));
 }
 
 function showBad(run) {

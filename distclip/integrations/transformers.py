@@ -9,7 +9,7 @@ accelerate 1.15.0; written: its ``_is_overflow``, which ``step_was_skipped`` ret
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, Unpack
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -165,7 +165,7 @@ def _load(clipper: Clipper, file: str) -> None:
     damaged = (
         f"{file} is cut or garbled: resume from another checkpoint, or delete the file, and the policy starts anew"
     )
-    if not is_zipfile(file):  # for which torch.load would blame weights_only
+    if not _is_whole(file):  # for which torch.load would blame weights_only
         raise ValueError(damaged)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -175,6 +175,15 @@ def _load(clipper: Clipper, file: str) -> None:
         clipper.load_state_dict(state)
     except ValueError as error:
         raise ValueError(f"{file} does not fit: {error}; or delete the file, and the policy starts anew") from error
+
+
+def _is_whole(file: str) -> bool:
+    """Whether the checksums of an archive are those of its contents."""
+    try:
+        with ZipFile(file) as archive:
+            return archive.testzip() is None
+    except BadZipFile:
+        return False
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

@@ -1,6 +1,7 @@
 """What every test starts from: one thread, seed 0."""
 
 import gc
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from support.roads import clipper_of as clipper_of
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in what a shell starts in the background, and all it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

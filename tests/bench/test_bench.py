@@ -26,7 +26,7 @@ from distclip.bench.table import figure, line
 from distclip.cli import main
 from distclip.kernels import native
 from house.test_floors import files, imports
-from support.ranks import run_ranks
+from support.ranks import LIMIT, run_ranks
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -304,7 +304,7 @@ def test_a_case_is_measured_on_local_ranks_and_on_those_of_a_launcher(tmp_path: 
     local = start(*words, tmp_path / "2.json")
     launched = start(*words, tmp_path / "1.json", **launcher)
     for process, world in [(local, 2), (launched, 1)]:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=LIMIT)
         assert process.returncode == 0, errors
         assert [row.split()[0] for row in output.splitlines()] == ["case", "ddp-small-function"]
         document = json.loads((tmp_path / f"{world}.json").read_text())
@@ -325,7 +325,7 @@ def test_ctrl_c_ends_it_quietly(send):
     try:
         assert process.stdout.readline().split()[0] == "case"  # its ranks have met
         send(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=LIMIT)
     finally:
         process.kill()
         process.communicate()

@@ -329,7 +329,7 @@ def wrong_gradient_on_one_rank() -> str:
 
 
 def test_an_error_on_one_rank_is_an_error_on_all():
-    others, own = run_ranks(wrong_gradient_on_one_rank, 2, timeout=20)
+    others, own = run_ranks(wrong_gradient_on_one_rank, 2)
     assert own == others
     assert "hold the gradient of one parameter in different placements" in own
 
@@ -369,7 +369,7 @@ def a_missing_gradient() -> tuple[float, float]:
 
 
 def test_a_rank_without_gradients_takes_part_with_zeros():
-    (one, whole), (other, _) = run_ranks(a_missing_gradient, 2, timeout=20)
+    (one, whole), (other, _) = run_ranks(a_missing_gradient, 2)
     assert one == other
     assert 0 < one < whole
 

@@ -41,21 +41,21 @@ def built(how: str) -> str:
 
 
 def test_a_layout_that_one_rank_cannot_read_is_an_error_on_all():
-    first, second = run_ranks(built, 2, "a wrong layout", timeout=20)
+    first, second = run_ranks(built, 2, "a wrong layout")
     assert first.startswith("LayoutError: layout says that 3 ranks hold ")
     assert second.startswith("LayoutError: a rank of the clipping group could not make its Clipper; ")
     assert "rank 0: stopped: layout says that 3 ranks hold" in second
 
 
 def test_a_layout_that_no_rank_can_read_is_the_same_error_on_all():
-    said = run_ranks(built, 2, "a wrong layout on all", timeout=20)
+    said = run_ranks(built, 2, "a wrong layout on all")
     assert said[0] == said[1]
     assert said[0].startswith("LayoutError: layout says that 3 ranks hold ")
 
 
 def test_layout_given_on_one_rank_only_is_refused_at_construction():
     """The others would send two words where that one sends four: a norm of 0 there, and a hang here."""
-    for said in run_ranks(built, 2, "layout on one rank", timeout=20):
+    for said in run_ranks(built, 2, "layout on one rank"):
         assert said.startswith("ValueError: layout must be the same on every rank")
         assert "rank 1: layout not given; rank 0: layout given" in said
 
@@ -123,7 +123,7 @@ def on_two_meshes(first: str) -> list[Any]:
 
 @pytest.mark.parametrize("first", ["v", "w"])
 def test_ranks_of_one_mesh_that_disagree_leave_nobody_waiting_then_or_later(first):
-    for said, norm in run_ranks(on_two_meshes, 4, first, timeout=25):
+    for said, norm in run_ranks(on_two_meshes, 4, first):
         assert said.startswith("LayoutError: ")
         assert norm == pytest.approx(32**0.5, rel=1e-6)
 
@@ -147,7 +147,7 @@ def plain_for_a_dtensor(realigned: bool) -> list[Any]:
 
 @pytest.mark.parametrize("realigned", [False, True])
 def test_a_plain_gradient_of_a_dtensor_on_one_rank_is_an_error_on_all(realigned):
-    for norm, said in run_ranks(plain_for_a_dtensor, 2, realigned, timeout=20):
+    for norm, said in run_ranks(plain_for_a_dtensor, 2, realigned):
         assert norm == pytest.approx(4.0 if realigned else 2.0)
         assert said.startswith("LayoutError: ")
 
@@ -185,7 +185,7 @@ def freed_on_rank_1() -> Any:
 
 
 def test_a_gradient_whose_memory_was_freed_on_one_rank_leaves_none_waiting():
-    first, second = run_ranks(freed_on_rank_1, 2, timeout=20)
+    first, second = run_ranks(freed_on_rank_1, 2)
     assert first.startswith("LayoutError: the ranks of the clipping group do not agree")
     assert "rank 1: stopped: " in first
     assert second.startswith("RuntimeError: ")
@@ -209,7 +209,7 @@ def lazy_dtensor(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["conjugated", "expanded"])
 def test_a_dtensor_gradient_that_is_no_plain_memory_is_summed_and_scaled(kind):
-    for norm, true, after in run_ranks(lazy_dtensor, 2, kind, timeout=20):
+    for norm, true, after in run_ranks(lazy_dtensor, 2, kind):
         assert norm == pytest.approx(true, rel=1e-6)
         assert after == pytest.approx(0.1, rel=1e-5)
 
@@ -223,7 +223,7 @@ def on_a_mesh_of_two() -> str:
 
 def test_a_parameter_that_some_ranks_hold_nothing_of_is_refused():
     """They counted as ranks that hold copies: the norm was too small by the root of 2."""
-    said = run_ranks(on_a_mesh_of_two, 4, timeout=20)
+    said = run_ranks(on_a_mesh_of_two, 4)
     assert all(text.startswith("LayoutError: ") for text in said)
     assert "w lives on 2 ranks, and rank 2 is none of them" in said[2]
 
@@ -407,7 +407,7 @@ OWN = {
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("how", OWN)
 def test_a_function_that_fails_on_one_rank_before_it_has_a_plan_leaves_none_waiting(how, size):
-    *others, last = run_ranks(told, size, how, timeout=20)
+    *others, last = run_ranks(told, size, how)
     assert last.startswith(OWN[how])
     for said in others:
         assert said.startswith("LayoutError: the ranks of the clipping group passed other parameters")
@@ -416,7 +416,7 @@ def test_a_function_that_fails_on_one_rank_before_it_has_a_plan_leaves_none_wait
 
 @pytest.mark.parametrize("how", ["no tensor", "layout", "bound in a group"])
 def test_the_same_where_maxima_travel(how):
-    first, last = run_ranks(told, 2, how, inf, timeout=20)
+    first, last = run_ranks(told, 2, how, inf)
     assert first.startswith("LayoutError: the ranks of the clipping group passed other parameters")
     assert last.startswith(OWN[how])
 
@@ -432,7 +432,7 @@ def on_meshes_that_do_not_tile() -> str:
 
 
 def test_a_function_whose_plan_fails_on_some_ranks_leaves_none_waiting():
-    first, *others = run_ranks(on_meshes_that_do_not_tile, 3, timeout=20)
+    first, *others = run_ranks(on_meshes_that_do_not_tile, 3)
     assert "; rank 1: stopped: parameter 0 of shape (5, 4) is cut into 2 pieces" in first
     assert all(said.startswith("LayoutError: parameter 0 of shape (5, 4) is cut into 2 pieces") for said in others)
 
@@ -445,7 +445,7 @@ def built_where_layout_raises() -> str:
 
 
 def test_a_layout_that_raises_on_one_rank_leaves_none_waiting_for_its_clipper():
-    first, second = run_ranks(built_where_layout_raises, 2, timeout=20)
+    first, second = run_ranks(built_where_layout_raises, 2)
     assert "rank 1: stopped: KeyError 'embed.weight'" in first
     assert second == "KeyError: 'embed.weight'"
 
@@ -480,7 +480,7 @@ def built_with_something_wrong(what: str, ranks: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_on_one_rank_only_leaves_none_waiting_for_its_clipper(what):
-    (told, after), (own, own_after) = run_ranks(built_with_something_wrong, 2, what, [1], timeout=20)
+    (told, after), (own, own_after) = run_ranks(built_with_something_wrong, 2, what, [1])
     assert told.startswith("LayoutError: a rank of the clipping group could not make its Clipper; ")
     assert "rank 1: stopped: " in told
     assert not own.startswith("LayoutError")
@@ -489,7 +489,7 @@ def test_what_is_wrong_on_one_rank_only_leaves_none_waiting_for_its_clipper(what
 
 
 def test_what_is_wrong_on_all_ranks_is_the_same_error_on_all_clippers():
-    for said, after in run_ranks(built_with_something_wrong, 2, "norm_type", [0, 1], timeout=20):
+    for said, after in run_ranks(built_with_something_wrong, 2, "norm_type", [0, 1]):
         assert said.startswith("ValueError: norm_type must be ")
         assert after.startswith("Clipper(")
 
@@ -507,7 +507,7 @@ def stepped_with_wrong_optimizers(what: str) -> list[str]:
 
 @pytest.mark.parametrize("what", ["none", "twice", "a list"])
 def test_wrong_optimizers_on_one_rank_only_leave_none_waiting_for_the_step(what):
-    told, own = run_ranks(stepped_with_wrong_optimizers, 2, what, timeout=20)
+    told, own = run_ranks(stepped_with_wrong_optimizers, 2, what)
     assert told[0].startswith("LayoutError: the ranks of the clipping group do not agree")
     assert "rank 1: stopped: step() " in told[0]
     assert own[0].startswith("ValueError: step() ")
@@ -535,7 +535,7 @@ OF_OTHERS = {"zip": ValueError("zip() argument 2 is longer"), "key": KeyError("w
 @pytest.mark.parametrize("by", OF_OTHERS)
 @pytest.mark.parametrize("how", ["clipper", "function"])
 def test_any_exception_while_gradients_are_read_on_one_rank_leaves_none_waiting(how, by):
-    *others, last = run_ranks(with_a_gradient_that_cannot_be_read, 3, how, by, timeout=20)
+    *others, last = run_ranks(with_a_gradient_that_cannot_be_read, 3, how, by)
     assert last[0].startswith(f"{type(OF_OTHERS[by]).__name__}: ")
     for first, second in others:
         assert first.startswith("LayoutError: the ranks of the clipping group ")

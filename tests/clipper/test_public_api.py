@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import distclip
+from support.ranks import LIMIT
 
 ROOT = Path(__file__).parents[2]
 SIGNATURES = {
@@ -137,7 +138,7 @@ import distclip
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=True
     )
     new = json.loads(done.stdout)
     assert {name.partition(".")[0] for name in new} <= {"distclip", "torch", *sys.stdlib_module_names}

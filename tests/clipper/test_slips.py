@@ -208,7 +208,7 @@ def expect_all_told(results: list[list[str]], ranks: list[int]) -> None:
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("road", ["step", "attach"])
 def test_an_exception_inside_the_optimizer_on_one_rank_is_told_to_all_so_that_replicas_do_not_drift(road, kind):
-    expect_all_told(run_ranks(broken_off_on, 2, [1], "in the optimizer", road, kind, timeout=20), [1])
+    expect_all_told(run_ranks(broken_off_on, 2, [1], "in the optimizer", road, kind), [1])
 
 
 def raising_before_the_decision() -> list[str]:
@@ -244,7 +244,7 @@ def alarmed() -> list[str]:
 
 
 def test_a_timeout_error_of_an_alarm_is_no_error_of_the_call():
-    (_, told), (_, own) = run_ranks(alarmed, 2, timeout=20)
+    (_, told), (_, own) = run_ranks(alarmed, 2)
     assert "rank 1: stopped: an earlier call was broken off by TimeoutError" in told
     assert "load one checkpoint on every rank" in own
 

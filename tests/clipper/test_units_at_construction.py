@@ -84,14 +84,14 @@ CONSTRUCTED = [("needs", name) for name in NEEDS] + [("init", name) for name in 
 @pytest.mark.parametrize(("kind", "name"), CONSTRUCTED)
 def test_bad_needs_and_states_are_refused_where_the_clipper_is_built(kind, name):
     says = (NEEDS if kind == "needs" else INITS)[name][1]
-    for told, after in run_ranks(built_with, 2, kind, name, [0, 1], timeout=20):
+    for told, after in run_ranks(built_with, 2, kind, name, [0, 1]):
         assert told.startswith(says)
         assert after.startswith("Clipper(")
 
 
 @pytest.mark.parametrize(("kind", "name"), CONSTRUCTED)
 def test_on_one_rank_alone_they_leave_none_waiting(kind, name):
-    (told, after), (own, own_after) = run_ranks(built_with, 2, kind, name, [1], timeout=20)
+    (told, after), (own, own_after) = run_ranks(built_with, 2, kind, name, [1])
     apart = name == "groups of nothing"  # which the ranks compare as they are given, before they look for them
     says = (NEEDS if kind == "needs" else INITS)[name][1]
     assert told.startswith(APART if apart else "LayoutError: a rank of the clipping group could not make its Clipper; ")
@@ -124,7 +124,7 @@ def built_apart(name: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", DIFFER)
 def test_statistics_that_differ_between_ranks_are_an_error_on_all(name):
-    for told, after in run_ranks(built_apart, 2, name, timeout=20):
+    for told, after in run_ranks(built_apart, 2, name):
         assert told.startswith(f"ValueError: {DIFFER[name][2]} must be the same on every rank: build every Clipper ")
         assert after.startswith("Clipper(")
 
@@ -148,5 +148,5 @@ def test_groups_of_stages_match_parameters_of_any_rank_or_none(by_policy):
     for told, names in run_ranks(staged, 2, right, by_policy):
         assert told == ""
         assert names == ([] if by_policy else list(right))
-    for told, _ in run_ranks(staged, 2, right | {"third": "blocks.2.*"}, by_policy, timeout=20):
+    for told, _ in run_ranks(staged, 2, right | {"third": "blocks.2.*"}, by_policy):
         assert told.startswith("ValueError: the group 'third' is empty, no parameter matches 'blocks.2.*': choose ")

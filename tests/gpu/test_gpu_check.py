@@ -22,6 +22,7 @@ from torch.autograd import DeviceType
 from gpu.chip import Gpu
 from gpu.judge import BYTES, BYTES_EACH, COPY, LAUNCHES, NOISE, RULES, STEP, fault_of, verdict
 from support.accelerator import EXISTS
+from support.ranks import LIMIT
 
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "tests" / "gpu" / "check.py"
@@ -170,7 +171,7 @@ def command(file: Path, *words: str) -> list[str]:
 
 
 def rehearse(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(file, *words), cwd=file.parent, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command(file, *words), cwd=file.parent, capture_output=True, text=True, timeout=LIMIT)
 
 
 def test_a_rehearsal_runs_parts_judges_them_and_writes_what_it_has(tmp_path):
@@ -193,7 +194,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path):
                 break
             time.sleep(0.1)
         run.terminate()
-        said, _ = run.communicate(timeout=60)
+        said, _ = run.communicate(timeout=LIMIT)
     assert run.returncode == 143
     assert said.splitlines()[0].startswith("ok     graph_of_kernels (default)")
     assert json.loads(file.read_text())["faults"] == {"graph_of_kernels (default)": []}
@@ -230,7 +231,7 @@ def test_parts_hold_on_the_host_and_measure_what_they_must(road, monkeypatch):
     if road == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        assert pool.submit(rehearsed, road).result(timeout=280) == {name: [] for name in PARTS_OF[road]}
+        assert pool.submit(rehearsed, road).result(timeout=LIMIT) == {name: [] for name in PARTS_OF[road]}
 
 
 def broken(name: str) -> list[str]:
@@ -261,7 +262,7 @@ def broken(name: str) -> list[str]:
 @pytest.mark.skipif(not EXISTS, reason="this torch has no backend for devices written in Python")
 def test_the_check_finds_a_factor_that_is_rounded_and_a_call_that_waits():
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        right, rounded, waits = pool.map(broken, ("nothing", "factor", "wait"), timeout=280)
+        right, rounded, waits = pool.map(broken, ("nothing", "factor", "wait"), timeout=LIMIT)
     assert right == []
     assert rounded
     assert all(line.startswith(("bits: ", "left: ")) for line in rounded)
@@ -269,6 +270,6 @@ def test_the_check_finds_a_factor_that_is_rounded_and_a_call_that_waits():
 
 
 def test_without_a_gpu_the_check_says_so():
-    done = subprocess.run([sys.executable, str(CHECK)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(CHECK)], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 2
     assert "no GPU here: --rehearse runs what a CPU can" in done.stderr

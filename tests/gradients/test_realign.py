@@ -49,7 +49,7 @@ def beside_a_pending_sum(bound: float, missing: int | None) -> tuple[float | str
 @pytest.mark.parametrize("missing", [None, 2])
 @pytest.mark.parametrize("bound", [1.0, 100.0])
 def test_a_strided_gradient_in_place_is_summed_beside_one_that_is_not(bound, missing):
-    results = run_ranks(beside_a_pending_sum, 4, bound, missing, timeout=30)
+    results = run_ranks(beside_a_pending_sum, 4, bound, missing)
     norm, _, oracle = results[0]
     assert same_bits([norm for norm, _, _ in results])
     assert norm == pytest.approx(oracle, rel=2e-7)
@@ -83,14 +83,14 @@ def placed_as(placements: tuple[Placement, ...], odd: tuple[Placement, ...], who
 @pytest.mark.parametrize("placements", [STRIDED, WHOLE])
 @pytest.mark.parametrize("odd", [_MaskPartial(offset_dim=0), _NormPartial(2), Partial("max")], ids=type)
 def test_a_pending_result_that_is_no_sum_is_an_error_on_all_ranks(placements, odd, who):
-    for said, norm in run_ranks(placed_as, 4, placements, (odd, Replicate()), who, timeout=30):
+    for said, norm in run_ranks(placed_as, 4, placements, (odd, Replicate()), who):
         assert ("cannot be summed" if who is None else "in different placements") in said
         assert norm == pytest.approx(12**0.5, rel=2e-7)
 
 
 @pytest.mark.parametrize("placements", [STRIDED, WHOLE])
 def test_a_gradient_in_place_on_some_ranks_alone_is_an_error_on_all_ranks(placements):
-    for said, norm in run_ranks(placed_as, 4, placements, (Partial(), Replicate()), 1, timeout=30):
+    for said, norm in run_ranks(placed_as, 4, placements, (Partial(), Replicate()), 1):
         assert "in different placements" in said
         assert norm == pytest.approx(12**0.5, rel=2e-7)
 

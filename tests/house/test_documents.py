@@ -27,6 +27,7 @@ import pytest
 
 from house.test_floors import CORE, files, imports
 from support.programs import play
+from support.ranks import LIMIT
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -35,7 +36,6 @@ EXAMPLES = sorted(ROOT.glob("examples/*.py"))  # tests/experiments has those of 
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 OPTIONAL = {"accelerate", "deepspeed", "lightning", "transformers"}  # extras that tests do without
 IMPORTED = [str(ROOT), str(ROOT / "tests")]  # from where programs import
-LIMIT = 120  # seconds for one program
 
 BLOCK = re.compile(
     r"(?:^<!-- run(?:: (?P<how>[^\n]*?))?(?:\n(?P<unseen>.*?))? ?-->\n)?^```python\n(?P<code>.*?)^```$",

@@ -475,7 +475,7 @@ def with_deepspeed():
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("state"))
-    return once(tmp_path_factory, "accelerate", lambda: run_ranks(everything, 2, folder, timeout=200, fresh=True))
+    return once(tmp_path_factory, "accelerate", lambda: run_ranks(everything, 2, folder, fresh=True))
 
 
 def agrees(results, expected):
@@ -569,7 +569,7 @@ def test_a_scaled_step_that_the_policy_skips_is_not_made_and_keeps_its_gradients
 
 def test_deepspeed_underneath_is_taken_over_and_the_line_returns_its_norm():
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'distclip[deepspeed]'")
-    results = run_ranks(with_deepspeed, 2, fresh=True, timeout=120)
+    results = run_ranks(with_deepspeed, 2, fresh=True)
     agrees([(*result[:3],) for result in results], alone("max_norm", 2))
     for *_, found in results:
         assert re.match(r"clip_grad_norm_ comes too late: .*take_over\(", found["not taken over"])

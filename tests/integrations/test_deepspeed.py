@@ -35,7 +35,7 @@ def on_two(tmp_path_factory):
     return once(
         tmp_path_factory,
         "deepspeed-2",
-        lambda: run_ranks(runs.launch, 2, list(runs.CASES), True, folder, timeout=280, fresh=True),
+        lambda: run_ranks(runs.launch, 2, list(runs.CASES), True, folder, fresh=True),
     )
 
 
@@ -44,7 +44,7 @@ def on_four(tmp_path_factory):
     return once(
         tmp_path_factory,
         "deepspeed-4",
-        lambda: run_ranks(runs.launch, 4, list(runs.ON_FOUR), False, "", timeout=280, fresh=True),
+        lambda: run_ranks(runs.launch, 4, list(runs.ON_FOUR), False, "", fresh=True),
     )
 
 

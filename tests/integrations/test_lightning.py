@@ -68,7 +68,7 @@ def _quiet(recwarn):
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
     results = once(
-        tmp_path_factory, "lightning-fits", lambda: run_ranks(runs.fits, 2, FITS, fresh=True, timeout=240)
+        tmp_path_factory, "lightning-fits", lambda: run_ranks(runs.fits, 2, FITS, fresh=True)
     )  # fmt: skip
     return dict(zip(map(named, FITS), zip(*results, strict=True), strict=True))
 
@@ -80,9 +80,7 @@ def more(tmp_path_factory):
     wanted |= {(runs.fit_again, layout): (layout,) for layout in ("ddp", "fsdp2")}
     wanted |= {runs.log: (folder,), runs.alone_among_ranks: (), runs.two_optimizers: ()}
     functions = [(key[0] if isinstance(key, tuple) else key, *arguments) for key, arguments in wanted.items()]
-    results = once(
-        tmp_path_factory, "lightning-calls", lambda: run_ranks(runs.calls, 2, *functions, fresh=True, timeout=240)
-    )
+    results = once(tmp_path_factory, "lightning-calls", lambda: run_ranks(runs.calls, 2, *functions, fresh=True))
     return dict(zip(wanted, zip(*results, strict=True), strict=True))
 
 
@@ -92,7 +90,7 @@ def loops(tmp_path_factory):
     return once(
         tmp_path_factory,
         "lightning-fabric",
-        lambda: run_ranks(runs.fabric_fits, 2, LOOPS, folder, fresh=True, timeout=240),
+        lambda: run_ranks(runs.fabric_fits, 2, LOOPS, folder, fresh=True),
     )
 
 
@@ -124,7 +122,7 @@ def test_a_fit_is_that_of_one_process(fits, case):
 
 def test_fsdp2_over_tensor_parallel_is_one_process():
     cases = [Case("fsdp2_tp"), Case("fsdp2_tp", "autoclip", bad=5)]
-    for case, *results in zip(cases, *run_ranks(runs.fits, 4, cases, fresh=True, timeout=240), strict=True):
+    for case, *results in zip(cases, *run_ranks(runs.fits, 4, cases, fresh=True), strict=True):
         agrees(results, case)
 
 

@@ -306,7 +306,7 @@ def with_deepspeed(folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("trainer"))
-    return once(tmp_path_factory, "transformers", lambda: run_ranks(everything, 2, folder, timeout=240, fresh=True))
+    return once(tmp_path_factory, "transformers", lambda: run_ranks(everything, 2, folder, fresh=True))
 
 
 def agrees(results, expected):
@@ -338,7 +338,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_by_the_sche
 
 def test_with_deepspeed_its_own_take_over_does_the_same_and_a_policy_is_resumed(tmp_path):
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'distclip[deepspeed]'")
-    results = run_ranks(with_deepspeed, 2, str(tmp_path), fresh=True, timeout=120)
+    results = run_ranks(with_deepspeed, 2, str(tmp_path), fresh=True)
     agrees([whole[0] for whole, _ in results], alone("autoclip", bad=BAD))
     for (run, report, state), (resumed, report_then, state_then) in results:
         assert resumed[0][-4:] == run[0][-4:]

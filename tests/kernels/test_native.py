@@ -22,6 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from distclip.kernels import native, power_sum
 from distclip.kernels.native.library import library
 from distclip.kernels.sums import sum_of_squares
+from support.ranks import LIMIT
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "distclip" / "kernels" / "native"
@@ -230,7 +231,7 @@ def build(tree: Path, folder: Path, **settings: str) -> tuple[list[str], list[st
         env=clean | settings,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")

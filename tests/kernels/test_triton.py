@@ -28,6 +28,7 @@ from distclip.kernels import triton
 from distclip.kernels.triton import choice, table as tables
 from distclip.kernels.triton.table import DTYPES, KEPT, Table, fits, table_of
 from gpu.cases import CASES, wrong
+from support.ranks import LIMIT
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def test_kernels_compile_for_gpus_without_surprises():
     """Real launches, compiled to machine code for A100 and H100: vector loads, no spills, no float64 where it costs."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "tests/gpu/compile.py"), "80", "90"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
     faulty = [line for line in done.stdout.splitlines() if not line.endswith('"wrong": []}')]
     assert (done.returncode, faulty) == (0, []), done.stderr
 
@@ -87,7 +88,7 @@ def test_triton_is_imported_only_where_it_runs():
         "assert 'triton' not in sys.modules"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=LIMIT)
 
 
 @pytest.fixture

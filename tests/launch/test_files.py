@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from support.ranks import LIMIT
 from train.commands import ROOT
 
 LAUNCH, DOCKER = ROOT / "launch", ROOT / "docker"
@@ -44,7 +45,7 @@ def tool(name: str) -> str:
 def approves(name: str, *words: str | Path, text: str | None = None) -> None:
     """The tool has nothing to say of it."""
     command = [tool(name), *map(str, words)]
-    result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=LIMIT, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -171,7 +172,7 @@ def test_a_wrong_trainjob_is_found():
 
 def test_kustomize_renders_the_patched_job():
     command = [tool("kubectl"), "kustomize", str(KUSTOMIZATION.parent)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=True)
     assert yaml.safe_load(result.stdout) == patched()
 
 
@@ -218,7 +219,7 @@ def test_what_is_missing_or_wrong_is_said_in_one_line(words, settings, said):
         env=clean | {"PYTHON": sys.executable} | settings,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
         check=False,
     )
     assert result.returncode in (1, 2)

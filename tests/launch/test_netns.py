@@ -98,7 +98,7 @@ def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two ranks that are processes of this machine."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     words = [*WORDS, f"run.dir={folder}", "resume=true"]
-    assert run_ranks(train_here, 2, "quickstart.yaml", words, timeout=200) == [0, 0]
+    assert run_ranks(train_here, 2, "quickstart.yaml", words) == [0, 0]
     return folder
 
 

@@ -329,7 +329,7 @@ def only_here() -> str:
 
 
 def test_a_gradient_that_no_optimizer_holds_on_one_rank_lets_none_wait():
-    here, there = run_ranks(only_here, 2, timeout=20)
+    here, there = run_ranks(only_here, 2)
     assert here.startswith("1.weight has a gradient and is in none of the optimizers")
     assert "one of them stopped with an error of its own" in there
 

@@ -365,7 +365,7 @@ def one_sided(how: str, attached: bool) -> tuple[list[str], list[float], Any]:
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("how", ["raises", "answers badly"])
 def test_a_policy_that_fails_on_one_rank_leaves_no_rank_waiting_and_no_clipper_half_advanced(how, attached):
-    (said, seen, state), (theirs, at_last, stopped) = run_ranks(one_sided, 2, how, attached, timeout=20)
+    (said, seen, state), (theirs, at_last, stopped) = run_ranks(one_sided, 2, how, attached)
     expected = "KeyError: 'of its own'" if how == "raises" else "ValueError: Fails.decide returned max_norm = -1.0"
     assert said[:2] == ["", ""]
     assert theirs[1].startswith(expected)
@@ -389,7 +389,7 @@ def bad_state_on_one_rank() -> str:
 
 
 def test_an_init_that_fails_on_one_rank_is_told_to_all():
-    here, there = run_ranks(bad_state_on_one_rank, 2, timeout=20)
+    here, there = run_ranks(bad_state_on_one_rank, 2)
     assert here.startswith("Answers.init returned None")
     assert "rank 0: stopped: Answers.init returned None" in there
 

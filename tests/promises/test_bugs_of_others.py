@@ -540,7 +540,7 @@ def unsummable(use: str, where: str) -> tuple[list[str], list[int], bool, float]
 def test_a_gradient_that_waits_for_a_maximum_is_refused_on_all_ranks(use, where):
     """torch redistributes it to the largest of what ranks hold, which is no gradient of anything."""
     cause = "let every rank run the same backward" if where.endswith("sums") else "a placement that cannot be summed"
-    results = run_ranks(unsummable, 4, use, where, timeout=30)
+    results = run_ranks(unsummable, 4, use, where)
     for rank, (said, counted, unscaled, norm) in enumerate(results):
         assert len(said) == 2
         assert all((cause if rank < 2 else "one of them stopped with an error of its own") in text for text in said)

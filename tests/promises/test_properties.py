@@ -249,7 +249,7 @@ def other_kinds() -> str:
 
 def test_other_kinds_of_parameters_on_one_rank_are_an_error_on_all():
     """How many words travel may not hang on what this rank holds: rank 0 sent three, rank 1 two."""
-    for said in run_ranks(other_kinds, 2, timeout=10):
+    for said in run_ranks(other_kinds, 2):
         assert "the ranks of the clipping group passed other parameters" in said
 
 

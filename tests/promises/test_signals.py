@@ -138,7 +138,7 @@ def test_bad_signals_are_an_error_on_all_ranks_that_touches_nothing(name, verb):
 
 @pytest.mark.parametrize("verb", ["step", "clip_", "measure"])
 def test_a_rank_whose_signals_alone_are_bad_does_not_leave_the_others_waiting(verb):
-    ends = run_ranks(bad_signals, 2, "one is missing", (1,), verb, timeout=20)
+    ends = run_ranks(bad_signals, 2, "one is missing", (1,), verb)
     assert ends[1][0].startswith("ValueError: the policy asks for signals={'loss': ..., 'tokens': ...} in every call")
     assert ends[0][0].startswith("LayoutError: the ranks of the clipping group do not agree: one of them stopped")
     assert "the policy asks for signals=" in ends[0][0]

@@ -352,9 +352,11 @@ class Hit:
     expected: tuple[str, str]
 
 
-def hit(layout: Callable[..., parallel.Job], road: str, asked: Statistic, p: float, bad: float) -> Hit:
+def hit(job: parallel.Job, road: str, asked: Statistic, p: float, bad: float) -> Hit:
     """On the last rank, in the third call, in which no copies are compared."""
-    job, recorder = layout(torch.float32, 30.0), Recorder((asked,))
+    recorder = Recorder((asked,))
+    for parameter in job.parameters():
+        parameter.grad = None
     job.backward()
     clipper = ROADS[road](job.parts, recorder, norm_type=p, **job.options)
     clipper.clip_()
@@ -382,7 +384,8 @@ def spoiled(clipper: Clipper, bad: float) -> str:
 
 
 def all_hits(layout: Callable[..., parallel.Job], road: str) -> list[Hit]:
-    return [hit(layout, road, asked, p, bad) for asked in (Statistic("parameter"), Statistic("row")) for p, bad in BAD]
+    job = layout(torch.float32, 30.0)
+    return [hit(job, road, asked, p, bad) for asked in (Statistic("parameter"), Statistic("row")) for p, bad in BAD]
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -400,7 +403,8 @@ def test_one_bad_number_stays_in_its_unit_which_is_blamed_without_another_collec
 
 
 def grouped(road: str) -> list[Any]:
-    hits = [hit(parallel.hsdp, road, APART, p, bad) for p, bad in BAD]
+    job = parallel.hsdp(torch.float32, 30.0)
+    hits = [hit(job, road, APART, p, bad) for p, bad in BAD]
     return [(each.bad, each.kept, each.reduced, each.culprit == each.expected) for each in hits]
 
 

@@ -90,7 +90,7 @@ def test_another_call_or_another_step_on_one_rank_is_an_error_on_all(norm_type, 
         "an extra measurement": "measure\\(\\) in step 1",
         "a state of another step": "step 7 after loading a state .*",
     }[odd_rank]
-    for said in run_ranks(calls, 3, fsdp2, norm_type, odd_rank, timeout=20):
+    for said in run_ranks(calls, 3, fsdp2, norm_type, odd_rank):
         assert "the ranks of the clipping group do not agree" in said
         assert re.search(rf"; rank 1: {account}, .*; rank 0: step 1, ", said)
 
@@ -109,7 +109,7 @@ def other_functions_parameters() -> str:
 
 
 def test_a_function_called_with_other_parameters_is_an_error_on_all_ranks():
-    for said in run_ranks(other_functions_parameters, 3, timeout=20):
+    for said in run_ranks(other_functions_parameters, 3):
         assert "the ranks of the clipping group passed other parameters" in said
 
 
@@ -138,7 +138,7 @@ def lacking(layout, call: str, parameters: str) -> str:
 )
 def test_a_gradient_that_one_replica_lacks_is_an_error_that_names_it(call, parameters, named):
     """It was counted as zeros: a wrong norm, and replicas that step apart."""
-    for said in run_ranks(lacking, 3, ddp, call, parameters, timeout=20):
+    for said in run_ranks(lacking, 3, ddp, call, parameters):
         assert re.search(rf"; rank 1: .*, without a gradient of {re.escape(named)} rank 0: ", said)
 
 
@@ -162,7 +162,7 @@ def function_called_otherwise(setting: str, value: float) -> str:
 @pytest.mark.parametrize(("setting", "value"), [("max_norm", 1.5), ("norm_type", 3.0), ("error_if_nonfinite", True)])
 def test_a_function_called_with_other_settings_is_an_error_on_all_ranks(setting, value):
     """Each rank scaled its shards by a factor of its own."""
-    for said in run_ranks(function_called_otherwise, 3, setting, value, timeout=20):
+    for said in run_ranks(function_called_otherwise, 3, setting, value):
         assert re.search(rf"; rank 2: clip_grad_norm_\(.*{setting}={value}.*; rank 0: clip_grad_norm_\(", said)
 
 
@@ -194,14 +194,14 @@ def built_differently(what: str) -> str:
 
 @pytest.mark.parametrize("what", ["names", "shapes", "dtypes", "missing"])
 def test_other_parameters_on_one_rank_are_refused_at_construction(what):
-    for said in run_ranks(built_differently, 3, what, timeout=20):
+    for said in run_ranks(built_differently, 3, what):
         assert said.startswith("LayoutError: the ranks of the clipping group hold parameters of other names")
 
 
 @pytest.mark.parametrize("what", ["policy", "max_norm", "norm_type", "nonfinite", "max_consecutive_skips"])
 def test_other_settings_on_one_rank_are_refused_at_construction(what):
     named = "policy" if what == "max_norm" else what
-    for said in run_ranks(built_differently, 3, what, timeout=20):
+    for said in run_ranks(built_differently, 3, what):
         expected = f"ValueError: {named} must be the same on every rank: build every Clipper alike; rank 1: {named} "
         assert said.startswith(expected)
 
@@ -271,7 +271,7 @@ def absent(kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["raised before", "late"])
 def test_who_did_not_come_is_named(kind):
-    said = run_ranks(absent, 3, kind, timeout=30, fresh=True)
+    said = run_ranks(absent, 3, kind, fresh=True)
     assert said[1] == "did not come"
     for message in (said[0], said[2]):
         assert "rank 1 did not join or died" in message
@@ -316,7 +316,7 @@ def came_late() -> str:
 
 
 def test_who_came_late_is_named():
-    for message in run_ranks(came_late, 3, timeout=30, fresh=True):
+    for message in run_ranks(came_late, 3, fresh=True):
         assert re.search(r"rank 1 joined late, [123]\.\d s after the others", message)
 
 

@@ -17,7 +17,7 @@ from distclip.ranks import roll_call, slow_collective
 from distclip.ranks.connections import ANY_LENGTH, all_reduce, channel, open_channel
 from distclip.ranks.group import ClippingGroup
 from distclip.ranks.message import reduce_norm
-from support.ranks import count_collectives, run_ranks
+from support.ranks import LIMIT, count_collectives, run_ranks
 
 
 def gradient(value: float = 3.0) -> nn.Parameter:
@@ -143,7 +143,7 @@ def timeouts() -> list[timedelta]:
 
 
 def test_a_channel_has_the_timeout_of_its_group():
-    assert run_ranks(timeouts, 2) == [[timedelta(seconds=7), timedelta(seconds=60)]] * 2
+    assert run_ranks(timeouts, 2) == [[timedelta(seconds=7), timedelta(seconds=LIMIT)]] * 2
 
 
 def a_channel_that_not_all_open() -> tuple[str, list[str]]:

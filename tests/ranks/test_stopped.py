@@ -114,7 +114,7 @@ def meet(folder: str, ranks: int) -> None:
 def at_once(*calls: tuple[Any, ...]) -> list[list[Any]]:
     """What run_ranks returns for each, side by side on fresh ranks, which wait for most of the time."""
     with ThreadPoolExecutor(len(calls)) as pool:
-        return list(pool.map(lambda call: run_ranks(*call, timeout=50, fresh=True), calls))
+        return list(pool.map(lambda call: run_ranks(*call, fresh=True), calls))
 
 
 def without_rank_1(folder: str, call: str, where: str, error: BaseException, then: str) -> tuple[list[str], bool]:
@@ -173,7 +173,7 @@ def interrupted_before_the_message(folder: str) -> list[str]:
 
 
 def test_who_waits_in_the_call_that_a_rank_stopped_in_is_told_why(tmp_path):
-    for rank, (first, second) in enumerate(run_ranks(interrupted_before_the_message, 3, str(tmp_path), timeout=50)):
+    for rank, (first, second) in enumerate(run_ranks(interrupted_before_the_message, 3, str(tmp_path))):
         assert first == "right"
         if rank == 1:
             assert second == "Ctrl: stop"
@@ -227,7 +227,7 @@ def without_a_store(answers: bool) -> tuple[list[str], bool]:
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_store_that_is_gone_hides_no_error_and_delays_it_for_a_moment(answers):
-    for said, asked in run_ranks(without_a_store, 2, answers, timeout=50, fresh=True):
+    for said, asked in run_ranks(without_a_store, 2, answers, fresh=True):
         assert said == ["right", "ValueError: boom", "right"]
         assert asked
 
@@ -271,5 +271,5 @@ def giving_up_at_once(folder: str) -> list[bool]:
 
 def test_ranks_that_give_up_at_the_same_time_leave_nothing_under_way(tmp_path):
     """In one of 15 a receive failed by the connection that the other rank had closed, and all others stayed open."""
-    first, _, third = run_ranks(giving_up_at_once, 3, str(tmp_path), timeout=50, fresh=True)
+    first, _, third = run_ranks(giving_up_at_once, 3, str(tmp_path), fresh=True)
     assert first == third == [True] * 25

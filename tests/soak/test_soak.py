@@ -22,7 +22,7 @@ def test_one_process_grows_by_nothing(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_grow_by_nothing(way):
-    for figures in run_ranks(soak, 2, way, 600, 100, timeout=300):
+    for figures in run_ranks(soak, 2, way, 600, 100):
         assert figures.ranks == 2
         assert faults(figures, drift_allowed=ANY) == [], figures
 

@@ -98,7 +98,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(number, 
     assert f"resume=true run.dir={folder}" in "".join(output.split("\n"))
 
     words = [*TINY, f"run.dir={folder}", "resume=true", f"train.steps={steps[-1] + 3}"]
-    assert run_ranks(train_here, 2, "quickstart.yaml", words, timeout=PATIENCE) == [0, 0]
+    assert run_ranks(train_here, 2, "quickstart.yaml", words) == [0, 0]
     assert [record["step"] for record in metrics(folder)] == list(range(1, steps[-1] + 4))
 
 
@@ -188,7 +188,7 @@ def test_ranks_that_the_launcher_does_not_know_of_yet_get_the_signal_too(rank, p
         process.stdout.readline()
     launch.end_forgotten(signal.SIGTERM)
     for process in ranks:
-        process.communicate(timeout=5)
+        process.communicate(timeout=PATIENCE)
     assert [process.returncode for process in ranks] == [code] * 2
     assert other.poll() is None, "it is no rank"
     other.kill()

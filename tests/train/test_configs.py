@@ -22,7 +22,7 @@ def test_a_config_trains(path: Path, tmp_path: Path):
     config = read_config(path)
     words = [*SMALL[config.task], "train.steps=3", f"run.dir={tmp_path / 'run'}"]
     ranks, fresh = config.parallel.processes, config.parallel.tensor > 1
-    assert run_ranks(train_here, ranks, path.name, words, timeout=200, fresh=fresh) == [0] * ranks
+    assert run_ranks(train_here, ranks, path.name, words, fresh=fresh) == [0] * ranks
     assert [record["skip"] for record in metrics(tmp_path / "run")] == [False] * 3
 
 

@@ -67,10 +67,10 @@ def test_the_clipper_decides_the_same_on_four_two_and_one_ranks(tmp_path: Path):
     straight, moved = tmp_path / "straight", tmp_path / "moved"
     train = partial(train_with_bad_steps, {3, 9, 13})
     fsdp2, ddp, alone = (f"parallel.strategy={name}" for name in ("fsdp2", "ddp", "none"))
-    run_ranks(train, 4, words_of(straight, fsdp2, "train.steps=18"), timeout=PATIENCE)
-    run_ranks(train, 4, words_of(moved, fsdp2, "train.steps=6"), timeout=PATIENCE)
-    run_ranks(train, 2, words_of(moved, ddp, "train.steps=12", "resume=true"), timeout=PATIENCE)
-    run_ranks(train, 1, words_of(moved, alone, "train.steps=18", "resume=true"), timeout=PATIENCE)
+    run_ranks(train, 4, words_of(straight, fsdp2, "train.steps=18"))
+    run_ranks(train, 4, words_of(moved, fsdp2, "train.steps=6"))
+    run_ranks(train, 2, words_of(moved, ddp, "train.steps=12", "resume=true"))
+    run_ranks(train, 1, words_of(moved, alone, "train.steps=18", "resume=true"))
     one, other = metrics(straight), metrics(moved)
     assert [r["step"] for r in other] == [r["step"] for r in one] == list(range(1, 19))
     assert [r["skip"] for r in other] == [r["skip"] for r in one]
@@ -90,7 +90,7 @@ def test_the_clipper_decides_the_same_on_four_two_and_one_ranks(tmp_path: Path):
 def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     settings = [*TINY, *AUTOCLIP, "train.steps=60", "train.save_every=10", "train.eval_every=25"]
-    run_ranks(train_here, 2, "quickstart.yaml", [*settings, f"run.dir={straight}"], timeout=PATIENCE)
+    run_ranks(train_here, 2, "quickstart.yaml", [*settings, f"run.dir={straight}"])
     words = [*settings, "train.log_every=1", f"run.dir={killed}", "resume=true", "run.restarts=1"]
     job = start("train", CONFIGS / "quickstart.yaml", *words)
     wait_for_step(killed, 23, job)
@@ -159,14 +159,14 @@ def train_on_a_small_disk(words: list[str], limit: int) -> str:
 
 def test_a_disk_that_is_full_ends_the_run_and_leaves_the_checkpoints_before(tmp_path: Path):
     words = [*TINY, "train.save_every=2", f"run.dir={tmp_path}"]
-    run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=4"], timeout=PATIENCE)
+    run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=4"])
     before = sorted(tmp_path.glob("checkpoints/*"))
     assert [path.name for path in before] == ["step-00000002", "step-00000004"]
-    said = run_ranks(train_on_a_small_disk, 2, [*words, "train.steps=9", "resume=true"], 20_000, timeout=PATIENCE)
+    said = run_ranks(train_on_a_small_disk, 2, [*words, "train.steps=9", "resume=true"], 20_000)
     assert said[0] == said[1]
     assert said[0].startswith(f"cannot write {tmp_path}/checkpoints/step-00000006 (rank 1: ")
     assert sorted(tmp_path.glob("checkpoints/*")) == before
-    run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=9", "resume=true"], timeout=PATIENCE)
+    run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=9", "resume=true"])
     assert [record["step"] for record in metrics(tmp_path)] == list(range(1, 10))
 
 
@@ -206,7 +206,7 @@ def saved_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]
     """A run of six steps with checkpoints after 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("saved")
     words = [*TINY, "train.save_every=2", "run.keep=3"]
-    run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=6", f"run.dir={folder}"], timeout=PATIENCE)
+    run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=6", f"run.dir={folder}"])
     return folder, words
 
 
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage, saved_run,
     straight = timeless(folder)
     flaw = damage(folder / "checkpoints" / "step-00000006")
     words = [*saved_run[1], "train.steps=6", f"run.dir={folder}", "resume=true"]
-    output, _ = run_ranks(shown, 2, words, timeout=PATIENCE)
+    output, _ = run_ranks(shown, 2, words)
     assert f"warning  step-00000006 is damaged: {flaw}; put aside" in output
     assert "resumed  after step 4 of 6" in output
     assert timeless(folder) == straight
@@ -246,7 +246,7 @@ def test_when_no_checkpoint_is_whole_all_ranks_say_so(saved_run, tmp_path: Path)
     ]
     words = [*saved_run[1], "train.steps=6", f"run.dir={folder}", "resume=true"]
     before = sorted(folder.rglob("*"))
-    said = run_ranks(refused, 2, words, timeout=PATIENCE)
+    said = run_ranks(refused, 2, words)
     assert said[0] == said[1]
     assert said[0].startswith("run.dir: no checkpoint in ")
     assert all(flaw in said[0] for flaw in flaws)
@@ -271,7 +271,7 @@ def test_nothing_in_a_checkpoint_is_run(saved_run, tmp_path: Path):
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
     torch.save(Evil(mark), checkpoint / "__2_0.distcp")
     words = [*saved_run[1], f"run.dir={folder}", "resume=true"]
-    run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=7"], timeout=PATIENCE)
+    run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=7"])
     assert not mark.exists()
 
     index = json.loads((checkpoint / "index.json").read_text())
@@ -282,7 +282,7 @@ def test_nothing_in_a_checkpoint_is_run(saved_run, tmp_path: Path):
     manifest["files"] |= {name: list(sum_of(checkpoint / name)) for name in ("index.json", "__2_0.distcp")}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(folder / "checkpoints" / "step-00000007")
-    for said in run_ranks(unreadable, 2, [*words, "train.steps=7"], timeout=PATIENCE):
+    for said in run_ranks(unreadable, 2, [*words, "train.steps=7"]):
         assert said.startswith(f"cannot read {checkpoint} (rank 0: Weights only load failed")
     assert not mark.exists()
 

@@ -41,7 +41,7 @@ def run(folder: Path, way: tuple[int, list[str]], *words: str) -> None:
     words = [*SMALL, *parallel, *words, f"run.dir={folder}", f"parallel.processes={ranks}"]
     # DTensor's cached plans name process groups, of which each run has others
     fresh = any(word.startswith("parallel.tensor") for word in parallel)
-    codes = run_ranks(train_here, ranks, "quickstart.yaml", words, timeout=200, fresh=fresh)
+    codes = run_ranks(train_here, ranks, "quickstart.yaml", words, fresh=fresh)
     assert codes == [0] * ranks
 
 
@@ -110,7 +110,7 @@ def verified(cases: list[list[str]]) -> list[float]:
 def test_the_layout_of_every_way_is_proved_on_gradients(ranks):
     for ways, of_model in MODELS.values():
         cases = [[*of_model, *words, f"parallel.processes={size}"] for size, words in ways.values() if size == ranks]
-        norms = run_ranks(verified, ranks, cases, timeout=200, fresh=True)
+        norms = run_ranks(verified, ranks, cases, fresh=True)
         assert same_bits(norms)
         assert norms[0] == pytest.approx([norms[0][0]] * len(cases) if cases else [], rel=1e-6)
 
@@ -142,7 +142,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32(ranks, words):
     results = {}
     for precision in ("fp32", "bf16"):
         settings = [*words, f"train.precision={precision}", f"parallel.processes={ranks}"]
-        (dtypes, *results[precision]), *_ = run_ranks(dtypes_of, ranks, settings, timeout=200, fresh=True)
+        (dtypes, *results[precision]), *_ = run_ranks(dtypes_of, ranks, settings, fresh=True)
         assert dtypes == {torch.float32}
     assert results["bf16"] == pytest.approx(results["fp32"], rel=2e-2)
     assert results["bf16"] != pytest.approx(results["fp32"], rel=1e-6)

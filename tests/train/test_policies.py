@@ -193,10 +193,10 @@ def test_a_chain_that_looks_at_the_loss_trains_and_is_resumed(words, tmp_path: P
     skips = "{policy: skip_spikes, on: [norm, loss], window: 4, patience: 2}"
     clip = f"clip.chain=[{skips}, {{per_parameter: {{policy: autoclip, window: 3}}}}, 0.5]"
     words = [*TINY, *words, "model.layers=2", "train.batch_size=16", f"run.dir={tmp_path / 'run'}", clip]
-    assert run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=4"], timeout=200) == [0, 0]
-    assert run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=6", "resume=true"], timeout=200) == [0, 0]
+    assert run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=4"]) == [0, 0]
+    assert run_ranks(train_here, 2, "quickstart.yaml", [*words, "train.steps=6", "resume=true"]) == [0, 0]
     assert len(metrics(tmp_path / "run")) == 6
     whole = [*words[:-2], f"run.dir={tmp_path / 'whole'}", clip, "train.steps=6"]
-    assert run_ranks(train_here, 2, "quickstart.yaml", whole, timeout=200) == [0, 0]
+    assert run_ranks(train_here, 2, "quickstart.yaml", whole) == [0, 0]
     for name in ("loss", "norm", "coef", "skip"):
         assert [row[name] for row in metrics(tmp_path / "run")] == [row[name] for row in metrics(tmp_path / "whole")]

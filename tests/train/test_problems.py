@@ -8,6 +8,7 @@ import pytest
 
 from distclip.cli import main
 from distclip.train.parse import read_config
+from support.ranks import LIMIT
 from train.commands import CONFIGS, ROOT, TORCHRUN, start
 
 QUICKSTART, CLASSIFIER, DIGITS = "quickstart.yaml", "classifier.yaml", "digits.yaml"
@@ -311,6 +312,6 @@ def test_the_package_itself_needs_no_extra():
 
 def test_under_torchrun_one_rank_speaks_for_all():
     process = start("train", CONFIGS / QUICKSTART, "clip.max_norm=-1", launcher=[*TORCHRUN, "2"])
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 1  # torchrun's own, whatever its ranks return
     assert errors.count("clip.max_norm: must be above 0") == 1

@@ -36,7 +36,7 @@ def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 def run(folder: Path, ranks: int, config: str, *words: str) -> None:
     words = (*words, f"run.dir={folder}", f"parallel.processes={ranks}")
-    codes = run_ranks(train_here, ranks, config, list(words), timeout=200)
+    codes = run_ranks(train_here, ranks, config, list(words))
     assert codes == [0] * ranks
 
 

@@ -21,7 +21,7 @@ def run(folder: Path, way: tuple[int, str], *words: str) -> None:
     ranks, strategy = way
     words = [*TINY, "optim.fused=false", *words, *where(folder, ranks), f"parallel.strategy={strategy}"]
     train = train_with_deepspeed if strategy.startswith("zero") else train_here
-    assert run_ranks(train, ranks, "zero1.yaml", words, timeout=300, fresh=True) == [0] * ranks
+    assert run_ranks(train, ranks, "zero1.yaml", words, fresh=True) == [0] * ranks
 
 
 def where(folder: Path, ranks: int) -> list[str]:
@@ -48,7 +48,7 @@ def assert_same(folder: Path, reference: Path, rel: float) -> None:
 
 
 def test_every_stage_takes_the_steps_of_one_process(tmp_path: Path):
-    assert run_ranks(train_all, 2, tmp_path, timeout=300, fresh=True) == [[0] * len(CONFIGS)] * 2
+    assert run_ranks(train_all, 2, tmp_path, fresh=True) == [[0] * len(CONFIGS)] * 2
     run(tmp_path / "alone", ALONE, *SGD, WATCH)
     for name in CONFIGS:
         assert_same(tmp_path / name, tmp_path / "alone", rel=1e-6)

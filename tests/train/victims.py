@@ -47,8 +47,8 @@ def hit(job: subprocess.Popen[str], rank: int, number: signal.Signals, victims: 
 
 
 def still_there(processes: set[int]) -> set[int]:
-    """Those that have not ended a few seconds later."""
-    deadline = time.monotonic() + 5
+    """Those that do not end."""
+    deadline = time.monotonic() + PATIENCE
     while left := {p for p in processes if Path(f"/proc/{p}").exists()}:
         if time.monotonic() > deadline:
             break

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def build(root: Path, environment: Mapping[str, str]) -> tuple[Path | None, str 
     if compiler is None:
         return None, "no C compiler (CC, cc, gcc, clang)"
     library: Path = runpy.run_path(str(root / NATIVE / "library.py"))["library"]()
-    problem = compile_to(library, root / NATIVE / "sums.c", compiler)
+    problem = compile_to(library, sorted((root / NATIVE).glob("*.c")), compiler)
     return (library, None) if problem is None else (None, problem)
 
 
@@ -57,12 +57,12 @@ def compiler_of(environment: Mapping[str, str]) -> list[str] | None:
     return next((words for words in choices if shutil.which(words[0], path=environment.get("PATH"))), None)
 
 
-def compile_to(library: Path, source: Path, compiler: list[str]) -> str | None:
+def compile_to(library: Path, sources: Sequence[Path], compiler: list[str]) -> str | None:
     """Compile, or say why not. The library appears whole, in place of those of other sources for this platform."""
     try:
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
             new = Path(folder, library.name)
-            command = [*compiler, *FLAGS, "-o", str(new), str(source)]
+            command = [*compiler, *FLAGS, "-o", str(new), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
             if done.returncode != 0 or not new.exists():
                 said = done.stderr.strip().partition("\n")[0]

@@ -53,7 +53,7 @@ libraries = [name for name in packed if name.endswith(".so")]
 assert len(libraries) <= 1 and (not libraries) == wheel.name.endswith("-none-any.whl"), (wheel, libraries)
 source = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
 for needed in ("distclip/__init__.py", "tests/support/ranks.py", "configs/quickstart.yaml", "launch/test.sh", "LICENSE",
-               "README.md", "hatch_build.py", "distclip/kernels/native/sums.c", "distclip/kernels/native/block.h"):
+               "README.md", "hatch_build.py", "distclip/kernels/native/sums.c", "distclip/kernels/native/waves.h"):
     assert needed in source, f"{needed} is not in the source archive"
 assert not [name for name in source if name.endswith(".so")], "the source archive holds what it can build"
 print(f"{wheel.name}: {len(packed)} files, {wheel.stat().st_size / 1024:.0f} KiB; {archive.name}: {len(source)} files, "

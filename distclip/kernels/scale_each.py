@@ -9,24 +9,33 @@ from itertools import accumulate, compress, pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.functional import pad
 
-from . import foreach_rows
+from . import foreach_rows, native
 from .device import device_of, has_float64
-from .dtypes import COMPLEX, WIDE, as_real, dtype_of
+from .dtypes import WIDE, as_real
 from .memory import check_memory
 from .rows import Cut, Rows, rows_of, whole
 from .scale import changing
 from .sums import CHUNK
+from .table import Table
 from .transfer import sent
 
+CPU = torch.device("cpu")
 
-def scale_each_(tensors: Sequence[Tensor], factors: Tensor) -> None:
+
+def scale_each_(tensors: Sequence[Tensor], factors: Tensor, table: Table | None = None) -> None:
     """Multiply each of ``tensors`` in place by its factor: (len(tensors),) float32 or float64, on their device.
 
     On the CPU a tensor whose factor is 1 is not touched. A host sync only where ``factors`` are on an accelerator and a
-    tensor is on the CPU. RuntimeError where the memory of a tensor was freed, or two share it.
+    tensor is on the CPU. RuntimeError where the memory of a tensor was freed, or two share it. ``table``: where they
+    lay, with the same sizes and strides.
     """
+    if table is not None and table.is_of(tensors):
+        with changing(tensors, CPU):
+            _multiply_each(tensors, factors, table)
+        return
     for device, here, by in _by_device(tensors, [1] * len(tensors), factors):
         group = [tensors[k] for k in here]
         with changing(group, device):
@@ -36,8 +45,12 @@ def scale_each_(tensors: Sequence[Tensor], factors: Tensor) -> None:
                 foreach_rows.multiply_(list(rows_of(group, list(map(whole, group)))), by)
 
 
-def scale_rows_(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tensor) -> None:
+def scale_rows_(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tensor, table: Table | None = None) -> None:
     """The same for each row of ``tensors``: as many factors as there are rows, in the order of ``row_sums``."""
+    if table is not None and table.is_of(tensors):
+        with changing(tensors, CPU):
+            _multiply_rows(tensors, cuts, factors, table)
+        return
     for device, here, by in _by_device(tensors, [cut.count for cut in cuts], factors):
         group, theirs = [tensors[k] for k in here], [cuts[k] for k in here]
         with changing(group, device):
@@ -68,26 +81,34 @@ def _by_device(
         yield device, here, by
 
 
-def _multiply_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
+def _multiply_each(tensors: Sequence[Tensor], factors: Tensor, table: Table | None = None) -> None:
     changed = factors.ne(1).tolist()
-    if not any(changed):
+    others: Sequence[int] = range(len(tensors))
+    if native.kernel is not None and any(changed):
+        others = (table or Table.of(tensors)).call(native.multiply_rows, native.SCALED, factors.double())
+        increment_version(list(compress(tensors, changed)))
+    others = [k for k in others if changed[k]]
+    if not others:
         return
-    dtypes, by = list(map(dtype_of, tensors)), factors.float().unbind()
-    if not set(dtypes).isdisjoint(WIDE):
-        by = tuple(w if d in WIDE else n for d, w, n in zip(dtypes, factors.unbind(), by, strict=True))
-    parts = tensors if set(dtypes).isdisjoint(COMPLEX) else list(map(as_real, tensors))
-    torch._foreach_mul_(list(compress(parts, changed)), list(compress(by, changed)))
+    parts, wide, narrow = [as_real(tensors[k]) for k in others], factors.unbind(), factors.float().unbind()
+    torch._foreach_mul_(parts, [(wide if p.dtype in WIDE else narrow)[k] for p, k in zip(parts, others, strict=True)])
 
 
-def _multiply_rows(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tensor) -> None:
+def _multiply_rows(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tensor, table: Table | None = None) -> None:
     counts = [cut.count for cut in cuts]
     before = pad(factors.ne(1).cumsum(0), (1, 0))  # of the first k, how many are not 1
     changed = [a != b for a, b in pairwise(before[list(accumulate(counts, initial=0))].tolist())]
-    if not any(changed):
+    others: Sequence[int] = range(len(tensors))
+    if native.kernel is not None and any(changed):
+        others = (table or Table.of(tensors, cuts)).call(native.multiply_rows, native.SCALED, factors.double())
+        increment_version(list(compress(tensors, changed)))
+    others = [k for k in others if changed[k]]
+    if not others:
         return
-    if not all(changed):
-        tensors, cuts = list(compress(tensors, changed)), list(compress(cuts, changed))
-        factors = torch.cat(list(compress(torch.split(factors, counts), changed)))
+    if len(others) < len(tensors):
+        parts = torch.split(factors, counts)
+        tensors, cuts = [tensors[k] for k in others], [cuts[k] for k in others]
+        factors = torch.cat([parts[k] for k in others])
     narrow, every, columns = factors.float(), [], []
     for rows in map(Rows.real, rows_of(tensors, cuts)):
         numbers = rows.numbers

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..gradients.local import Local
-from ..kernels import local_norms, norms_on_host, sum_over_replicas
+from ..kernels import local_norms, native, norms_on_host, sum_over_replicas
 from ..kernels.device import has_float64
 from ..kernels.transfer import sent
 from ..ranks.message import Scalar, root
@@ -60,6 +60,8 @@ def _of_gradients(
     slots = plan.slots
     entries = {} if slots.cuts is None else _entries(plan, slots, gradients, local)
     by_piece = ByPiece(local.parts(), local.indices, entries)
+    if plan.on_host and plan.p == 2 and native.kernel is not None:
+        by_piece = slots.with_table(by_piece)
     sums, norms = _sums_and_norms(plan, slots, by_piece)
     vector = slots.vector(sums, plan.p)
     if slots.of_parameters:
@@ -79,7 +81,7 @@ def _entries(plan: Plan, slots: Slots, gradients: Sequence[Tensor | None], local
 
 def _sums_and_norms(plan: Plan, slots: Slots, by_piece: ByPiece) -> tuple[Tensor, Norms | None]:
     """All local sums; and on accelerators the norms of the pieces, which are made of these or they of them."""
-    parts, indices, _ = by_piece
+    parts, indices, *_ = by_piece
     if plan.on_host:
         return slots.filled(local_sums(slots, by_piece, plan.p), indices), None
     if slots.cuts is None:

@@ -49,5 +49,5 @@ class Measured:
     def without_gradients(self) -> "Measured":
         """What may be kept until the next call without keeping gradients alive."""
         norms = None if self.norms is None else replace(self.norms, parts=())
-        by_piece = None if self.by_piece is None else self.by_piece._replace(parts=())
+        by_piece = None if self.by_piece is None else self.by_piece._replace(parts=(), table=None)
         return replace(self, gradients=(), runs=(), norms=norms, by_piece=by_piece)

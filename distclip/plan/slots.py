@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..kernels import Cut, local_norms, norms_on_host, row_sums, scale_each_, scale_rows_, sums_of_each
+from ..kernels import Cut, Table, local_norms, norms_on_host, row_sums, scale_each_, scale_rows_, sums_of_each
 from ..kernels.device import device_of, has_float64
 from ..kernels.transfer import sent
 from ..policies.units import Gather, RowNames, Units
@@ -66,21 +66,28 @@ class Slots:
 
     def scale_(self, by_piece: "ByPiece", factors: Tensor) -> None:
         """Multiply gradients in place by ``factors``, (slots,), each element by that of its slot."""
-        parts, indices, entries = by_piece
+        parts, indices, entries, _ = by_piece
         own = factors if self.here.is_nothing else factors.index_select(0, self.slot_of_sum)
         if self.cuts is None:
-            scale_each_(parts, chosen(own, indices))
+            scale_each_(parts, chosen(own, indices), by_piece.table)
             return
         if len(indices) < len(self.per_piece) or entries:
             every = torch.split(own, list(self.per_piece))
             found = [every[i].index_select(0, entries[i].rows) if i in entries else every[i] for i in indices]
             own = torch.cat(found) if found else own[:0]
-        scale_rows_(self.rows_first(by_piece), self.cuts_of(by_piece), own)
+        scale_rows_(self.rows_first(by_piece), self.cuts_of(by_piece), own, by_piece.table)
 
-    def cuts_of(self, by_piece: "ByPiece") -> list[Cut]:
+    def with_table(self, by_piece: "ByPiece") -> "ByPiece":
+        """The same with a table of where its rows lie."""
+        cuts = None if self.cuts is None else self.cuts_of(by_piece)
+        return by_piece._replace(table=Table.of(self.rows_first(by_piece), cuts))
+
+    def cuts_of(self, by_piece: "ByPiece") -> Sequence[Cut]:
         """How each of the parts falls into rows, the entries of a sparse one into rows of their own."""
         assert self.cuts is not None
-        parts, indices, entries = by_piece
+        parts, indices, entries, _ = by_piece
+        if not entries and len(indices) == len(self.cuts):
+            return self.cuts
         pairs = zip(parts, indices, strict=True)
         return [entries[i].cut(part.numel()) if i in entries else self.cuts[i] for part, i in pairs]
 
@@ -90,7 +97,7 @@ class Slots:
 
     def rows_first(self, by_piece: "ByPiece") -> Sequence[Tensor]:
         """Views of the parts, whose rows are along the first dimensions."""
-        parts, indices, entries = by_piece
+        parts, indices, entries, _ = by_piece
         if not (self.moves or entries):
             return parts
         first = {**self.moves} | {i: each.first for i, each in entries.items()}
@@ -129,17 +136,19 @@ class Entries:
 class ByPiece(NamedTuple):
     """Gradients piece by piece: the local tensors ``parts`` of the pieces ``indices``.
 
-    ``entries``: of the pieces whose gradients are sparse, where sums are by rows.
+    ``entries``: of the pieces whose gradients are sparse, where sums are by rows. ``table``: where the rows lie, where
+    the compiled kernel sums them.
     """
 
     parts: Sequence[Tensor]
     indices: Sequence[int]
     entries: Mapping[int, Entries]
+    table: Table | None = None
 
 
 def all_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
     """The local sums of these pieces, where the message is."""
-    parts, indices, entries = by_piece
+    parts, indices, entries, _ = by_piece
     home = slots.slot_of_sum.device
     devices = dict.fromkeys(map(device_of, parts))
     if len(devices) <= 1:
@@ -155,14 +164,14 @@ def all_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
 
 def local_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
     """The local sums of parts on one device; on the host where that has no float64."""
-    parts, indices, entries = by_piece
+    parts, indices, entries, _ = by_piece
     if slots.cuts is None:
         if not parts or parts[0].is_cpu:
-            return sums_of_each(parts, p)
+            return sums_of_each(parts, p, by_piece.table)
         norms = local_norms(parts, p) if has_float64(parts[0].device) else norms_on_host(parts, p)
         return powers(norms, p)
     cuts = slots.cuts_of(by_piece)
-    sums = row_sums(slots.rows_first(by_piece), cuts, p)
+    sums = row_sums(slots.rows_first(by_piece), cuts, p, by_piece.table)
     if not entries:
         return sums
     every = zip(indices, torch.split(sums, [cut.count for cut in cuts]), strict=True)

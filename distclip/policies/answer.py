@@ -32,7 +32,7 @@ class Numbers:
     """A decision that the host has read.
 
     ``per``: what is bounded. ``max_norm`` and ``coef`` are numbers for the model, and else (units,) float64, in memory
-    of their own where the policy's statistics are.
+    of their own where the policy's statistics are; a bound that is one good number for all units stays so.
     """
 
     max_norm: float | Tensor
@@ -48,8 +48,9 @@ class Numbers:
         read: Callable[[Any, str, Policy], float | Tensor] = _read
         if (per := level_of(decision.per, policy, statistics.units)) is not MODEL:
             read = partial(on, device=statistics.norm().device, shape=statistics.units.shape(per))
+        bound = decision.max_norm
         return cls(
-            read(decision.max_norm, "max_norm", policy),
+            bound if isinstance(bound, float) and bound > 0 else read(bound, "max_norm", policy),
             skip is not None and _read(skip, "skip", policy) != 0,
             None if bounds is None else _read_bounds(bounds, policy),
             None if coef is None else read(coef, "coef", policy),
@@ -62,7 +63,7 @@ class Numbers:
         ``finite``: whether the model's norm is. If not, only numbers of units whose own norm is finite matter, and NaN,
         which they may have from the model's norm, propagates as that does.
         """
-        if isinstance(self.max_norm, Tensor):
+        if self.per is not MODEL:
             self._check_units(policy, statistics, finite)
         elif finite:
             if not self.max_norm > 0:  # true for NaN too
@@ -149,7 +150,8 @@ class Tensors:
 
 def bad_units(max_norm: Any, coef: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Field, numbers, and for which units no step can use them: (units,) bool, in new memory."""
-    yield "max_norm", max_norm, (max_norm > 0).logical_not_()  # of NaN too
+    if isinstance(max_norm, Tensor):
+        yield "max_norm", max_norm, (max_norm > 0).logical_not_()  # of NaN too
     if coef is not None:
         yield "coef", coef, ((coef > 0) & (coef < inf)).logical_not_()
 

@@ -4,7 +4,10 @@ The words: [Note: units and slots] in policies/statistics.py.
 """
 
 from collections.abc import Mapping
+from ctypes import string_at
+from functools import reduce
 from math import inf
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -70,16 +73,16 @@ def factors_on_device(
 
 def code_of(factors: tuple[Tensor, ...]) -> int:
     """A number that is equal where factors on the host are: for ranks to compare what they decided."""
-    bits = [each.double().view(torch.int64) for each in factors]
-    return sum(int((each * torch.arange(1, 2 * len(each), 2)).sum()) for each in bits) % (1 << 32)
+    assert all(map(Tensor.is_contiguous, factors))
+    return reduce(lambda code, each: crc32(string_at(each.data_ptr(), each.nbytes), code), factors, 0)
 
 
 def _by_slot(answer: Numbers | Tensors, statistics: Statistics) -> Tensor:
     """The coefficient of each slot, (slots,) float64; 1 for those in no unit."""
     coefs, bound = answer.coef, answer.max_norm
-    assert isinstance(bound, Tensor)
     if coefs is None:
-        coefs = (bound / (statistics.norm(answer.per) + 1e-6)).clamp_(max=1.0).masked_fill_(bound == inf, 1.0)
+        every = bound if isinstance(bound, Tensor) else torch.scalar_tensor(bound, dtype=torch.float64)
+        coefs = (every / (statistics.norm(answer.per) + 1e-6)).clamp_(max=1.0).masked_fill_(every == inf, 1.0)
     assert isinstance(coefs, Tensor)
     return statistics.units.by_slot(answer.per, coefs)
 
@@ -89,6 +92,10 @@ def _normal_factors(coefs: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
     See :func:`.coefficient.factors`.
     """
+    low, high = (each.item() for each in coefs.aminmax()) if len(coefs) else (1.0, 1.0)  # both NaN where one is
+    if LEAST <= low <= high <= MOST:  # nearly always
+        last = coefs.to(dtype)
+        return () if max(1 - low, high - 1) < 1e-6 and bool((last == 1).all()) else (last,)
     found = []
     while bool((outside := (coefs.clamp(LEAST, MOST) != coefs) & (coefs > 0) & (coefs < inf)).any()):
         powers = torch.where(outside, coefs.clamp(LEAST, MOST), 1.0)  # of two, which round nothing

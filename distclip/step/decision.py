@@ -125,8 +125,10 @@ class Outcome:
         assert self.slots is not None
         if len(gradients) != len(measured.indices):
             raise refusals.by_unit_of_others(len(gradients), len(measured.indices))
+        if gradients is not measured.parts:  # which may be of other sizes
+            measured = measured._replace(parts=gradients, table=None)
         for each in self.by_slot:
-            self.slots.scale_(measured._replace(parts=gradients), each)
+            self.slots.scale_(measured, each)
 
     def blamed_on(self, culprit: Culprit) -> "Outcome":
         """The same with the culprit in its report."""
@@ -174,12 +176,13 @@ def decided_on_host(
         answer.max_norm,
         answer.coef,
     )
-    if isinstance(bound, Tensor):
+    if answer.per is not MODEL:
         by_slot, ratio = factors_on_host(answer, statistics, skip, dtype)
         report = Report(shown, presented(inf, dtype), ratio, skipped, norms=norms, extra=decision.extra)
         outcome = Outcome(report, measured, answer.bounds, (), norm, disagree, ratio.item(), skip)
         return replace(outcome, by_slot=by_slot, slots=plan.slots), state
-    assert not isinstance(given, Tensor), "it has the kind of the bound"
+    assert not isinstance(bound, Tensor)
+    assert not isinstance(given, Tensor)
     coef, found = (torch.ones((), dtype=dtype), ()) if skip else factors(norm, bound, given, dtype)
     report = Report(shown, presented(bound, dtype), coef, skipped, norms=norms, extra=decision.extra)
     return Outcome(report, measured, answer.bounds, found, norm, disagree, coef.item(), skip), state

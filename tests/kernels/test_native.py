@@ -29,7 +29,7 @@ SOURCES = ROOT / "distclip" / "kernels" / "native"
 COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
 WANTED = sys.platform == "linux" and os.environ.get("DISTCLIP_NATIVE") != "0"
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread"]
-BLOCK, WAVE, STEP, SHARE = 1 << 18, 1 << 10, 32, 1 << 21  # as in sums.c
+BLOCK, WAVE, STEP, SHARE = 1 << 18, 1 << 10, 32, 1 << 21  # as in waves.h and sums.c
 REFUSE = """
 int asked = 0;
 int __wrap_pthread_create(void *thread, void *attributes, void *start, void *argument)
@@ -74,7 +74,7 @@ def kernel(file: Path) -> Kernel:
 
 def compiled(compiler: str, folder: Path, *words: str) -> Path:
     file = folder / f"{compiler}.so"
-    subprocess.run([compiler, *FLAGS, *words, "-o", str(file), str(SOURCES / "sums.c")], check=True)
+    subprocess.run([compiler, *FLAGS, *words, "-o", str(file), *map(str, SOURCES.glob("*.c"))], check=True)
     return file
 
 
@@ -190,7 +190,7 @@ def test_a_library_of_other_sources_is_another_file(tmp_path):
 
     before = named()
     assert before == tmp_path / library().name
-    for changed in ("sums.c", "block.h"):
+    for changed in ("sums.c", "scale.c", "waves.h"):
         (tmp_path / changed).write_text((tmp_path / changed).read_text() + "\n")
         assert named() != before
         before = named()

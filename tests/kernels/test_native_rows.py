@@ -1,11 +1,13 @@
-"""The compiled kernel with one sum for each tensor or row: these depend on their elements alone."""
+"""The compiled kernel with one sum, or one factor, for each tensor or row: these depend on their elements alone."""
 
+from collections.abc import Iterator
+from math import inf, nan
 from pathlib import Path
 
 import pytest
 import torch
 
-from distclip.kernels import Cut, native, power_sum, row_sums, sums_of_each
+from distclip.kernels import Cut, Table, native, power_sum, row_sums, scale_each_, scale_rows_, sums_of_each
 from kernels.test_native import BLOCK, COMPILERS, SHARE, WAVE, built, compiled, noise
 
 pytestmark = built
@@ -39,7 +41,7 @@ def test_rows_have_the_same_bits_for_any_threads_instructions_and_compiler(lengt
     right = [power_sum([row], 2.0) for row in flat.split(lengths)]
     for library in map(native.load, libraries):
         assert library is not None
-        monkeypatch.setattr(native, "of_rows", library.distclip_sums_of_squares_of_rows)
+        monkeypatch.setattr(native, "sum_rows", library.distclip_sums_of_squares_of_rows)
         for instructions in {native.PORTABLE, native.instructions}:
             monkeypatch.setattr(native, "instructions", instructions)
             for threads in (1, 3):
@@ -51,8 +53,84 @@ def test_rows_have_the_same_bits_for_any_threads_instructions_and_compiler(lengt
 @pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_one_call_reads_all_rows_that_lie_one_after_the_other(dtype, order, monkeypatch):
     calls = []
-    monkeypatch.setattr(native, "of_rows", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(native, "sum_rows", lambda *arguments: calls.append(arguments))
     tensors = [noise(120, dtype).view(2, 3, 4, 5).to(memory_format=order), noise(60, dtype)]
     row_sums(tensors, [Cut(0, 60, 0, 2), Cut(7, 10, 3, 7)], 2.0)
     assert len(calls) == 1
     assert calls[0][3] == len(tensors)
+
+
+# ---- factors -------------------------------------------------------------------------------------------------
+
+SCALED = pytest.mark.parametrize("dtype", sorted(native.SCALED, key=str), ids=str)
+
+
+def on_every_library(libraries, monkeypatch) -> Iterator[None]:
+    """Once for each library, instruction set and number of threads, of which nothing may depend."""
+    for library in map(native.load, libraries):
+        assert library is not None
+        monkeypatch.setattr(native, "multiply_rows", library.distclip_multiply_rows)
+        for instructions in {native.PORTABLE, native.instructions}:
+            monkeypatch.setattr(native, "instructions", instructions)
+            for threads in (1, 3):
+                monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+                yield
+
+
+@SCALED
+@pytest.mark.parametrize("length", LENGTHS)
+def test_scaled_rows_have_the_bits_of_torch_for_any_threads_instructions_and_compiler(
+    length, dtype, monkeypatch, libraries
+):
+    whole = max(2, min(2 * SHARE // length + 1, 2000))
+    lengths = [length // 3] * (length > 2) + [length] * whole + [length // 2] * (length > 1)
+    flat, factors = (
+        noise(sum(lengths), dtype),
+        torch.rand(len(lengths), generator=torch.Generator().manual_seed(length)),
+    )
+    factors[1] = 1.0
+    rows = flat.split(lengths)
+    right = torch.cat(torch._foreach_mul(rows, factors.unbind()))
+    for _ in on_every_library(libraries, monkeypatch):
+        found = flat.clone()
+        scale_rows_([found], [Cut(length // 3, length, length // 2, len(lengths))], factors)
+        assert torch.equal(found, right)
+
+
+@SCALED
+def test_more_tensors_than_a_wave_have_factors_of_their_own(dtype, monkeypatch, libraries):
+    tensors = [noise(1 + k % 300, dtype, k) for k in range(2 * WAVE + 7)]
+    factors = torch.rand(len(tensors), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = torch._foreach_mul(tensors, factors.float().unbind())
+    for _ in on_every_library(libraries, monkeypatch):
+        found = [tensor.clone() for tensor in tensors]
+        scale_each_(found, factors)
+        assert all(map(torch.equal, found, right))
+
+
+@pytest.mark.parametrize("factor", [0.3, 1 - 2**-24, 1.7, 1e30, 3e-39, 2.0**-24, -0.7, 0.0, inf, nan])
+def test_every_bf16_number_is_rounded_as_torch_does(factor, monkeypatch, libraries):
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    right = torch._foreach_mul([every], [torch.tensor(factor, dtype=torch.float32)])[0]
+    for _ in on_every_library(libraries, monkeypatch):
+        found = every.clone()
+        scale_each_([found], torch.tensor([factor], dtype=torch.float32))
+        assert torch.equal(found.isnan(), right.isnan())
+        assert torch.equal(found[~found.isnan()].view(torch.int16), right[~right.isnan()].view(torch.int16))
+
+
+@SCALED
+def test_autograd_learns_of_what_was_scaled(dtype):
+    tensors = [noise(5, dtype), noise(6, dtype)]
+    before = [tensor._version for tensor in tensors]
+    scale_each_(tensors, torch.tensor([0.5, 1.0]))
+    assert [tensor._version > version for tensor, version in zip(tensors, before, strict=True)] == [True, False]
+
+
+def test_a_table_of_where_tensors_lay_is_not_used_where_they_moved():
+    old, new = ([torch.ones(4), torch.ones(6)] for _ in range(2))
+    table = Table.of(old)
+    scale_each_(new, torch.tensor([0.5, 0.25]), table)
+    scale_rows_(old, [Cut(0, 4, 0, 1), Cut(0, 6, 0, 1)], torch.tensor([0.5, 1.0]), table)
+    assert [tensor.tolist() for tensor in new] == [[0.5] * 4, [0.25] * 6]
+    assert [tensor.tolist() for tensor in old] == [[0.5] * 4, [1.0] * 6]

@@ -1,4 +1,4 @@
-"""The compiled loop that sums squares on the CPU, where the install found a C compiler: found, loaded and named here.
+"""The compiled loops that sum squares and scale on the CPU, where the install found a C compiler: found and named here.
 
 The library of these sources and this platform is there, or it is not; ``DISTCLIP_NATIVE=0`` leaves it alone. ctypes
 releases the GIL during the call.
@@ -13,7 +13,8 @@ import torch
 
 from .library import library
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as sums.c numbers them
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as waves.h numbers them
+SCALED = frozenset({torch.float32, torch.bfloat16})  # by scale.c
 PORTABLE, AVX2 = 0, 1
 
 
@@ -30,14 +31,16 @@ def load(file: Path) -> CDLL | None:
         ) from error
     found.distclip_sum_of_squares.restype = c_double
     found.distclip_sum_of_squares.argtypes = [c_void_p, c_void_p, c_size_t, c_int, c_int, c_int]
-    found.distclip_sums_of_squares_of_rows.restype = None
-    found.distclip_sums_of_squares_of_rows.argtypes = [c_void_p] * 3 + [c_size_t, c_int, c_int, c_int, c_void_p]
+    for rows in (found.distclip_sums_of_squares_of_rows, found.distclip_multiply_rows):
+        rows.restype = None
+        rows.argtypes = [c_void_p] * 3 + [c_size_t, c_int, c_int, c_int, c_void_p]
     return found
 
 
 loaded = load(library())
 kernel: Callable[..., float] | None = None if loaded is None else loaded.distclip_sum_of_squares
-of_rows: Callable[..., None] | None = None if loaded is None else loaded.distclip_sums_of_squares_of_rows
+sum_rows: Callable[..., None] | None = None if loaded is None else loaded.distclip_sums_of_squares_of_rows
+multiply_rows: Callable[..., None] | None = None if loaded is None else loaded.distclip_multiply_rows
 instructions: int = PORTABLE if loaded is None else loaded.distclip_instructions()
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import distclip
 from distclip.bench.case import Case
 from distclip.bench.contests import Tenths, clipping, cold, finer, functions, memory, optimizer_step, training_step
 from distclip.bench.place import Place
@@ -23,6 +24,8 @@ ON_BUCKETS = "DDP with bucket views, 600 parameters of 10 x 10"
 ON_NO_VIEWS = "DDP without bucket views, 600 parameters of 10 x 10"
 ON_PLAIN = "one process, 48 parameters of 1 Mi elements"
 
+EACH = distclip.PerParameter(1e-6)  # bounds that everything is clipped to
+ADAGC = distclip.AdaGC(lambda_abs=1e-6, warm_up=3)
 WATCHED = 'Clipper(watch="parameters")'
 FINER: Sequence[tuple[str, str, Callable[[Place], Subject], float | None, dict[str, Any]]] = [
     ("watch-fsdp2-small-repeated", f"{ON_SMALL}: {WATCHED}", SMALL, 1.5, {"watch": "parameters"}),
@@ -32,6 +35,10 @@ FINER: Sequence[tuple[str, str, Callable[[Place], Subject], float | None, dict[s
     ("by-parameter-fsdp2-small", f"{ON_SMALL}: each parameter clipped", SMALL, None, {"policy": Tenths("parameter")}),
     ("by-parameter-plain", f"{ON_PLAIN}: each parameter clipped", PLAIN, None, {"policy": Tenths("parameter")}),
     ("by-row-fsdp2-small", f"{ON_SMALL}: each row clipped", SMALL, None, {"policy": Tenths("row")}),
+    ("per-parameter", f"{ON_SMALL}: PerParameter(MaxNorm)", SMALL, 1.5, {"policy": EACH}),
+    ("per-parameter-fresh", f"{ON_SMALL}: PerParameter(MaxNorm), fresh", SMALL, 1.5, {"policy": EACH, "fresh": True}),
+    ("adagc", f"{ON_SMALL}: AdaGC", SMALL, 1.5, {"policy": ADAGC}),
+    ("agc", f"{ON_SMALL}: AGC", SMALL, None, {"policy": distclip.AGC(1e-6)}),
 ]
 """Name, what, subject, goal and settings of cases that need more than the norm of the model."""
 

@@ -87,6 +87,7 @@ class Table:
         ``numbers``: one for each row, (rows,) float64, the rows of one tensor after those of the other.
         """
         assert kernel is not None
+        assert numbers.is_cpu
         assert numbers.dtype == torch.float64
         assert numbers.is_contiguous()
         others, threads = [self.others], torch.get_num_threads()

@@ -114,7 +114,8 @@ def test_units_have_numbers_of_their_own_in_memory_of_their_own(name, road):
     answer = road(decision, statistics())
     assert answer.per == (Statistic(decision.per) if isinstance(decision.per, str) else decision.per)
     for number, given, wanted in ((answer.max_norm, decision.max_norm, bounds), (answer.coef, decision.coef, coefs)):
-        assert (None if number is None else number.tolist()) == wanted
+        every = [number] * 3 if isinstance(number, float) else None if number is None else number.tolist()
+        assert every == wanted
         if isinstance(number, Tensor):
             assert (number.dtype, number.is_contiguous(), number.requires_grad) == (torch.float64, True, False)
             assert not (isinstance(given, Tensor) and given.data_ptr() == number.data_ptr())

@@ -8,9 +8,12 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$root"
 
-run=${RUN:-$folder/quickstart}
-if [ ! -e "$run" ]; then
-  "$python" -m distclip train configs/quickstart.yaml run.dir="$run" clip.watch=parameters
+if [ -n "${RUN:-}" ]; then
+  cp -r "$RUN" "$folder/quickstart"
+else
+  "$python" -m distclip train configs/quickstart.yaml run.dir="$folder/quickstart" clip.watch=parameters
 fi
-"$python" -m distclip report "$run" --out "$folder/report.html"
-PYTHONPATH=$root:$root/tests "$python" -m reporting.shoot "$folder/report.html" docs/report.png
+export PYTHONPATH=$root:$root/tests
+(cd "$folder" && "$python" -m distclip report quickstart --out report.html) # so that its path is short
+"$python" -m reporting.shoot "$folder/report.html" docs/report.png
+"$python" -m reporting.shoot "$folder/report.html" docs/report-dark.png --dark

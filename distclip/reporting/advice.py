@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from distclip.reporting.analysis import Analysis
+from distclip.reporting.analysis import ENOUGH, Analysis
 from distclip.reporting.spikes import shares_at
 from distclip.reporting.words import counted, percent, short
 
@@ -15,6 +15,8 @@ FAR = 3.0  # times the largest norm: a bound there bounds nothing
 DRIVES = 0.5  # share of the squared norm in spikes
 PILED = 0.1  # share of norms at their maximum: measured after clipping
 OFTEN_SKIPPED = 0.05
+DRIFTS = 0.3  # change of the share of ordinary steps that are clipped
+SEVERAL = 2  # spikes, to blame a layer for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Advice:
 def advice_on(found: Analysis) -> list[Advice]:
     """All there is to say, what is gravest first."""
     order = ("problem", "warning", "good", "note")
-    every = (not_finite, skips, after_clipping, bound, shift, layer, spikes, adaptive)
+    every = (not_finite, skips, after_clipping, bound, shift, drift, layer, spikes, adaptive)
     return sorted((each for rule in every for each in rule(found)), key=lambda each: order.index(each.weight))
 
 
@@ -143,11 +145,26 @@ def shift(found: Analysis) -> Iterator[Advice]:
     yield Advice("shift", "warning", title, f"{reason}follow such a change by themselves.")
 
 
+def drift(found: Analysis) -> Iterator[Advice]:
+    """A level that moves slowly, so that a fixed bound does more and more, or less and less."""
+    third = len(found.settled) // 3
+    if found.shift or third < ENOUGH or found.moves or not np.isfinite(found.bound):
+        return
+    first, last = found.settled[:third], found.settled[-third:]
+    before, after = (float((part > found.bound).mean()) for part in (first, last))
+    if abs(after - before) >= DRIFTS:
+        title = f"The bound of {short(found.bound)} acts on {percent(before)} of the first ordinary steps and on "
+        title += f"{percent(after)} of the last"
+        reason = f"The usual norm goes from {short(float(np.median(first)))} in their first third to "
+        reason += f"{short(float(np.median(last)))} in the last, while the bound stays. AutoClip and QuantileTracker "
+        yield Advice("drift", "warning", title, f"{reason}follow it, and MaxNorm takes a schedule (Warmup, Cosine).")
+
+
 def layer(found: Analysis) -> Iterator[Advice]:
     """One layer that makes the norm of spikes."""
     run, rows = found.run, np.array([spike.row for spike in found.spikes], np.int64)
     places = np.flatnonzero(np.isin(run.layers.rows, rows))
-    if not len(places):
+    if len(places) < SEVERAL:
         return
     usual = np.median(shares_at(run, np.arange(len(run.layers.rows))[:: max(1, len(run.layers.rows) // 2000)]), axis=0)
     shares = np.where(usual < 0.9, shares_at(run, places).mean(axis=0), 0.0)  # a group of all is none
@@ -168,7 +185,7 @@ def spikes(found: Analysis) -> Iterator[Advice]:
         reason = f"The highest is {short(float(run.norm[highest.row]))} in step {int(run.step[highest.row]):,}, "
         reason += f"{short(highest.height)} times the norms around it. "
         caught = sum(bool(run.clipped[spike.row] or run.skip[spike.row]) for spike in found.spikes)
-        reason += f"{caught:,} of them were clipped or skipped. " if run.bounded else ""
+        reason += f"Clipped or skipped: {caught:,} of {len(found.spikes):,}. " if run.bounded else ""
         skipping = next((each for each in found.replays if each.policy.startswith("SkipSpikes")), None)
         if skipping is not None:
             reason += f"SkipSpikes would have skipped {percent(skipping.skipped)} of the last {skipping.steps:,} steps."

@@ -56,11 +56,12 @@ def tiles(found: Analysis) -> list[list[str]]:
     """The numbers at the top: name, value, and a line below."""
     run = found.run
     bound = "no bound logged" if not np.isfinite(found.bound) else f"bound {short(found.bound)}"
+    skips = f"at most {found.longest_skips:,} in a row" if found.longest_skips else "none"
     high = found.spikes[0] if found.spikes else None
     return [
         ["steps", f"{found.steps:,}", f"{run.step[0]:,} to {run.step[-1]:,}" if found.steps else ""],
         ["clipped", "?" if found.clipped is None else percent(found.clipped), bound + ", moving" * found.moves],
-        ["skipped", percent(found.skipped), f"at most {found.longest_skips:,} in a row"],
+        ["skipped", percent(found.skipped), skips],
         ["not finite", f"{found.nonfinite:,}", "NaN or inf"],
         ["median norm", short(found.quantiles[0.5]), f"99 % below {short(found.quantiles[0.99])}"],
         ["largest norm", short(found.largest), f"step {found.largest_step:,}"],

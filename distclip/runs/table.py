@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,9 @@ class Table:
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append rows. Strings that spell a number are numbers; what is neither number nor text is left out."""
-        if not records:
-            return
-        keys = records[0].keys()
-        if all(record.keys() == keys for record in records):
-            for key in keys:
-                if self.keeps(key):
-                    self.add_column(key, [record[key] for record in records])
-        else:
-            for row, record in enumerate(records, self.length):
-                for key, value in record.items():
-                    if self.keeps(key):
-                        self.add_value(key, row, value)
+        for key in dict.fromkeys(chain.from_iterable(records)):
+            if self.keeps(key):
+                self.add_column(key, [record.get(key) for record in records])
         self.length += len(records)
 
     def keeps(self, key: str) -> bool:

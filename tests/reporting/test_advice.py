@@ -117,8 +117,20 @@ def test_a_shift_of_the_level_is_found_and_the_suggestion_is_of_what_is_after():
     assert "spikes" not in found
 
 
-def test_norms_that_fall_slowly_are_no_shift():
-    assert "shift" not in advice(run_of(noise() * np.geomspace(20, 1, STEPS), 1.4))
+def test_norms_that_fall_slowly_are_no_shift_but_a_bound_that_acts_less_and_less():
+    found = advice(run_of(noise() * np.geomspace(20, 1, STEPS), 4))
+    assert "shift" not in found
+    assert found["drift"].title.startswith("The bound of 4 acts on 9")
+    assert "drift" not in advice(run_of(noise(), 1.0))
+
+
+def test_one_spike_blames_no_layer():
+    usual = noise()
+    layers = {"a": usual.copy(), "b": usual.copy()}
+    layers["a"][500] *= 30
+    found = advice(run_of(np.sqrt(layers["a"] ** 2 + layers["b"] ** 2), 2.0, layers))
+    assert found["spikes"].title == "1 spike in 2,000 steps"
+    assert "layer" not in found
 
 
 def test_a_nan_is_named_with_its_step():

@@ -7,6 +7,7 @@ from distclip.doctor.finding import Check, Finding, Unfit, Unusable
 from distclip.doctor.meeting import GRACE, Meeting, Record, said_alike
 from distclip.errors import FAILURES
 from distclip.ranks.lost_ranks import of_backend
+from distclip.train.complaint import complain
 
 
 def hold(meeting: Meeting, check: Check) -> Finding:
@@ -19,7 +20,10 @@ def hold(meeting: Meeting, check: Check) -> Finding:
         return finding
     told = meeting.learn(check.name)
     if told is None:
-        return Finding(name=check.name, state="wrong", text=refusals.absent([0], meeting.timeout), ends=True, code=1)
+        text = refusals.absent([0], meeting.timeout)
+        if meeting.rank == 1:  # in place of rank 0, which shows what is found
+            complain(f"{check.name}: {text}")
+        return Finding(name=check.name, state="wrong", text=text, ends=True, code=1)
     return Finding(**told)
 
 

@@ -33,6 +33,7 @@ def facts(device: torch.device) -> Record:
         "backend": "nccl" if cuda else "gloo",
         "chip": torch.cuda.get_device_name(device) if cuda else cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "gpus": torch.cuda.device_count(),
         "threads": torch.get_num_threads(),
         "host kernel": native.name(),
         "why not compiled": why_not_compiled(),
@@ -78,9 +79,16 @@ def judge_versions(name: str, records: Sequence[Record]) -> Finding:
 
 def machines(records: Sequence[Record]) -> list[str]:
     """The machines, and which ranks are on each: one line for those that are alike."""
-    lines = [f"{record['host']}: {record['chip']}, {record['cores']} cores" for record in records]
+    lines = [f"{record['host']}: {record['chip']}, {record['cores']} cores{idle(record)}" for record in records]
     alike = said_alike([{"line": line} for line in lines], "line")
     return [f"{ranks(who)} on {line}" for line, who in alike.items()]
+
+
+def idle(record: Record) -> str:
+    """GPUs that are not used, since there are fewer than ranks."""
+    if record["device"] == "cuda" or not record["gpus"]:
+        return ""
+    return f"; {record['gpus']} GPU{'s' if record['gpus'] > 1 else ''} not used: start no more ranks than that"
 
 
 def judge_kernels(name: str, records: Sequence[Record]) -> Finding:

@@ -9,15 +9,20 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+import distclip
 from distclip import Clipper, LayoutError, NonFiniteError
 from distclip.doctor import refusals
 from distclip.doctor.finding import Unusable
 from distclip.ranks.lost_ranks import of_backend
+
+NOT_THEIRS = tuple(str(Path(package.__file__ or "").parent) + os.sep for package in (torch, distclip))
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -91,6 +96,7 @@ def flat(returned: Any) -> list[Any]:
 
 
 def place_of(error: BaseException) -> str:
-    """The file and line where it was raised, as errors end."""
+    """The last line of the user's own that led to it, as errors end."""
     frames = traceback.extract_tb(error.__traceback__)
-    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    own = [frame for frame in frames if not frame.filename.startswith(NOT_THEIRS)]
+    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""

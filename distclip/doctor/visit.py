@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from distclip.doctor import collectives, layouts, machine, model, speed
+from distclip.doctor import collectives, gpu, layouts, machine, model, speed
 from distclip.doctor.examination import hold
 from distclip.doctor.finding import Check, Finding
 from distclip.doctor.meeting import Meeting, Record
@@ -39,6 +39,8 @@ class Visit:
             latency = partial(collectives.latency, self.site)
             yield Check(name="latency", run=latency, judge=collectives.judge_latency)
             yield Check(name="kernels", run=facts, judge=machine.judge_kernels)
+            if self.device.type == "cuda":
+                yield Check(name="GPU", run=partial(gpu.run, self.site, gpu.Gpu()), judge=gpu.judge)
             yield from layouts.checks(self.site)
             yield Check(name="speed", run=partial(speed.run, options.parameters, self.site), judge=speed.judge)
         if options.model is not None:

@@ -20,14 +20,14 @@ from distclip.plan.build import Plan
 from distclip.plan.copies import has_copies
 
 
-def inspected(clipper: Clipper, optimizers: Sequence[Optimizer]) -> Record:
-    """What this rank knows, as JSON has it."""
+def inspected(clipper: Clipper, optimizers: Sequence[Optimizer], has_gradients: bool) -> Record:
+    """What this rank knows, as JSON has it. ``has_gradients``: after a backward."""
     plan = clipper.engine.plan
     return {
         "policy": repr(clipper.policy),
         "norm_type": plan.p if plan.p < inf else "inf",
         "parameters": list(parameters(plan)),
-        "runs": runs(clipper),
+        "runs": runs(clipper) if has_gradients else None,
         "message": message(plan),
         "collectives": collectives(plan),
         "optimizers": [fold(clipper, optimizer) for optimizer in optimizers] or would_fold(clipper),
@@ -69,12 +69,10 @@ def spelled(placement: Placement) -> str:
     return type(placement).__name__.lstrip("_") + ("" if dim is None else f"({dim})")
 
 
-def runs(clipper: Clipper) -> dict[str, int] | None:
-    """How many gradients there are, and in how many runs they are summed and scaled; None where there are none."""
+def runs(clipper: Clipper) -> dict[str, int]:
+    """How many gradients there are, and in how many runs they are summed and scaled."""
     plan, gradients = clipper.engine.plan, clipper.engine.progress.storage.read()
     present = [gradient for gradient in gradients if gradient is not None]
-    if not present:
-        return None
     local = plan.look(gradients)
     if local.error is not None or local.misplaced or local.instead:
         return {"gradients": len(present), "runs": len(present)}

@@ -39,7 +39,8 @@ def measured(name: str, timeout: float, verifies: bool) -> Record:
         if verifies:
             found.clipper.verify()
             norm = float(found.clipper.measure().norm).hex()
-    return {"norm": norm, "verifies": verifies, "plan": inspection.inspected(found.clipper, found.optimizers)}
+    plan = inspection.inspected(found.clipper, found.optimizers, has_gradients=found.backward is not None)
+    return {"norm": norm, "verifies": verifies, "plan": plan}
 
 
 def judge(name: str, records: Sequence[Record], every: bool) -> Finding:

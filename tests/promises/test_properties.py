@@ -35,6 +35,7 @@ P = (0.5, 1.0, 2.0, 3.0, inf)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "60"))
 law = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+costly = settings(law, max_examples=-(-EXAMPLES // 3))  # a Clipper on each of up to 64 ranks
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def test_one_bad_number_is_seen_by_all_and_named_by_all(wholes, size, chance, p,
         assert f"on rank {holders[0]} has {kind} in its gradient" in said[0]
 
 
-@law
+@costly
 @given(gradients([torch.float32, torch.float64], least=2), sizes, chances, st.booleans())
 def test_a_right_layout_is_proved_and_a_wrong_one_is_not(wholes, size, chance, wrong):
     world = cut_up(wholes, size, chance)
@@ -405,7 +406,7 @@ def test_autoclip_bounds_by_numpys_percentile_of_the_window(norms, percentile, w
 # ---- what mutants showed to be missing ----------------------------------------------------------------------
 
 
-@law
+@costly
 @given(sizes.filter(lambda n: n > 1), st.permutations(P), st.integers(0, 63))
 def test_two_norm_types_are_refused_on_all_ranks(size, types, odd):
     model = nn.Linear(2, 1)
@@ -434,7 +435,7 @@ def call(clippers: list[distclip.Clipper], group: SimulatedGroup, name: str) -> 
 
 
 @both
-@law
+@costly
 @given(sizes.filter(lambda n: n > 1), st.permutations(["measure", "clip_", "verify"]), st.integers(0, 63))
 def test_two_kinds_of_calls_never_pair(p, size, calls, odd):
     model = nn.Linear(2, 1)
@@ -446,7 +447,7 @@ def test_two_kinds_of_calls_never_pair(p, size, calls, odd):
 
 @both
 @pytest.mark.parametrize("by", [(0, 1, -1), (1, 0, -1), (0, 1, -1, 0), (1, -1, 2, -2)])
-@law
+@costly
 @given(st.integers(100, 2**20), st.integers(1, 50))
 def test_clippers_as_many_steps_ahead_as_others_are_behind_disagree(p, by, step, apart):
     model = nn.Linear(2, 1)

@@ -115,34 +115,32 @@ def test_the_layout_of_every_way_is_proved_on_gradients(ranks):
         assert norms[0] == pytest.approx([norms[0][0]] * len(cases) if cases else [], rel=1e-6)
 
 
-def dtypes_of(words: list[str]) -> tuple[set[torch.dtype], float, float]:
-    """Of parameters and gradients; the loss and the norm of a batch."""
-    config, place = read_config(CONFIGS / "quickstart.yaml", [*SMALL, *words]), place_here()
-    trainer = build(config, check(config, place.world), place, StopSignals())
-    record, _ = trainer.step(0)
-    trainer.passes.forward_backward(*trainer.batches.at(1))
-    parameters = list(trainer.held.model.parameters())
-    return {t.dtype for p in parameters for t in (p, p.grad)}, record["loss"], record["norm"]
+def dtypes_of(cases: list[list[str]]) -> list[tuple[set[torch.dtype], float, float]]:
+    """In each case: of parameters and gradients; the loss and the norm of a batch."""
+    found = []
+    for words in cases:
+        config, place = read_config(CONFIGS / "quickstart.yaml", [*SMALL, *words]), place_here()
+        trainer = build(config, check(config, place.world), place, StopSignals())
+        record, _ = trainer.step(0)
+        trainer.passes.forward_backward(*trainer.batches.at(1))
+        parameters = list(trainer.held.model.parameters())
+        found.append(({t.dtype for p in parameters for t in (p, p.grad)}, record["loss"], record["norm"]))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("ranks", "words"),
-    [
-        WAYS["ddp"],
-        WAYS["fsdp2"],
-        (2, ["parallel.strategy=fsdp2", "parallel.pipeline=2"]),
-        (2, ["parallel.strategy=none", "parallel.pipeline=2"]),
-        (2, ["parallel.strategy=fsdp2", "parallel.tensor=2"]),
-        (2, ["parallel.strategy=none", "parallel.tensor=2"]),
-        (2, [*WAYS_OF_EXPERTS["expert"][1], "model.experts=4"]),
-    ],
-    ids=str,
-)
-def test_bf16_computes_in_bf16_and_keeps_fp32(ranks, words):
-    results = {}
-    for precision in ("fp32", "bf16"):
-        settings = [*words, f"train.precision={precision}", f"parallel.processes={ranks}"]
-        (dtypes, *results[precision]), *_ = run_ranks(dtypes_of, ranks, settings, fresh=True)
-        assert dtypes == {torch.float32}
-    assert results["bf16"] == pytest.approx(results["fp32"], rel=2e-2)
-    assert results["bf16"] != pytest.approx(results["fp32"], rel=1e-6)
+def test_bf16_computes_in_bf16_and_keeps_fp32():
+    ways = [
+        *(WAYS[name][1] for name in ("ddp", "fsdp2")),
+        ["parallel.strategy=fsdp2", "parallel.pipeline=2"],
+        ["parallel.strategy=none", "parallel.pipeline=2"],
+        ["parallel.strategy=fsdp2", "parallel.tensor=2"],
+        ["parallel.strategy=none", "parallel.tensor=2"],
+        [*WAYS_OF_EXPERTS["expert"][1], "model.experts=4"],
+    ]
+    precisions = [f"train.precision={precision}" for precision in ("fp32", "bf16")]
+    cases = [[*words, each, "parallel.processes=2"] for words in ways for each in precisions]
+    found, _ = run_ranks(dtypes_of, 2, cases, fresh=True)
+    assert {dtype for dtypes, *_ in found for dtype in dtypes} == {torch.float32}
+    for words, (_, *fp32), (_, *bf16) in zip(ways, found[::2], found[1::2], strict=True):
+        assert bf16 == pytest.approx(fp32, rel=2e-2), words
+        assert bf16 != pytest.approx(fp32, rel=1e-6), words

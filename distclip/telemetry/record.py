@@ -20,6 +20,16 @@ def tensors_of(report: Report) -> list[Tensor]:
     return [each.view(-1) for each in (*own, *watched, *extra)]
 
 
+def width(report: Report) -> int:
+    """How many numbers these are."""
+    return 4 + len(report.norms) + len(report.extra)
+
+
+def is_clipped(coef: float) -> bool:
+    """As :class:`.History` counts it; the coefficient of a skipped step is 1."""
+    return coef < 1
+
+
 def numbers_of(report: Report, row: Sequence[float]) -> dict[str, float]:
     """The same numbers, once they are on the host, by their names."""
     norm, max_norm, coef, skipped, *others = row
@@ -29,7 +39,7 @@ def numbers_of(report: Report, row: Sequence[float]) -> dict[str, float]:
         keys.POST_CLIP: norm * coef,
         keys.COEF: coef,
         keys.MAX_NORM: max_norm,
-        keys.CLIPPED: float(coef < 1),  # it is 1 where the step is skipped
+        keys.CLIPPED: float(is_clipped(coef)),
         keys.SKIPPED: skipped,
     }
     return own | dict(zip(names, others, strict=True)) | own  # no policy's number replaces one of these

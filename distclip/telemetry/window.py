@@ -6,17 +6,32 @@ the steps were skipped or not finite; each of these becomes a record of its own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from math import inf, isfinite
+from typing import NamedTuple
 
 import torch
 
 from ..kernels.transfer import Transfer
 from ..report import Report
 from . import keys
-from .record import Record, numbers_of, tensors_of
+from .record import Record, is_clipped, numbers_of, tensors_of, width
 
 MOST = 100  # steps that are kept where whoever decides when a record is due may decide so never
+
+
+class Row(NamedTuple):
+    """The numbers of a step, in the order of :func:`.record.tensors_of`."""
+
+    report: Report
+    step: int
+    numbers: list[float]
+
+    @property
+    def is_bad(self) -> bool:
+        return bool(self.numbers[3]) or not isfinite(self.numbers[0])
+
+    def record(self) -> Record:
+        return numbers_of(self.report, self.numbers), self.step
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +42,13 @@ class Sent:
     due: bool
     transfer: Transfer
 
-    def read(self) -> list[Record]:
+    def read(self) -> list[Row]:
         """Wait for them."""
-        numbers = iter(self.transfer.read())
-        return [(numbers_of(each, list(islice(numbers, _width(each)))), step) for each, step in self.steps]
+        numbers, end, rows = self.transfer.read(), 0, []
+        for report, step in self.steps:
+            begin, end = end, end + width(report)
+            rows.append(Row(report, step, numbers[begin:end]))
+        return rows
 
 
 class Window:
@@ -39,15 +57,15 @@ class Window:
     def __init__(self) -> None:
         self._kept: list[tuple[Report, int]] = []
         self._sent: Sent | None = None
-        self._steps, self._clipped, self._largest = 0, 0.0, -inf  # of those that were received since the last record
+        self._steps, self._clipped, self._largest = 0, 0, -inf  # of those that were received since the last record
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def add(self, report: Report, step: int) -> None:
-        # What a policy reports of itself may be its state, which the next step overwrites in place.
-        own = replace(report, extra={name: each.clone() for name, each in report.extra.items()})
-        self._kept.append((own if report.extra else report, step))
+        if report.extra:  # which may be a policy's state, that the next step overwrites in place
+            report = replace(report, extra={name: each.clone() for name, each in report.extra.items()})
+        self._kept.append((report, step))
 
     def send(self, due: bool) -> None:
         """Start copying what was added, without a wait. ``due``: the last step gets a record."""
@@ -61,12 +79,15 @@ class Window:
         if self._sent is None:
             return []
         sent, self._sent = self._sent, None
-        records = sent.read()
-        for numbers, _ in records:
-            self._count(numbers)
-        *between, (last, step) = records
-        bad = [record for record in (between if sent.due else records) if _is_bad(record[0])]
-        return [*bad, (last | self._counts(), step)] if sent.due else bad
+        rows = sent.read()
+        for row in rows:
+            self._count(*row.numbers[:3])
+        *between, last = rows
+        bad = [row.record() for row in (between if sent.due else rows) if row.is_bad]
+        if not sent.due:
+            return bad
+        numbers, step = last.record()
+        return [*bad, (numbers | self._counts(), step)]
 
     def records(self, due: bool) -> list[Record]:
         """The records so far, waited for; nothing where no record is ``due`` and there is room for more steps."""
@@ -80,23 +101,14 @@ class Window:
         """Whether something was sent, and :meth:`receive` would not wait for it: it was on the host."""
         return self._sent is not None and self._sent.transfer.arrived is None
 
-    def _count(self, numbers: dict[str, float]) -> None:
-        norm = numbers[keys.PRE_CLIP]
+    def _count(self, norm: float, _: float, coef: float) -> None:
         self._steps += 1
-        self._clipped += numbers[keys.CLIPPED]
+        self._clipped += is_clipped(coef)
         self._largest = max(self._largest, norm) if isfinite(norm) else self._largest
 
     def _counts(self) -> dict[str, float]:
         """Those since the last record, which begin anew."""
         largest = {keys.LARGEST: self._largest} if self._largest > -inf else {}
         counts = {keys.FRACTION: self._clipped / self._steps, **largest}
-        self._steps, self._clipped, self._largest = 0, 0.0, -inf
+        self._steps, self._clipped, self._largest = 0, 0, -inf
         return counts
-
-
-def _width(report: Report) -> int:
-    return 4 + len(report.norms) + len(report.extra)
-
-
-def _is_bad(numbers: dict[str, float]) -> bool:
-    return bool(numbers[keys.SKIPPED]) or not isfinite(numbers[keys.PRE_CLIP])

@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import warnings
@@ -180,6 +181,26 @@ def test_mlflow_reads_back_what_was_written(tmp_path, monkeypatch):
         by_id(NUMBERS, 12)
         by_id.close()
         assert [each.step for each in client.get_metric_history(run.info.run_id, "clip/coef")] == [10, 11, 12]
+
+
+def test_what_an_mlflow_server_refuses_is_raised_with_a_later_record(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    from distclip.telemetry.mlflow import MLflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+        sink = MLflow("0" * 32)
+        sink(NUMBERS, 10)
+        with pytest.raises(mlflow.exceptions.MlflowException, match="not found"):
+            sink.close()
+        sink(NUMBERS, 20)
+        while not sink._waiting[0].done():
+            time.sleep(0.01)
+        with pytest.raises(mlflow.exceptions.MlflowException, match="not found"):
+            sink(NUMBERS, 30)
+        sink._waiting.clear()
 
 
 # ---- Prometheus -------------------------------------------------------------------------------------------------

@@ -6,7 +6,17 @@ from typing import Any
 
 import distclip
 from distclip.bench.case import Case
-from distclip.bench.contests import Tenths, clipping, cold, finer, functions, memory, optimizer_step, training_step
+from distclip.bench.contests import (
+    Tenths,
+    clipping,
+    cold,
+    finer,
+    functions,
+    memory,
+    optimizer_step,
+    ten_steps,
+    training_step,
+)
 from distclip.bench.place import Place
 from distclip.bench.subject import Subject, ddp, fsdp2, plain
 
@@ -181,6 +191,16 @@ CASES = [
         at_most=True,
         over=("distclip", "torch"),
         rounds=60,
+    ),
+    Case(
+        name="telemetry-fsdp2-small",
+        what=f"{ON_SMALL}: ten training steps with a Log of all its norms over a Clipper that reports and logs no more",
+        build=partial(ten_steps, subject_of=SMALL),
+        goal=1.05,
+        at_most=True,
+        over=("distclip", "clipper"),
+        rounds=20,
+        warmups=1,
     ),
     *(
         Case(

@@ -1,5 +1,6 @@
 """Which calls are compared, on which gradients."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -13,6 +14,7 @@ import distclip
 from distclip.bench.case import Call, Contest
 from distclip.bench.place import Place
 from distclip.bench.subject import FreshDTensors, Subject, gpt, restoring
+from distclip.telemetry import JsonLines, Log
 
 SubjectOf: TypeAlias = Callable[[Place], Subject]
 
@@ -113,6 +115,32 @@ def training_step(place: Place) -> Contest:
         return holder.step(optimizer).norm
 
     calls: dict[str, Call] = {"torch": without_clipping, "distclip": with_clipping}
+    return Contest(calls=calls, prepare=lambda: None, norm=norm, max_norm=max_norm)
+
+
+def ten_steps(place: Place, subject_of: SubjectOf) -> Contest:
+    """Ten training steps: with a record of the norms of all parameters as a JSON line, with these norms, and without.
+
+    The line is written to nowhere: this measures no disk.
+    """
+    subject = subject_of(place)
+    norm, max_norm = norm_and_bound(subject, clips=True)
+    optimizer = still_adamw(subject.model)
+    bare = distclip.Clipper(subject.model, max_norm)
+    watching, logged = (distclip.Clipper(subject.model, max_norm, watch="parameters") for _ in range(2))
+    Log(logged, JsonLines(os.devnull), every=10)
+
+    def steps(holder: distclip.Clipper) -> Tensor:
+        for _ in range(10):
+            subject.backward()
+            report = holder.step(optimizer)
+        return report.norm
+
+    calls: dict[str, Call] = {
+        "clipper": lambda: steps(bare),
+        "watching": lambda: steps(watching),
+        "distclip": lambda: steps(logged),
+    }
     return Contest(calls=calls, prepare=lambda: None, norm=norm, max_norm=max_norm)
 
 

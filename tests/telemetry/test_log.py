@@ -1,5 +1,6 @@
 """`Log`: which steps have a record and what is in it, on one rank and on two, on the host and on an accelerator."""
 
+import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from distclip import Clipper, MaxNorm, PerParameter, Shadow, SkipSpikes, attach
-from distclip.telemetry import Log, keys
+from distclip.bench.place import Place
+from distclip.bench.subject import fsdp2
+from distclip.telemetry import JsonLines, Log, keys
 from promises.test_accelerator import EXISTS, on_the_accelerator
 from support.accelerator import DEVICE, Event, no_waits
 from support.ranks import count_collectives, run_ranks, same_bits
@@ -313,6 +316,33 @@ def test_two_ranks_communicate_no_more_and_the_first_writes():
     assert (first, second) == ([3, 5, 6], [])
     assert same_bits([torch.tensor(norm), torch.tensor(other)])
     assert {collectives, same} == {result[2] for result in run_ranks(on_a_rank, 2, False)}
+
+
+def collectives_of_steps(folder: str, watch: str | None, every: int | None) -> list[int]:
+    """Of each of twelve training steps of 48 parameters under FSDP2."""
+    model = fsdp2(Place.here(torch.device("cpu")), layers=4, width=8)
+    optimizer = torch.optim.AdamW(model.parameters, lr=1e-3, fused=True)
+    clipper = Clipper(model.model, 1e-6, watch=watch)
+    sink = JsonLines(f"{folder}/telemetry.jsonl")
+    if every is not None:
+        Log(clipper, sink, every=every)
+    found = []
+    for _ in range(12):
+        model.backward()
+        with count_collectives() as counts:
+            assert clipper.step(optimizer).coef < 1
+        found.append(counts.total())
+    sink.close()
+    return found
+
+
+def test_telemetry_of_every_parameter_adds_no_collective_to_any_step(tmp_path):
+    plain = run_ranks(collectives_of_steps, 2, str(tmp_path), None, None)
+    logged = run_ranks(collectives_of_steps, 2, str(tmp_path), "parameters", 10)
+    assert logged == plain
+    assert min(plain[0]) == 1  # more only in calls that compare replicas
+    (line,) = (tmp_path / "telemetry.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len([key for key in json.loads(line) if key.startswith("grad_norm/layer/")]) == 48
 
 
 def in_groups() -> list[int]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the quickstart with norms of all parameters, and take the picture of its report that README.md and report.md
+# Train the quickstart with norms of all parameters, and take the pictures of its report that README.md and report.md
 # show. Takes a minute and needs Chromium. PYTHON=... chooses the Python; RUN=folder takes a run that is there.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -72,7 +72,7 @@ def bound(found: Analysis) -> Iterator[Advice]:
     """Whether the run's bound is a good one."""
     if found.clipped is None:
         yield from without_bound(found)
-    elif not found.moves and np.isfinite(found.bound):
+    elif not found.moves and np.isfinite(found.bound) and found.quantiles[0.5] > 0:
         yield from fixed_bound(found, found.clipped)
 
 

@@ -1,7 +1,7 @@
 """The numbers behind a report: what a run's norms are, and what bounds would have done to them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ QUANTILES = (0.5, 0.75, 0.9, 0.95, 0.99)
 STARTING = 0.1  # of a run: norms fall then, and tell nothing of the rest
 SUGGESTED = 0.95  # quantile of ordinary norms: bounds spikes, and leaves nearly all else as it is
 ENOUGH = 50  # norms, to suggest anything
+LEAST, MOST = 1e-50, 1e50
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Analysis:
 
     @classmethod
     def of(cls, run: Run, advance: Callable[[int], None]) -> "Analysis":
+        run = replace(run, norm=tamed(run.norm), max_norm=tamed(run.max_norm))
         finite = run.norm[run.finite]
         level = Level.of(run.norm)
         spikes, shift = spikes_of(run, level), shift_of(level)
@@ -85,6 +87,12 @@ class Analysis:
         )
 
 
+def tamed(numbers: Floats) -> Floats:
+    """Without what no float32 can be, so that ratios and squares of finite numbers are finite."""
+    within: Floats = np.where(np.abs(numbers) < LEAST, 0.0, np.clip(numbers, -MOST, MOST))
+    return np.where(np.isfinite(numbers), within, numbers)
+
+
 def settled_norms(run: Run, spikes: list[Spike], shift: Shift | None) -> Floats:
     """Ordinary norms: finite and positive, after the start and the last change of level, without spikes."""
     use = run.finite & (run.norm > 0)
@@ -95,6 +103,8 @@ def settled_norms(run: Run, spikes: list[Spike], shift: Shift | None) -> Floats:
 
 def candidates_of(finite: Floats, bound: float, suggested: float, quantiles: dict[float, float]) -> list[Candidate]:
     """The run's bound, the one suggested and quantiles of its norms, in order."""
+    if not len(finite):
+        return []
     named = {"the run's bound": bound, "suggested": suggested}
     named |= {f"{q:.0%} quantile".replace("%", " %"): value for q, value in quantiles.items()}
     found = [candidate(name, value, finite) for name, value in named.items() if np.isfinite(value) and value > 0]
@@ -112,8 +122,8 @@ def kept_by(run: Run) -> float:
     clipped = run.clipped
     if not clipped.any():
         return float("nan")
-    coef = np.where(np.isnan(run.coef), run.max_norm / run.norm, run.coef)
-    return float(np.median(coef[clipped]))
+    coef = np.where(np.isnan(run.coef[clipped]), run.max_norm[clipped] / run.norm[clipped], run.coef[clipped])
+    return float(np.median(coef))
 
 
 def longest(flags: Bools) -> int:

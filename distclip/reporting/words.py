@@ -13,9 +13,10 @@ def short(number: float) -> str:
 def percent(share: float) -> str:
     """A share with as many digits as tell it from none and from all."""
     if share in (0, 1) or 0.0995 <= share <= 0.9905:
-        return f"{share:.0%}".replace("%", " %")
-    digits = 1 if 0.00095 <= share <= 0.9995 else 3
-    return f"{100 * share:.{digits}f} %"
+        return f"{100 * share:.0f} %"
+    if 5e-6 <= share <= 1 - 5e-6:
+        return f"{100 * share:.{1 if 0.00095 <= share <= 0.99905 else 3}f} %"
+    return "< 0.001 %" if share < 0.5 else "> 99.999 %"
 
 
 def counted(number: int, noun: str) -> str:

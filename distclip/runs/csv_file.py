@@ -3,12 +3,13 @@
 import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TextIO, TypeVar
 
 from distclip.runs.json_file import CUT
-from distclip.runs.names import Names
+from distclip.runs.names import Names, matters
 from distclip.runs.refusals import empty, no_table, no_text
 from distclip.runs.run import Log
 from distclip.runs.table import Table, named
@@ -50,29 +51,33 @@ def rows_of(path: Path, file: TextIO, advance: Callable[[int], None]) -> Iterato
 
 
 def logs_of(path: Path, chunks: Iterator[list[list[str]]], names: Names) -> list[Log]:
-    ((header),) = next(chunks)
-    table, notes, line = Table(), [], 1
-    table.columns = dict.fromkeys(header, True)
-    for rows in chunks:
-        while rows and not rows[-1]:
-            rows.pop()
-        whole = [row for row in rows if len(row) == len(header)]
-        for number, row in enumerate(rows, line + 1):
-            if row and len(row) != len(header) and (row is not rows[-1] or len(row) > len(header)):
-                raise no_table(path, number, f"it has {len(row)} cells, and the line of names {len(header)}")
-        if rows and len(rows[-1]) < len(header):
-            notes.append(CUT)
-        for name, cells in zip(header, zip(*whole, strict=True), strict=True):
-            table.add_column(name, numbers_if_all(cells))
-        table.length += len(whole)
-        line += len(rows)
+    (header,) = next(chunks)
+    groups = runs_of_a_chart(header)
+    table = Table() if groups else Table(partial(matters, names=names))
+    notes = [CUT] if fill(table, path, header, chunks) else []
     if not table.length:
         raise empty(path)
-    groups = runs_of_a_chart(header)
     if groups:
         return [part(table, columns).to_log(path, "W&B", names, notes, run) for run, columns in groups.items()]
     program = "Lightning" if path.name == "metrics.csv" and {"epoch", "step"} <= {*header} else "CSV"
     return [table.to_log(path, program, names, notes, named(path))]
+
+
+def fill(table: Table, path: Path, header: list[str], chunks: Iterator[list[list[str]]]) -> bool:
+    """Add all rows to the table, and return whether the last of the file was cut short and is left out."""
+    line, cut = 1, False
+    for rows in chunks:
+        odd = [k for k, row in enumerate(rows) if row and len(row) != len(header)]
+        cut = bool(odd) and not any(rows[odd[0] + 1 :]) and len(rows[odd[0]]) < len(header) and len(rows) < ROWS
+        if odd and not cut:
+            why = f"it has {len(rows[odd[0]])} cells, and the line of names {len(header)}"
+            raise no_table(path, line + 1 + odd[0], why)
+        whole = [row for row in rows if len(row) == len(header)]
+        for name, cells in zip(header, zip(*whole, strict=True), strict=bool(whole)):
+            if table.keeps(name):
+                table.add_column(name, numbers_if_all(cells))
+        table.length, line = table.length + len(whole), line + len(rows)
+    return cut
 
 
 def numbers_if_all(cells: Sequence[str]) -> Sequence[float | str]:

@@ -62,7 +62,7 @@ class Run:
         """By the coefficient, else by the bound; False in steps that were skipped, and where nothing tells."""
         by_bound: Bools = self.norm > self.max_norm  # False for NaN
         clipped: Bools = np.where(np.isnan(self.coef), by_bound, self.coef != 1)
-        return clipped & ~self.skip & self.finite
+        return clipped & ~self.skip & self.finite & (self.norm > 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

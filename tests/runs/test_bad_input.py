@@ -77,6 +77,13 @@ def test_columns_are_named_by_the_user(tmp_path: Path):
     assert (run.layers.names, run.layers.norms.tolist()) == (("a",), [[1.0], [0.5]])
 
 
+def test_a_short_row_is_cut_only_at_the_end(tmp_path: Path):
+    rows = [f"{step},1.0" for step in range(20_000)]
+    rows[9_999] = "9999"  # the last of the first that are read at once
+    (tmp_path / "log.csv").write_text("\n".join(["step,grad_norm", *rows]))
+    assert "line 10001: is no CSV: it has 1 cells" in complaint(tmp_path / "log.csv")
+
+
 @pytest.mark.parametrize("name", ["log.jsonl", "log.csv"])
 def test_a_crash_loses_the_last_line_at_most(name, tmp_path: Path):
     path = tmp_path / name

@@ -66,6 +66,7 @@ def test_the_command_starts_its_ranks_and_torchrun_takes_the_same_steps(run, tmp
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
+        "report.html",
         "summary.json",
     ]
     assert "2 (fsdp2) on cpu, collectives by gloo" in output

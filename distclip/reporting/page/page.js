@@ -38,9 +38,9 @@ function short(n) {
   return size >= 1000 && size < 1e7 ? whole(+n.toPrecision(3)) : String(+n.toPrecision(3));
 }
 function percent(share) {
-  const all = 100 * share;
-  const digits = all === 0 || all === 100 || (all >= 9.95 && all <= 99.05) ? 0 : all >= 0.095 && all <= 99.95 ? 1 : 3;
-  return `${all.toFixed(digits)} %`;
+  if (share === 0 || share === 1 || (share >= 0.0995 && share <= 0.9905)) return `${(100 * share).toFixed(0)} %`;
+  if (share >= 5e-6 && share <= 1 - 5e-6) return `${(100 * share).toFixed(share >= 0.00095 && share <= 0.99905 ? 1 : 3)} %`;
+  return share < 0.5 ? "< 0.001 %" : "> 99.999 %";
 }
 
 // --- how plots look ---------------------------------------------------------------------------------------------

@@ -36,9 +36,10 @@ def attempt(run: Callable[[], Record]) -> Record:
     except Unusable as error:
         return {"error": str(error), "kind": "unusable"}
     except FAILURES as error:
-        backend = of_backend(error) or of_backend(error.__cause__)
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return {"error": said, "kind": "backend" if backend else "own"}
+        said = " ".join(str(error).split())
+        if of_backend(error) or of_backend(error.__cause__):
+            return {"error": said.partition(" This is typically caused")[0], "kind": "backend"}
+        return {"error": f"{type(error).__name__}: {said}", "kind": "own"}
 
 
 def trouble(name: str, records: Sequence[Record | None], timeout: float) -> Finding | None:
@@ -55,10 +56,9 @@ def trouble(name: str, records: Sequence[Record | None], timeout: float) -> Find
     parts = [refusals.absent(absent, timeout if not errors else GRACE)] if absent else []
     own = causes(errors, len(records), "own")
     parts += [own] if own else []
-    if not own:
-        parts.append(causes(errors, len(records), "backend"))
+    parts = parts or [causes(errors, len(records), "backend")]  # by which it only notices what another rank does
     alike = not absent and kinds == {"own"} and len(errors) == len(records)
-    return Finding(name=name, state="wrong", text="; ".join(filter(None, parts)), ends=not alike, code=1)
+    return Finding(name=name, state="wrong", text="; ".join(parts), ends=not alike, code=1)
 
 
 def causes(errors: dict[int, Record], world: int, kind: str) -> str:

@@ -12,7 +12,7 @@ def ranks(numbers: Sequence[int]) -> str:
 
 def absent(numbers: Sequence[int], seconds: float) -> str:
     verb = "do" if len(numbers) > 1 else "does"
-    return f"{ranks(numbers)} {verb} not answer: dead, or stuck for {seconds:.0f} s; see the output of that rank"
+    return f"{ranks(numbers)} {verb} not answer within {seconds:.0f} s: dead or stuck, see what was printed there"
 
 
 def other_versions(what: str, odd: Sequence[int], theirs: str, usual: str) -> str:

@@ -16,7 +16,7 @@ from distclip.doctor.finding import Finding
 from distclip.doctor.meeting import Record
 from distclip.doctor.place import Site
 
-SECONDS = 2.0  # to measure for
+SECONDS = 1.5  # to measure for
 FEWEST, MOST = 3, 40  # rounds
 WIDEST = 4096
 

@@ -20,7 +20,8 @@ from distclip.doctor.options import Options
 from distclip.train.complaint import complain
 
 RANK = "distclip.doctor.rank"  # what the ranks are forked with
-PATIENCE = 15.0  # seconds that ranks have once another has failed, to say which it was
+PATIENCE = 20.0  # seconds that rank 0 has once a rank has failed, to say which it was
+LEAVING = 3.0  # seconds that the others have once rank 0 has said it
 LOOK = 0.5  # seconds between two looks at those
 
 
@@ -59,12 +60,13 @@ def start_local(options: Options) -> int:
 
 
 def wait_for(ranks: Sequence[BaseProcess]) -> list[int]:
-    """The exit codes of all ranks; those that go on for ``PATIENCE`` seconds after one has failed are killed: 1."""
+    """The exit codes of all ranks; those that go on too long after one has failed are killed: 1."""
     deadline = inf
     while alive := [rank for rank in ranks if rank.exitcode is None]:
         connection.wait([rank.sentinel for rank in alive], None if deadline == inf else LOOK)
-        if deadline == inf and any(rank.exitcode for rank in ranks):
-            deadline = time.monotonic() + PATIENCE
+        if any(rank.exitcode for rank in ranks):
+            patience = PATIENCE if ranks[0].exitcode is None else LEAVING
+            deadline = min(deadline, time.monotonic() + patience)
         if time.monotonic() > deadline:
             end(alive, signal.SIGKILL)
             return [1 if rank in alive else rank.exitcode or 0 for rank in ranks]

@@ -226,8 +226,11 @@ def raising(error: Exception):
         (Unfit("needs 4 ranks"), {"unfit": "needs 4 ranks"}),
         (Unusable("no model"), {"error": "no model", "kind": "unusable"}),
         (KeyError("x\n  y"), {"error": "KeyError: 'x\\n y'", "kind": "own"}),
-        (dist.DistBackendError("NCCL is down"), {"error": "DistBackendError: NCCL is down", "kind": "backend"}),
-        (RuntimeError("[gloo/x.cc] closed"), {"error": "RuntimeError: [gloo/x.cc] closed", "kind": "backend"}),
+        (dist.DistBackendError("NCCL is down"), {"error": "NCCL is down", "kind": "backend"}),
+        (
+            RuntimeError("[gloo/x.cc] closed This is typically caused by"),
+            {"error": "[gloo/x.cc] closed", "kind": "backend"},
+        ),
     ],
 )
 def test_why_a_rank_failed_is_told(error, record):
@@ -238,7 +241,7 @@ def own(text: str) -> dict:
     return {"error": text, "kind": "own"}
 
 
-BACKEND = {"error": "RuntimeError: gloo: closed", "kind": "backend"}
+BACKEND = {"error": "gloo: closed", "kind": "backend"}
 
 
 @pytest.mark.parametrize(
@@ -248,9 +251,9 @@ BACKEND = {"error": "RuntimeError: gloo: closed", "kind": "backend"}
         ([own("E: a"), own("E: b")], "rank 0: E: a; rank 1: E: b", False, 1),
         ([{}, own("E: a")], "rank 1: E: a", True, 1),
         ([BACKEND, own("E: a")], "rank 1: E: a", True, 1),
-        ([BACKEND, None], "rank 1 does not answer: dead, or stuck for 4 s; see the output of that rank", True, 1),
-        ([BACKEND, BACKEND], "RuntimeError: gloo: closed", True, 1),
-        ([{}, None], "rank 1 does not answer: dead, or stuck for 9 s; see the output of that rank", True, 1),
+        ([BACKEND, None], "rank 1 does not answer within 4 s: dead or stuck, see what was printed there", True, 1),
+        ([BACKEND, BACKEND], "gloo: closed", True, 1),
+        ([{}, None], "rank 1 does not answer within 9 s: dead or stuck, see what was printed there", True, 1),
         ([{}, {"error": "no model", "kind": "unusable"}], "rank 1: no model", True, 2),
     ],
 )
@@ -283,7 +286,7 @@ def test_every_rank_learns_what_rank_0_concludes():
 
 def test_a_rank_0_that_does_not_answer_is_named():
     _, found = run_ranks(held, 2, True)
-    assert [each["text"].partition(":")[0] for each in found] == 2 * ["rank 0 does not answer"]
+    assert [each["text"].partition(" within")[0] for each in found] == 2 * ["rank 0 does not answer"]
 
 
 # ---- the user's model --------------------------------------------------------------------------------------

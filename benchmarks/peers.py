@@ -3,8 +3,8 @@
     python benchmarks/peers.py
 
 Installs optax (with jax, about 620 MB) and timm into a virtual environment in a temporary folder, or in ``--folder``,
-which is used again. Of timm only the module ``timm.utils.agc`` is read: all of it needs torchvision. Ends with 1 where a number
-is not as expected.
+which is used again. Of timm only the module ``timm.utils.agc`` is read: all of it needs torchvision. Ends with 1
+where a number is not as expected.
 """
 
 import argparse

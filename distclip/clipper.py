@@ -56,6 +56,7 @@ class Clipper:
       and a GradScaler cannot unscale them.
     * ``watch``: whose norms are in ``report.norms``, measured in the same all-reduce: ``"parameters"``, or groups of
       them by patterns of their names: ``{"experts": "*.experts.*", "head": ("head.*", "embed.*")}``.
+    * ``watch_zeros``: count zeros among their elements too, for ``report.zeros``: a share of each, 0 to 1.
 
     LayoutError or ValueError on all ranks where ranks differ in parameters, in the values of replicas or in settings.
     A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated when, and
@@ -108,6 +109,7 @@ class Clipper:
         max_consecutive_skips: int | None = None,
         gradients: str | GradientFn | None = None,
         watch: Watch | None = None,
+        watch_zeros: bool = False,
     ) -> None:
         self.engine = Engine(
             model,
@@ -121,6 +123,7 @@ class Clipper:
             max_consecutive_skips=max_consecutive_skips,
             gradients=gradients,
             watch=watch,
+            watch_zeros=watch_zeros,
         )
         self._driver = None
 

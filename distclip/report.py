@@ -44,7 +44,7 @@ class Culprit:
 
 
 class Watched(Mapping[str, Tensor]):
-    """Norms by name: each a 0-d view of ``tensor``, (names,), made when it is asked for."""
+    """Numbers by name: each a 0-d view of ``tensor``, (names,), made when it is asked for."""
 
     __slots__ = ("_names", "_places", "tensor")
 
@@ -65,7 +65,12 @@ class Watched(Mapping[str, Tensor]):
         return len(self._names)
 
     def __repr__(self) -> str:
-        return f"<norms of {len(self)} names>"
+        return f"<numbers of {len(self)} names>"
+
+
+def tensors_of(watched: Mapping[str, Tensor]) -> list[Tensor]:
+    """All its numbers in as few tensors as they come in."""
+    return [watched.tensor] if isinstance(watched, Watched) else list(watched.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,8 @@ class Report:
     * ``skip``: bool; do not take the step (``step`` did not take it).
     * ``norms``: what ``watch=`` asks for, by name, before clipping: 0-d views of one tensor, of the dtype and with the
       limit of ``norm``. Empty without ``watch``.
+    * ``zeros``: with ``watch_zeros=True``, which share of the elements of each gradient in ``norms`` is 0, from 0 to 1,
+      by the same names; NaN where there is no gradient.
     * ``extra``: what the policy reports of itself, by name, 0-d: see :class:`Shadow`.
 
     ``culprit`` says where a non-finite norm came from. With the decision on an accelerator it is ``None`` here, and
@@ -102,16 +109,21 @@ class Report:
     culprit: Culprit | None = None
     norms: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    zeros: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, float | bool]:
-        """Return the four numbers, ``"norm/<name>"`` of what is watched and what is ``extra``, as Python numbers.
+        """Return the four numbers, ``"norm/<name>"`` and ``"zeros/<name>"`` of what is watched, and what is ``extra``.
 
-        One copy to the host, the only host sync. They may be NaN or inf, which JSON lacks (``json.dumps(...,
-        allow_nan=False)`` raises): write ``str(number)`` instead, as ``metrics.jsonl`` does.
+        Python numbers: one copy to the host, the only host sync. They may be NaN or inf, which JSON lacks
+        (``json.dumps(..., allow_nan=False)`` raises): write ``str(number)`` instead, as ``metrics.jsonl`` does.
         """
-        watched = [self.norms.tensor] if isinstance(self.norms, Watched) else list(self.norms.values())
-        others = [*watched, *(number.to(self.norm.device) for number in self.extra.values())]
+        others = [
+            *tensors_of(self.norms),
+            *tensors_of(self.zeros),
+            *(number.to(self.norm.device) for number in self.extra.values()),
+        ]
         rows = [each.double().view(-1) for each in (self.norm, self.max_norm, self.coef, self.skip, *others)]
         norm, max_norm, coef, skip, *numbers = torch.cat(rows).tolist()
-        by_name = dict(zip([*(f"norm/{name}" for name in self.norms), *self.extra], numbers, strict=True))
+        watched = [*(f"norm/{name}" for name in self.norms), *(f"zeros/{name}" for name in self.zeros)]
+        by_name = dict(zip([*watched, *self.extra], numbers, strict=True))
         return {"norm": norm, "max_norm": max_norm, "coef": coef, "skip": bool(skip), **by_name}

@@ -38,6 +38,7 @@ def take_over(
     nonfinite: Literal["skip", "raise", "propagate"] = "skip",
     max_consecutive_skips: int | None = None,
     watch: Watch | None = None,
+    watch_zeros: bool = False,
 ) -> Clipper:
     """Let every optimizer step of ``engine`` clip by ``policy`` first, in place of DeepSpeed's own clipping.
 
@@ -66,6 +67,7 @@ def take_over(
         nonfinite=nonfinite,
         max_consecutive_skips=max_consecutive_skips,
         watch=watch,
+        watch_zeros=watch_zeros,
     ).clipper
     engine._config.gradient_clipping = 0.0
     _clippers[engine] = ref(clipper)

@@ -23,7 +23,7 @@ that left its range is made again in float64. For p = inf nothing is added; NaN 
    a part at a time. Devices without float64 copy the tensors to the host, where 6 sums them.
 """
 
-from .each import row_sums as row_sums, sums_of_each as sums_of_each
+from .each import row_sums as row_sums, sums_of_each as sums_of_each, zeros_of_each as zeros_of_each
 from .memory import check_memory as check_memory
 from .rows import Cut as Cut
 from .scale import clamp_ as clamp_, scale_ as scale_

@@ -10,7 +10,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from . import foreach_rows, native
+from . import foreach, foreach_rows, native
 from .device import has_float64
 from .dtypes import as_real
 from .memory import check_memory
@@ -19,26 +19,35 @@ from .sums import CHUNK, largest, power_sum
 from .table import Table
 
 
-def sums_of_each(tensors: Sequence[Tensor], p: float, table: Table | None = None) -> Tensor:
+def sums_of_each(
+    tensors: Sequence[Tensor], p: float, table: Table | None = None, zeros: Tensor | None = None
+) -> Tensor:
     """The sum of |x| ** p of each of ``tensors`` on the CPU, for p = inf max(|x|), NaN if any is: float64,
-    (len(tensors),); 0 for empty ones. ``table``: where they lie, if that is known.
+    (len(tensors),); 0 for empty ones.
+
+    ``table``: where they lie, if that is known. ``zeros``: how many elements of each are 0 is written to it,
+    (len(tensors),) float64; what the compiled kernel does not read is read once more for that.
     """
     sums = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
     others: Sequence[int] = range(len(tensors))
     if p == 2 and native.kernel is not None:
-        others = (table or Table.of(tensors)).call(native.sum_rows, native.KINDS, sums)
+        others = (table or Table.of(tensors)).add_squares(sums, zeros)
     if others:
+        _count(tensors, others, zeros)
         found = [largest([tensors[k]]) if p == inf else power_sum([tensors[k]], p) for k in others]
         sums[list(others)] = torch.tensor(found, dtype=torch.float64, device="cpu")
     return sums
 
 
-def row_sums(tensors: Sequence[Tensor], cuts: Sequence[Cut], p: float, table: Table | None = None) -> Tensor:
+def row_sums(
+    tensors: Sequence[Tensor], cuts: Sequence[Cut], p: float, table: Table | None = None, zeros: Tensor | None = None
+) -> Tensor:
     """The sum of |x| ** p of each row of ``tensors``, for p = inf max(|x|), NaN if any is: float64, the rows of one
     tensor after those of the other, on their common device, or on the CPU if that has no float64. 0 for empty rows.
 
     What is not finite stays in its row. No temporary is as large as a large tensor. No host sync, but on a device
-    without float64, whose tensors are copied to the host one by one. ``table``: where the rows lie, if that is known.
+    without float64, whose tensors are copied to the host one by one. ``table``: where the rows lie, if that is known;
+    ``zeros``: of each tensor, on the CPU, as in :func:`sums_of_each`.
     """
     if tensors and not tensors[0].is_cpu:
         if has_float64(tensors[0].device):
@@ -50,13 +59,26 @@ def row_sums(tensors: Sequence[Tensor], cuts: Sequence[Cut], p: float, table: Ta
     sums = torch.zeros(total, dtype=torch.float64, device="cpu")
     others: Sequence[int] = range(len(tensors))
     if p == 2 and native.kernel is not None:
-        others = (table or Table.of(tensors, cuts)).call(native.sum_rows, native.KINDS, sums)
+        others = (table or Table.of(tensors, cuts)).add_squares(sums, zeros)
     else:
         check_memory(tensors)
+    _count(tensors, others, zeros)
     for k in others:
         for rows in rows_of([tensors[k]], [cuts[k]]):
             _write_sums(rows, p, sums[first[k] :])
     return sums
+
+
+def zeros_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """How many elements of each are 0, or -0: 0-d int64 where it is. A pass of its own; no host sync."""
+    return [
+        tensor.numel() - torch.count_nonzero(tensor) if tensor.is_cpu else foreach.zeros(tensor) for tensor in tensors
+    ]
+
+
+def _count(tensors: Sequence[Tensor], places: Sequence[int], zeros: Tensor | None) -> None:
+    if zeros is not None and places:
+        zeros[list(places)] = torch.stack(zeros_of_each([tensors[k] for k in places])).double()
 
 
 def _write_sums(rows: Rows, p: float, sums: Tensor) -> None:

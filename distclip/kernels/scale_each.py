@@ -85,7 +85,7 @@ def _multiply_each(tensors: Sequence[Tensor], factors: Tensor, table: Table | No
     changed = factors.ne(1).tolist()
     others: Sequence[int] = range(len(tensors))
     if native.kernel is not None and any(changed):
-        others = (table or Table.of(tensors)).call(native.multiply_rows, native.SCALED, factors.double())
+        others = (table or Table.of(tensors)).multiply_(factors.double())
         increment_version(list(compress(tensors, changed)))
     others = [k for k in others if changed[k]]
     if not others:
@@ -100,7 +100,7 @@ def _multiply_rows(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tens
     changed = [a != b for a, b in pairwise(before[list(accumulate(counts, initial=0))].tolist())]
     others: Sequence[int] = range(len(tensors))
     if native.kernel is not None and any(changed):
-        others = (table or Table.of(tensors, cuts)).call(native.multiply_rows, native.SCALED, factors.double())
+        others = (table or Table.of(tensors, cuts)).multiply_(factors.double())
         increment_version(list(compress(tensors, changed)))
     others = [k for k in others if changed[k]]
     if not others:

@@ -1,7 +1,7 @@
 """Table: where rows of tensors lie, for the compiled kernel to do something with each of them in one call."""
 
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import NamedTuple, Self
@@ -79,25 +79,39 @@ class Table:
         """Whether these tensors, of the same sizes and strides, still lie there, all of them within reach."""
         return not self.others and array("Q", map(Tensor.data_ptr, tensors)) == self.addresses
 
-    def call(
-        self, kernel: Callable[..., None] | None, dtypes: Collection[torch.dtype], numbers: Tensor
-    ) -> Sequence[int]:
-        """Hand rows of these ``dtypes`` to one of the kernels in :mod:`.native`; the places of all other tensors.
+    def add_squares(self, sums: Tensor, zeros: Tensor | None = None) -> Sequence[int]:
+        """Add the sum of squares of each row; the places of all tensors that it has not read.
 
-        ``numbers``: one for each row, (rows,) float64, the rows of one tensor after those of the other.
+        ``sums``: one for each row, (rows,) float64, the rows of one tensor after those of the other. ``zeros``: how
+        many elements of each tensor are 0 is written to it, (tensors,) float64.
         """
-        assert kernel is not None
-        assert numbers.is_cpu
-        assert numbers.dtype == torch.float64
-        assert numbers.is_contiguous()
-        others, threads = [self.others], torch.get_num_threads()
-        for dtype, places, *table in self.groups:
-            if dtype in dtypes:
-                where = (each.buffer_info()[0] for each in table)
-                kernel(*where, len(places), native.KINDS[dtype], native.instructions, threads, numbers.data_ptr())
+        assert native.sum_rows is not None
+        for group in self.groups:
+            found = None if zeros is None else torch.zeros(len(group.places), dtype=torch.float64, device="cpu")
+            _call(native.sum_rows, group, sums, None if found is None else found.data_ptr())
+            if zeros is not None and found is not None:
+                zeros[list(group.places)] = found
+        return self.others
+
+    def multiply_(self, factors: Tensor) -> Sequence[int]:
+        """Multiply each row by its factor, (rows,) float64; the places of all tensors that it has not changed."""
+        assert native.multiply_rows is not None
+        others = [self.others]
+        for group in self.groups:
+            if group.dtype in native.SCALED:
+                _call(native.multiply_rows, group, factors)
             else:
-                others.append(places)
+                others.append(group.places)
         return sorted(chain.from_iterable(others))
+
+
+def _call(kernel: Callable[..., None], group: Group, numbers: Tensor, *more: int | None) -> None:
+    assert numbers.is_cpu
+    assert numbers.dtype == torch.float64
+    assert numbers.is_contiguous()
+    where = (each.buffer_info()[0] for each in (group.addresses, group.cuts, group.first))
+    kind, threads = native.KINDS[group.dtype], torch.get_num_threads()
+    kernel(*where, len(group.places), kind, native.instructions, threads, numbers.data_ptr(), *more)
 
 
 def _all_contiguous(tensors: Sequence[Tensor]) -> bool:

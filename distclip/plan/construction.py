@@ -46,7 +46,9 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
         raise refusals.other_values(apart)
 
 
-def agreed_on_units(plan: Plan, asked: Sequence[Statistic], ready: Callable[[Plan], R]) -> R:
+def agreed_on_units(
+    plan: Plan, asked: Sequence[Statistic], ready: Callable[[Plan], R], counts_zeros: bool = False
+) -> R:
     """``ready`` with ``plan`` and the slots for what is ``asked``, on all ranks, or an error on all.
 
     Three all-reduces, and a fourth where ranks hold different parameters, each with a host sync.
@@ -59,7 +61,7 @@ def agreed_on_units(plan: Plan, asked: Sequence[Statistic], ready: Callable[[Pla
     texts = distinct_texts(plan.group, plan.device, text)
     if STOPPED not in texts:
         try:
-            done = ready(with_slots(plan, asked, [json.loads(each) for each in texts]))
+            done = ready(with_slots(plan, asked, [json.loads(each) for each in texts], counts_zeros))
         except FAILURES as error:
             failed = error
         if not differing_fields(plan.group, plan.device, {ERROR: failed is not None}) and failed is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..gradients.local import Local
-from ..kernels import local_norms, native, norms_on_host, sum_over_replicas
+from ..kernels import local_norms, native, norms_on_host, sum_over_replicas, zeros_of_each
 from ..kernels.device import has_float64
 from ..kernels.transfer import sent
 from ..ranks.message import Scalar, root
@@ -62,14 +62,31 @@ def _of_gradients(
     by_piece = ByPiece(local.parts(), local.indices, entries)
     if plan.on_host and plan.p == 2 and native.kernel is not None:
         by_piece = slots.with_table(by_piece)
-    sums, norms = _sums_and_norms(plan, slots, by_piece)
+    zeros = torch.zeros(len(by_piece.parts), dtype=torch.float64) if slots.of_zeros and plan.on_host else None
+    sums, norms = _sums_and_norms(plan, slots, by_piece, zeros)
     vector = slots.vector(sums, plan.p)
     if slots.of_parameters:
         own = torch.zeros_like(vector)
         if values:
             own = slots.vector(all_sums(slots, ByPiece(values, range(len(values)), {}), plan.p), plan.p)
         vector = torch.cat([vector, own])
+    if slots.of_zeros:
+        vector = torch.cat([vector, slots.of_numbers(_zeros(plan, by_piece, zeros), by_piece.indices)])
     return vector, norms, by_piece
+
+
+def _zeros(plan: Plan, by_piece: ByPiece, counted: Tensor | None) -> Tensor:
+    """How many elements of each gradient are 0: (parts,) float64 on the plan's device.
+
+    ``counted``: of those in the memory of each part, if that is known. What a sparse gradient does not have is 0.
+    """
+    found = counted
+    if found is None:
+        each = [sent(zeros, plan.device) for zeros in zeros_of_each(by_piece.parts)]
+        found = torch.stack(each).double() if each else plan.weights.new_zeros(0)
+    pairs = zip(by_piece.parts, by_piece.indices, strict=True)
+    absent = [0 if plan.in_parts[i] else max(0, plan.pieces[i].here - part.numel()) for part, i in pairs]
+    return found + sent(torch.tensor(absent), plan.device) if any(absent) else found
 
 
 def _entries(plan: Plan, slots: Slots, gradients: Sequence[Tensor | None], local: Local) -> Mapping[int, Entries]:
@@ -79,11 +96,11 @@ def _entries(plan: Plan, slots: Slots, gradients: Sequence[Tensor | None], local
     return slots.entries_of([sparse.get(source) for source in plan.sources]) if sparse else {}
 
 
-def _sums_and_norms(plan: Plan, slots: Slots, by_piece: ByPiece) -> tuple[Tensor, Norms | None]:
+def _sums_and_norms(plan: Plan, slots: Slots, by_piece: ByPiece, zeros: Tensor | None) -> tuple[Tensor, Norms | None]:
     """All local sums; and on accelerators the norms of the pieces, which are made of these or they of them."""
     parts, indices, *_ = by_piece
     if plan.on_host:
-        return slots.filled(local_sums(slots, by_piece, plan.p), indices), None
+        return slots.filled(local_sums(slots, by_piece, plan.p, zeros), indices), None
     if slots.cuts is None:
         norms = norms_on(plan, parts, indices)
         return slots.filled(powers(norms.norms, plan.p), indices), norms

@@ -22,7 +22,8 @@ from ..policies.units import Gather, RowNames, Units
 class Slots:
     """Where a plan's sums go, the same number of slots on every rank.
 
-    * ``count``: slots of gradients. ``of_parameters``: as many of parameters' values follow them.
+    * ``count``: slots of gradients. ``of_parameters``: as many of parameters' values follow them; where zeros
+      of gradients are counted, as many numbers of them come last.
     * ``units``: what slots make up, as policies see it. ``names``: of parameters and their rows, one for each slot;
       None where the slots are those of groups.
     * ``here``: how this rank's local sums make up slots. ``slot_of_sum``: (local sums,) int64, where each goes.
@@ -30,6 +31,7 @@ class Slots:
       how the elements of a piece fall into rows, None where nobody asked for rows; ``along``: the row dims of each;
       ``moves``: of pieces where others come before these.
     * ``weights``: (local sums,) float64, 1 / replicas of each; None where nothing is replicated.
+    * ``firsts``: (pieces,) int64, the first local sum of each; None where zeros are not counted.
     """
 
     count: int
@@ -44,17 +46,34 @@ class Slots:
     along: Sequence[Sequence[int]]
     moves: Mapping[int, Sequence[int]]
     weights: Tensor | None
+    firsts: Tensor | None
+
+    @property
+    def of_zeros(self) -> bool:
+        """Whether zeros of gradients are counted."""
+        return self.firsts is not None
 
     @property
     def length(self) -> int:
         """How many numbers travel."""
-        return self.count * (1 + self.of_parameters)
+        return self.count * (1 + self.of_parameters + self.of_zeros)
 
     def vector(self, sums: Tensor, p: float) -> Tensor:
         """What this rank contributes, of all its local ``sums``: (count,) float64."""
         if self.weights is not None and p < inf:
             sums = sums * self.weights
         return self.here(sums, p)
+
+    def of_numbers(self, numbers: Tensor, indices: Sequence[int]) -> Tensor:
+        """What this rank contributes of ``numbers`` of the pieces ``indices`` that are summed: (count,) float64."""
+        if self.cuts is None:
+            return self.vector(self.filled(numbers, indices), 1)
+        assert self.firsts is not None
+        if len(indices) < len(self.per_piece):
+            found, nothing = dict(zip(indices, numbers.unbind(), strict=True)), numbers.new_zeros(())
+            numbers = torch.stack([found.get(i, nothing) for i in range(len(self.per_piece))])
+        sums = numbers.new_zeros(sum(self.per_piece))  # in the first row of each; a piece without rows is empty
+        return self.vector(sums.index_add_(0, self.firsts, numbers) if len(sums) else sums, 1)
 
     def filled(self, sums: Tensor, indices: Sequence[int]) -> Tensor:
         """``sums`` of the pieces ``indices``, and zeros for the others: (local sums,)."""
@@ -146,6 +165,12 @@ class ByPiece(NamedTuple):
     table: Table | None = None
 
 
+def firsts_of(counts: Sequence[int]) -> Tensor:
+    """Where the local sums of each piece begin, that many each: (pieces,) int64, none of them beyond the last."""
+    every = torch.tensor(counts, dtype=torch.int64)
+    return (every.cumsum(0) - every).clamp(max=max(0, sum(counts) - 1))
+
+
 def all_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
     """The local sums of these pieces, where the message is."""
     parts, indices, entries, _ = by_piece
@@ -162,16 +187,19 @@ def all_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
     return torch.cat([found[k] for k in range(len(parts))])
 
 
-def local_sums(slots: Slots, by_piece: ByPiece, p: float) -> Tensor:
-    """The local sums of parts on one device; on the host where that has no float64."""
+def local_sums(slots: Slots, by_piece: ByPiece, p: float, zeros: Tensor | None = None) -> Tensor:
+    """The local sums of parts on one device; on the host where that has no float64.
+
+    ``zeros``: how many elements of each part are 0 is written to it, (parts,) float64, where these are on the CPU.
+    """
     parts, indices, entries, _ = by_piece
     if slots.cuts is None:
         if not parts or parts[0].is_cpu:
-            return sums_of_each(parts, p, by_piece.table)
+            return sums_of_each(parts, p, by_piece.table, zeros)
         norms = local_norms(parts, p) if has_float64(parts[0].device) else norms_on_host(parts, p)
         return powers(norms, p)
     cuts = slots.cuts_of(by_piece)
-    sums = row_sums(slots.rows_first(by_piece), cuts, p, by_piece.table)
+    sums = row_sums(slots.rows_first(by_piece), cuts, p, by_piece.table, zeros)
     if not entries:
         return sums
     every = zip(indices, torch.split(sums, [cut.count for cut in cuts]), strict=True)

@@ -21,7 +21,7 @@ from ..policies.units import Gather, Level, RowNames, Units
 from ..ranks.connections import all_reduce
 from . import refusals
 from .build import Plan
-from .slots import Slots
+from .slots import Slots, firsts_of
 
 
 @dataclass(slots=True)
@@ -66,11 +66,10 @@ def others_of(plan: Plan, asked: Sequence[Statistic]) -> Others:
     return [(each.name, each.where, each.grid, each.size) for each in others]
 
 
-def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others]) -> Plan:
-    """``plan`` with slots for what is ``asked`` beside the norm of all gradients, not nothing.
+def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others], zeros: bool = False) -> Plan:
+    """``plan`` with slots for what is ``asked``, not nothing, and for ``zeros`` of gradients.
 
-    ``others``: of all ranks, the same on each; one all-reduce where there are some. ValueError for a group that matches
-    no parameter.
+    ``others``: of all ranks, the same on each; one all-reduce if there are some. ValueError for a group of nothing.
     """
     finest = max((each.per for each in asked), key=LEVELS.index)
     rows, by_parameter = _rows(plan, asked), finest in ("parameter", "row")
@@ -95,6 +94,7 @@ def with_slots(plan: Plan, asked: Sequence[Statistic], others: Sequence[Others])
         along=() if rows is None else tuple(each.dims for each in rows),
         moves={} if rows is None else {i: each.dims for i, each in enumerate(rows) if not are_first(each.dims)},
         weights=None if plan.unweighted else sent(weights, plan.device),
+        firsts=sent(firsts_of(counts), plan.device) if zeros else None,
     )
     return plan.with_slots(slots, repr([(each.label, each.grid) for each in table]))
 

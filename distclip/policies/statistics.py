@@ -15,7 +15,7 @@
 """
 
 from collections.abc import Mapping
-from math import inf
+from math import inf, nan
 
 import torch
 from torch import Tensor
@@ -39,9 +39,9 @@ class Statistics:
         scale: float = 1.0,
         signals: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """``norm``: of the model's gradients, 0-d float64. ``slots``: of gradients, and of parameters where asked for,
-        (slots,) float64. ``scale``: by which gradients are multiplied in them, and in ``norm`` no more. ``signals``: by
-        name, 0-d float64.
+        """``norm``: of the model's gradients, 0-d float64. ``slots``: of gradients, and of parameters' values and zeros
+        where asked for, (slots,) float64. ``scale``: by which gradients are multiplied in them, and in ``norm`` no
+        more. ``signals``: by name, 0-d float64.
         """
         self._norm, self.units, self._slots, self._p, self._scale = norm, units, slots or {}, p, scale
         self._signals = signals or {}
@@ -63,6 +63,18 @@ class Statistics:
         sums = combined(slots, self._p) if per_model else self.units.level(wanted).of_slots(slots, self._p)
         norms = self._root(sums if member is None else sums[member])
         return norms / self._scale if wanted.of == "gradient" and self._scale != 1.0 else norms
+
+    def zeros(self, statistic: Statistic) -> Tensor | None:
+        """Which share of the elements of each unit is 0, (units,) float64; None where nobody asked.
+
+        NaN for a unit of which there is no gradient, as no rank has seen a zero nor anything else; and of unknown size.
+        """
+        counts = self._slots.get("zeros")
+        if counts is None:
+            return None
+        zeros, sizes = self.units.level(statistic).of_slots(counts, 1), self.units.sizes(statistic)
+        seen = (zeros > 0) | (self.norm(statistic) != 0)
+        return torch.where(seen & (sizes > 0), zeros / sizes, nan)
 
     def signal(self, name: str) -> Tensor:
         """The mean over ranks of what ``signals=`` gave by this name: 0-d float64, may be NaN or inf, a copy."""

@@ -49,6 +49,7 @@ def build(
     max_consecutive_skips: int | None,
     gradients: Any,
     watch: options.Watch | None,
+    watch_zeros: bool,
     decides_on_device: bool | None,
 ) -> Built:
     """Read the arguments of an :class:`.Engine`, and compare them with those of the other ranks of ``where``.
@@ -60,12 +61,14 @@ def build(
         parts = parts_of(model)
         streak = options.streak(nonfinite, max_consecutive_skips)
         policy = as_policy(policy)
-        needed, watched = needs(policy), options.watched(watch)
         p, given = positive("norm_type", norm_type), (split_over, layout, only)
+        needed, watched = needs(policy), options.watched(watch, watch_zeros, p)
         signals = tuple(each.name for each in needed if isinstance(each, Signal))
         if signals and p == inf:
             raise refusals.signals_of_maxima()
-        settings = options.settings(p, policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched)
+        settings = options.settings(
+            p, policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched, watch_zeros
+        )
         everything = once(held_in(parts))
         listed = chosen(everything, only)
         holders, plan = holders_of(listed), replace(Plan.of(listed, p, where, split_over, layout), signals=signals)
@@ -88,6 +91,6 @@ def build(
         tell_ranks(where, device, dict.fromkeys(options.SETTINGS, ""), error)
         raise
     compare_ranks(plan, listed, settings)
-    progress = progress or agreed_on_units(plan, asked, ready)
+    progress = progress or agreed_on_units(plan, asked, ready, watch_zeros)
     progress.calls.count_among(plan.group.clippers)
     return Built(parts, holders_of(everything), holders, progress)

@@ -41,12 +41,20 @@ def statistics_of(measured: Measured, norm: Tensor, units: Units, plan: Plan) ->
     found = {"gradient": sums[: slots.count]}
     if slots.of_parameters:
         found["parameter"] = sums[slots.count : 2 * slots.count]
+    if slots.of_zeros:
+        found["zeros"] = sums[slots.length - slots.count : slots.length]
     return Statistics(norm, units, found, plan.p, measured.scale, signals)
 
 
-def watched(statistics: Statistics, watch: Statistic, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """The norms that a report shows by name."""
-    return Watched(statistics.units.names(watch), all_presented(statistics.norm(watch), dtype))
+def watched(
+    statistics: Statistics, watch: Statistic | None, dtype: torch.dtype
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The norms that a report shows by name, and the shares of zeros, where they are counted."""
+    if watch is None:
+        return {}, {}
+    names, shares = statistics.units.names(watch), statistics.zeros(watch)
+    norms = Watched(names, all_presented(statistics.norm(watch), dtype))
+    return norms, {} if shares is None else Watched(names, shares.to(dtype))
 
 
 def factors_on_host(

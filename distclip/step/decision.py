@@ -167,7 +167,7 @@ def decided_on_host(
     decision, state = policy.decide(statistics, state) if trusted else ask(policy, statistics, state)
     answer, finite, dtype = Numbers.of(decision, policy, statistics), isfinite(norm), measured.dtype
     skip = answer.skip or (skips_nonfinite and not finite)
-    norms = {} if watch is None else watched(statistics, watch, dtype)
+    norms, zeros = watched(statistics, watch, dtype)
     if not skip:
         answer.check(policy, statistics, finite)
     skipped, shown, bound, given = (
@@ -178,13 +178,13 @@ def decided_on_host(
     )
     if answer.per is not MODEL:
         by_slot, ratio = factors_on_host(answer, statistics, skip, dtype)
-        report = Report(shown, presented(inf, dtype), ratio, skipped, norms=norms, extra=decision.extra)
+        report = Report(shown, presented(inf, dtype), ratio, skipped, norms=norms, extra=decision.extra, zeros=zeros)
         outcome = Outcome(report, measured, answer.bounds, (), norm, disagree, ratio.item(), skip)
         return replace(outcome, by_slot=by_slot, slots=plan.slots), state
     assert not isinstance(bound, Tensor)
     assert not isinstance(given, Tensor)
     coef, found = (torch.ones((), dtype=dtype), ()) if skip else factors(norm, bound, given, dtype)
-    report = Report(shown, presented(bound, dtype), coef, skipped, norms=norms, extra=decision.extra)
+    report = Report(shown, presented(bound, dtype), coef, skipped, norms=norms, extra=decision.extra, zeros=zeros)
     return Outcome(report, measured, answer.bounds, found, norm, disagree, coef.item(), skip), state
 
 
@@ -218,17 +218,21 @@ def decided_on_device(
         is_bad = fault > 0
         skip, shown = skip | is_bad, torch.where(is_bad, torch.nan, norm)
     never = answer.skip is None and not skips_nonfinite and trusted
-    known, norms = False if never else skip, {} if watch is None else watched(statistics, watch, dtype)
+    known, (norms, zeros) = False if never else skip, watched(statistics, watch, dtype)
     shown = presented_on_device(shown, finite, dtype)
     disagree = measured.reduced.disagree
     if answer.per is not MODEL:
         by_slot, ratio = factors_on_device(answer, statistics, skip, dtype)
-        report = Report(shown, _shown(inf, dtype, device, last), ratio, skip, norms=norms, extra=decision.extra)
+        report = Report(
+            shown, _shown(inf, dtype, device, last), ratio, skip, norms=norms, extra=decision.extra, zeros=zeros
+        )
         outcome = Outcome(report, measured, answer.bounds, (), norm, disagree, ratio, known, fault)
         return replace(outcome, by_slot=(by_slot,), slots=plan.slots), state
     bound = answer.max_norm if isinstance(answer.max_norm, float) and answer.coef is None else None
     exact, coef = _coefs(answer, norm, finite, skip, dtype, skips_nonfinite)
-    report = Report(shown, _shown(answer.max_norm, dtype, device, last), coef, skip, norms=norms, extra=decision.extra)
+    report = Report(
+        shown, _shown(answer.max_norm, dtype, device, last), coef, skip, norms=norms, extra=decision.extra, zeros=zeros
+    )
     found = () if bound == inf else (coef,)
     return Outcome(report, measured, answer.bounds, found, norm, disagree, exact, known, fault, bound), state
 

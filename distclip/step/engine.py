@@ -88,6 +88,7 @@ class Engine:
         max_consecutive_skips: int | None = None,
         gradients: str | GradientFn | Storage | None = None,
         watch: Watch | None = None,
+        watch_zeros: bool = False,
         decides_on_device: bool | None = None,
     ) -> None:
         built = build(
@@ -102,6 +103,7 @@ class Engine:
             max_consecutive_skips=max_consecutive_skips,
             gradients=gradients,
             watch=watch,
+            watch_zeros=watch_zeros,
             decides_on_device=decides_on_device,
         )
         self.progress = built.progress
@@ -275,15 +277,8 @@ class Engine:
         except ValueError as error:
             if self.plan.group.size > 1:
                 with suppress(LayoutError):
-                    self._advance(
-                        (),
-                        self._folding.of(()),
-                        scaler=None,
-                        only_theirs=False,
-                        skips_on_device=True,
-                        signals=signals,
-                        fault=LayoutError(str(error)),
-                    )
+                    said, of = LayoutError(str(error)), self._folding.of(())
+                    self._advance((), of, None, only_theirs=False, skips_on_device=True, signals=signals, fault=said)
             raise
 
     def _not_folded(self, outcome: Outcome, folds: Folds) -> Sequence[Tensor]:

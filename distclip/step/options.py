@@ -1,6 +1,7 @@
 """The keywords of a Clipper: what each may be, and how ranks compare them."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch.distributed as dist
@@ -28,6 +29,7 @@ SETTINGS = (
     "only",
     "gradients",
     "watch",
+    "watch_zeros",
 )
 
 
@@ -47,6 +49,7 @@ class Options(TypedDict, total=False):
     max_consecutive_skips: int | None
     gradients: str | GradientFn | None
     watch: Watch | None
+    watch_zeros: bool
 
 
 def settings(
@@ -58,17 +61,20 @@ def settings(
     gradients: Any,
     asked: Sequence[Statistic | Signal],
     watch: Statistic | None,
+    watch_zeros: bool,
 ) -> dict[str, str]:
     """A text for each setting, for ranks to compare; of ``given`` and functions only whether they were given."""
     texts = ["given" if each else "not given" for each in given]
     where = gradients if isinstance(gradients, str) else "not given" if gradients is None else "given"
     decided = f"{spelled(policy)}{list(asked) if asked else ''}"
-    known = (str(p), decided, nonfinite, str(max_consecutive_skips), *texts, where, str(watch))
+    known = (str(p), decided, nonfinite, str(max_consecutive_skips), *texts, where, str(watch), str(watch_zeros))
     return dict(zip(SETTINGS, known, strict=True))
 
 
-def watched(watch: Watch | None) -> Statistic | None:
-    """The statistic that is reported; ValueError for what cannot be watched."""
+def watched(watch: Watch | None, zeros: bool, p: float) -> Statistic | None:
+    """The statistic that is reported; ValueError for what cannot be watched, or whose ``zeros`` cannot be counted."""
+    if zeros and (watch is None or p == inf):
+        raise refusals.zeros_of_nothing() if watch is None else refusals.zeros_of_maxima()
     if watch is None:
         return None
     if watch == "parameters":

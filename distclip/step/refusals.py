@@ -70,6 +70,16 @@ def signals_of_maxima() -> ValueError:
     )
 
 
+def zeros_of_nothing() -> ValueError:
+    return ValueError("watch_zeros counts in the gradients that are watched: say which, watch='parameters' or groups")
+
+
+def zeros_of_maxima() -> ValueError:
+    return ValueError(
+        "watch_zeros=True counts elements, which cannot travel with the maxima of norm_type=inf: use another norm_type"
+    )
+
+
 def no_engine(found: object) -> ValueError:
     return ValueError(f"Clipper.of takes an Engine, got {type(found).__name__}: build one, Engine(model, policy)")
 

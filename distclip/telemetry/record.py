@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ..report import Report, Watched
+from ..report import Report, tensors_of as watched_in
 from . import keys
 
 Record: TypeAlias = tuple[dict[str, float], int]
@@ -13,16 +13,16 @@ Record: TypeAlias = tuple[dict[str, float], int]
 
 
 def tensors_of(report: Report) -> list[Tensor]:
-    """Its numbers as 1-D tensors on the device of the norm: norm, bound, coefficient, skip, norms, extra."""
+    """Its numbers as 1-D tensors on the device of the norm: norm, bound, coefficient, skip, norms, zeros, extra."""
     own = (report.norm, report.max_norm, report.coef, report.skip)
-    watched = [report.norms.tensor] if isinstance(report.norms, Watched) else list(report.norms.values())
+    watched = [*watched_in(report.norms), *watched_in(report.zeros)]
     extra = [number.to(report.norm.device) for number in report.extra.values()]
     return [each.view(-1) for each in (*own, *watched, *extra)]
 
 
 def width(report: Report) -> int:
     """How many numbers these are."""
-    return 4 + len(report.norms) + len(report.extra)
+    return 4 + len(report.norms) + len(report.zeros) + len(report.extra)
 
 
 def is_clipped(coef: float) -> bool:
@@ -33,7 +33,8 @@ def is_clipped(coef: float) -> bool:
 def numbers_of(report: Report, row: Sequence[float]) -> dict[str, float]:
     """The same numbers, once they are on the host, by their names."""
     norm, max_norm, coef, skipped, *others = row
-    names = [*map(keys.LAYER.format, report.norms), *map(keys.EXTRA.format, report.extra)]
+    watched = [*map(keys.LAYER.format, report.norms), *map(keys.ZEROS.format, report.zeros)]
+    names = [*watched, *map(keys.EXTRA.format, report.extra)]
     own = {
         keys.PRE_CLIP: norm,
         keys.POST_CLIP: norm * coef,

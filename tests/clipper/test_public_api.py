@@ -20,7 +20,7 @@ SIGNATURES = {
     "AdaGC": "(lambda_abs=1.0, lambda_rel=1.05, beta=0.98, warm_up=100)",
     "AutoClip": "(percentile=10, window=1000, max_norm=inf)",
     "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
-    " max_consecutive_skips=None, gradients=None, watch=None)",
+    " max_consecutive_skips=None, gradients=None, watch=None, watch_zeros=False)",
     "Clipper.clip_": "(self, *, signals=None)",
     "Clipper.history": None,
     "Clipper.load_state_dict": "(self, state)",
@@ -48,7 +48,7 @@ SIGNATURES = {
     "PerParameter": "(policy)",
     "Policy": None,  # a protocol: its methods are tested beside the policies
     "QuantileTracker": "(quantile=0.5, eta=0.2, max_norm=inf)",
-    "Report": "(norm, max_norm, coef, skip, culprit=None, norms=<factory>, extra=<factory>)",
+    "Report": "(norm, max_norm, coef, skip, culprit=None, norms=<factory>, extra=<factory>, zeros=<factory>)",
     "Report.to_dict": "(self)",
     "Statistic": "(per='model', of='gradient', groups=(), dims=())",
     "Shadow": "(acting, /, **others)",

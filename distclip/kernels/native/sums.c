@@ -65,17 +65,20 @@ struct summing {
     struct wave wave;
     double sums[WAVE];  /* of blocks of one row, which may be part of a longer one */
     double part, total; /* of this wave, and of the waves before it: where one sum is asked for */
+    double zeros[WAVE]; /* how many elements of each block are 0, and where to add that: nowhere if nobody asked */
+    double *counts[WAVE], *count;
 };
 
 /* Where a block has several rows their sums are written to their places; that of one is added to its place later. */
 static void sum_block(struct wave *wave, size_t k)
 {
     struct block *block = &wave->blocks[k];
-    double *sums = block->rows > 1 ? block->numbers : &((struct summing *)wave)->sums[k];
+    struct summing *all = (struct summing *)wave;
+    double *sums = block->rows > 1 ? block->numbers : &all->sums[k], *zeros = all->count ? &all->zeros[k] : NULL;
     if (wave->instructions == AVX2)
-        sum_rows_avx2(block->start, block->numel, block->rows, wave->kind, sums);
+        sum_rows_avx2(block->start, block->numel, block->rows, wave->kind, sums, zeros);
     else
-        sum_rows_portable(block->start, block->numel, block->rows, wave->kind, sums);
+        sum_rows_portable(block->start, block->numel, block->rows, wave->kind, sums, zeros);
 }
 
 /* Sum the blocks of a wave, which is empty afterwards. */
@@ -83,9 +86,12 @@ static void finish(struct summing *all)
 {
     struct wave *wave = &all->wave;
     share(wave);
-    for (size_t k = 0; k < wave->count; k++)
+    for (size_t k = 0; k < wave->count; k++) {
         if (wave->blocks[k].rows == 1)
             *wave->blocks[k].numbers += all->sums[k];
+        if (all->count)
+            *all->counts[k] += all->zeros[k];
+    }
     all->total += all->part;
     all->part = 0;
     wave->count = wave->numel = 0;
@@ -102,6 +108,8 @@ static void add(struct summing *all, uint64_t start, size_t numel, size_t rows, 
         while (left > 0) {
             size_t part = (left - 1) % BLOCK + 1; /* the last block is the short one */
             left -= part;
+            all->zeros[wave->count] = 0;
+            all->counts[wave->count] = all->count;
             wave->blocks[wave->count++] =
                 (struct block){(char *)(uintptr_t)start + (rows * numel + left) * size, part, some, sums + rows};
             wave->numel += part * some;
@@ -125,7 +133,9 @@ int distclip_instructions(void)
 double distclip_sum_of_squares(const uint64_t *addresses, const uint64_t *numels, size_t count, int kind,
                                int instructions, int threads)
 {
-    struct summing all = {.part = 0, .total = 0};
+    struct summing all;
+    all.part = all.total = 0;
+    all.count = NULL;
     begin(&all.wave, sum_block, kind, instructions, threads);
     while (count-- > 0)
         add(&all, addresses[count], numels[count], 1, &all.part);
@@ -133,14 +143,18 @@ double distclip_sum_of_squares(const uint64_t *addresses, const uint64_t *numels
     return all.total;
 }
 
-/* The sum of squares of each row of `count` tensors of one kind, added to `sums`: those of tensor k from `first[k]` on. */
+/* The sum of squares of each row of `count` tensors of one kind, added to `sums`: those of tensor k from `first[k]` on.
+   How many elements of it are 0 is added to `zeros[k]`, if there are any. */
 void distclip_sums_of_squares_of_rows(const uint64_t *addresses, const struct cut *cuts, const uint64_t *first,
-                                      size_t count, int kind, int instructions, int threads, double *sums)
+                                      size_t count, int kind, int instructions, int threads, double *sums,
+                                      double *zeros)
 {
     const size_t size = size_of(kind);
-    struct summing all = {.part = 0, .total = 0};
+    struct summing all;
+    all.part = all.total = 0;
     begin(&all.wave, sum_block, kind, instructions, threads);
     while (count-- > 0) {
+        all.count = zeros ? zeros + count : NULL;
         const struct cut cut = cuts[count];
         const size_t before = cut.head > 0, whole = cut.count - before - (cut.tail > 0);
         double *to = sums + first[count];

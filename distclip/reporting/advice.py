@@ -72,7 +72,9 @@ def bound(found: Analysis) -> Iterator[Advice]:
     """Whether the run's bound is a good one."""
     if found.clipped is None:
         yield from without_bound(found)
-    elif not found.moves and np.isfinite(found.bound) and found.quantiles[0.5] > 0:
+    elif found.moves:
+        yield from moving_bound(found, found.clipped)
+    elif np.isfinite(found.bound) and found.quantiles[0.5] > 0:
         yield from fixed_bound(found, found.clipped)
 
 
@@ -82,6 +84,17 @@ def without_bound(found: Analysis) -> Iterator[Advice]:
         usual = " Transformers clips at 1.0 if not told otherwise." * (found.run.program == "Transformers")
         reason = f"{suggestion(found)} The log has no bound of its own: --max-norm says which it was.{usual}"
         yield Advice("suggested", "note", title, reason)
+
+
+def moving_bound(found: Analysis, clipped: float) -> Iterator[Advice]:
+    bounds = found.run.max_norm[np.isfinite(found.run.max_norm)]
+    low, middle, high = np.quantile(bounds, [0, 0.5, 1]).tolist()
+    title = f"The bound moves between {short(low)} and {short(high)}, and clips {percent(clipped)} of the steps"
+    reason = f"Its median is {short(middle)}, that of the norms {short(found.quantiles[0.5])}."
+    if clipped >= NORMALISES:
+        reason += f" Clipped steps keep {percent(found.kept)} of their length: this normalises. A policy of a quantile "
+        reason += "clips as many steps as lie above it: AutoClip(percentile=90) one in ten."
+    yield Advice("moves", "warning" if clipped >= NORMALISES else "good", title, reason)
 
 
 def fixed_bound(found: Analysis, clipped: float) -> Iterator[Advice]:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distclip.reporting.advice import advice_on
+from distclip.reporting.advice import Advice, advice_on
 from distclip.reporting.analysis import Analysis
+from distclip.reporting.comparison import advice_on_all
 from distclip.reporting.thin import thinned
 from distclip.reporting.words import percent, short
 from distclip.runs.run import Floats, Run, Steps
@@ -23,7 +24,8 @@ UNKNOWN = -32768  # in a heat map
 
 def document_of(found: list[Analysis], version: str) -> dict[str, Any]:
     room = min(1.0, RUNS / len(found))
-    return {"version": version, "runs": [part(each, room) for each in found]}
+    together = [said(each) for each in advice_on_all(found)]
+    return {"version": version, "advice": together, "runs": [part(each, room) for each in found]}
 
 
 def part(found: Analysis, room: float) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def part(found: Analysis, room: float) -> dict[str, Any]:
         "program": run.program,
         "path": str(run.path),
         "tiles": tiles(found),
-        "advice": [[each.kind, each.weight, each.title, each.reason] for each in advice_on(found)],
+        "advice": [said(each) for each in advice_on(found)],
         "norm": norm_curve(run, most),
         "bound": bound_curve(run, most // 2),
         "skipped": points(run.step, run.norm, run.skip & run.finite, most // 4),
@@ -50,6 +52,10 @@ def part(found: Analysis, room: float) -> dict[str, Any]:
         "layers": heat_map(run, int(CELLS * room)),
         "notes": list(run.notes),
     }
+
+
+def said(advice: Advice) -> list[str]:
+    return [advice.kind, advice.weight, advice.title, advice.reason]
 
 
 def tiles(found: Analysis) -> list[list[str]]:

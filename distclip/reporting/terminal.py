@@ -4,8 +4,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distclip.reporting.advice import advice_on
+from distclip.reporting.advice import Advice, advice_on
 from distclip.reporting.analysis import Analysis
+from distclip.reporting.comparison import advice_on_all
 from distclip.reporting.document import tiles
 
 COLOURS = {"problem": "bold red", "warning": "yellow", "good": "green", "note": "cyan"}
@@ -20,14 +21,16 @@ def show(console: Console, found: list[Analysis]) -> None:
         cells = [f"{value}  [dim]{escape(below)}[/dim]" for _, value, below in rows]
         table.add_row(rows[0][0], *cells)
     console.print(table)
+    for said in advice_on_all(found):
+        say(console, said)
     for each in found:
-        say_advice(console, each, each.run.name if len(found) > 1 else "")
+        for said in advice_on(each):
+            say(console, said, f"{each.run.name}: " if len(found) > 1 else "")
+        for note in each.run.notes:
+            console.print(f"\n[dim]{escape(note)}[/dim]", highlight=False)
 
 
-def say_advice(console: Console, found: Analysis, name: str) -> None:
-    for each in advice_on(found):
-        mark = f"[{COLOURS[each.weight]}]{each.weight}[/]"
-        where = f"{escape(name)}: " if name else ""
-        console.print(f"\n{mark}  {where}[bold]{escape(each.title)}[/bold]\n{escape(each.reason)}", highlight=False)
-    for note in found.run.notes:
-        console.print(f"\n[dim]{escape(note)}[/dim]", highlight=False)
+def say(console: Console, said: Advice, where: str = "") -> None:
+    mark = f"[{COLOURS[said.weight]}]{said.weight}[/]"
+    title = f"{escape(where)}[bold]{escape(said.title)}[/bold]"
+    console.print(f"\n{mark}  {title}\n{escape(said.reason)}", highlight=False)

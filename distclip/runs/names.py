@@ -44,7 +44,7 @@ COEF = (keys.COEF, "coef", "clip_coef", "grad/clip_coef")
 SKIP = (keys.SKIPPED, "skip", "skipped", "optim/step_skipped", "grad/skipped")
 CULPRIT = ("culprit", "culprit_before")  # the second: of the step before, which accelerators tell late
 LAYER = re.compile(r"(?:grad_norm/layer/|norm/|grad_[\d.]+_norm/|l2_norm/grad/|grad/norm/)(?P<name>.+)")
-KNOWN = {*STEP, *NORM, *LOSS, *MAX_NORM, *COEF, *SKIP, *CULPRIT}
+KNOWN = {keys.LARGEST, *STEP, *NORM, *LOSS, *MAX_NORM, *COEF, *SKIP, *CULPRIT}
 TOTALS = {"global", "total"}
 
 
@@ -93,6 +93,9 @@ def assembled(log: Log, names: Names) -> Run:
     if doubled:
         notes.append(f"{doubled:,} steps were logged more than once (the run was restarted): the latest counts.")
 
+    if keys.LARGEST in series:
+        notes += between_records(series[keys.LARGEST], norm)
+
     def column(wanted: tuple[str, ...]) -> Series | None:
         name = known(series, wanted)
         return None if name is None else series[name]
@@ -114,6 +117,17 @@ def assembled(log: Log, names: Names) -> Run:
         culprits=culprits_of(log),
         notes=tuple(notes),
     )
+
+
+def between_records(largest: Series, norm: Series) -> list[str]:
+    """Whether a log of some steps tells of a larger norm in one that it left out."""
+    top = int(np.argmax(largest.value))
+    if not largest.value[top] > np.nanmax(np.where(np.isfinite(norm.value), norm.value, 0)):
+        return []
+    where = f"largest {largest.value[top]:.3g}, before step {largest.step[top]:,}"
+    return [
+        f"The log has some of the steps. In those between, norms were higher ({where}): log every step to see them."
+    ]
 
 
 def culprits_of(log: Log) -> dict[int, str]:

@@ -1,5 +1,6 @@
 """The advice on runs whose right answer is known."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from distclip.reporting import replay as replaying
 from distclip.reporting.advice import Advice, advice_on
 from distclip.reporting.analysis import Analysis
+from distclip.reporting.comparison import advice_on_all
 from distclip.reporting.replay import POLICIES, replay
 from distclip.runs import Layers, Run
 
@@ -83,6 +85,17 @@ def test_a_good_bound_is_called_one():
     assert found.keys() & {"normalises", "never", "often", "shift", "layer", "spikes"} == set()
 
 
+def test_a_bound_that_moves_is_told_and_whether_it_normalises():
+    norms, moving = noise(), np.linspace(1.2, 1.6, STEPS)
+    found = advice(replace(run_of(norms), max_norm=moving, coef=np.minimum(1, moving / norms)))
+    assert found["moves"].weight == "good"
+    assert found["moves"].title.startswith("The bound moves between 1.2 and 1.6, and clips ")
+    low = moving / 10
+    found = advice(replace(run_of(norms), max_norm=low, coef=np.minimum(1, low / norms)))
+    assert found["moves"].weight == "warning"
+    assert "this normalises" in found["moves"].reason
+
+
 def test_one_layer_that_explodes_is_named():
     usual, layers = noise(), {}
     for k in range(10):
@@ -151,6 +164,22 @@ def test_norms_measured_after_clipping_are_known():
     run = run_of(np.minimum(noise(), 1.0), 1.0)
     assert "after-clipping" in advice(run)
     assert "after-clipping" not in advice(run_of(noise(), 1.0))
+
+
+def together(*runs: Run) -> list[Advice]:
+    return advice_on_all([Analysis.of(run, lambda done: None) for run in runs])
+
+
+def test_the_norm_of_one_shard_is_known_by_its_factor():
+    norms = noise()
+    ddp, fsdp = replace(run_of(norms), name="ddp"), replace(run_of(norms / 2 * noise(seed=1) ** 0.01), name="fsdp")
+    for pair in ((ddp, fsdp), (fsdp, ddp)):
+        (found,) = together(*pair)
+        assert found.title == "The norms of ddp are 2 times those of fsdp, in every step"
+        assert "It is the square root of 4" in found.reason
+    assert not together(ddp, replace(run_of(norms), name="again"))
+    assert not together(ddp, replace(run_of(2 * noise(seed=1)), name="another"))
+    assert not together(ddp)
 
 
 def test_a_replay_is_the_policy():

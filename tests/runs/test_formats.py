@@ -148,6 +148,14 @@ def test_a_format_is_recognised_and_read(make, tmp_path: Path):
         assert not np.isfinite(run.layers.norms[2, 0])
 
 
+def test_what_telemetry_tells_of_steps_between_records_is_noted(tmp_path: Path):
+    records = [
+        {"step": step, "grad_norm/pre_clip": 1.0, "grad_norm/max": 7.5 if step == 20 else 1.1} for step in (10, 20)
+    ]
+    (note,) = only(lines(tmp_path / "log.jsonl", records)).notes
+    assert "largest 7.5, before step 20" in note
+
+
 def test_our_culprits_come_with_their_steps(tmp_path: Path):
     assert dict(only(of_trainer(tmp_path)).culprits) == {3: "a.weight on rank 1 has inf"}
 

@@ -97,6 +97,8 @@ def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(number, 
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{steps[-1]:08d}"]
     assert json.loads((folder / "summary.json").read_text())["status"] == f"stopped by {number.name}"
     assert f"resume=true run.dir={folder}" in "".join(output.split("\n"))
+    assert f"report   {folder}/report.html" in "".join(output.split("\n"))
+    assert (folder / "report.html").is_file()
 
     words = [*TINY, f"run.dir={folder}", "resume=true", f"train.steps={steps[-1] + 3}"]
     assert run_ranks(train_here, 2, "quickstart.yaml", words) == [0, 0]

@@ -4,12 +4,15 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from distclip.train.metrics import MetricsFile, read_until, to_json
 from distclip.train.progress import Display, Tally
+from distclip.train.trainer import Trainer
 
 
 def test_numbers_that_json_does_not_know_are_strings_that_float_reads():
@@ -29,6 +32,26 @@ def test_going_on_drops_what_came_after_the_checkpoint_and_a_line_cut_short(tmp_
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     tally = Tally(read_until(path, 6))
     assert (tally.steps, tally.clipped, tally.share(tally.clipped)) == (6, 1, 1 / 6)
+
+
+def test_of_steps_in_a_row_without_a_finite_norm_the_first_is_blamed_in_a_line():
+    shown = io.StringIO()
+    display = Display(Console(file=shown), start=0, steps=9, unit="characters", log_every=100)
+    for step, key in enumerate([None, "culprit", "culprit", None, "culprit_before", "culprit_before"], 1):
+        display.blame({"step": step} | ({} if key is None else {key: f"parameter {step}"}))
+    assert shown.getvalue().splitlines() == ["step 2: parameter 2", "step 4: parameter 5"]
+
+
+def test_on_an_accelerator_the_culprit_is_in_the_record_of_the_next_step():
+    """The meta device stands for one: nothing of it can be read."""
+    late = SimpleNamespace(source=None, held=SimpleNamespace(clipper=SimpleNamespace(culprit="head.weight on rank 1")))
+    report = SimpleNamespace(culprit=None, norm=torch.empty((), device="meta"))
+    assert Trainer.blamed(late, report, finite=True) == {"culprit_before": "head.weight on rank 1"}
+    late.held.clipper.culprit = None
+    assert Trainer.blamed(late, report, finite=False) == {}
+    late.source = SimpleNamespace(culprit=lambda: "head.weight on rank 0")
+    assert Trainer.blamed(late, report, finite=False) == {"culprit": "head.weight on rank 0"}
+    assert Trainer.blamed(late, report, finite=True) == {}
 
 
 def test_a_skipped_step_is_not_a_clipped_one():

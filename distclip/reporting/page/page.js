@@ -275,6 +275,7 @@ function showComparison() {
   };
   figure("norms", "Norms", "Before clipping. Click a name to hide it, double-click to see it alone.", 400, curves("norm"));
   if (data.runs.some((run) => run.loss)) figure("losses", "Losses", "", 320, curves("loss"));
+  if (data.advice.length) card("What they say together", "", ...data.advice.map(([, weight, title, reason]) => adviceRow(weight, title, reason)));
   card("What each says", "", ...data.runs.flatMap((run) => run.advice.slice(0, 2).map(([, weight, title, reason]) => adviceRow(weight, `${run.name}: ${title}`, reason))));
 }
 

@@ -21,9 +21,14 @@ that left its range is made again in float64. For p = inf nothing is added; NaN 
    each alone; other rows in float64, a part at a time.
 7. foreach_rows.py, one sum for each row on accelerators: whole tensors and long rows by 3, others in float64, converted
    a part at a time. Devices without float64 copy the tensors to the host, where 6 sums them.
+
+And exact.py rounds nothing at all, for p = 1 and 2: native/exact.c on the CPU, and torch's kernels on integers where no
+library was built and on accelerators.
 """
 
 from .each import row_sums as row_sums, sums_of_each as sums_of_each, zeros_of_each as zeros_of_each
+from .exact import exact_norm as exact_norm, exact_sum as exact_sum
+from .fingerprint import fingerprints as fingerprints
 from .memory import check_memory as check_memory
 from .rows import Cut as Cut
 from .scale import clamp_ as clamp_, scale_ as scale_

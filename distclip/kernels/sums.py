@@ -71,10 +71,10 @@ def power_sum(tensors: Sequence[Tensor], p: float) -> float:
         if not others:
             return found
         rows = _Rows()
-        for flat in _joined(others, p):
+        for flat in joined(others, p):
             rows.add(flat)
         return found + rows.total()
-    return sum(_exact_sum(chunk, p) for flat in _joined(tensors, p) for chunk in torch.split(flat, CHUNK))
+    return sum(_exact_sum(chunk, p) for flat in joined(tensors, p) for chunk in torch.split(flat, CHUNK))
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
@@ -91,7 +91,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
     kinds = dict.fromkeys(dtypes)
     for dtype in kinds:
         same = tensors if len(kinds) == 1 else [t for t, its in zip(tensors, dtypes, strict=True) if its is dtype]
-        read = _readable(same) if dtype in native.KINDS else []
+        read = readable(same) if dtype in native.KINDS else []
         if read:
             total += _sum_of(native.KINDS[dtype], read)
         if len(read) < len(same):
@@ -100,7 +100,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
     return total, others
 
 
-def _readable(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def readable(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Those whose elements lie side by side in the memory of this process."""
     if set(map(type, tensors)) <= PLAIN and all(map(on_cpu, tensors)) and all(map(Tensor.is_contiguous, tensors)):
         return tensors  # 0.1 us each; one by one 0.5
@@ -124,7 +124,7 @@ def _sum_of(kind: int, tensors: Sequence[Tensor]) -> float:
 def largest(tensors: Sequence[Tensor]) -> float:
     """max(|x|) over all elements of ``tensors`` on the CPU: NaN if any element is, 0 if there are none."""
     found = [0.0]
-    for flat in _joined(tensors, inf):
+    for flat in joined(tensors, inf):
         if flat.is_complex():
             found += (_float64(chunk).max().item() for chunk in torch.split(flat, CHUNK))
         else:
@@ -202,7 +202,7 @@ class _Rows:
         self._count = 0
 
 
-def _joined(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
+def joined(tensors: Sequence[Tensor], p: float) -> Iterator[Tensor]:
     """Contiguous 1-D tensors that hold every element once: views of large tensors, and copies of many small ones.
 
     The last comes first: scaling them afterwards, from the first on, finds those in the cache.

@@ -11,7 +11,7 @@ A placement of DTensors:
 
 * `cuts` in layouts/piece.py: whether ranks along its axis hold different elements. What does not cut and is not
   Replicate is refused by layouts/layout.py.
-* `_along` in layouts/rows.py: which indices along a dim it leaves to a rank.
+* `along` in layouts/rows.py: which indices along a dim it leaves to a rank.
 * `held_gradient` in layouts/piece.py and `clip_grad_value_` in functional.py: pending sums.
 * `cut_locally` in gradients/realign.py: whether a copy can be cut to it without communication; `_digit` and `_decode`:
   its code, where a gradient may lie so while its parameter does not.

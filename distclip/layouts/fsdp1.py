@@ -59,16 +59,8 @@ def held_by_fsdp1(module: FullyShardedDataParallel, prefix: str) -> Iterator[Hel
             flat_over=ranks,
             flattened=flat._shapes[i],
             start=info.intra_param_start_idx or 0,
-            in_order=_in_order(flat, i),
+            strides=() if flat._contiguities[i] else tuple(flat._strides[i]),  # FSDP1 flattens memory as it is
             row_dims=output_dims(layers[flat._param_infos[i].module], shape),
             aligned=not any(flat._param_extensions),  # tensor-parallel neighbours may have other sizes on other ranks
         )
         yield Held(piece, holder)
-
-
-def _in_order(flat: Any, i: int) -> int:
-    """How many first dimensions of parameter ``i`` are row-major: FSDP1 flattens memory as it is, also a transpose."""
-    shape, strides = flat._shapes[i], flat._strides[i]
-    if flat._contiguities[i]:
-        return len(shape)
-    return next((d for d, size in enumerate(shape) if strides[d] != shape[d + 1 :].numel() and size > 1), len(shape))

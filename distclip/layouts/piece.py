@@ -38,8 +38,8 @@ class Piece:
     * ``spec``: DTensor placements, also if the holder is the plain local tensor of one.
     * ``flat_over``: global ranks among which the local tensor is cut once more, as FSDP1 does; empty for none.
     * ``flattened``: the shape of that local tensor, before FSDP1 made it flat; None for none.
-    * ``start``: the element of it, in the order in which it was flattened, with which this piece begins; ``in_order``:
-      how many of its first dimensions are row-major in that order.
+    * ``start``: the element of it, in the order in which it was flattened, with which this piece begins; ``strides``:
+      those of its dimensions in that order, empty where it is row by row.
     * ``row_dims``: the dimensions that number outputs of its layer, ascending; (0,) where no layer is known.
     * ``aligned``: replicas on other ranks are cut at the same places, so that they can be compared.
     * ``reduced``: the gradient comes already in the placements of ``spec``, as FSDP2 makes it.
@@ -57,7 +57,7 @@ class Piece:
     flat_over: tuple[int, ...] = ()
     flattened: torch.Size | None = None
     start: int = 0
-    in_order: int = 0
+    strides: tuple[int, ...] = ()
     row_dims: tuple[int, ...] = (0,)
     aligned: bool = True
     reduced: bool = False

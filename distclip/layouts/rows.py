@@ -61,16 +61,25 @@ def rows_of(piece: Piece, dims: tuple[int, ...] | None = None) -> Rows:
         raise no_such_dim(piece.name, tuple(shape), dims)
     if piece.flattened is not None and not are_first(dims):
         raise flattened_across_rows(piece.name, dims)
-    if piece.flattened is not None and len(dims) > piece.in_order:
+    if piece.flattened is not None and len(dims) > _in_order(piece):
         raise flattened_in_another_order(piece.name)
-    along = [_along(piece, dim, of_rows=dim in dims) for dim in range(len(shape))]
+    ours = [along(piece, dim, of_rows=dim in dims) for dim in range(len(shape))]
     index = torch.zeros(1, dtype=torch.int64, device="cpu")
     for dim in dims:
-        index = (index.view(-1, 1) * shape[dim] + along[dim]).flatten()
-    length = prod(len(each) for dim, each in enumerate(along) if dim not in dims)
+        index = (index.view(-1, 1) * shape[dim] + ours[dim]).flatten()
+    length = prod(len(each) for dim, each in enumerate(ours) if dim not in dims)
     if len(index) * length != (piece.here if piece.flattened is None else piece.flattened.numel()):
         raise not_as_placed(piece.name)
     return _in(index, length, piece, tuple((dim, shape[dim]) for dim in dims))
+
+
+def _in_order(piece: Piece) -> int:
+    """How many first dimensions are row-major in a part that FSDP1 has flattened as it was in memory."""
+    assert piece.flattened is not None
+    sizes = list(enumerate(piece.flattened))
+    after = [piece.flattened[dim + 1 :].numel() for dim, _ in sizes]
+    strides = piece.strides or after
+    return next((dim for dim, size in sizes if strides[dim] != after[dim] and size > 1), len(sizes))
 
 
 def are_first(dims: tuple[int, ...]) -> bool:
@@ -91,7 +100,7 @@ Step: TypeAlias = tuple[int, int, int]
 """One cut: the split factor of its placement, this rank's coordinate along the mesh axis, and the ranks along it."""
 
 
-def _along(piece: Piece, dim: int, of_rows: bool) -> Tensor:
+def along(piece: Piece, dim: int, of_rows: bool) -> Tensor:
     """The indices along ``dim`` that this rank has, before FSDP1 cut them once more; int64, ascending.
 
     ``of_rows``: it matters which, and not only how many.

@@ -15,7 +15,8 @@ from .library import library
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as waves.h numbers them
 SCALED = frozenset({torch.float32, torch.bfloat16})  # by scale.c
-PORTABLE, AVX2 = 0, 1
+EXACT_KINDS = {**KINDS, torch.float64: 3}  # by exact.c
+PORTABLE, AVX2, AVX512 = 0, 1, 2
 
 
 def load(file: Path) -> CDLL | None:
@@ -34,6 +35,10 @@ def load(file: Path) -> CDLL | None:
     for rows, numbers in ((found.distclip_sums_of_squares_of_rows, 2), (found.distclip_multiply_rows, 1)):
         rows.restype = None
         rows.argtypes = [c_void_p] * 3 + [c_size_t, c_int, c_int, c_int] + [c_void_p] * numbers
+    found.distclip_exact_sum.restype = None
+    found.distclip_exact_sum.argtypes = [c_void_p] * 2 + [c_size_t] + [c_int] * 4 + [c_void_p, c_size_t]
+    found.distclip_fingerprints.restype = None
+    found.distclip_fingerprints.argtypes = [c_void_p] * 3 + [c_size_t] + [c_int] * 3 + [c_void_p]
     return found
 
 
@@ -41,7 +46,10 @@ loaded = load(library())
 kernel: Callable[..., float] | None = None if loaded is None else loaded.distclip_sum_of_squares
 sum_rows: Callable[..., None] | None = None if loaded is None else loaded.distclip_sums_of_squares_of_rows
 multiply_rows: Callable[..., None] | None = None if loaded is None else loaded.distclip_multiply_rows
+exact_sum: Callable[..., None] | None = None if loaded is None else loaded.distclip_exact_sum
+fingerprints: Callable[..., None] | None = None if loaded is None else loaded.distclip_fingerprints
 instructions: int = PORTABLE if loaded is None else loaded.distclip_instructions()
+widest: int = PORTABLE if loaded is None else loaded.distclip_widest_instructions()  # of exact.c and fingerprint.c
 
 
 def name() -> str:

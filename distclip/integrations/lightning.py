@@ -19,6 +19,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from ..clipper import Clipper
+from ..errors import NonFiniteError
 from ..optimizers.hooks import guard, watch
 from ..optimizers.scaler import is_unscaled, needs_update
 from ..optimizers.wrapped import refuse_clip_before_step
@@ -29,6 +30,7 @@ from ..step.driver import Driver
 from ..step.engine import Engine
 from ..step.options import Options
 from ..step.signals import Signals
+from ..telemetry.record import Record
 from ..telemetry.window import Window
 
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
@@ -79,7 +81,7 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         """Make the Clipper: by now parameters are wrapped and restored."""
         optimizer = _only_optimizer(trainer)
         state = self._loaded = self.state_dict()  # of a checkpoint or the previous fit; kept also if this one fails
-        self.clipper = None  # its hooks go with it
+        self.clipper, self._window = None, Window()  # its hooks go with it
         clipper = _called_by_trainer(trainer, optimizer, self._policy, self._options)
         if state:
             clipper.load_state_dict(state["clipper"])
@@ -100,7 +102,12 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         if trainer.is_global_zero and trainer.loggers:
             self._window.add(report, trainer.global_step)
             every = trainer.log_every_n_steps
-            self._log(trainer, due=bool(every) and (trainer.global_step + 1) % every == 0)
+            due = bool(every) and (trainer.global_step + 1) % every == 0
+            self._log(trainer, self._window.records(due))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was bad since the last log."""
+        self._log(trainer, self._window.rest())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the Trainer as it was."""
@@ -109,6 +116,8 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the Trainer as it was: after an exception it calls no teardown."""
+        if isinstance(exception, NonFiniteError):  # after others a device may be gone
+            self._log(trainer, self._window.rest())
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,8 +128,8 @@ class ClipGradients(Callback):  # type: ignore[misc]  # mypy does not look into 
         """Keep what :meth:`state_dict` returned until training starts: there may be no model yet."""
         self.clipper, self._loaded = None, state_dict
 
-    def _log(self, trainer: Trainer, due: bool) -> None:
-        for metrics, step in self._window.records(due):
+    def _log(self, trainer: Trainer, records: list[Record]) -> None:
+        for metrics, step in records:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
 

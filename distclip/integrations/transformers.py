@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from ..clipper import Clipper
-from ..errors import warn_user
+from ..errors import NonFiniteError, warn_user
 from ..optimizers.hooks import watch
 from ..optimizers.wrapped import refuse_clip_before_step
 from ..policies import Policy
@@ -90,7 +90,11 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
         outer, scaler = self._trainer.optimizer, self._trainer.accelerator.scaler
         inner = _inner(outer)
         watch(inner)
-        report = self.clipper.engine.clip_([inner], scaler)
+        try:
+            report = self.clipper.engine.clip_([inner], scaler)
+        except NonFiniteError:
+            self._log_between(self._window.rest())  # the last chance
+            raise
         if scaler is None:
             outer._is_overflow = report.skip
         return report.norm
@@ -101,6 +105,8 @@ class Clipping(TrainerCallback):  # type: ignore[misc]
             *between, (numbers, _) = records
             self._log_between(between)
             logs.update(numbers)
+        elif "train_runtime" in logs:  # at the end
+            self._log_between(self._window.rest())
         self._log(logs, *arguments, **options)
 
     def _log_between(self, records: Iterable[Record]) -> None:

@@ -24,7 +24,8 @@ class Log:
     No collective. On an accelerator no host sync but one a record, on all ranks alike: the numbers are read in the step
     after, so that they have arrived by then. Kept meanwhile: the reports of ``every`` steps.
 
-    ``close``, or leaving ``with Log(...)``, writes what has not been written, the last step with it.
+    ``close``, or leaving ``with Log(...)``, writes what has not been written, the last step with it. Replays of a CUDA
+    graph have no records.
     """
 
     def __init__(self, clipper: Clipper, *sinks: Sink, every: int = 10) -> None:
@@ -43,8 +44,7 @@ class Log:
         """Write the rest, close the sinks that can be closed, and leave the Clipper; waits for the device."""
         self._handle.remove()
         self._write(self._window.receive())
-        self._window.send(due=True)
-        self._write(self._window.receive())
+        self._write(self._window.rest(due=True))
         for sink in self._sinks:
             sink.close()
         self._sinks = []

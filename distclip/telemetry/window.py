@@ -90,9 +90,11 @@ class Window:
         return [*bad, (numbers | self._counts(), step)]
 
     def records(self, due: bool) -> list[Record]:
-        """The records so far, waited for; nothing where no record is ``due`` and there is room for more steps."""
-        if not due and len(self) < MOST:
-            return []
+        """The records so far, waited for; none where no record is ``due`` and there is room for more steps."""
+        return self.rest(due) if due or len(self) >= MOST else []
+
+    def rest(self, due: bool = False) -> list[Record]:
+        """The records of all that was added, waited for: of bad steps, and of the last one if it is ``due``."""
         self.send(due)
         return self.receive()
 

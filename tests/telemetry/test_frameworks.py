@@ -4,6 +4,7 @@ Lightning's loggers are in tests/integrations/test_lightning.py.
 """
 
 import warnings
+from contextlib import suppress
 from math import isnan, nan
 from typing import Any
 
@@ -70,6 +71,61 @@ def test_trainer_logs_the_numbers_with_its_own_and_bad_steps_between(tmp_path):
                 assert numbers["grad_norm"] == numbers["grad_norm/pre_clip"]
         layers = {key for key, number in found[1][1].items() if key.startswith("grad_norm/layer/") and isnan(number)}
         assert len(layers) == 15  # all that are trained
+
+
+def at_the_end_of_a_trainer(folder: str) -> list[list[tuple[int, bool]]]:
+    """Steps and whether they were skipped, of a run whose bad step is after the last log, and of one that fails."""
+    from distclip import NonFiniteError
+    from distclip.integrations.transformers import take_over
+    from integrations.test_transformers import BOUND, ROWS, trainer_in
+
+    warnings.simplefilter("ignore")
+    ends = trainer_in(folder, bad=10, logging_steps=8)
+    take_over(ends, BOUND)
+    ends.train()
+    fails = trainer_in(folder, logging_steps=8)
+    take_over(fails, BOUND, max_consecutive_skips=2)
+    for row in fails.train_dataset[8 * ROWS :]:
+        row["labels"] = row["labels"] * nan
+    with suppress(NonFiniteError):
+        fails.train()
+    assert fails.state.global_step == 10
+    logs = [entries(trainer.state.log_history) for trainer in (ends, fails)]
+    return [[(step, bool(numbers["clip/skipped"])) for step, numbers in log] for log in logs]
+
+
+def test_bad_steps_after_the_last_log_of_trainer_are_not_lost(tmp_path):
+    pytest.importorskip("transformers")
+    for ended, failed in run_ranks(at_the_end_of_a_trainer, 2, str(tmp_path), fresh=True, timeout=120):
+        assert ended == [(8, False), (11, True)]
+        assert failed == [(8, False), (9, True), (10, True)]
+
+
+def at_the_end_of_lightning() -> list[list[tuple[int, bool]]]:
+    from distclip import NonFiniteError
+    from integrations.lightning_runs import Case, Kept, Lit, fit, quiet
+
+    class Breaks(Lit):
+        def training_step(self, rows: Any, batch_idx: int) -> torch.Tensor:
+            loss: torch.Tensor = super().training_step(rows, batch_idx)
+            return loss * nan if batch_idx >= 8 else loss
+
+    quiet()
+    ends, fails = Case("single", bad=10), Case("single", options={"max_consecutive_skips": 2})
+    found = []
+    for module in (Lit(ends), Breaks(fails)):
+        logger = Kept()
+        with suppress(NonFiniteError):
+            fit(module.case, module, logger=logger, log_every_n_steps=8)
+        found.append([(step, bool(numbers["clip/skipped"])) for step, numbers in logger.metrics])
+    return found
+
+
+def test_bad_steps_after_the_last_log_of_lightning_are_not_lost():
+    pytest.importorskip("lightning")
+    ((ended, failed),) = run_ranks(at_the_end_of_lightning, 1, fresh=True, timeout=120)
+    assert ended == [(7, False), (10, True)]  # counted from 0, as Lightning does
+    assert failed == [(7, False), (8, True), (9, True)]
 
 
 def in_accelerate() -> list[tuple[int, dict[str, float]]]:

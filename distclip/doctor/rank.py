@@ -8,7 +8,6 @@ from types import FrameType
 from distclip.doctor import refusals
 from distclip.doctor.options import Options
 from distclip.doctor.place import chosen_device, local_place, meet
-from distclip.doctor.visit import visit
 from distclip.train.complaint import complain
 
 received: list[int] = []  # signals to end
@@ -32,6 +31,8 @@ def be(url: str, rank: int, world: int, options: Options) -> int:
     except RuntimeError as error:
         complain(refusals.not_met(rank, error))
         return 1
+    from distclip.doctor.visit import visit  # FSDP and DTensor, which the process that starts ranks does without
+
     device = chosen_device(options.device, *local_place(rank, world))
     code, works = visit(meeting, options, device)
     meeting.leave()

@@ -5,9 +5,8 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from math import inf
-from multiprocessing import connection, get_context
+from multiprocessing import connection, forkserver, get_context
 from multiprocessing.process import BaseProcess
 from tempfile import TemporaryDirectory
 
@@ -17,9 +16,10 @@ from distclip.bench.place import launched, reports_errors, shows
 from distclip.bench.start import MOST, writable
 from distclip.doctor import refusals
 from distclip.doctor.options import Options
+from distclip.doctor.rank import be_launched, be_local
 from distclip.train.complaint import complain
 
-RANK = "distclip.doctor.rank"  # what the ranks are forked with
+PRELOADED = ["distclip.doctor.visit", "torch.distributed.pipelining"]  # the ranks have imported it when they begin
 PATIENCE = 20.0  # seconds that rank 0 has once a rank has failed, to say which it was
 LEAVING = 3.0  # seconds that the others have once rank 0 has said it
 LOOK = 0.5  # seconds between two looks at those
@@ -32,31 +32,41 @@ def start(options: Options) -> int:
         if reports_errors():
             complain(problem)
         return 2
-    if launched():
-        from distclip.doctor.rank import be_launched  # imports FSDP and DTensor
-
-        return be_launched(options)
-    return start_local(options)
+    return be_launched(options) if launched() else start_local(options)
 
 
 def start_local(options: Options) -> int:
     """Start the ranks, forked from a process that has imported what they need, and wait for them."""
-    from distclip.doctor.rank import be_local
-
     loopback = next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0"))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    context = get_context("forkserver")
-    context.set_forkserver_preload([RANK])
+    process, numbers = get_context("forkserver").Process, range(options.processes)
     with TemporaryDirectory(prefix="distclip-doctor-") as folder:
-        numbers = range(options.processes)
-        ranks = [context.Process(target=be_local, args=(rank, folder, options), daemon=True) for rank in numbers]
-        for rank in ranks:
-            rank.start()
+        ranks = [process(target=be_local, args=(rank, folder, options), daemon=True) for rank in numbers]
         try:
+            start_all(ranks)
             return code_of(wait_for(ranks))
         except KeyboardInterrupt:
-            end(ranks, signal.SIGINT)  # which they may not have got from the terminal
+            end(ranks)  # which may not have got it from the terminal
             raise
+
+
+def start_all(ranks: Sequence[BaseProcess]) -> None:
+    """Start the process that ranks are forked from, and the ranks; then KeyboardInterrupt if Ctrl-C came meanwhile.
+
+    That process inherits to ignore it: it would end with a traceback. A rank is forked even if nobody waits for it.
+    """
+    interrupted: list[int] = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+        signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
+        for rank in ranks:
+            rank.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def wait_for(ranks: Sequence[BaseProcess]) -> list[int]:
@@ -68,17 +78,17 @@ def wait_for(ranks: Sequence[BaseProcess]) -> list[int]:
             patience = PATIENCE if ranks[0].exitcode is None else LEAVING
             deadline = min(deadline, time.monotonic() + patience)
         if time.monotonic() > deadline:
-            end(alive, signal.SIGKILL)
+            end(alive)
             return [1 if rank in alive else rank.exitcode or 0 for rank in ranks]
     return [rank.exitcode or 0 for rank in ranks]
 
 
-def end(ranks: Sequence[BaseProcess], number: signal.Signals) -> None:
-    for rank in ranks:
-        if rank.pid is not None and rank.exitcode is None:
-            with suppress(ProcessLookupError):
-                os.kill(rank.pid, number)
-    for rank in ranks:
+def end(ranks: Sequence[BaseProcess]) -> None:
+    """Kill those that are alive: they have nothing to save."""
+    started = [rank for rank in ranks if rank.pid is not None]
+    for rank in started:
+        rank.kill()
+    for rank in started:
         rank.join()
 
 

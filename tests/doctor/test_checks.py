@@ -336,6 +336,17 @@ def test_a_finding_is_a_line_and_layouts_a_table():
     assert rows(Finding(name="DDP", columns=("2", "3", "right"), state="wrong", text="no"), True)[-1] == "       no"
 
 
+def test_a_terminal_shows_what_is_being_done(capsys, monkeypatch):
+    page = Page(None)
+    page.begin("FSDP2")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    page.begin("FSDP2")
+    assert "... FSDP2" in capsys.readouterr().err
+    page.add(Finding(name="FSDP2", columns=("2", "2", "right")))
+    assert capsys.readouterr().err.endswith("\033[K")  # wiped
+
+
 def test_json_on_the_standard_output_is_alone_there(capsys):
     page = Page(Path("-"))
     page.add(Finding(name="versions", text="same"))

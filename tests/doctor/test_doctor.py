@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,6 +114,10 @@ def start(*words: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
     )
 
 
+def children_of(process: subprocess.Popen[str]) -> list[str]:
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
 def test_torchrun_starts_it_and_one_rank_that_dies_is_named():
     well = start("doctor", *QUICK, launcher=TORCHRUN)
     dying = start("inspect", "--model", "doctor.mine:dies_on_rank_1", launcher=TORCHRUN)
@@ -184,3 +189,15 @@ def test_a_function_that_returns_no_module_is_one_line_and_code_2(tmp_path: Path
     assert codes == [2, 2]
     assert output.startswith("distclip: --model: doctor.mine:a_number() returned int, not a module")
     assert output.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+def test_ctrl_c_while_ranks_are_starting_is_quiet_too():
+    process = start("doctor")
+    while len(children_of(process)) < 2:  # multiprocessing's own, and the one that ranks are forked from
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "")

@@ -1,7 +1,7 @@
 """What runs say of each other: norms that differ by one factor in every step are the same norm, measured otherwise.
 
-That is how a norm that misses ranks, or counts some twice, shows: by the square root of their number, as squares add up.
-Users see it as another norm with FSDP than with DDP.
+That is how a norm shows that misses ranks, or counts some twice: by the square root of their number, as squares add
+up. Users see it as another norm with FSDP than with DDP.
 """
 
 from collections.abc import Iterator

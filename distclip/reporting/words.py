@@ -15,7 +15,7 @@ def percent(share: float) -> str:
     if share in (0, 1) or 0.0995 <= share <= 0.9905:
         return f"{100 * share:.0f} %"
     if 5e-6 <= share <= 1 - 5e-6:
-        return f"{100 * share:.{1 if 0.00095 <= share <= 0.99905 else 3}f} %"
+        return f"{100 * share:.{1 if 0.00095 <= share <= 0.9994 else 3}f} %"
     return "< 0.001 %" if share < 0.5 else "> 99.999 %"
 
 

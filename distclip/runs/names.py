@@ -125,9 +125,7 @@ def between_records(largest: Series, norm: Series) -> list[str]:
     if not largest.value[top] > np.nanmax(np.where(np.isfinite(norm.value), norm.value, 0)):
         return []
     where = f"largest {largest.value[top]:.3g}, before step {largest.step[top]:,}"
-    return [
-        f"The log has some of the steps. In those between, norms were higher ({where}): log every step to see them."
-    ]
+    return [f"The log has some of the steps. Norms in between were higher ({where}): log every step to see them."]
 
 
 def culprits_of(log: Log) -> dict[int, str]:

@@ -149,9 +149,8 @@ def test_a_format_is_recognised_and_read(make, tmp_path: Path):
 
 
 def test_what_telemetry_tells_of_steps_between_records_is_noted(tmp_path: Path):
-    records = [
-        {"step": step, "grad_norm/pre_clip": 1.0, "grad_norm/max": 7.5 if step == 20 else 1.1} for step in (10, 20)
-    ]
+    largest = {10: 1.1, 20: 7.5}
+    records = [{"step": step, "grad_norm/pre_clip": 1.0, "grad_norm/max": norm} for step, norm in largest.items()]
     (note,) = only(lines(tmp_path / "log.jsonl", records)).notes
     assert "largest 7.5, before step 20" in note
 

@@ -39,7 +39,7 @@ function short(n) {
 }
 function percent(share) {
   if (share === 0 || share === 1 || (share >= 0.0995 && share <= 0.9905)) return `${(100 * share).toFixed(0)} %`;
-  if (share >= 5e-6 && share <= 1 - 5e-6) return `${(100 * share).toFixed(share >= 0.00095 && share <= 0.99905 ? 1 : 3)} %`;
+  if (share >= 5e-6 && share <= 1 - 5e-6) return `${(100 * share).toFixed(share >= 0.00095 && share <= 0.9994 ? 1 : 3)} %`;
   return share < 0.5 ? "< 0.001 %" : "> 99.999 %";
 }
 

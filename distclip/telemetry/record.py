@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..report import Report, tensors_of as watched_in
@@ -12,12 +13,17 @@ Record: TypeAlias = tuple[dict[str, float], int]
 """The numbers of a step, and the step."""
 
 
-def tensors_of(report: Report) -> list[Tensor]:
-    """Its numbers as 1-D tensors on the device of the norm: norm, bound, coefficient, skip, norms, zeros, extra."""
-    own = (report.norm, report.max_norm, report.coef, report.skip)
+def row_of(reports: Sequence[Report]) -> Tensor:
+    """The numbers of all of them, 1-D, on their device: of each norm, bound, coefficient, skip, norms, zeros, extra."""
+    skips = torch.stack([report.skip for report in reports]).to(reports[0].norm.dtype)  # cat is slow on mixed dtypes
+    each = zip(reports, skips.unbind(), strict=True)
+    return torch.cat([tensor.view(-1) for report, skip in each for tensor in _tensors_of(report, skip)])
+
+
+def _tensors_of(report: Report, skip: Tensor) -> list[Tensor]:
     watched = [*watched_in(report.norms), *watched_in(report.zeros)]
     extra = [number.to(report.norm.device) for number in report.extra.values()]
-    return [each.view(-1) for each in (*own, *watched, *extra)]
+    return [report.norm, report.max_norm, report.coef, skip, *watched, *extra]
 
 
 def width(report: Report) -> int:

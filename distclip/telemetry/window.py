@@ -9,18 +9,16 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import NamedTuple
 
-import torch
-
 from ..kernels.transfer import Transfer
 from ..report import Report
 from . import keys
-from .record import Record, is_clipped, numbers_of, tensors_of, width
+from .record import Record, is_clipped, numbers_of, row_of, width
 
 MOST = 100  # steps that are kept where whoever decides when a record is due may decide so never
 
 
 class Row(NamedTuple):
-    """The numbers of a step, in the order of :func:`.record.tensors_of`."""
+    """The numbers of a step, in the order of :func:`.record.row_of`."""
 
     report: Report
     step: int
@@ -71,8 +69,8 @@ class Window:
         """Start copying what was added, without a wait. ``due``: the last step gets a record."""
         assert self._sent is None, "what was sent before is received first"
         if self._kept:
-            rows = torch.cat([each for report, _ in self._kept for each in tensors_of(report)])
-            self._sent, self._kept = Sent(self._kept, due, Transfer.begin(rows)), []
+            transfer = Transfer.begin(row_of([report for report, _ in self._kept]))
+            self._sent, self._kept = Sent(self._kept, due, transfer), []
 
     def receive(self) -> list[Record]:
         """Wait for what was sent, if anything was; the records of it, which may be none."""

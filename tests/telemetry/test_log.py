@@ -107,6 +107,25 @@ def test_a_record_has_the_numbers_of_its_step_and_what_was_since_the_last():
     assert {type(number) for _, numbers in sink.records for number in numbers.values()} == {float}
 
 
+def test_shares_of_zeros_are_recorded_beside_the_norms():
+    model, sink = two(), Kept()
+    clipper = Clipper(model, 1.0, watch={"all": "*", "b": "b.*"}, watch_zeros=True)
+    Log(clipper, sink, every=1)
+    for parameter, zeros in zip(model.parameters(), (4, 1), strict=True):
+        parameter.grad = torch.ones(1, 4)
+        parameter.grad[:, :zeros] = 0
+    clipper.clip_()
+    shown = {key: number for key, number in sink.records[0][1].items() if "/layer/" in key}
+    assert shown == pytest.approx(
+        {
+            "grad_norm/layer/all": math.sqrt(3),
+            "grad_norm/layer/b": math.sqrt(3),
+            "grad_zeros/layer/all": 5 / 8,
+            "grad_zeros/layer/b": 1 / 4,
+        }
+    )
+
+
 def test_what_a_policy_reports_of_itself_is_recorded_and_replaces_nothing():
     policy = Shadow(1.0, tight=0.1)
     sink = logged([2.0], every=1, policy=policy)

@@ -1,6 +1,7 @@
 """The sinks: what is written is read back by the readers of each library."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch import nn
 
 from distclip import Clipper
 from distclip.telemetry import JsonLines, Log
+from security.test_listening import LOOPBACK, listening
 from support.ranks import run_ranks
 
 NUMBERS = {"grad_norm/pre_clip": 2.5, "clip/coef": 0.4, "grad_norm/layer/0.weight": 1.5}
@@ -225,6 +227,9 @@ def test_prometheus_is_scraped_over_http_and_cannot_be_written():
         sink(numbers, step)
     url = f"http://127.0.0.1:{sink.port}/metrics"
     try:
+        addresses = listening({os.getpid()})
+        assert addresses
+        assert addresses <= LOOPBACK
         found = scraped(url)
         assert found["distclip_grad_norm_pre_clip"] == 2.5
         assert found["distclip_grad_norm_layer0.weight"] == 1.5

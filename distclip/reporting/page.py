@@ -7,7 +7,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-PARTS = files("distclip.reporting") / "page"
+PARTS = files("distclip.reporting") / "assets"
 GENERATOR = '<meta name="generator" content="distclip report">'  # by which a file is known as ours
 
 

@@ -7,6 +7,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from ..errors import LayoutError
+from ..kernels import Pattern
 
 ByReplicas: TypeAlias = Sequence[tuple[int, Sequence[int]]]
 """How many ranks hold the same elements, and the positions of the tensors of which that is true."""
@@ -24,6 +25,7 @@ class Local:
     * ``wide``: whether some of them are float64, which their parameters need not be.
     * ``misplaced``: how many gradients wait to be realigned.
     * ``instead``: gradients to be stored in place of those found, by source.
+    * ``pattern``: how they lie in ``runs``; None where that was not noted.
     * ``error``: what makes these gradients unusable on this rank, to be raised once all ranks have taken part.
     """
 
@@ -36,6 +38,7 @@ class Local:
     misplaced: int = 0
     instead: dict[int, Tensor] = field(default_factory=dict)
     error: LayoutError | None = None
+    pattern: Pattern | None = None
 
     def parts(self) -> Sequence[Tensor]:
         """The local gradients piece by piece, as plain tensors."""

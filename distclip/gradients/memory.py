@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import LayoutError
+from ..kernels import Pattern
 from ..kernels.dtypes import WIDE
 from ..layouts.piece import Piece, local_tensor
 from .local import Local, grouped_by_replicas
@@ -188,7 +189,7 @@ class Noted:
         runs = find_runs(local, spans, tensors, replicas)
         grouped, wide = grouped_by_replicas(run.replicas for run in runs), any(t.dtype in WIDE for t in tensors)
         each = all(span == (k, None) for k, span in enumerate(spans)) and len(spans) == len(tensors)
-        found_again = Local((), grouped, (), None if each else spans, local.indices, wide)
+        found_again = Local((), grouped, (), None if each else spans, local.indices, wide, pattern=Pattern())
         return cls(Facts.of(gradients, tensors), tensors, runs, found_again)
 
     def recall(self, gradients: Sequence[Tensor | None], unmoved: bool) -> Local | None:
@@ -200,7 +201,8 @@ class Noted:
         if runs is None:
             return None
         known = self._local
-        return Local(runs, known.by_replicas, tensors, known.spans, known.indices, known.wide)
+        pattern = known.pattern
+        return Local(runs, known.by_replicas, tensors, known.spans, known.indices, known.wide, pattern=pattern)
 
     def are_there(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these are the very tensors, at the same addresses: what changes one of them in place moves it.

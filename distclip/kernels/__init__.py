@@ -39,5 +39,5 @@ from .sums import (
     power_sum as power_sum,
     sum_over_replicas as sum_over_replicas,
 )
-from .table import Table as Table
+from .table import Pattern as Pattern, Table as Table
 from .without_float64 import norms_on_host as norms_on_host

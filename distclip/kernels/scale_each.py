@@ -29,10 +29,10 @@ def scale_each_(tensors: Sequence[Tensor], factors: Tensor, table: Table | None 
     """Multiply each of ``tensors`` in place by its factor: (len(tensors),) float32 or float64, on their device.
 
     On the CPU a tensor whose factor is 1 is not touched. A host sync only where ``factors`` are on an accelerator and a
-    tensor is on the CPU. RuntimeError where the memory of a tensor was freed, or two share it. ``table``: where they
-    lay, with the same sizes and strides.
+    tensor is on the CPU. RuntimeError where the memory of a tensor was freed, or two share it. ``table``: where these
+    very tensors lay.
     """
-    if table is not None and table.is_of(tensors):
+    if table is not None and table.reaches_all():
         with changing(tensors, CPU):
             _multiply_each(tensors, factors, table)
         return
@@ -47,7 +47,7 @@ def scale_each_(tensors: Sequence[Tensor], factors: Tensor, table: Table | None 
 
 def scale_rows_(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tensor, table: Table | None = None) -> None:
     """The same for each row of ``tensors``: as many factors as there are rows, in the order of ``row_sums``."""
-    if table is not None and table.is_of(tensors):
+    if table is not None and table.reaches_all():
         with changing(tensors, CPU):
             _multiply_rows(tensors, cuts, factors, table)
         return
@@ -86,7 +86,7 @@ def _multiply_each(tensors: Sequence[Tensor], factors: Tensor, table: Table | No
     others: Sequence[int] = range(len(tensors))
     if native.kernel is not None and any(changed):
         others = (table or Table.of(tensors)).multiply_(factors.double())
-        increment_version(list(compress(tensors, changed)))
+        increment_version(table.tensors if table else list(compress(tensors, changed)))
     others = [k for k in others if changed[k]]
     if not others:
         return
@@ -101,7 +101,7 @@ def _multiply_rows(tensors: Sequence[Tensor], cuts: Sequence[Cut], factors: Tens
     others: Sequence[int] = range(len(tensors))
     if native.kernel is not None and any(changed):
         others = (table or Table.of(tensors, cuts)).multiply_(factors.double())
-        increment_version(list(compress(tensors, changed)))
+        increment_version(table.tensors if table else list(compress(tensors, changed)))
     others = [k for k in others if changed[k]]
     if not others:
         return

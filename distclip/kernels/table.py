@@ -1,6 +1,7 @@
 """Table: where rows of tensors lie, for the compiled kernel to do something with each of them in one call."""
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -33,10 +34,11 @@ class Group(NamedTuple):
 class Table:
     """Where tensors lie, as long as they do.
 
-    ``addresses``: of all. ``groups``: those that lie on the CPU, row after row, in a dtype that is known there.
-    ``others``: places of all others.
+    ``tensors``: that hold all of them, at these ``addresses``. ``groups``: those that lie on the CPU, row after row, in
+    a dtype that is known there. ``others``: places of all others.
     """
 
+    tensors: Sequence[Tensor]
     addresses: "array[int]"
     groups: Sequence[Group]
     others: Sequence[int]
@@ -44,19 +46,12 @@ class Table:
     @classmethod
     def of(cls, tensors: Sequence[Tensor], cuts: Sequence[Cut] | None = None) -> Self:
         """``cuts``: None where each tensor is one row. RuntimeError where memory was freed, or two share it."""
-        first: Sequence[int] = range(len(tensors))
-        if cuts is None:
-            numbers = array("Q", [0, 0, 0, 1]) * len(tensors)
-            numbers[1::4] = array("Q", map(Tensor.numel, tensors))
-        else:
-            numbers = array("Q", chain.from_iterable(cuts))
-            first = list(accumulate((cut.count for cut in cuts), initial=0))[:-1]
+        numbers, first = _rows_of(tensors, cuts)
         addresses = array("Q", map(Tensor.data_ptr, tensors))
         check_memory(tensors, addresses)
         dtypes = set(map(dtype_of, tensors))
         if len(dtypes) == 1 and dtypes <= native.KINDS.keys() and _all_contiguous(tensors):
-            group = Group(dtypes.pop(), range(len(tensors)), addresses, numbers, array("Q", first))
-            return cls(addresses, [group], ())
+            return cls(tensors, addresses, [Group(dtypes.pop(), range(len(tensors)), addresses, numbers, first)], ())
         found: dict[torch.dtype, list[int]] = {}
         others: list[int] = []
         for k, tensor in enumerate(tensors):
@@ -73,11 +68,11 @@ class Table:
             )
             for dtype, places in found.items()
         ]
-        return cls(addresses, groups, others)
+        return cls(tensors, addresses, groups, others)
 
-    def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these tensors, of the same sizes and strides, still lie there, all of them within reach."""
-        return not self.others and array("Q", map(Tensor.data_ptr, tensors)) == self.addresses
+    def reaches_all(self) -> bool:
+        """Whether the kernel can, and they still lie there."""
+        return not self.others and array("Q", map(Tensor.data_ptr, self.tensors)) == self.addresses
 
     def add_squares(self, sums: Tensor, zeros: Tensor | None = None) -> Sequence[int]:
         """Add the sum of squares of each row; the places of all tensors that it has not read.
@@ -103,6 +98,60 @@ class Table:
             else:
                 others.append(group.places)
         return sorted(chain.from_iterable(others))
+
+
+class Pattern:
+    """How tensors lie in runs, of which each holds many, the same in every step: found out in the first."""
+
+    __slots__ = ("_dtype", "_places", "_rows")
+
+    def __init__(self) -> None:
+        self._places: list[tuple[int, int]] | None = None  # of each tensor: its run, and bytes behind its beginning
+        self._dtype: torch.dtype | None = None  # of all, where the kernel knows it
+        self._rows = array("Q"), array("Q")
+
+    def table(self, tensors: Sequence[Tensor], runs: Sequence[Tensor], cuts: Sequence[Cut] | None) -> Table:
+        """Of ``tensors``, all of whose elements are in these ``runs``, and whose ``cuts`` are those of every step."""
+        if not _all_contiguous(runs):
+            return Table.of(tensors, cuts)
+        begins, dtypes = array("Q", map(Tensor.data_ptr, runs)), set(map(dtype_of, runs))
+        check_memory(runs, begins)
+        if self._places is None:
+            self._find(tensors, runs, begins, cuts)
+            self._dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= native.KINDS.keys() else None
+        elif dtypes != {self._dtype}:
+            return Table.of(tensors, cuts)
+        assert self._places is not None
+        if self._dtype is None:
+            return Table.of(tensors, cuts)
+        starts = begins or (0,)  # where no tensor has elements
+        addresses = array("Q", [starts[run] + behind for run, behind in self._places])
+        return Table(runs, begins, [Group(self._dtype, range(len(tensors)), addresses, *self._rows)], ())
+
+    def _find(
+        self, tensors: Sequence[Tensor], runs: Sequence[Tensor], begins: "array[int]", cuts: Sequence[Cut] | None
+    ) -> None:
+        order = sorted(range(len(begins)), key=begins.__getitem__)
+        ascending, self._places = [begins[run] for run in order], []
+        for tensor in tensors:
+            if not tensor.numel():
+                self._places.append((0, 0))
+                continue
+            run = order[bisect_right(ascending, tensor.data_ptr()) - 1]
+            behind = tensor.data_ptr() - begins[run]
+            assert 0 <= behind <= runs[run].nbytes - tensor.nbytes
+            self._places.append((run, behind))
+        self._rows = _rows_of(tensors, cuts)
+
+
+def _rows_of(tensors: Sequence[Tensor], cuts: Sequence[Cut] | None) -> tuple["array[int]", "array[int]"]:
+    """The ``cuts`` of a group, and its ``first``."""
+    if cuts is not None:
+        first = list(accumulate((cut.count for cut in cuts), initial=0))[:-1]
+        return array("Q", chain.from_iterable(cuts)), array("Q", first)
+    numbers = array("Q", [0, 0, 0, 1]) * len(tensors)
+    numbers[1::4] = array("Q", map(Tensor.numel, tensors))
+    return numbers, array("Q", range(len(tensors)))
 
 
 def _call(kernel: Callable[..., None], group: Group, numbers: Tensor, *more: int | None) -> None:

@@ -61,7 +61,7 @@ def _of_gradients(
     entries = {} if slots.cuts is None else _entries(plan, slots, gradients, local)
     by_piece = ByPiece(local.parts(), local.indices, entries)
     if plan.on_host and plan.p == 2 and native.kernel is not None:
-        by_piece = slots.with_table(by_piece)
+        by_piece = slots.with_table(by_piece, local)
     zeros = torch.zeros(len(by_piece.parts), dtype=torch.float64) if slots.of_zeros and plan.on_host else None
     sums, norms = _sums_and_norms(plan, slots, by_piece, zeros)
     vector = slots.vector(sums, plan.p)

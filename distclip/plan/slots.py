@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ..gradients.local import Local
 from ..kernels import Cut, Table, local_norms, norms_on_host, row_sums, scale_each_, scale_rows_, sums_of_each
 from ..kernels.device import device_of, has_float64
 from ..kernels.transfer import sent
@@ -96,10 +97,12 @@ class Slots:
             own = torch.cat(found) if found else own[:0]
         scale_rows_(self.rows_first(by_piece), self.cuts_of(by_piece), own, by_piece.table)
 
-    def with_table(self, by_piece: "ByPiece") -> "ByPiece":
-        """The same with a table of where its rows lie."""
-        cuts = None if self.cuts is None else self.cuts_of(by_piece)
-        return by_piece._replace(table=Table.of(self.rows_first(by_piece), cuts))
+    def with_table(self, by_piece: "ByPiece", local: Local) -> "ByPiece":
+        """The same, found in ``local``, with a table of where its rows lie."""
+        cuts, rows = None if self.cuts is None else self.cuts_of(by_piece), self.rows_first(by_piece)
+        if local.pattern is None or rows is not by_piece.parts:
+            return by_piece._replace(table=Table.of(rows, cuts))
+        return by_piece._replace(table=local.pattern.table(rows, local.runs, cuts))
 
     def cuts_of(self, by_piece: "ByPiece") -> Sequence[Cut]:
         """How each of the parts falls into rows, the entries of a sparse one into rows of their own."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from distclip.kernels import Cut, Table, native, power_sum, row_sums, scale_each_, scale_rows_, sums_of_each
+from distclip.kernels import Cut, Pattern, Table, native, power_sum, row_sums, scale_each_, scale_rows_, sums_of_each
 from kernels.test_native import BLOCK, COMPILERS, SHARE, WAVE, built, compiled, noise
 
 pytestmark = built
@@ -128,9 +129,57 @@ def test_autograd_learns_of_what_was_scaled(dtype):
 
 
 def test_a_table_of_where_tensors_lay_is_not_used_where_they_moved():
-    old, new = ([torch.ones(4), torch.ones(6)] for _ in range(2))
-    table = Table.of(old)
-    scale_each_(new, torch.tensor([0.5, 0.25]), table)
-    scale_rows_(old, [Cut(0, 4, 0, 1), Cut(0, 6, 0, 1)], torch.tensor([0.5, 1.0]), table)
-    assert [tensor.tolist() for tensor in new] == [[0.5] * 4, [0.25] * 6]
-    assert [tensor.tolist() for tensor in old] == [[0.5] * 4, [1.0] * 6]
+    tensors = [torch.ones(4), torch.ones(6)]
+    table, old = Table.of(tensors), tensors[1].detach()
+    tensors[1].data = torch.ones(6)
+    scale_each_(tensors, torch.tensor([0.5, 0.25]), table)
+    scale_rows_(tensors, [Cut(0, 4, 0, 1), Cut(0, 6, 0, 1)], torch.tensor([0.5, 1.0]), table)
+    assert [tensor.tolist() for tensor in tensors] == [[0.25] * 4, [0.25] * 6]
+    assert old.tolist() == [1.0] * 6
+
+
+def in_pieces(runs: list[Tensor]) -> list[Tensor]:
+    """The parts of three runs in another order, and one that is empty."""
+    first, second, third = runs
+    return [third, second, torch.empty(0), *first[:12].split([8, 4]), first[12:]]
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_pattern_finds_tensors_in_runs_wherever_these_lie(by_row):
+    pattern = Pattern()
+    cuts = [Cut(0, 4, 0, 3), *(Cut(0, n, 0, 1) for n in (8, 0, 8, 4, 18))]
+    factors = torch.rand(8 if by_row else 6, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):  # each time in other memory
+        runs = [noise(30, torch.float32), noise(8, torch.float32), noise(12, torch.float32)]
+        copies = [run.clone() for run in runs]
+        found, wanted = in_pieces(runs), in_pieces(copies)
+        table = pattern.table(found, runs, cuts if by_row else None)
+        assert table.tensors is runs
+        if by_row:
+            assert torch.equal(row_sums(found, cuts, 2.0, table), row_sums(wanted, cuts, 2.0))
+            scale_rows_(found, cuts, factors, table)
+            scale_rows_(wanted, cuts, factors)
+        else:
+            assert torch.equal(sums_of_each(found, 2.0, table), sums_of_each(wanted, 2.0))
+            scale_each_(found, factors, table)
+            scale_each_(wanted, factors)
+        assert all(map(torch.equal, runs, copies))
+        assert not torch.equal(runs[0], noise(30, torch.float32))
+
+
+def test_a_pattern_of_nothing_but_empty_tensors():
+    assert sums_of_each([torch.empty(0)], 2.0, Pattern().table([torch.empty(0)], [], None)).tolist() == [0.0]
+
+
+def test_runs_that_the_kernel_cannot_reach_have_no_pattern():
+    def gaps() -> Tensor:
+        return torch.ones(4, 6)[:, ::2]
+
+    def wide() -> Tensor:
+        return torch.ones(3, dtype=torch.float64)
+
+    for runs in ([gaps()], [wide()], [gaps(), wide()], [torch.ones(2), torch.ones(2, dtype=torch.bfloat16)]):
+        table = Pattern().table(runs, runs, None)
+        assert sums_of_each(runs, 2.0, table).tolist() == [float(run.numel()) for run in runs]
+        scale_each_(runs, torch.full((len(runs),), 0.5), table)
+        assert all(bool((run == 0.5).all()) for run in runs)

@@ -32,8 +32,8 @@ quietly "ruff check" ruff check .
 quietly "ruff format" ruff format --check .
 quietly "mypy" mypy
 
-# Hundreds of processes import it, and each would compile it again if PYTHONDONTWRITEBYTECODE is set.
-"$venv/bin/python" -m compileall -q distclip
+# Hundreds of processes import them, and each would compile them again if PYTHONDONTWRITEBYTECODE is set.
+"$venv/bin/python" -m compileall -q distclip tests
 
 start=$SECONDS code=0
 "$venv/bin/pytest" -q -n auto --maxprocesses 8 --dist worksteal "$@" || code=$?

@@ -1,13 +1,9 @@
-"""What programs call the columns that a report needs, and how a log becomes a run."""
+"""What programs call the columns that a report needs."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
-from distclip.runs.refusals import no_column, no_norm, no_number, no_values, several_norms
-from distclip.runs.run import Floats, Layers, Log, Run, Series, Steps
 from distclip.telemetry import keys
 
 # In order of preference, in lower case with `_` for `-` and blanks.
@@ -77,102 +73,6 @@ def known(columns: Iterable[str], wanted: tuple[str, ...]) -> str | None:
     """The column that goes by one of these names, the most preferred."""
     by_name = {plain(column): column for column in columns}
     return next((by_name[name] for name in wanted if name in by_name), None)
-
-
-def assembled(log: Log, names: Names) -> Run:
-    """The run that a log tells of.
-
-    Raises:
-        RunError: a column that the user named is not there, or none is known as the norm.
-    """
-    series = {name: each.latest() for name, each in log.series.items() if len(each.step)}
-    norm = series[norm_column(log, names)]
-    steps, unknown = norm.step, np.full(len(norm.step), np.nan)
-    doubled = len(log.series[norm_column(log, names)].step) - len(steps)
-    notes = [*log.notes]
-    if doubled:
-        notes.append(f"{doubled:,} steps were logged more than once (the run was restarted): the latest counts.")
-
-    if keys.LARGEST in series:
-        notes += between_records(series[keys.LARGEST], norm)
-
-    def column(wanted: tuple[str, ...]) -> Series | None:
-        name = known(series, wanted)
-        return None if name is None else series[name]
-
-    loss = series.get(loss_column(log, names) or "")
-    bound, coef, skip = column(MAX_NORM), column(COEF), column(SKIP)
-    max_norm = unknown if bound is None else bound.up_to(steps)
-    return Run(
-        name=log.name,
-        path=log.path,
-        program=log.program,
-        step=steps,
-        norm=norm.value,
-        max_norm=max_norm if names.max_norm is None else np.full(len(steps), names.max_norm),
-        coef=unknown if coef is None or names.max_norm is not None else coef.at(steps),
-        skip=np.zeros(len(steps), np.bool_) if skip is None else skip.at(steps) > 0,
-        loss=unknown if loss is None else loss.up_to(steps),
-        layers=layers_of(series, steps, names.layers),
-        culprits=culprits_of(log),
-        notes=tuple(notes),
-    )
-
-
-def between_records(largest: Series, norm: Series) -> list[str]:
-    """Whether a log of some steps tells of a larger norm in one that it left out."""
-    top = int(np.argmax(largest.value))
-    if not largest.value[top] > np.nanmax(np.where(np.isfinite(norm.value), norm.value, 0)):
-        return []
-    where = f"largest {largest.value[top]:.3g}, before step {largest.step[top]:,}"
-    return [f"The log has some of the steps. Norms in between were higher ({where}): log every step to see them."]
-
-
-def culprits_of(log: Log) -> dict[int, str]:
-    late = enumerate(log.texts.get(name, {}) for name in CULPRIT)
-    return {step - steps: text for steps, texts in late for step, text in texts.items()}
-
-
-def norm_column(log: Log, names: Names) -> str:
-    if names.norm is not None:
-        return checked(log, "--norm", names.norm)
-    found = known((*log.texts, *log.series), NORM)
-    if found is None:
-        ends = [name for name in dict.fromkeys((*log.texts, *log.series)) if is_norm(name)]
-        if not ends:
-            raise no_norm(log.path, log.columns)
-        if len(ends) > 1:
-            raise several_norms(log.path, ends)
-        found = ends[0]
-    return checked(log, "--norm", found)
-
-
-def loss_column(log: Log, names: Names) -> str | None:
-    return known(log.series, LOSS) if names.loss is None else checked(log, "--loss", names.loss)
-
-
-def checked(log: Log, option: str, name: str) -> str:
-    """The name of a column that is there and holds numbers alone."""
-    for text in log.texts.get(name, {}).values():
-        raise no_number(log.path, name, str(text)[:80])
-    if name not in log.columns:
-        raise no_column(log.path, option, name, log.columns)
-    if name not in log.series or not len(log.series[name].step):
-        raise no_values(log.path, name)
-    return name
-
-
-def layers_of(series: dict[str, Series], steps: Steps, prefix: str | None) -> Layers:
-    """Norms by name, of the steps that have one of them."""
-    named = {layer: name for name in series if (layer := layer_in(name, prefix)) is not None}
-    columns: list[Floats] = [series[name].at(steps) for name in named.values()]
-    if not columns:
-        return Layers()
-    there = np.zeros(len(steps), np.bool_)
-    for name in named.values():
-        there |= np.isin(steps, series[name].step, assume_unique=True)
-    rows = np.flatnonzero(there)
-    return Layers(tuple(named), rows, np.stack([column[rows] for column in columns], 1).astype(np.float32))
 
 
 def layer_in(name: str, prefix: str | None) -> str | None:

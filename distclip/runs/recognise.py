@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from distclip.runs.assembly import assembled
 from distclip.runs.csv_file import read_csv
 from distclip.runs.json_file import read_json
-from distclip.runs.names import Names, assembled
+from distclip.runs.names import Names
 from distclip.runs.refusals import missing, no_run, no_text, several, unreadable
 from distclip.runs.run import Log, Run
 from distclip.runs.tensorboard import EVENTS, read_events

@@ -71,7 +71,8 @@ class Table:
         for key, rows in self.rows.items():
             at = np.frombuffer(rows, np.int64)
             there = steps[at] >= 0
-            series[key] = Series(steps[at][there], np.frombuffer(self.values[key], np.float64)[there])
+            if there.any():
+                series[key] = Series(steps[at][there], np.frombuffer(self.values[key], np.float64)[there])
         texts = {key: {int(steps[row]): text for row, text in by_row.items()} for key, by_row in self.texts.items()}
         columns = tuple(self.columns)
         return Log(name or named(path), path, program, columns, series, texts, tuple(notes))

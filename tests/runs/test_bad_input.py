@@ -127,6 +127,13 @@ def test_what_is_not_finite_is_kept_and_what_is_missing_is_not(tmp_path: Path):
     assert run.norm[1] == np.inf
 
 
+def test_what_is_logged_without_a_step_is_left_out(tmp_path: Path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "norm": 2.0}\n{"loss": 3.0, "coef": 0.5}\n')
+    (run,) = open_runs(path)
+    assert (run.norm.tolist(), run.bounded, np.isnan(run.loss).all()) == ([2.0], False, True)
+
+
 def test_two_runs_of_one_chart_are_two(tmp_path: Path):
     path = tmp_path / "chart.csv"
     path.write_text('"Step","a - grad_norm","a - grad_norm__MIN","b - grad_norm"\n1,1,1,5\n2,2,2,\n3,,,7\n')

@@ -1,0 +1,107 @@
+"""How what was logged under many names becomes one run, each column by the steps of the norm."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import numpy as np
+
+from distclip.runs.names import COEF, CULPRIT, LOSS, MAX_NORM, NORM, SKIP, Names, is_norm, known, layer_in
+from distclip.runs.refusals import no_column, no_norm, no_number, no_values, several_norms
+from distclip.runs.run import Floats, Layers, Log, Run, Series, Steps
+from distclip.telemetry import keys
+
+ByName: TypeAlias = Mapping[str, Series]
+
+
+def assembled(log: Log, names: Names) -> Run:
+    """The run that a log tells of.
+
+    Raises:
+        RunError: a column that the user named is not there, or none is known as the norm.
+    """
+    name = norm_column(log, names)
+    series = {name: each.latest() for name, each in log.series.items()}
+    norm, steps, given = series[name], series[name].step, names.max_norm
+    unknown = np.full(len(steps), np.nan)
+
+    def column(wanted: str | None, by: Callable[[Series, Steps], Floats]) -> Floats:
+        return unknown if wanted is None else by(series[wanted], steps)
+
+    return Run(
+        name=log.name,
+        path=log.path,
+        program=log.program,
+        step=steps,
+        norm=norm.value,
+        max_norm=column(known(series, MAX_NORM), Series.up_to) if given is None else np.full(len(steps), given),
+        coef=column(known(series, COEF), Series.at) if given is None else unknown,
+        skip=column(known(series, SKIP), Series.at) > 0,
+        loss=column(loss_column(log, names), Series.up_to),
+        layers=layers_of(series, steps, names.layers),
+        culprits=culprits_of(log),
+        notes=(*log.notes, *restarted(len(log.series[name].step) - len(steps)), *between_records(series, norm)),
+    )
+
+
+def restarted(doubled: int) -> list[str]:
+    said = f"{doubled:,} steps were logged more than once (the run was restarted): the latest counts."
+    return [said] if doubled else []
+
+
+def between_records(series: ByName, norm: Series) -> list[str]:
+    """Whether a log of some steps tells of a larger norm in one that it left out."""
+    largest = series.get(keys.LARGEST)
+    if largest is None:
+        return []
+    top = int(np.argmax(largest.value))
+    if not largest.value[top] > np.max(np.where(np.isfinite(norm.value), norm.value, 0)):
+        return []
+    where = f"largest {largest.value[top]:.3g}, before step {largest.step[top]:,}"
+    return [f"The log has some of the steps. Norms in between were higher ({where}): log every step to see them."]
+
+
+def culprits_of(log: Log) -> dict[int, str]:
+    late = enumerate(log.texts.get(name, {}) for name in CULPRIT)
+    return {step - steps: text for steps, texts in late for step, text in texts.items()}
+
+
+def norm_column(log: Log, names: Names) -> str:
+    if names.norm is not None:
+        return checked(log, "--norm", names.norm)
+    found = known((*log.texts, *log.series), NORM)
+    if found is None:
+        ends = [name for name in dict.fromkeys((*log.texts, *log.series)) if is_norm(name)]
+        if not ends:
+            raise no_norm(log.path, log.columns)
+        if len(ends) > 1:
+            raise several_norms(log.path, ends)
+        found = ends[0]
+    return checked(log, "--norm", found)
+
+
+def loss_column(log: Log, names: Names) -> str | None:
+    return known(log.series, LOSS) if names.loss is None else checked(log, "--loss", names.loss)
+
+
+def checked(log: Log, option: str, name: str) -> str:
+    """The name of a column that is there and holds numbers alone."""
+    for text in log.texts.get(name, {}).values():
+        raise no_number(log.path, name, str(text)[:80])
+    if name not in log.columns:
+        raise no_column(log.path, option, name, log.columns)
+    if name not in log.series:
+        raise no_values(log.path, name)
+    return name
+
+
+def layers_of(series: ByName, steps: Steps, prefix: str | None) -> Layers:
+    """Norms by name, of the steps that have one of them."""
+    named = {layer: name for name in series if (layer := layer_in(name, prefix)) is not None}
+    columns: list[Floats] = [series[name].at(steps) for name in named.values()]
+    if not columns:
+        return Layers()
+    there = np.zeros(len(steps), np.bool_)
+    for name in named.values():
+        there |= np.isin(steps, series[name].step, assume_unique=True)
+    rows = np.flatnonzero(there)
+    return Layers(tuple(named), rows, np.stack([column[rows] for column in columns], 1).astype(np.float32))

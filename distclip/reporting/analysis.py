@@ -63,7 +63,8 @@ class Analysis:
         suggested = rounded(float(np.quantile(settled, SUGGESTED))) if len(settled) >= ENOUGH else np.nan
         bounds = run.max_norm[np.isfinite(run.max_norm)]
         bound = float(bounds[-1]) if len(bounds) else np.nan
-        quantiles = {q: float(np.quantile(finite, q)) if len(finite) else np.nan for q in QUANTILES}
+        found = np.quantile(finite, QUANTILES).tolist() if len(finite) else [np.nan] * len(QUANTILES)
+        quantiles = dict(zip(QUANTILES, found, strict=True))
         return cls(
             run=run,
             steps=len(run.step),

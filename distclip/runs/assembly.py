@@ -68,9 +68,9 @@ def culprits_of(log: Log) -> dict[int, str]:
 def norm_column(log: Log, names: Names) -> str:
     if names.norm is not None:
         return checked(log, "--norm", names.norm)
-    found = known((*log.texts, *log.series), NORM)
+    found = known(log.columns, NORM)
     if found is None:
-        ends = [name for name in dict.fromkeys((*log.texts, *log.series)) if is_norm(name)]
+        ends = [name for name in log.columns if is_norm(name)]
         if not ends:
             raise no_norm(log.path, log.columns)
         if len(ends) > 1:

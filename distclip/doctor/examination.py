@@ -13,14 +13,15 @@ from distclip.train.complaint import complain
 def hold(meeting: Meeting, check: Check) -> Finding:
     """What came of ``check``: the same on every rank that can still be told."""
     meeting.tell(check.name, attempt(check.run))
+    seconds = meeting.timeout + check.patience
     if meeting.rank == 0:
-        records = meeting.hear(check.name)
-        finding = trouble(check.name, records, meeting.timeout) or check.judge(check.name, records)  # type: ignore[arg-type]  # none is None
+        records = meeting.hear(check.name, seconds)
+        finding = trouble(check.name, records, seconds) or check.judge(check.name, records)  # type: ignore[arg-type]  # none is None
         meeting.publish(check.name, finding.to_dict())
         return finding
-    told = meeting.learn(check.name)
+    told = meeting.learn(check.name, seconds)
     if told is None:
-        text = refusals.absent([0], meeting.timeout)
+        text = refusals.absent([0], 2 * seconds + GRACE)
         if meeting.rank == 1:  # in place of rank 0, which shows what is found
             complain(f"{check.name}: {text}")
         return Finding(name=check.name, state="wrong", text=text, ends=True, code=1)

@@ -41,11 +41,15 @@ class Finding:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Check:
-    """One check: every rank runs it, and rank 0 judges the records of all, none of which has an error."""
+    """One check: every rank runs it, and rank 0 judges the records of all, none of which has an error.
+
+    ``patience``: seconds more than others that ranks may be late for it.
+    """
 
     name: str
     run: Callable[[], Record]
     judge: Callable[[str, Sequence[Record]], Finding]
+    patience: float = 0.0
 
 
 class Unfit(Exception):

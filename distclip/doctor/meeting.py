@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import Store
 Record: TypeAlias = dict[str, Any]
 """What one rank found in one check, as JSON has it: with ``error`` where it failed there."""
 
+STARTING = 120.0  # seconds at least for ranks to start: machines may be late
 LOOK = 0.02  # seconds between two looks into the store
 GRACE = 4.0  # seconds that the others have once a rank has failed: a broken connection shows at once
 
@@ -37,20 +38,20 @@ class Meeting:
             self.store.set(f"{topic}/failed", "")
         self.store.set(f"{topic}/{self.rank}", json.dumps(record))
 
-    def hear(self, topic: str, timeout: float | None = None) -> list[Record | None]:
-        """On rank 0: what all ranks have told, None of those that are absent."""
+    def hear(self, topic: str, seconds: float) -> list[Record | None]:
+        """On rank 0: what all ranks have told, None of those that have not after so many ``seconds``."""
         keys = [f"{topic}/{rank}" for rank in range(self.world)]
-        self._wait(keys, self.timeout if timeout is None else timeout, f"{topic}/failed")
+        self._wait(keys, seconds, f"{topic}/failed")
         return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
 
     def publish(self, topic: str, conclusion: dict[str, Any]) -> None:
         """On rank 0: what all ranks go by."""
         self.store.set(f"{topic}/all", json.dumps(conclusion))
 
-    def learn(self, topic: str) -> dict[str, Any] | None:
-        """What rank 0 has published, which waits for the others; None if it does not answer."""
+    def learn(self, topic: str, seconds: float) -> dict[str, Any] | None:
+        """What rank 0 has published, which waits for the others itself; None if it does not answer."""
         key = f"{topic}/all"
-        self._wait([key], 2 * self.timeout + GRACE, f"{topic}/no such key")
+        self._wait([key], 2 * seconds + GRACE, f"{topic}/no such key")
         conclusion: dict[str, Any] | None = json.loads(self.store.get(key)) if self.store.check([key]) else None
         return conclusion
 

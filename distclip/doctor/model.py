@@ -5,7 +5,7 @@ from functools import partial
 
 from distclip.doctor import inspection, plan_table, target
 from distclip.doctor.finding import Check, Finding
-from distclip.doctor.meeting import Record, said_alike
+from distclip.doctor.meeting import STARTING, Record, said_alike
 from distclip.doctor.refusals import ranks
 from distclip.train.place import limit_waits
 
@@ -20,7 +20,7 @@ def importable(name: str) -> Check:
         target.imported(name)
         return {}
 
-    return Check(name="import", run=run, judge=lambda title, records: Finding(name=title))
+    return Check(name="import", run=run, judge=lambda title, records: Finding(name=title), patience=STARTING)
 
 
 def check(name: str, timeout: float, *, verifies: bool, every: bool) -> Check:
@@ -48,7 +48,7 @@ def judge(name: str, records: Sequence[Record], every: bool) -> Finding:
     more, norms = plan_table.lines(plans, every), said_alike(records, "norm")
     facts = {"norm": records[0]["norm"], "ranks": plans}
     if len(norms) > 1:
-        text = "; ".join(f"{said} on {ranks(who)}" for said, who in norms.items())
+        text = "; ".join(f"{float.fromhex(said):.9g} on {ranks(who)}" for said, who in norms.items())
         return Finding(name=name, state="wrong", text=f"the norm differs: {text}", more=more, facts=facts)
     text, norm = "", records[0]["norm"]
     if records[0]["verifies"]:

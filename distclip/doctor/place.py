@@ -12,10 +12,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from distclip.bench.place import Place, device_of, launched
-from distclip.doctor.meeting import Meeting
+from distclip.doctor.meeting import STARTING, Meeting
 from distclip.train.place import limit_waits
-
-STARTING = 120.0  # seconds at least for ranks to start: machines may be late
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -1,6 +1,6 @@
 """The inspections of all ranks as one table: a line for parameters that lie alike."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distclip.doctor.meeting import Record, said_alike
@@ -94,7 +94,7 @@ def each_parameter(record: Record) -> list[str]:
     return ["on rank 0:", *table(HEADS_OF_EACH, rows), ""]
 
 
-def short(records: Sequence[Record], say: Any, what: str) -> list[str]:
+def short(records: Sequence[Record], say: Callable[[Record], str], what: str) -> list[str]:
     """One line, or one for each group of ranks that differ."""
     alike = said_alike([{"said": say(record)} for record in records], "said")
     return [f"{what}{'' if len(alike) == 1 else f' on {ranks(who)}'}: {said}" for said, who in alike.items()]
@@ -112,8 +112,8 @@ def message_of(record: Record) -> str:
     found = record["message"]
     if not found["numbers"]:
         return "none, in one process"
-    sums = "one is the sum" if found["norms"] == 1 else f"{found['norms']} are sums"
-    return f"{found['numbers']} numbers ({found['bytes']} bytes) on {found['on']}: {sums}, the others are for agreement"
+    norms = "one for the norm" if found["norms"] == 1 else f"{found['norms']} for norms"
+    return f"{found['numbers']} numbers ({found['bytes']} bytes) on {found['on']}: {norms}, the others for agreement"
 
 
 def collectives_of(record: Record) -> str:

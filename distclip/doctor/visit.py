@@ -1,5 +1,6 @@
 """One rank's way through all checks of a command, and what rank 0 shows of it."""
 
+import signal
 from collections.abc import Iterator
 from functools import partial
 
@@ -9,10 +10,13 @@ import torch.distributed as dist
 from distclip.doctor import collectives, gpu, layouts, machine, model, speed
 from distclip.doctor.examination import hold
 from distclip.doctor.finding import Check, Finding
-from distclip.doctor.meeting import Meeting, Record
+from distclip.doctor.meeting import STARTING, Meeting, Record
 from distclip.doctor.options import Options
 from distclip.doctor.page import Page
 from distclip.doctor.place import Site, join
+from distclip.train.stop import exit_code
+
+STOPPED = exit_code(signal.SIGTERM)
 
 
 class Visit:
@@ -32,7 +36,7 @@ class Visit:
         options, facts = self.options, partial(machine.facts, self.device)
         if options.model is not None:
             yield model.importable(options.model)
-        yield Check(name="versions", run=facts, judge=machine.judge_versions)
+        yield Check(name="versions", run=facts, judge=machine.judge_versions, patience=STARTING)
         yield Check(name="collectives", run=self.joined, judge=collectives.judge)
         assert self.site is not None  # a failure ends the visit
         if options.command == "doctor":
@@ -58,7 +62,7 @@ class Visit:
 
 
 def visit(meeting: Meeting, options: Options, device: torch.device) -> tuple[int, bool]:
-    """The exit code, and whether the process group still works."""
+    """The exit code, and whether the process group can be left as it should be."""
     shown = None if options.command == "doctor" else {model.PLAN}
     page = Page(options.json, shown) if meeting.rank == 0 else None
     found: list[Finding] = []
@@ -66,9 +70,12 @@ def visit(meeting: Meeting, options: Options, device: torch.device) -> tuple[int
         found.append(finding)
         if page is not None and not finding.says_nothing:
             page.add(finding)
+    code = max(finding.code or int(finding.wrong) for finding in found)
+    if meeting.stopped() and code == 0:
+        return STOPPED, False
     if page is not None:
         page.end(options.command == "doctor")
     works = not found[-1].ends
-    if works and dist.is_initialized():
+    if works:
         dist.destroy_process_group()
-    return max((finding.code or int(finding.wrong) for finding in found), default=0), works
+    return code, works

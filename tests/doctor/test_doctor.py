@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,11 @@ def ranks_of(folder: Path, *words: str, before: str = "", ranks: int = 2) -> tup
 
 def line_of(output: str, name: str) -> str:
     return next(line for line in output.splitlines() if line[7:].startswith(name))
+
+
+def checks_in(text: str) -> list[str]:
+    """Marks and names of the checks that are shown."""
+    return [" ".join(found) for found in re.findall(r"^ *(ok|-) {5,}(\S+(?: \S+)*)", text, re.MULTILINE)]
 
 
 # ---- healthy ranks -----------------------------------------------------------------------------------------
@@ -124,6 +130,8 @@ def test_torchrun_starts_it_and_one_rank_that_dies_is_named():
     output, errors = well.communicate(timeout=200)
     assert well.returncode == 0, errors
     assert output.splitlines()[-1].startswith("All is well: 11 checks in ")
+    page = (ROOT / "docs/doctor.md").read_text(encoding="utf-8")
+    assert checks_in(page) == checks_in(output) != []
     output, _ = dying.communicate(timeout=200)  # torchrun has much to say, too
     assert dying.returncode == 1
     assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
@@ -182,6 +190,39 @@ def test_a_bad_argument_is_one_line_and_code_2(words, said, capsys, monkeypatch,
     assert (code, output) == (2, "")
     assert errors.startswith(f"distclip: {said}")
     assert errors.count("\n") == 1
+
+
+def test_a_rank_that_is_no_number_is_one_line_and_code_2(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err.startswith("distclip: RANK: a launcher puts a number there, not 'first'")
+
+
+def test_a_store_that_cannot_be_reached_is_one_line(tmp_path: Path):
+    lost = (
+        "import os; os.environ['MASTER_PORT'] = '1'\nfrom distclip.doctor import meeting, place\nplace.STARTING = 2.0"
+    )
+    codes, output = ranks_of(
+        tmp_path, "inspect", "--timeout", "2", "--model", "doctor.mine:layers", before=lost, ranks=1
+    )
+    assert codes == [1]
+    assert "distclip: rank 0 cannot reach the store where ranks meet: " in output
+    assert "Traceback" not in output
+
+
+def test_sigterm_ends_it_without_a_verdict(tmp_path: Path):
+    stop = """
+import signal
+from distclip.doctor import collectives
+def run(site):
+    signal.raise_signal(signal.SIGTERM)
+    return {"wrong": {}}
+collectives.run = run
+"""
+    codes, output = ranks_of(tmp_path, "doctor", before=stop, ranks=1)
+    assert codes == [143]
+    assert "All is well" not in output
 
 
 def test_a_function_that_returns_no_module_is_one_line_and_code_2(tmp_path: Path):

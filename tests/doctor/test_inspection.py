@@ -1,6 +1,9 @@
 """What `distclip inspect` says of a plan: every parameter counted once, and the messages that are really sent."""
 
+import re
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.optim import SGD, AdamW, RMSprop
 
 import distclip
 from distclip.doctor import inspection, plan_table
+from distclip.doctor.target import sorted_out
 from distclip.ranks.connections import Channel
 from support import parallel
 from support.parallel import Job, by_name, whole_values
@@ -69,6 +73,23 @@ def test_stages_and_experts_say_where_they_are():
     stages = next(cases for cases in zip(*by_rank, strict=True) if cases[0]["plan"]["parameters"][0]["where"])
     groups = plan_table.groups([case["plan"] for case in stages])
     assert [group.cells(2)[7] for group in groups] == ["pp=0", "pp=1"]
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs/doctor.md").read_text(encoding="utf-8")
+
+
+def documented() -> dict:
+    """The plan of the program that the page shows."""
+    namespace: dict = {}
+    exec(re.search(r"^```python\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)[1], namespace)
+    target = sorted_out("mine:build", namespace["build"]())
+    target.backward()
+    return inspection.inspected(target.clipper, target.optimizers, has_gradients=True)
+
+
+def test_the_page_shows_what_is_printed():
+    shown = DOCUMENT[DOCUMENT.index("    MaxNorm(") :].split("\n\nParameters")[0]
+    assert textwrap.dedent(shown).splitlines() == plan_table.lines(run_ranks(documented, 2), every=False)
 
 
 def lines_of(model: nn.Module, *optimizers: torch.optim.Optimizer, **options) -> list[str]:

@@ -21,15 +21,15 @@ from distclip.doctor.target import called, imported, sorted_out
     ],
 )
 def test_a_name_that_is_no_function_is_refused(name, said, monkeypatch, tmp_path):
-    (tmp_path / "broken.py").write_text("1 / 0")
-    (tmp_path / "torn.py").write_text("def build(:")
+    (tmp_path / "broken").with_suffix(".py").write_text("1 / 0")
+    (tmp_path / "torn").with_suffix(".py").write_text("def build(:")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Unusable, match=f"^--model: {said}"):
         imported(name)
 
 
 def test_modules_of_the_current_folder_can_be_imported(monkeypatch, tmp_path):
-    (tmp_path / "of_this_folder.py").write_text("def build(): return 7")
+    (tmp_path / "of_this_folder").with_suffix(".py").write_text("def build(): return 7")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/nowhere"])
     assert imported("of_this_folder:build")() == 7

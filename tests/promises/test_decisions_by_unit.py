@@ -14,6 +14,7 @@ from torch import Tensor
 import distclip
 from distclip import Decision, Statistic
 from support import parallel, trained
+from support.mixed import local_of
 from support.oracle import rows_in, true_norm
 from support.parallel import Job, full_gradients
 from support.ranks import run_ranks, same_bits
@@ -73,6 +74,9 @@ def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return max((torch.where(a == b, 0.0, (a - b).abs() / b.abs())).max().item() for a, b in pairs)
 
 
+Kept = tuple[Tensor, Tensor, Tensor]  # a parameter, its gradient, and what this rank had of that
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     per: str
@@ -84,16 +88,19 @@ class Case:
 def scaled_each(job_of, cases: list[Case]) -> list[dict[str, Any]]:
     """What a decision for each unit makes of the gradients of one job, case by case."""
     job = job_of()
-    names = list(distclip.Clipper(job.parts, inf, watch="parameters", **job.options).measure().norms)
-    return [scaled(job, names, case) for case in cases]
-
-
-def scaled(job: Job, names: list[str], case: Case) -> dict[str, Any]:
-    """What it makes of new gradients, beside what the oracle does with whole ones."""
-    for parameter in (each for part in job.parts for each in part.parameters()):
-        parameter.grad = None
+    watching = distclip.Clipper(job.parts, inf, watch="parameters", **job.options)
     job.backward()
-    before, level, p = united(job), level_of(case.per, names), case.p
+    kept = [(p, p.grad, local_of(p.grad).clone()) for p in watching.engine.holders if p.grad is not None]
+    before, names = united(job), list(watching.measure().norms)
+    return [scaled(job, kept, before, names, case) for case in cases]
+
+
+def scaled(job: Job, kept: list[Kept], before: dict[str, Tensor], names: list[str], case: Case) -> dict[str, Any]:
+    """What it makes of the gradients, beside what the oracle does with whole ones."""
+    for parameter, gradient, values in kept:  # in place: FSDP1's are parts of a flat one
+        parameter.grad = gradient
+        local_of(gradient).copy_(values)
+    level, p = level_of(case.per, names), case.p
     clipper = ROADS[case.road](job.parts, InTurn(level, case.by_coef), norm_type=p, **job.options)
     clipper.measure()
     looked, report = united(job), clipper.clip_()

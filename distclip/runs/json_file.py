@@ -116,7 +116,7 @@ def read_document(path: Path, file: BinaryIO, names: Names, advance: Callable[[i
     if isinstance(document, dict) and isinstance(document.get("log_history"), list):
         return log_of(document["log_history"], path, "Transformers", names)
     if isinstance(document, list):
-        return log_of(document, path, "W&B" if "_step" in (document or [{}])[0] else "JSON", names)
+        return log_of(document, path, "JSON", names)
     return log_of(records_of_columns(document), path, "JSON", names)
 
 
@@ -135,4 +135,4 @@ def log_of(records: list[Any], path: Path, program: str, names: Names) -> Log:
     table.add([record for record in records if isinstance(record, dict)])
     if not table.length:
         raise no_history(path)
-    return table.to_log(path, program, names, name=named(path))
+    return table.to_log(path, "W&B" if "_step" in table.values else program, names, name=named(path))

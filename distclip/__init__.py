@@ -9,6 +9,7 @@ float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then make
   any are asked for, or, if only groups are, for each set of groups that some parameter is in; twice as many if norms of
   parameters' values are asked for too. Each signal adds one. Construction then makes three all-reduces more, and a
   fourth where ranks hold different parameters, whose names and sizes it exchanges.
+* With ``exact=True`` it is 138 int64 numbers, for p = 1 and 2, and a host sync.
 * With DTensors that FSDP2 does not manage, ``split_over`` or ``layout``, the message carries two flags more: some rank
   holds float64; some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms
   leave pending sums). Misplaced gradients are redistributed into ``.grad``, in later calls before the all-reduce.

@@ -57,6 +57,9 @@ class Clipper:
     * ``watch``: whose norms are in ``report.norms``, measured in the same all-reduce: ``"parameters"``, or groups of
       them by patterns of their names: ``{"experts": "*.experts.*", "head": ("head.*", "embed.*")}``.
     * ``watch_zeros``: count zeros among their elements too, for ``report.zeros``: a share of each, 0 to 1.
+    * ``exact``: the float64 norm nearest to the true one, p = 1, 2 or inf, so the same bits of norm and coefficient
+      whatever the number of ranks and threads, the layout and the order of sums. A host sync a call on accelerators;
+      not with ``watch``, nor with policies that need more than the norm.
 
     LayoutError or ValueError on all ranks where ranks differ in parameters, in the values of replicas or in settings.
     A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated when, and
@@ -110,6 +113,7 @@ class Clipper:
         gradients: str | GradientFn | None = None,
         watch: Watch | None = None,
         watch_zeros: bool = False,
+        exact: bool = False,
     ) -> None:
         self.engine = Engine(
             model,
@@ -124,6 +128,7 @@ class Clipper:
             gradients=gradients,
             watch=watch,
             watch_zeros=watch_zeros,
+            exact=exact,
         )
         self._driver = None
 

@@ -57,6 +57,7 @@ def clip_grad_norm_(
     group: dist.ProcessGroup | None = None,
     split_over: Sequence[Axis] = (),
     layout: LayoutFn | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """Scale gradients in place so that the norm of all of them, as one vector over all ranks, is at most ``max_norm``.
 
@@ -78,7 +79,7 @@ def clip_grad_norm_(
       host sync a call on accelerators, and three more all-reduces when it raises. Otherwise a norm that is not finite
       goes through the formula as in torch, except that gradients that are all finite are left as they are.
     * ``foreach``: accepted for compatibility with torch; the kernels are chosen by device.
-    * ``group``, ``split_over``, ``layout``: as for :class:`Clipper`, on every rank or on none.
+    * ``group``, ``split_over``, ``layout``, ``exact``: as for :class:`Clipper`, on every rank or on none.
 
     Collectives: none, or one all-reduce of two float64 numbers (three int64 for inf), as the module says. With DTensors
     that FSDP2 does not manage, ``group``, ``split_over`` or ``layout``, it carries two flags more: some rank holds
@@ -105,13 +106,15 @@ def clip_grad_norm_(
         bound = positive("max_norm", max_norm, "inf measures only")
         p = positive("norm_type", norm_type)
         known = planned(listed, p, group, split_over, layout)
+        plan = known.plan.exactly() if exact else known.plan
     except FAILURES as error:
-        tell_ranks(listed, norm_type, group, split_over, layout, error, "clip_grad_norm_()")
+        tell_ranks(listed, norm_type, group, split_over, layout, error, "clip_grad_norm_()", exact=exact)
         raise
-    plan, memory = known.plan, known.plan.memory
+    memory = plan.memory
 
     # 2. Measure. The settings are in the agreement word, so that ranks with other ones disagree.
     call = f"clip_grad_norm_(max_norm={bound}, norm_type={p}, error_if_nonfinite={bool(error_if_nonfinite)})"
+    call += " exactly" * bool(exact)
     measured = measure(
         plan,
         known.gradients,
@@ -145,6 +148,7 @@ def get_total_norm(
     *,
     group: dist.ProcessGroup | None = None,
     split_over: Sequence[Axis] = (),
+    exact: bool = False,
 ) -> Tensor:
     """Return the norm of gradient ``tensors`` as one vector over all ranks, touching nothing.
 
@@ -160,10 +164,12 @@ def get_total_norm(
     try:
         listed = [held_gradient(t) for t in given]
         plan = plan_of(listed, positive("norm_type", norm_type), group, split_over, None)
+        plan = plan.exactly() if exact else plan
     except FAILURES as error:
-        tell_ranks(given, norm_type, group, split_over, None, error, "get_total_norm()", reduces=False)
+        tell_ranks(given, norm_type, group, split_over, None, error, "get_total_norm()", reduces=False, exact=exact)
         raise
     call = f"get_total_norm(norm_type={plan.p}, error_if_nonfinite={bool(error_if_nonfinite)})"
+    call += " exactly" * bool(exact)
     measured = measure(plan, holders_of(listed), tag=crc32(call.encode()), call=call)
     norm, _ = _total_norm(plan, measured, error_if_nonfinite)
     return (

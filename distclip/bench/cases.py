@@ -48,6 +48,8 @@ FINER: Sequence[tuple[str, str, Callable[[Place], Subject], float | None, dict[s
     ("per-parameter", f"{ON_SMALL}: PerParameter(MaxNorm)", SMALL, 1.5, {"policy": EACH}),
     ("per-parameter-fresh", f"{ON_SMALL}: PerParameter(MaxNorm), fresh", SMALL, 1.5, {"policy": EACH, "fresh": True}),
     ("adagc", f"{ON_SMALL}: AdaGC", SMALL, 1.5, {"policy": ADAGC}),
+    ("exact-fsdp2-small", f"{ON_SMALL}: Clipper(exact=True)", SMALL, None, {"exact": True}),
+    ("exact-plain", f"{ON_PLAIN}: Clipper(exact=True)", PLAIN, 2.0, {"exact": True}),
     ("agc", f"{ON_SMALL}: AGC", SMALL, None, {"policy": distclip.AGC(1e-6)}),
 ]
 """Name, what, subject, goal and settings of cases that need more than the norm of the model."""

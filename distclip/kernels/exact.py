@@ -73,11 +73,13 @@ def exact_sum(tensors: Sequence[Tensor], p: float, wide: bool) -> Tensor:
                 _add_by_exponent(words, flat, int(p))
             else:
                 _add_compiled(words, [flat], int(p))
-    return _carried(words) if by_hand else words
+    return carried(words) if by_hand else words
 
 
-def exact_norm(words: Tensor | Sequence[int], p: float) -> float:
+def exact_norm(words: Tensor | Sequence[int], p: float, times: int = 1) -> float:
     """The norm of order ``p`` that words make, rounded once; NaN if an element is, else inf if one is.
+
+    ``times``: how often each element is in them, p < inf.
 
     The norm of finite elements is finite: the largest float where it is above that. Waits for words on an accelerator.
     """
@@ -91,18 +93,19 @@ def exact_norm(words: Tensor | Sequence[int], p: float) -> float:
     total = sum(digit << BITS * k for k, digit in enumerate(digits))
     base = NARROW_BASE if len(digits) == NARROW else WIDE_BASE
     try:
-        return total / (1 << -base) if p == 1 else _root(total, base)
+        return total / (times << -base) if p == 1 else _root(total, times, base)
     except OverflowError:
         return float_info.max
 
 
-def _root(total: int, base: int) -> float:
-    """The root of total * 2 ** base, base even: integer division is rounded once, and so sees the last bit set where
-    bits of the root are left.
+def _root(total: int, times: int, base: int) -> float:
+    """The root of total / times * 2 ** base, base even: integer division is rounded once, and so sees the last bit set
+    where bits of the root are left.
     """
-    more = max(0, 2 * 64 - total.bit_length()) // 2  # the root has 64 bits or more
-    root = isqrt(total << 2 * more)
-    root = 2 * root + (root * root != total << 2 * more)
+    more = max(0, 2 * 64 + times.bit_length() - total.bit_length() + 1) // 2  # the root has 64 bits or more
+    square, rest = divmod(total << 2 * more, times)
+    root = isqrt(square)
+    root = 2 * root + (rest > 0 or root * root != square)
     scale = base // 2 - more - 1
     return root / (1 << -scale) if scale < 0 else float(root << scale)
 
@@ -173,7 +176,7 @@ def _deposit(words: Tensor, numbers: Tensor, positions: Tensor) -> None:
     words.index_add_(0, digit + 2, high >> BITS)
 
 
-def _carried(words: Tensor) -> Tensor:
+def carried(words: Tensor) -> Tensor:
     """The same sum in digits below 2 ** 32, but for the last one."""
     for k in range(COUNTS, len(words) - 1):
         words[k + 1] += words[k] >> BITS

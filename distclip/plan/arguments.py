@@ -53,6 +53,7 @@ def tell_ranks(
     error: Exception,
     call: str,
     reduces: bool = True,
+    exact: bool = False,
 ) -> None:
     """Where this rank has failed before it had a plan: take part in the one all-reduce of the others, who raise then.
 
@@ -74,7 +75,9 @@ def tell_ranks(
     cut = [held_parameter(t, reduced=id(t) in ours).piece for t in tensors if isinstance(t, DTensor)]
     sends_flags = group is not None or (where.size > 1 and (says_so or any(map(is_candidate, cut))))
     p = inf if norm_type == inf else 2.0  # of all others it only matters that they send as many numbers
-    tell_others(where, where.device_for(tensors), p, (False, False) if sends_flags else (), error, call)
+    tell_others(
+        where, where.device_for(tensors), p, (False, False) if sends_flags else (), error, call, exact=exact and p < inf
+    )
 
 
 def held_of(listed: list[Any]) -> list[Held]:

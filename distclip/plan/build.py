@@ -9,6 +9,7 @@ this rank's memory, which no other rank needs to know.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from math import inf
 from typing import Self
 
 import torch
@@ -22,10 +23,12 @@ from ..gradients.realign import is_candidate
 from ..kernels import triton
 from ..kernels.device import reads_are_free
 from ..kernels.dtypes import WIDE
+from ..kernels.exact import refusal
 from ..kernels.transfer import sent
 from ..layouts.layout import LayoutFn, LayoutReader, Replication
 from ..layouts.piece import Held, Piece, holders_of, once
 from ..ranks.group import Axis, ClippingGroup
+from . import refusals
 from .slots import Slots
 
 
@@ -56,6 +59,7 @@ class Plan:
     in_parts: tuple[bool, ...]  # of each piece: whether it is a part of which no rank knows where in the whole it lies
     slots: Slots | None = None  # where sums finer than the model's go; None where nobody asked
     signals: tuple[str, ...] = ()  # names of the user's numbers that travel too
+    exact: bool = False  # whether digits of the exact sum travel; the host reads them
     memory: Memory = field(default_factory=Memory, compare=False)
 
     @classmethod
@@ -114,6 +118,16 @@ class Plan:
         """The same with ``slots`` for the units of this ``table``, which ranks must have in common."""
         digest = blake2b(f"{self.code}|{slots.length}|{table}".encode(), digest_size=6)
         return replace(self, slots=slots, code=int.from_bytes(digest.digest()))
+
+    def exactly(self) -> Self:
+        """The same for the exact sum of powers; ValueError where that cannot be."""
+        why = refusal(self.p, {piece.dtype for piece in self.pieces})
+        if why is not None:
+            raise refusals.not_exact(why)
+        for i, replicas in enumerate(self.replicas):
+            if self.group.size % replicas:
+                raise refusals.shares_not_whole(self.label(i), replicas, self.group.size)
+        return replace(self, exact=self.p < inf, reads_are_free=self.reads_are_free or self.p < inf)
 
     @property
     def length(self) -> int | None:

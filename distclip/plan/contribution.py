@@ -10,7 +10,9 @@ from torch import Tensor
 from ..gradients.local import Local
 from ..kernels import local_norms, native, norms_on_host, sum_over_replicas, zeros_of_each
 from ..kernels.device import has_float64
+from ..kernels.exact import carried, exact_sum
 from ..kernels.transfer import sent
+from ..ranks.digits import no_words
 from ..ranks.message import Scalar, root
 from .build import Plan
 from .measured import Norms
@@ -29,17 +31,32 @@ class Beside:
 
 
 NOTHING = Beside()
+MANY = 1 << 13  # digits of 32 bits that many times, of that many ranks, still fit into 63
 
 
 def contribution(
     plan: Plan, gradients: Sequence[Tensor | None], local: Local, beside: Beside
 ) -> tuple[Scalar, Norms | None, ByPiece | None]:
     """What this rank sends for ``local``, found in ``gradients``; and what it knows of them piece by piece."""
+    if plan.exact:
+        return _words(plan, local), None, None
     mine, norms, by_piece = _of_gradients(plan, gradients, local, beside.values)
     if plan.signals:
         first = mine if isinstance(mine, Tensor) else torch.tensor(mine, dtype=torch.float64)
         mine = torch.cat([first.view(-1), _shares(plan, beside.signals)])
     return mine, norms, by_piece
+
+
+def _words(plan: Plan, local: Local) -> Tensor:
+    """The exact sum of powers, each element counted group size / replicas times: int64, where the message is."""
+    total, size = no_words(plan.device), plan.group.size
+    for replicas, places in local.by_replicas:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for k in places:
+            by_device.setdefault(local.runs[k].device, []).append(local.runs[k])
+        for runs in by_device.values():
+            total += sent(exact_sum(runs, plan.p, wide=True), plan.device) * (size // replicas)
+    return carried(total) if size > MANY else total
 
 
 def _shares(plan: Plan, signals: Sequence[Scalar]) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import LayoutError, and_more
 from ..ranks.compare import who_differs
+from ..ranks.digits import no_words, reduce_digits
 from ..ranks.group import ClippingGroup
 from ..ranks.message import Scalar, reduce_norm
 from .build import Plan
@@ -35,12 +36,17 @@ def tell_others(
     error: Exception,
     call: str,
     length: int | None = None,
+    exact: bool = False,
 ) -> None:
     """Take part in the all-reduce of the others without an own sum, so that they raise as well: here it was ``error``.
 
-    ``device``, the number of ``flags`` and ``length``, that of the vector (None where a number travels), must be those
-    of the others.
+    ``device``, the number of ``flags``, ``length``, that of the vector (None where a number travels), and whether the
+    sum is ``exact`` must be those of the others.
     """
+    if exact:
+        reduce_digits(group, no_words(device), p, 0, True, flags, call)
+        who_differs(group, device, stopped_by(error))
+        return
     nothing: Scalar = 0.0
     if length is not None or device.type != "cpu":
         nothing = torch.zeros(() if length is None else length, dtype=torch.float64, device=device)

@@ -14,6 +14,7 @@ from ..gradients.local import Local
 from ..gradients.realign import realign
 from ..gradients.storage import Store
 from ..ranks.compare import who_differs
+from ..ranks.digits import reduce_digits
 from ..ranks.message import Reduced, reduce_norm
 from .build import Plan
 from .contribution import NOTHING, Beside, contribution, norms_on
@@ -117,9 +118,8 @@ def _round(
         mine, norms, by_piece = contribution(plan, gradients, local, beside)
     except FAILURES as failed:  # of torch, of a gradient whose memory was freed for example: the others wait for us
         named = _named(plan, gradients, failed)
-        tell_others(
-            plan.group, plan.device, plan.p, (False, plan.wide) if plan.sends_flags else (), named, call, plan.length
-        )
+        flags = (False, plan.wide) if plan.sends_flags else ()
+        tell_others(plan.group, plan.device, plan.p, flags, named, call, plan.length, plan.exact)
         if named is failed:
             raise
         raise named from failed
@@ -128,7 +128,11 @@ def _round(
     code = plan.code + tag * TAG_STEP + (crc32(repr(missing).encode()) if missing else 0)
     faulty = local.error is not None
     of_model = 1 if plan.slots is None else plan.slots.count  # the others of a vector only travel along
-    reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call, of_model)
+    if plan.exact:
+        assert isinstance(mine, Tensor)
+        reduced = reduce_digits(plan.group, mine, plan.p, code, faulty, flags, call)
+    else:
+        reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call, of_model)
     if reduced.disagree is True:
         reduced = replace(reduced, who=who_differs(plan.group, plan.device, account(plan, call, missing, local.error)))
     return local, norms, by_piece, reduced

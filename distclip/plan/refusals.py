@@ -123,6 +123,14 @@ def not_replicas(names: Sequence[str]) -> LayoutError:
 # ---- what verify() finds ------------------------------------------------------------------------------------
 
 
+def not_exact(why: str) -> ValueError:
+    return ValueError(f"exact=True: {why}")
+
+
+def shares_not_whole(name: str, replicas: int, size: int) -> LayoutError:
+    return LayoutError(f"exact=True: {size} ranks cannot hold {replicas} replicas of each element of {name}")
+
+
 def no_gradient() -> LayoutError:
     return LayoutError(f"there is no gradient on any rank: {ABSENT}")
 

@@ -71,6 +71,13 @@ def store_gone_too(error: RuntimeError) -> str:
     return f", and the job's store is gone too: {error}"
 
 
+def altered(call: str) -> str:
+    return (
+        f"the message{f' of {call}' if call else ''} was altered on its way: its words are not those of their "
+        "checksum. Memory or network of a rank is broken; nothing was clipped"
+    )
+
+
 def waits_for(rank: int, absent: Sequence[int], call: str, seconds: float) -> str:
     return (
         f"rank {rank} has waited for {seconds:.0f} s{f' in {call}' if call else ''}: {_named(absent)} "

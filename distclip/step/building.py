@@ -50,6 +50,7 @@ def build(
     gradients: Any,
     watch: options.Watch | None,
     watch_zeros: bool,
+    exact: bool,
     decides_on_device: bool | None,
 ) -> Built:
     """Read the arguments of an :class:`.Engine`, and compare them with those of the other ranks of ``where``.
@@ -63,15 +64,19 @@ def build(
         policy = as_policy(policy)
         p, given = positive("norm_type", norm_type), (split_over, layout, only)
         needed, watched = needs(policy), options.watched(watch, watch_zeros, p)
+        asked = [each for each in needed if isinstance(each, Statistic)] + ([] if watched is None else [watched])
         signals = tuple(each.name for each in needed if isinstance(each, Signal))
         if signals and p == inf:
             raise refusals.signals_of_maxima()
+        if exact and p < inf and (asked or signals):
+            raise refusals.more_than_exact()
         settings = options.settings(
-            p, policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched, watch_zeros
+            p, policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched, watch_zeros, exact
         )
         everything = once(held_in(parts))
         listed = chosen(everything, only)
         holders, plan = holders_of(listed), replace(Plan.of(listed, p, where, split_over, layout), signals=signals)
+        plan = plan.exactly() if exact else plan
         axes = bool(split_over) and where.size > 1
         ready = partial(
             Progress,
@@ -84,7 +89,6 @@ def build(
             on_device=decides_on_device,
             watch=watched,
         )
-        asked = [each for each in needed if isinstance(each, Statistic)] + ([] if watched is None else [watched])
         progress = None if asked else ready(plan)
     except FAILURES as error:  # the other ranks are about to compare, and would hang: they raise as well
         device = where.device_for(parameter for part in parts for parameter in part.parameters())

@@ -60,7 +60,6 @@ class Engine:
       host sync. (True makes the CPU decide as accelerators do.)
 
     Its verbs know more than those of a Clipper about whoever steps:
-
     * ``measure(optimizers)``: norm and decision, and no step.
     * ``clip_(optimizers, scaler)``: clip now; the next step of each of ``optimizers``, called by someone else, changes
       nothing where the decision is to skip.
@@ -89,6 +88,7 @@ class Engine:
         gradients: str | GradientFn | Storage | None = None,
         watch: Watch | None = None,
         watch_zeros: bool = False,
+        exact: bool = False,
         decides_on_device: bool | None = None,
     ) -> None:
         built = build(
@@ -104,6 +104,7 @@ class Engine:
             gradients=gradients,
             watch=watch,
             watch_zeros=watch_zeros,
+            exact=exact,
             decides_on_device=decides_on_device,
         )
         self.progress = built.progress

@@ -30,6 +30,7 @@ SETTINGS = (
     "gradients",
     "watch",
     "watch_zeros",
+    "exact",
 )
 
 
@@ -50,6 +51,7 @@ class Options(TypedDict, total=False):
     gradients: str | GradientFn | None
     watch: Watch | None
     watch_zeros: bool
+    exact: bool
 
 
 def settings(
@@ -62,12 +64,14 @@ def settings(
     asked: Sequence[Statistic | Signal],
     watch: Statistic | None,
     watch_zeros: bool,
+    exact: bool,
 ) -> dict[str, str]:
     """A text for each setting, for ranks to compare; of ``given`` and functions only whether they were given."""
     texts = ["given" if each else "not given" for each in given]
     where = gradients if isinstance(gradients, str) else "not given" if gradients is None else "given"
     decided = f"{spelled(policy)}{list(asked) if asked else ''}"
-    known = (str(p), decided, nonfinite, str(max_consecutive_skips), *texts, where, str(watch), str(watch_zeros))
+    more = (str(watch), str(watch_zeros), str(exact))
+    known = (str(p), decided, nonfinite, str(max_consecutive_skips), *texts, where, *more)
     return dict(zip(SETTINGS, known, strict=True))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import FAILURES, LayoutError
 from ..gradients.storage import Storage
-from ..kernels.device import in_capture, reads_are_free
+from ..kernels.device import in_capture
 from ..kernels.transfer import Transfer
 from ..layouts.piece import Held
 from ..plan.build import Plan
@@ -63,7 +63,7 @@ class Progress:
         watch: Statistic | None = None,
     ) -> None:
         self.plan, self.storage, self.policy, self.streak, self.calls = plan, storage, policy, streak, calls
-        self.on_device = not reads_are_free(plan.device) if on_device is None else on_device
+        self.on_device = not plan.reads_are_free if on_device is None or plan.exact else on_device
         self.report: Report | None = None
         self.recorder = Recorder()
         self.hooks: OrderedDict[int, ReportHook] = OrderedDict()  # which a RemovableHandle can refer to

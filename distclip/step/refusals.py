@@ -80,6 +80,13 @@ def zeros_of_maxima() -> ValueError:
     )
 
 
+def more_than_exact() -> ValueError:
+    return ValueError(
+        "exact=True measures the norm of all gradients alone: watch=, and a policy that asks for norms of "
+        "parameters or for signals, need sums that are rounded. Use another Clipper for these, or leave out exact=True"
+    )
+
+
 def no_engine(found: object) -> ValueError:
     return ValueError(f"Clipper.of takes an Engine, got {type(found).__name__}: build one, Engine(model, policy)")
 

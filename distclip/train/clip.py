@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from distclip import PerGroup, Policy, Signal, ValueClip
+from distclip import PerGroup, Policy, Signal, Statistic, ValueClip
 from distclip.errors import and_more
 from distclip.policies.trust import inner_of
 from distclip.step.options import Options, Watch
@@ -18,6 +18,7 @@ def options_of(clip: Clip) -> Options:
         "nonfinite": clip.options.nonfinite,
         "max_consecutive_skips": clip.options.max_consecutive_skips,
         "watch": watch_of(clip),
+        "exact": clip.options.exact,
     }
 
 
@@ -50,6 +51,9 @@ def check_clip(config: Config, names: Sequence[str]) -> None:
             check_groups(policy, names)
     zero = config.parallel.strategy.startswith("zero")
     require(not (zero and clip.options.find_source), "clip.find_source", "does not go with DeepSpeed: set it to false")
+    require(not (zero and clip.options.exact), "clip.exact", "does not go with DeepSpeed: set it to false")
+    alone = clip.options.watch is None and all(each == Statistic() for each in clip.policy.needs())
+    require(alone or not clip.options.exact, "clip.exact", "measures one norm, of all parameters: set it to false")
     for name in signals_of(clip):
         require(name in SIGNALS, "clip", f"the policy asks for the signal {name}: the trainer has {', '.join(SIGNALS)}")
         require(

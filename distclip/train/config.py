@@ -62,6 +62,7 @@ class ClipOptions:
     nonfinite: Literal["skip", "raise", "propagate"] = "skip"
     max_consecutive_skips: int | None = None
     watch: str | tuple[str, ...] | None = None  # norms in every record: of each "parameters", or of these patterns
+    exact: bool = False  # the same bits of the norm on any number of processes
     find_source: bool = False  # read gradients before ranks are reduced too: a NaN's rank is named also with DDP, FSDP2
 
     def __post_init__(self) -> None:

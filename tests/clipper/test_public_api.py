@@ -20,7 +20,7 @@ SIGNATURES = {
     "AdaGC": "(lambda_abs=1.0, lambda_rel=1.05, beta=0.98, warm_up=100)",
     "AutoClip": "(percentile=10, window=1000, max_norm=inf)",
     "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
-    " max_consecutive_skips=None, gradients=None, watch=None, watch_zeros=False)",
+    " max_consecutive_skips=None, gradients=None, watch=None, watch_zeros=False, exact=False)",
     "Clipper.clip_": "(self, *, signals=None)",
     "Clipper.history": None,
     "Clipper.load_state_dict": "(self, state)",
@@ -67,11 +67,12 @@ SIGNATURES = {
     "ZClip": "(alpha=0.97, z_thresh=2.5, max_norm=1.0, eps=1e-06, warmup_steps=25)",
     "attach": "(optimizers, model, policy, **options)",
     "clip_grad_norm_": "(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None, *, group=None,"
-    " split_over=(), layout=None)",
+    " split_over=(), layout=None, exact=False)",
     "clip_grad_value_": "(parameters, clip_value, foreach=None)",
     "clip_grads_with_norm_": "(parameters, max_norm, total_norm, foreach=None)",
     "find_source": "(model, *, group=None)",
-    "get_total_norm": "(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None, *, group=None, split_over=())",
+    "get_total_norm": "(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None, *, group=None, split_over=(),"
+    " exact=False)",
 }
 
 

@@ -75,6 +75,7 @@ def ddp(site: Site) -> Subject:
 
 
 def fsdp1(site: Site) -> Subject:
+    need(site, 2, multiple=1)  # alone it warns
     model = net(site)
     for k in (0, 1):
         model[k] = FullyShardedDataParallel(model[k], device_id=site.device, use_orig_params=True)
@@ -150,9 +151,9 @@ LAYOUTS: dict[str, Callable[[Site], Subject]] = {
 }
 
 
-def need(site: Site, ranks: int) -> None:
-    if site.world < ranks or site.world % 2:
-        raise Unfit(f"needs {ranks} ranks or more, an even number")
+def need(site: Site, ranks: int, multiple: int = 2) -> None:
+    if site.world < ranks or site.world % multiple:
+        raise Unfit(f"needs {ranks} ranks or more{', an even number' if multiple == 2 else ''}")
 
 
 def net(site: Site) -> nn.Sequential:

@@ -73,7 +73,19 @@ class Numbers:
         if finite and self.bounds is not None:
             _check_bounds(self.bounds, policy)
 
+    def _is_good(self) -> bool:
+        """Whether a look at the least and the largest of them shows that each unit has numbers to use."""
+        bound, coef = self.max_norm, self.coef
+        if isinstance(bound, Tensor) and not (len(bound) and bound.amin().item() > 0):  # of NaN too
+            return False
+        if isinstance(coef, Tensor):
+            low, high = (each.item() for each in coef.aminmax()) if len(coef) else (0.0, inf)
+            return low > 0 and high < inf
+        return True
+
     def _check_units(self, policy: Policy, statistics: Statistics, finite: bool) -> None:
+        if self._is_good():
+            return
         for field, numbers, bad in bad_units(self.max_norm, self.coef):
             if bad.any():
                 bad = bad if finite else bad & ~numbers.isnan()

@@ -16,6 +16,7 @@ import torch
 from distclip.cli import main
 from distclip.doctor.subjects import LAYOUTS
 from support.programs import play
+from support.ranks import LIMIT
 
 ROOT = Path(__file__).parents[2]
 PATHS = [str(ROOT), str(ROOT / "tests")]
@@ -36,7 +37,7 @@ def ranks_of(folder: Path, *words: str, before: str = "", ranks: int = 2) -> tup
     """Exit codes and all output of ``distclip <words>`` on the ranks of a launcher."""
     program = folder / "program.py"
     program.write_text(PROGRAM.format(before=before, words=[*map(str, words)]))
-    return play(program, ranks, PATHS, 100)
+    return play(program, ranks, PATHS, LIMIT)
 
 
 def line_of(output: str, name: str) -> str:
@@ -127,19 +128,19 @@ def children_of(process: subprocess.Popen[str]) -> list[str]:
 def test_torchrun_starts_it_and_one_rank_that_dies_is_named():
     well = start("doctor", *QUICK, launcher=TORCHRUN)
     dying = start("inspect", "--model", "doctor.mine:dies_on_rank_1", launcher=TORCHRUN)
-    output, errors = well.communicate(timeout=200)
+    output, errors = well.communicate(timeout=LIMIT)
     assert well.returncode == 0, errors
     assert output.splitlines()[-1].startswith("All is well: 11 checks in ")
     page = (ROOT / "docs/doctor.md").read_text(encoding="utf-8")
     assert checks_in(page) == checks_in(output) != []
-    output, _ = dying.communicate(timeout=200)  # torchrun has much to say, too
+    output, _ = dying.communicate(timeout=LIMIT)  # torchrun has much to say, too
     assert dying.returncode == 1
     assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
 
 
 def test_alone_it_starts_two_processes_and_names_one_that_dies():
     process = start("inspect", "--processes", "2", "--model", "doctor.mine:dies_on_rank_1")
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
     assert errors == "distclip: rank 1 was killed by SIGKILL\n"
@@ -147,7 +148,7 @@ def test_alone_it_starts_two_processes_and_names_one_that_dies():
 
 def test_alone_a_rank_that_hangs_is_named_and_ended():
     process = start("inspect", "--processes", "2", "--timeout", "3", "--model", "doctor.mine:hangs_on_rank_1")
-    output, errors = process.communicate(timeout=100)
+    output, errors = process.communicate(timeout=LIMIT)
     assert (process.returncode, errors) == (1, "")
     assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
 
@@ -158,7 +159,7 @@ def test_ctrl_c_ends_it_quietly(send):
     try:
         assert process.stdout.readline().startswith("ok     versions")  # its ranks have met
         send(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=LIMIT)
     finally:
         process.kill()
         process.communicate()
@@ -240,5 +241,5 @@ def test_ctrl_c_while_ranks_are_starting_is_quiet_too():
         time.sleep(0.01)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=LIMIT)
     assert (process.returncode, output, errors) == (130, "", "")

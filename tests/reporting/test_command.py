@@ -16,6 +16,7 @@ from distclip.cli import main
 from distclip.reporting import writing
 from distclip.reporting.thin import thinned
 from reporting.made import CULPRIT, write_run
+from support.ranks import LIMIT
 from train.commands import start
 
 
@@ -120,7 +121,7 @@ def test_control_c_ends_it_and_leaves_nothing(tmp_path):
         file.flush()
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=LIMIT)
     assert (process.returncode, output, errors) == (130, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 

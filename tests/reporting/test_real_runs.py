@@ -15,7 +15,7 @@ STEPS = 120
 
 def found(folder: Path, clip: list[str]) -> tuple[Analysis, dict[str, Advice]]:
     words = [*TINY, *clip, f"train.steps={STEPS}", "parallel.strategy=none", f"run.dir={folder}"]
-    assert run_ranks(train_here, 1, "quickstart.yaml", words, timeout=200) == [0]
+    assert run_ranks(train_here, 1, "quickstart.yaml", words) == [0]
     (run,) = open_runs(folder)
     analysis = Analysis.of(run, lambda done: None)
     return analysis, {each.kind: each for each in advice_on(analysis)}

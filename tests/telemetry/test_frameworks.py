@@ -59,7 +59,7 @@ def in_a_trainer(folder: str) -> tuple[list[dict[str, Any]], list[tuple[int, flo
 
 def test_trainer_logs_the_numbers_with_its_own_and_bad_steps_between(tmp_path):
     pytest.importorskip("transformers")
-    results = run_ranks(in_a_trainer, 2, str(tmp_path), fresh=True, timeout=120)
+    results = run_ranks(in_a_trainer, 2, str(tmp_path), fresh=True)
     for history, seen, steps in results:
         found = entries(history)
         agrees(found)
@@ -96,7 +96,7 @@ def at_the_end_of_a_trainer(folder: str) -> list[list[tuple[int, bool]]]:
 
 def test_bad_steps_after_the_last_log_of_trainer_are_not_lost(tmp_path):
     pytest.importorskip("transformers")
-    for ended, failed in run_ranks(at_the_end_of_a_trainer, 2, str(tmp_path), fresh=True, timeout=120):
+    for ended, failed in run_ranks(at_the_end_of_a_trainer, 2, str(tmp_path), fresh=True):
         assert ended == [(8, False), (11, True)]
         assert failed == [(8, False), (9, True), (10, True)]
 
@@ -123,7 +123,7 @@ def at_the_end_of_lightning() -> list[list[tuple[int, bool]]]:
 
 def test_bad_steps_after_the_last_log_of_lightning_are_not_lost():
     pytest.importorskip("lightning")
-    ((ended, failed),) = run_ranks(at_the_end_of_lightning, 1, fresh=True, timeout=120)
+    ((ended, failed),) = run_ranks(at_the_end_of_lightning, 1, fresh=True)
     assert ended == [(7, False), (10, True)]  # counted from 0, as Lightning does
     assert failed == [(7, False), (8, True), (9, True)]
 
@@ -164,7 +164,7 @@ def in_accelerate() -> list[tuple[int, dict[str, float]]]:
 
 def test_accelerate_takes_its_log_for_a_sink():
     pytest.importorskip("accelerate")
-    first, second = run_ranks(in_accelerate, 2, fresh=True, timeout=120)
+    first, second = run_ranks(in_accelerate, 2, fresh=True)
     agrees(first)
     assert second == []
 
@@ -191,5 +191,5 @@ def in_fabric() -> list[tuple[int, dict[str, float]]]:
 
 def test_fabric_takes_its_log_dict_for_a_sink():
     pytest.importorskip("lightning")
-    (found,) = run_ranks(in_fabric, 1, fresh=True, timeout=120)
+    (found,) = run_ranks(in_fabric, 1, fresh=True)
     agrees(found)

@@ -75,10 +75,18 @@ def test_dragging_zooms_and_a_double_click_goes_back(tab, folder):
     tab.wait_for(f"{RANGE}[0] > {before[0] + 0.3 * (before[1] - before[0])}")
     zoomed = tab.ask(RANGE)
     assert (zoomed[1] - zoomed[0]) / (before[1] - before[0]) == pytest.approx(0.2, abs=0.02)
+    deadline = time.monotonic() + 60
+    while tab.ask(RANGE)[0] > before[0] + 1 and time.monotonic() < deadline:
+        double_click(tab, left, y)
+        time.sleep(0.5)
+    assert tab.ask(RANGE) == pytest.approx(before)
+
+
+def double_click(tab: Browser, x: float, y: float) -> None:
+    """Twice within Plotly's 0.3 s, for which a busy machine needs more than one attempt."""
     for count in (1, 2):
         for kind in ("Pressed", "Released"):
-            tab.mouse(kind, left, y, button="left", clickCount=count)
-    tab.wait_for(f"{RANGE}[0] < {before[0] + 1}")
+            tab.mouse(kind, x, y, button="left", clickCount=count)
 
 
 def test_hovering_tells_the_numbers_of_a_step(tab, folder):

@@ -12,7 +12,7 @@ from torch import Tensor
 from distclip.kernels import exact, native
 from distclip.kernels.exact import COUNTS, LOWER, count_of, exact_norm, exact_sum, is_wide, refusal
 from distclip.kernels.fingerprint import fingerprints, whole
-from kernels.test_native import BLOCK, COMPILERS, SHARE, WAVE, compiled
+from kernels.test_native import BLOCK, SHARE, WAVE
 
 PART = 1 << 12  # as in exact.c
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -184,20 +184,19 @@ def test_the_same_words_for_any_threads_as_by_torch(threads, dtype, monkeypatch,
     assert words[:COUNTS].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("road", roads()[-1:], indirect=True)
-def test_the_same_words_and_fingerprints_by_any_compiler(compiler, tmp_path, monkeypatch, road):
+def test_the_same_words_and_fingerprints_by_any_compiler(by_compilers, monkeypatch, road):
     tensors = [spread(n, dtype, 6, n) for n in (PART + 77, 1000) for dtype in DTYPES]
     places = [whole(t.numel()) for t in tensors]
     words, numbers = words_of(tensors, 2.0), fingerprints(tensors, places, [1] * len(tensors))
-    loaded = native.load(compiled(compiler, tmp_path))
-    assert loaded is not None
-    monkeypatch.setattr(native, "exact_sum", loaded.distclip_exact_sum)
-    monkeypatch.setattr(native, "fingerprints", loaded.distclip_fingerprints)
-    for instructions in range(native.widest + 1):
-        monkeypatch.setattr(native, "widest", instructions)
-        assert torch.equal(words_of(tensors, 2.0), words)
-        assert torch.equal(fingerprints(tensors, places, [1] * len(tensors)), numbers)
+    for loaded in map(native.load, by_compilers):
+        assert loaded is not None
+        monkeypatch.setattr(native, "exact_sum", loaded.distclip_exact_sum)
+        monkeypatch.setattr(native, "fingerprints", loaded.distclip_fingerprints)
+        for instructions in range(loaded.distclip_widest_instructions() + 1):
+            monkeypatch.setattr(native, "widest", instructions)
+            assert torch.equal(words_of(tensors, 2.0), words)
+            assert torch.equal(fingerprints(tensors, places, [1] * len(tensors)), numbers)
 
 
 @EACH_P

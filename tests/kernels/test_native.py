@@ -91,9 +91,9 @@ SETS = {
 @built
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("dtype", native.KINDS, ids=str)
-def test_same_bits_for_any_threads_and_instructions(name, dtype, tmp_path):
+def test_same_bits_for_any_threads_and_instructions(name, dtype, by_compilers):
     tensors = [t.to(dtype) for t in SETS[name]()]
-    calls = [kernel(library()), *(kernel(compiled(c, tmp_path)) for c in COMPILERS)]
+    calls = [kernel(library()), *map(kernel, by_compilers)]
     instructions = {native.PORTABLE, native.instructions}
     found = {call(tensors, i, threads) for call in calls for i in instructions for threads in (1, 2, 3)}
     assert len(found) == 1

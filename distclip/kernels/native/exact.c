@@ -26,10 +26,10 @@ struct sum {
 };
 
 /* Add value * 2 ** position, in units of the base; the value may be below 0. */
-INLINE void deposit(int64_t *digits, int64_t value, int position)
+INLINE void deposit(int64_t *digits, int64_t value, unsigned position)
 {
     int64_t *at = digits + position / 32;
-    const int shift = position % 32;
+    const unsigned shift = position % 32;
     const uint64_t low = (uint64_t)(value & 0xffffffff) << shift;
     const int64_t high = (value >> 32) * ((int64_t)1 << shift);
     at[0] += (int64_t)(low & 0xffffffff);
@@ -46,21 +46,19 @@ static void carry(int64_t *digits, size_t count)
     }
 }
 
-/* A number without its sign as fp32 has it: what is behind the point, and its exponent; 255 is inf or NaN. */
+/* A number without its sign as fp32 has it: what is behind the point, and its exponent; 255 is inf or NaN. Branches would
+   be guessed wrong where subnormals are among others. */
 INLINE void read_one(const char *at, int kind, uint32_t *significand, uint32_t *exponent)
 {
+    const int behind = kind == FP16 ? 10 : 23;
     uint32_t bits = 0;
     memcpy(&bits, at, size_of(kind));
-    if (kind == FP16) {
-        uint32_t field = bits >> 10 & 31;
-        *exponent = field == 31 ? 255 : (field ? field : 1) + 125; /* less by 13 than where ten bits stand higher */
-        *significand = (bits & 0x3ff) | (field ? 0x400 : 0);
-    } else {
-        bits = (kind == BF16 ? bits << 16 : bits) & 0x7fffffff;
-        uint32_t field = bits >> 23;
-        *exponent = field ? field : 1;
-        *significand = (bits & 0x7fffff) | (field ? 0x800000 : 0);
-    }
+    bits = (kind == BF16 ? bits << 16 : bits) & (kind == FP16 ? 0x7fff : 0x7fffffff);
+    const uint32_t field = bits >> behind;
+    *significand = (bits & ((1u << behind) - 1)) | (uint32_t)(field > 0) << behind;
+    *exponent = field + (field == 0);
+    if (kind == FP16)
+        *exponent = field == 31 ? 255 : *exponent + 125; /* its exponents begin at -14, and its 10 bits stand lower */
 }
 
 /* Any numbers, at most PART of them: those of one exponent are added as integers. */
@@ -71,7 +69,7 @@ INLINE void add_by_exponent(const char *start, size_t numel, int kind, int power
         uint32_t m, exponent;
         read_one(start + i * size_of(kind), kind, &m, &exponent);
         if (exponent == 255) {
-            const int is_nan = (m & (kind == FP16 ? 0x3ff : 0x7fffff)) != 0;
+            const int is_nan = (m & (m - 1)) != 0; /* beside the bit before the point */
             sum->nans += is_nan;
             sum->infs += !is_nan;
         } else
@@ -88,7 +86,7 @@ static void add_float64(const char *start, size_t numel, int power, struct sum *
     for (size_t i = 0; i < numel; i++) {
         uint64_t bits;
         memcpy(&bits, start + 8 * i, 8);
-        const int field = bits >> 52 & 2047, position = power * ((field ? field : 1) - 1075) - WIDE_BASE;
+        const int field = bits >> 52 & 2047, position = power * (field + (field == 0) - 1075) - WIDE_BASE;
         const uint64_t behind = bits & (((uint64_t)1 << 52) - 1), m = behind | (uint64_t)(field > 0) << 52;
         if (field == 2047) {
             sum->nans += behind != 0;

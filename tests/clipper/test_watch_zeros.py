@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor
 from distclip import AGC, Clipper, attach
 from distclip.kernels import native
 from distclip.telemetry import Log
+from promises.test_accelerator import EXISTS, fill, layers, on_the_accelerator
 from promises.test_statistics import labelled
 from support import parallel
+from support.accelerator import no_waits, raw
 from support.parallel import by_name
 from support.ranks import count_collectives, run_ranks, same_bits
 
@@ -164,3 +166,31 @@ def differing() -> None:
 
 def test_ranks_that_do_not_agree_on_it_are_told():
     run_ranks(differing, 2)
+
+
+# ---- an accelerator ------------------------------------------------------------------------------------------
+
+
+def on_an_accelerator(by_row: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares, and what they should be."""
+    with on_the_accelerator():
+        model = layers()
+        clipper = Clipper(model, AGC() if by_row else 1.0, watch="parameters", watch_zeros=True)
+        fill(model, 0)
+        clipper.clip_()  # which compares replicas
+        clipper.clip_()
+        fill(model, 1)
+        for parameter in model:
+            raw(parameter.grad)[:1] = 0.0
+        right = {str(name): share(raw(p.grad)) for name, p in model.named_parameters()}
+        with no_waits():
+            report = clipper.clip_()
+        return {name: zero.item() for name, zero in report.zeros.items()}, right
+
+
+@pytest.mark.skipif(not EXISTS, reason="this torch has no backend for devices written in Python")
+@pytest.mark.parametrize("by_row", [False, True], ids=["parameters", "rows"])
+def test_an_accelerator_counts_without_a_host_sync(by_row):
+    for found, right in run_ranks(on_an_accelerator, 2, by_row, fresh=True):
+        assert found == pytest.approx(right, abs=1e-6)
+        assert all(0 < zero < 1 for zero in found.values())

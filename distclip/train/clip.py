@@ -18,6 +18,7 @@ def options_of(clip: Clip) -> Options:
         "nonfinite": clip.options.nonfinite,
         "max_consecutive_skips": clip.options.max_consecutive_skips,
         "watch": watch_of(clip),
+        "watch_zeros": clip.options.watch_zeros,
         "exact": clip.options.exact,
     }
 

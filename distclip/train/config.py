@@ -62,6 +62,7 @@ class ClipOptions:
     nonfinite: Literal["skip", "raise", "propagate"] = "skip"
     max_consecutive_skips: int | None = None
     watch: str | tuple[str, ...] | None = None  # norms in every record: of each "parameters", or of these patterns
+    watch_zeros: bool = False  # the share of zeros in what is watched, beside its norm
     exact: bool = False  # the same bits of the norm on any number of processes
     find_source: bool = False  # read gradients before ranks are reduced too: a NaN's rank is named also with DDP, FSDP2
 
@@ -70,6 +71,8 @@ class ClipOptions:
         require(skips is None or skips > 0, "clip.max_consecutive_skips", f"must be positive, not {skips}")
         known = self.watch in (None, "parameters") or (isinstance(self.watch, tuple) and self.watch != ())
         require(known, "clip.watch", f"must be parameters, or a list of patterns of their names, not {self.watch!r}")
+        watches = self.watch is not None or not self.watch_zeros
+        require(watches, "clip.watch_zeros", "counts in what is watched: say clip.watch=parameters, or patterns")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -62,6 +62,7 @@ class Zero:
             nonfinite=config.clip.options.nonfinite,
             max_consecutive_skips=config.clip.options.max_consecutive_skips,
             watch=watch_of(config.clip),
+            watch_zeros=config.clip.options.watch_zeros,
         )
         momentum = ("momentum_buffer",) if config.optim.momentum else ()
         adam = config.optim.name == "adamw"

@@ -100,7 +100,7 @@ def test_construction_sends_at_most_one_word_a_parameter_more(figures):
     few, many = figures
     assert few.construction == many.construction
     assert few.construction.collectives == 2
-    assert 0 < few.construction.bytes <= 8 * (24 + few.parameters)
+    assert 0 < few.construction.bytes <= 8 * (26 + few.parameters)
 
 
 def test_norms_of_units_send_one_number_a_unit_and_construction_two_a_rank(figures):

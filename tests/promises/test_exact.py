@@ -48,36 +48,37 @@ def measured(layout, dtype: torch.dtype) -> dict[str, object]:
     job = layout(dtype, 30.0)
     job.backward()
     whole = united(job)
-    found = {}
-    for p in P:
-        clipper = Clipper(job.parts, 1.0, norm_type=p, exact=True, **job.options)
-        clipper.measure()
-        with count_collectives() as counts:
-            norm = clipper.measure().norm
-        by_function = distclip.clip_grad_norm_(job.parts, inf, p, exact=True, **job.options)
-        found[p] = {"norm": norm, "function": by_function, "oracle": nearest_norm(whole, p), "counts": dict(counts)}
     clipper = Clipper(job.parts, 1.0, exact=True, **job.options)
+    by_clipper = clipper.measure().norm
+    norms = {p: distclip.clip_grad_norm_(job.parts, inf, p, exact=True, **job.options) for p in P}
+    with count_collectives() as counts:
+        clipper.measure()
     clipper.verify()
-    report = clipper.clip_()
-    return {"found": found, "exact": job.exact, "realigns": job.realigns, "coef": report.coef}
+    found = {"norms": norms, "clipper": by_clipper, "coef": clipper.clip_().coef, "counts": dict(counts)}
+    oracle = {p: nearest_norm(whole, p) for p in P}
+    return found | {"oracle": oracle, "known": job.exact, "realigns": job.realigns}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("layout", "size"), LAYOUTS)
-def test_every_layout_has_the_norm_that_is_nearest(layout, size, dtype):
-    ranks = run_ranks(measured, size, layout, dtype)
-    for p in P:
-        found = [rank["found"][p] for rank in ranks]
-        assert same_bits([(each["norm"], each["function"]) for each in found])
-        first = found[0]
-        assert first["oracle"] > 0
-        if ranks[0]["exact"]:
-            assert torch.equal(first["norm"], shown(first["oracle"], first["norm"].dtype))
-        assert first["norm"].item() == pytest.approx(first["oracle"], rel=2e-2)
-        assert torch.equal(first["norm"], first["function"]) or ranks[0]["realigns"]
-        if not ranks[0]["realigns"]:
-            assert first["counts"] == {"allreduce": 1}
-    assert same_bits([rank["coef"] for rank in ranks])
+def test_every_layout_has_the_norm_that_is_nearest(layout, size):
+    check(run_ranks(measured, size, layout, torch.float32))
+
+
+@pytest.mark.parametrize("layout", TWO)
+def test_also_of_bf16(layout):
+    check(run_ranks(measured, 2, layout, torch.bfloat16))
+
+
+def check(ranks: list[dict[str, object]]) -> None:
+    first = ranks[0]
+    assert same_bits([(rank["norms"], rank["clipper"], rank["coef"]) for rank in ranks])
+    for p, norm in first["norms"].items():
+        oracle = first["oracle"][p]
+        assert oracle > 0
+        assert norm.item() == pytest.approx(oracle, rel=2e-2)
+        assert not first["known"] or torch.equal(norm, shown(oracle, norm.dtype))
+    assert torch.equal(first["norms"][2.0], first["clipper"])
+    assert first["realigns"] or first["counts"] == {"allreduce": 1}
 
 
 def filled(values: list[float], dtype: torch.dtype, cut: int = 1) -> nn.Module:

@@ -101,6 +101,7 @@ def again_and_again(folder: str) -> list[tuple[float, int]]:
     kept = dist.FileStore(f"{folder}/kept", size)
     distclip.ranks.connections.c10d._get_default_store = lambda: kept
     found = []
+    dist.barrier()  # or a rank that connects slowly would meet one that is gone
     for again in range(4):
         dist.destroy_process_group()
         gc.collect()

@@ -259,3 +259,27 @@ def on_a_device() -> list[tuple[Tensor, float]]:
 def test_the_same_bits_on_an_accelerator(size):
     for found in run_ranks(on_a_device, size, fresh=True):
         assert all(torch.equal(norm, shown(oracle, norm.dtype)) for norm, oracle in found)
+
+
+def one_fails() -> list[str]:
+    met, rank = [], dist.get_rank()
+    model = nn.Linear(3, 1)
+
+    def clip(**other: float) -> None:
+        passed = {"max_norm": 1.0, "norm_type": 2.0} | (other if rank == 1 else {})
+        model.weight.grad, model.bias.grad = None if other == {"lacks": 1} and rank else torch.ones(1, 3), torch.ones(1)
+        passed.pop("lacks", None)
+        try:
+            met.append(str(distclip.clip_grad_norm_(model, group=dist.group.WORLD, exact=True, **passed).item()))
+        except ValueError as error:
+            met.append(type(error).__name__)
+
+    for other in ({"max_norm": -1.0}, {"norm_type": 0.0}, {"lacks": 1}, {}):
+        clip(**other)
+    return met
+
+
+def test_a_rank_that_fails_stops_the_others():
+    well, failing = run_ranks(one_fails, 2)
+    assert well == ["LayoutError"] * 3 + ["2.0"]
+    assert failing == ["ValueError", "ValueError", "LayoutError", "2.0"]

@@ -1,7 +1,6 @@
 """What every test starts from: one thread, seed 0."""
 
 import gc
-import os
 import signal
 
 import pytest
@@ -12,12 +11,6 @@ from support.roads import clipper_of as clipper_of
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in what a shell starts in the background, and all it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: one more than cores, since tests of ranks wait for a fifth of the time."""
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_finish() -> None:

@@ -37,7 +37,7 @@ class Log:
             )
         self.every = every
         self._sinks = list(map(Guarded, sinks)) if clipper.engine.plan.group.rank == 0 else []
-        self._window = Window()
+        self._window, self._latest = Window(), 0
         self._handle = clipper.register_report_hook(self._add)
 
     def close(self) -> None:
@@ -59,6 +59,9 @@ class Log:
 
     def _add(self, report: Report, step: int) -> None:
         self._write(self._window.receive())  # of the step before, on an accelerator
+        if step <= self._latest:  # a state of an earlier step was loaded: what is not written never was
+            self._window = Window()
+        self._latest = step
         self._window.add(report, step)
         if step % self.every == 0 or len(self._window) >= self.every:  # as where a loaded state had other steps
             self._window.send(due=True)

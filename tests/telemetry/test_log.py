@@ -429,3 +429,22 @@ def without_waits() -> None:
 @ON_THE_ACCELERATOR
 def test_nothing_of_a_log_is_a_host_sync_but_the_wait_for_a_copy():
     run_ranks(without_waits, 1, fresh=True)
+
+
+def test_steps_before_a_state_that_was_loaded_are_in_no_record():
+    model, records = torch.nn.Linear(1, 1, bias=False), []
+    clipper = Clipper(model, 1.0)
+    log = Log(clipper, lambda numbers, step: records.append((step, numbers["grad_norm/max"])), every=4)
+
+    def clip(norm: float) -> None:
+        model.weight.grad = torch.full((1, 1), norm)
+        clipper.clip_()
+
+    clip(0.5)
+    state = clipper.state_dict()
+    clip(100.0)
+    clipper.load_state_dict(state)
+    for _ in range(3):
+        clip(0.25)
+    log.close()
+    assert records == [(4, 0.25)]

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import FAILURES
+from ..gradients.storage import GradientFn, Storage
 from ..layouts.layout import LayoutFn
 from ..layouts.model import ParameterFilter, chosen, held_in, parts_of
 from ..layouts.piece import holders_of, once
@@ -40,24 +41,24 @@ def build(
     model: nn.Module | Sequence[nn.Module],
     policy: Policy | float,
     *,
-    where: ClippingGroup,
-    split_over: Sequence[Axis],
-    layout: LayoutFn | None,
-    only: ParameterFilter | None,
-    norm_type: float,
-    nonfinite: Nonfinite,
-    max_consecutive_skips: int | None,
-    gradients: Any,
-    watch: options.Watch | None,
-    watch_zeros: bool,
-    exact: bool,
+    gradients: str | GradientFn | Storage | None,
     decides_on_device: bool | None,
+    group: dist.ProcessGroup | None = None,
+    split_over: Sequence[Axis] = (),
+    layout: LayoutFn | None = None,
+    only: ParameterFilter | None = None,
+    norm_type: float = 2.0,
+    nonfinite: Nonfinite = "skip",
+    max_consecutive_skips: int | None = None,
+    watch: options.Watch | None = None,
+    watch_zeros: bool = False,
+    exact: bool = False,
 ) -> Built:
-    """Read the arguments of an :class:`.Engine`, and compare them with those of the other ranks of ``where``.
+    """Read the arguments of an :class:`.Engine`, and compare them with those of the other ranks of ``group``.
 
     Two all-reduces, and up to four more for statistics other than the norm of all gradients, with a host sync each.
     """
-    parts: list[nn.Module] = []
+    where, parts = ClippingGroup.of(group), list[nn.Module]()
     try:
         parts = parts_of(model)
         streak = options.streak(nonfinite, max_consecutive_skips)

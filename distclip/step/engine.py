@@ -4,23 +4,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
 from math import isfinite
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..errors import LayoutError, NonFiniteError
 from ..gradients.storage import GradientFn, Storage
-from ..layouts.layout import LayoutFn
-from ..layouts.model import Inventory, ParameterFilter
+from ..layouts.model import Inventory
 from ..optimizers.fused import Folding, Folds, Stepping, prepare_skip_on_device
 from ..optimizers.hooks import check_optimizers, skip_next_step, watch_before_step
 from ..optimizers.scaler import claim, join_found_inf, unscale_
 from ..plan.verify import verify
 from ..policies import Policy
-from ..ranks.group import Axis, ClippingGroup
 from ..report import Report
 from ..shield import shielded
 from . import refusals
@@ -28,8 +25,7 @@ from .building import build
 from .decision import Outcome
 from .interruption import Interruption
 from .joining import joinable_in, refuse_join
-from .nonfinite import Nonfinite
-from .options import Watch
+from .options import Keywords
 from .owner import Owner
 from .signals import Signals
 
@@ -78,35 +74,11 @@ class Engine:
         model: nn.Module | Sequence[nn.Module],
         policy: Policy | float,
         *,
-        group: dist.ProcessGroup | None = None,
-        split_over: Sequence[Axis] = (),
-        layout: LayoutFn | None = None,
-        only: ParameterFilter | None = None,
-        norm_type: float = 2.0,
-        nonfinite: Nonfinite = "skip",
-        max_consecutive_skips: int | None = None,
         gradients: str | GradientFn | Storage | None = None,
-        watch: Watch | None = None,
-        watch_zeros: bool = False,
-        exact: bool = False,
         decides_on_device: bool | None = None,
+        **keywords: Unpack[Keywords],
     ) -> None:
-        built = build(
-            model,
-            policy,
-            where=ClippingGroup.of(group),
-            split_over=split_over,
-            layout=layout,
-            only=only,
-            norm_type=norm_type,
-            nonfinite=nonfinite,
-            max_consecutive_skips=max_consecutive_skips,
-            gradients=gradients,
-            watch=watch,
-            watch_zeros=watch_zeros,
-            exact=exact,
-            decides_on_device=decides_on_device,
-        )
+        built = build(model, policy, gradients=gradients, decides_on_device=decides_on_device, **keywords)
         self.progress = built.progress
         self.plan, self.policy, self.holders = built.progress.plan, built.progress.policy, built.holders
         self.owner = Owner(built.holders, built.everything)

@@ -38,8 +38,8 @@ Watch: TypeAlias = Literal["parameters"] | Mapping[str, str | Sequence[str]]
 """Whose norms are reported: of all parameters, or of groups of them by patterns of their names."""
 
 
-class Options(TypedDict, total=False):
-    """The keywords of :class:`Clipper`, for those who build one on behalf of a user."""
+class Keywords(TypedDict, total=False):
+    """Those that a Clipper and an Engine have in common; :func:`.building.build` has their defaults."""
 
     group: dist.ProcessGroup | None
     split_over: Sequence[Axis]
@@ -48,10 +48,15 @@ class Options(TypedDict, total=False):
     norm_type: float
     nonfinite: Nonfinite
     max_consecutive_skips: int | None
-    gradients: str | GradientFn | None
     watch: Watch | None
     watch_zeros: bool
     exact: bool
+
+
+class Options(Keywords, total=False):
+    """The keywords of :class:`Clipper`, for those who build one on behalf of a user."""
+
+    gradients: str | GradientFn | None
 
 
 def settings(

@@ -21,7 +21,7 @@ examples:
   torchrun --nproc-per-node 2 -m distclip train configs/quickstart.yaml
 
 Without a launcher, `parallel.processes` of the config is the number of local processes to start.
-docs/train.md lists every key.
+docs/howto/train.md lists every key.
 
 exit codes:
   0    finished
@@ -37,7 +37,8 @@ examples:
   distclip report log.csv --step it --norm gnorm --loss train_loss
 
 A run is a folder or a file: of distclip train, distclip.telemetry, Transformers (trainer_state.json), Lightning
-(metrics.csv), TensorBoard, a W&B export, or any CSV or JSON lines whose columns you name. docs/report.md says more.
+(metrics.csv), TensorBoard, a W&B export, or any CSV or JSON lines whose columns you name.
+docs/howto/report.md says more.
 
 exit codes:
   0    written
@@ -50,7 +51,7 @@ examples:
   distclip bench fsdp2-small plain-clipped --rounds 10 --json figures.json
   torchrun --nproc-per-node 8 -m distclip bench --device cuda
 
-docs/bench.md says how it measures.
+docs/explanation/bench.md says how it measures.
 
 exit codes:
   0    measured

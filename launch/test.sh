@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 integrations=deepspeed,lightning,accelerate,transformers
 sinks=tensorboard,wandb,mlflow,prometheus,opentelemetry
-make_environment "train,dev,viz,$integrations,$sinks" # all of it is tested
+make_environment "train,dev,viz,docs,$integrations,$sinks" # all of it is tested
 cd "$root"
 export OMP_NUM_THREADS=1 # ranks share the cores already
 failed=
@@ -31,6 +31,7 @@ quietly() { # name, command...: its output is shown only if it fails
 quietly "ruff check" ruff check .
 quietly "ruff format" ruff format --check .
 quietly "mypy" mypy
+quietly "docs" sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html
 
 # Hundreds of processes import them, and each would compile them again if PYTHONDONTWRITEBYTECODE is set.
 "$venv/bin/python" -m compileall -q distclip tests

@@ -30,7 +30,7 @@ torch.distributed is initialised, and returns the wrapped model, or a tuple of w
   optimizers               to see whether they fold
   backward                 a function without arguments that runs a real forward and backward
 
-docs/doctor.md has an example.
+docs/howto/doctor.md has an example.
 """
 
 

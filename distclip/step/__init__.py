@@ -2,8 +2,8 @@
 
 [Note: the seam]
 What calls a Clipper in its user's place (`attach`, the integrations, an optimizer that reduces gradients itself) uses
-the public names of `distclip` and those below, and subclasses nothing; docs/extend.md says which of them when. They may
-change in a minor version, which CHANGELOG.md then says.
+the public names of `distclip` and those below, and subclasses nothing; docs/howto/extend.md says which of them when.
+They may change in a minor version, which CHANGELOG.md then says.
 
 * ``step.engine.Engine``: the verbs ``measure``, ``clip_``, ``begin``, ``decide`` and ``step``; ``owner.register``,
   ``owner.release``, ``owner.clipped``, ``interruption.record`` and ``plan.p``. ``step.options``: ``Options``, the

@@ -131,7 +131,7 @@ def test_torchrun_starts_it_and_one_rank_that_dies_is_named():
     output, errors = well.communicate(timeout=LIMIT)
     assert well.returncode == 0, errors
     assert output.splitlines()[-1].startswith("All is well: 11 checks in ")
-    page = (ROOT / "docs/doctor.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/howto/doctor.md").read_text(encoding="utf-8")
     assert checks_in(page) == checks_in(output) != []
     output, _ = dying.communicate(timeout=LIMIT)  # torchrun has much to say, too
     assert dying.returncode == 1

@@ -75,7 +75,7 @@ def test_stages_and_experts_say_where_they_are():
     assert [group.cells(2)[7] for group in groups] == ["pp=0", "pp=1"]
 
 
-DOCUMENT = (Path(__file__).parents[2] / "docs/doctor.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs/howto/doctor.md").read_text(encoding="utf-8")
 
 
 def documented() -> dict:

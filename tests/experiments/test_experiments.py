@@ -1,4 +1,4 @@
-"""examples/experiments shows what it says, with every policy; its figures stand in docs/policies.md."""
+"""examples/experiments shows what it says, with every policy; its figures stand in docs/reference/policies.md."""
 
 import importlib
 import json

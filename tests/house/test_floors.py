@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 PACKAGE = Path(__file__).parents[2] / "distclip"
-FLOORS = [  # the rule that CONTRIBUTING.md and docs/design.md refer to, from the ground up
+FLOORS = [  # the rule that CONTRIBUTING.md and docs/explanation/design.md refer to, from the ground up
     {"errors", "shield"},
     {"kernels", "report"},
     {"ranks"},

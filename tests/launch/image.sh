@@ -2,7 +2,7 @@
 # Proves docker/ with real engines: buildah builds docker/Dockerfile on a Debian that mmdebstrap makes, and dockerd runs
 # it: who it is, its health check, a job of two ranks, and docker/compose.yaml. Needs root on Debian. Not in CI: it takes
 # minutes and installs mmdebstrap, buildah, docker-compose and iptables. dockerd is only unpacked, runs in a network
-# namespace of its own, and is gone afterwards, as is all else but these packages. Figures: docs/launch.md.
+# namespace of its own, and is gone afterwards, as is all else but these packages. Figures: docs/howto/launch.md.
 #
 #   bash tests/launch/image.sh
 #

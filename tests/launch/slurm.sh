@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proves launch/slurm.sbatch on a real Slurm: a controller and two nodes, each in a network namespace of its own with
 # its own name, from Debian's packages. Needs root on Debian, installs slurm-wlm and munge, leaves no process behind.
-# Not in CI: it takes minutes, because Slurm checks time limits every 30 to 60 s. Figures: docs/launch.md.
+# Not in CI: it takes minutes, because Slurm checks time limits every 30 to 60 s. Figures: docs/howto/launch.md.
 #
 #   bash tests/launch/slurm.sh          PYTHON names a Python with distclip[train] (default: .venv, else python3)
 set -euo pipefail

@@ -126,7 +126,7 @@ def test_control_c_ends_it_and_leaves_nothing(tmp_path):
 
 
 def test_a_long_run_is_opened_whole(tmp_path):
-    """The whole command; docs/report.md has the time that a million steps take."""
+    """The whole command; docs/howto/report.md has the time that a million steps take."""
     path = tmp_path / "log.jsonl"
     with path.open("w") as file:
         for step in range(200_000):

@@ -1,4 +1,4 @@
-"""docs/train.md lists every key of the config and no other."""
+"""docs/howto/train.md lists every key of the config and no other."""
 
 import re
 
@@ -12,7 +12,7 @@ from train.commands import CONFIGS, ROOT
 
 
 def test_every_key_is_in_the_document():
-    table = (ROOT / "docs" / "train.md").read_text().partition("## Every key")[2]
+    table = (ROOT / "docs" / "howto" / "train.md").read_text().partition("## Every key")[2]
     first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
     documented = {key for cell in first_cells for key in re.findall(r"`([\w.]+)`", cell)}
     real = {key for task in TASKS for name, type_ in sections(task).items() for key, _ in flat(name, type_)}
@@ -20,7 +20,7 @@ def test_every_key_is_in_the_document():
 
 
 def test_the_document_names_every_policy():
-    table = (ROOT / "docs" / "train.md").read_text().partition("| `clip.policy` |")[2].partition("\n")[0]
+    table = (ROOT / "docs" / "howto" / "train.md").read_text().partition("| `clip.policy` |")[2].partition("\n")[0]
     assert {*re.findall(r"`([\w.]+)`", table)} == {*CATALOGUE, NONE}
 
 

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The documentation as pages in docs/_build/html: open index.html there. A warning is an error.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
+
+make_environment docs
+cd "$root"
+"$venv/bin/sphinx-build" --quiet --fail-on-warning --keep-going docs docs/_build/html
+printf 'built %s\n' "$root/docs/_build/html/index.html"

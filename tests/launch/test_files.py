@@ -30,7 +30,8 @@ SCRIPTS = [
     *sorted(ROOT.glob("tests/**/*.sh")),
     ROOT / ".ci" / "run",
 ]
-DOCUMENTS = [*sorted(LAUNCH.rglob("*.yaml")), DOCKER / "compose.yaml"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+DOCUMENTS = [*sorted(LAUNCH.rglob("*.yaml")), DOCKER / "compose.yaml", *WORKFLOWS]
 TRAINJOB, KUSTOMIZATION = LAUNCH / "kubernetes" / "trainjob.yaml", LAUNCH / "kubernetes" / "kustomization.yaml"
 
 
@@ -67,7 +68,14 @@ def test_no_shell_script_evaluates_text():
 def test_yamllint_approves():
     rules = {"line-length": {"max": 120}, "document-start": "disable", "comments": {"min-spaces-from-content": 1}}
     rules["comments-indentation"] = "disable"  # lines to be uncommented
+    rules["truthy"] = {"check-keys": False}  # `on:` of workflows
     approves("yamllint", "--strict", "--config-data", json.dumps({"extends": "default", "rules": rules}), *DOCUMENTS)
+
+
+@pytest.mark.skipif(not WORKFLOWS, reason="a source archive has none")
+def test_the_workflows_fit_their_schema_and_zizmor_approves():
+    approves("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *WORKFLOWS)
+    approves("zizmor", "--offline", "--quiet", *WORKFLOWS)  # pinned actions, least permissions, no injected text
 
 
 def test_hadolint_approves():

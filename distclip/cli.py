@@ -21,7 +21,7 @@ examples:
   torchrun --nproc-per-node 2 -m distclip train configs/quickstart.yaml
 
 Without a launcher, `parallel.processes` of the config is the number of local processes to start.
-docs/howto/train.md lists every key.
+docs/reference/config.md lists every key.
 
 exit codes:
   0    finished

@@ -28,7 +28,10 @@ from .step.signals import Signals
 
 
 class Clipper:
-    """Clips by the true global norm, skips steps alike on all ranks, and keeps the policy's state.
+    """Clips by the true global norm.
+
+    Build one on every rank, from the wrapped model, after its weights are loaded. Then call :meth:`step` in place of
+    ``optimizer.step()``, on every rank, after the last backward of a step:
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 1)
@@ -38,6 +41,10 @@ class Clipper:
     >>> report = clipper.step(optimizer)
     >>> round(report.norm.item(), 4), round(report.coef.item(), 4)
     (11.3578, 0.088)
+
+    A norm that is NaN or inf skips the step on all ranks, and ``report.culprit`` says why. :meth:`clip_` only scales,
+    for loops that step by themselves; :meth:`measure` changes nothing; :meth:`verify` proves the layout once.
+    :meth:`state_dict` belongs into the checkpoint.
 
     * ``model``: one module, or the parts this rank holds (pipeline stages). Parameters are read once, here.
     * ``policy``: a :class:`Policy`, or a number, which means :class:`MaxNorm`.
@@ -62,8 +69,8 @@ class Clipper:
       not with ``watch``, nor with policies that need more than the norm.
 
     LayoutError or ValueError on all ranks where ranks differ in parameters, in the values of replicas or in settings.
-    A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated when, and
-    what is a host sync: [Note: collectives and host syncs] at the head of :mod:`distclip`.
+    A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated, and when the
+    host waits: [Note: collectives and host syncs] at the head of :mod:`distclip`.
     """
 
     engine: Engine

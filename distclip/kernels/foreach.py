@@ -5,7 +5,7 @@ dtype too. In any other call each tensor gets a kernel of its own, which first c
 and rounds a 0-d factor to the dtype of the tensor. No host sync. Beside the other kernels: [Note: how a norm is
 summed] in kernels/__init__.py.
 
-Private torch API, read in 2.13 (docs/explanation/design.md has the places): ``_foreach_norm``, ``_foreach_mul_``,
+Private torch API, read in 2.13 (docs/explanation/cuda.md has the places): ``_foreach_norm``, ``_foreach_mul_``,
 ``_foreach_copy_``, ``_foreach_clamp_min_``, ``_foreach_clamp_max_``.
 """
 

@@ -56,6 +56,7 @@ class Engine:
       host sync. (True makes the CPU decide as accelerators do.)
 
     Its verbs know more than those of a Clipper about whoever steps:
+
     * ``measure(optimizers)``: norm and decision, and no step.
     * ``clip_(optimizers, scaler)``: clip now; the next step of each of ``optimizers``, called by someone else, changes
       nothing where the decision is to skip.

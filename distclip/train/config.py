@@ -18,13 +18,15 @@ from distclip.train.tasks.text import TextData
 class Train:
     """Length, batches, and what happens every so many steps."""
 
-    steps: int | None = None  # either steps or epochs
-    epochs: int | None = None
-    batch_size: int  # of the whole job, not of a rank
-    log_every: int = 10
-    eval_every: int | None = None  # None: after each epoch, or only at the end when `steps` is given
-    save_every: int | None = None  # None: only at the end and when stopped
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward; parameters stay in fp32
+    steps: int | None = None  #: the length, in steps or in epochs: give one of them
+    epochs: int | None = None  #: see `steps`
+    #: samples per step over all processes; a multiple of the data-parallel processes times microbatches
+    batch_size: int
+    log_every: int = 10  #: steps between lines if stdout is not a terminal
+    #: steps between evaluations on the held-out part; null: each epoch, or with `steps` only at the end
+    eval_every: int | None = None
+    save_every: int | None = None  #: steps between checkpoints; there is always one at the end
+    precision: Literal["fp32", "bf16"] = "fp32"  #: of forward and backward; parameters stay in fp32
 
     def __post_init__(self) -> None:
         require((self.steps is None) != (self.epochs is None), "train.steps", "give either steps or epochs")
@@ -37,14 +39,14 @@ class Train:
 class Optim:
     """The optimizer and its learning rate as a function of the step."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)  # adamw
-    momentum: float = 0.0  # sgd
-    fused: bool = False
-    warmup_steps: int = 0
-    decay: Literal["none", "cosine"] = "none"
+    name: Literal["adamw", "sgd"] = "adamw"  #: the optimizer
+    lr: float  #: the learning rate, after the warm-up
+    weight_decay: float = 0.0  #: decoupled in AdamW, added to the gradient in SGD
+    betas: tuple[float, float] = (0.9, 0.95)  #: of AdamW
+    momentum: float = 0.0  #: of SGD
+    fused: bool = False  #: the optimizer applies the clipping coefficient itself; torch has no fused SGD for FSDP2
+    warmup_steps: int = 0  #: steps in which the learning rate rises from 0
+    decay: Literal["none", "cosine"] = "none"  #: `cosine`: down to a tenth at the end
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, "optim.lr", f"must be a positive number, not {self.lr}")
@@ -59,12 +61,17 @@ class Optim:
 class ClipOptions:
     """What goes with any policy."""
 
-    nonfinite: Literal["skip", "raise", "propagate"] = "skip"
-    max_consecutive_skips: int | None = None
-    watch: str | tuple[str, ...] | None = None  # norms in every record: of each "parameters", or of these patterns
-    watch_zeros: bool = False  # the share of zeros in what is watched, beside its norm
-    exact: bool = False  # the same bits of the norm on any number of processes
-    find_source: bool = False  # read gradients before ranks are reduced too: a NaN's rank is named also with DDP, FSDP2
+    nonfinite: Literal["skip", "raise", "propagate"] = "skip"  #: what a non-finite norm does to the step
+    max_consecutive_skips: int | None = None  #: fail after this many skipped steps in a row
+    #: norms in `metrics.jsonl`: `parameters` for each parameter's, or a list of patterns, `[blocks.*, "*.bias"]`, for
+    #: the norm of all that match each
+    watch: str | tuple[str, ...] | None = None
+    watch_zeros: bool = False  #: `zeros/...` too: the share of zero gradient elements in each of what `watch` names
+    #: the norm that is nearest to the true one, with the same bits on any number of processes; not with `watch`
+    exact: bool = False
+    #: read gradients before DDP or FSDP2 reduces them too, so that the rank of a NaN is named: a pass over them in
+    #: every step; not with ZeRO
+    find_source: bool = False
 
     def __post_init__(self) -> None:
         skips = self.max_consecutive_skips
@@ -90,15 +97,18 @@ class Parallel:
     The processes that `pipeline` and `tensor` leave are data-parallel; `strategy` says how that axis holds the model.
     """
 
+    #: how data-parallel processes hold the model; `none` is for one process
     strategy: Literal["ddp", "fsdp2", "none", "zero1", "zero2", "zero3"] = "ddp"
+    #: processes to start on this machine, at most 8 or one per core. Under a launcher its number counts, and must not
+    #: be smaller
     processes: int = 1
-    replicate: int = 1  # fsdp2: so many replicas, each sharded (HSDP)
-    tensor: int = 1
-    pipeline: int = 1  # stages
-    expert: int = 1  # fsdp2: so many groups of experts
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"  # of the pipeline
-    microbatches: int | None = None  # of a process and step in the pipeline; None: one a stage
-    timeout: float = 600.0  # seconds that a rank waits for another
+    replicate: int = 1  #: `fsdp2`: number of replicas, each sharded
+    tensor: int = 1  #: processes that share every layer; divides `model.heads`
+    pipeline: int = 1  #: stages; at most `model.layers`
+    expert: int = 1  #: `fsdp2`: groups of experts; divides `model.experts`
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"  #: of the pipeline
+    microbatches: int | None = None  #: per process and step in the pipeline; null: as many as stages
+    timeout: float = 600.0  #: seconds a rank waits for another; for one that has yet to start, at least 600
 
     @property
     def copies_by_fsdp2(self) -> bool:
@@ -137,10 +147,10 @@ class Parallel:
 class Run:
     """Where the run writes."""
 
-    dir: str | None = None  # None: a new folder `root`/<name>-<timestamp>
-    root: str = "runs"
-    keep: int = 2  # checkpoints
-    restarts: int = 0  # of all ranks after one has failed, by the launcher of `distclip train`
+    dir: str | None = None  #: the run folder; null makes a new one in `root`
+    root: str = "runs"  #: where new run folders are made
+    keep: int = 2  #: checkpoints kept
+    restarts: int = 0  #: how often `distclip train` restarts all ranks after one has failed; needs `resume=true`
 
     def __post_init__(self) -> None:
         require(self.keep > 0, "run.keep", f"must be at least 1, not {self.keep}")
@@ -151,10 +161,10 @@ class Run:
 class Config:
     """A whole run. `task` determines the types of `data` and `model`."""
 
-    task: Literal["text", "rows", "digits"]
-    name: str
-    seed: int = 0
-    resume: bool = False
+    task: Literal["text", "rows", "digits"]  #: determines the keys of `data` and `model`
+    name: str  #: prefix of the run folder
+    seed: int = 0  #: of the model, the order of samples, the held-out part and dropout
+    resume: bool = False  #: resume from the newest checkpoint in `run.dir`
     data: TextData | RowsData | DigitsData
     model: GptConfig | GruConfig | IrnnConfig
     train: Train

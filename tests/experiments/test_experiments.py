@@ -1,4 +1,4 @@
-"""examples/experiments shows what it says, with every policy; its figures stand in docs/reference/policies.md."""
+"""examples/experiments shows what it says, with every policy; its figures stand in docs/howto/policy.md."""
 
 import importlib
 import json

@@ -9,8 +9,9 @@ from mutation.mutate import TARGETS
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("distclip", "tests", "benchmarks", "examples", "launch", "docker")
-SOURCES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
-SCRIPTS = [*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.sh"))]
+SOURCES = sorted([*(f for folder in FOLDERS for f in (ROOT / folder).rglob("*.py")), *ROOT.glob("docs/*.py")])
+SHELL = [*(f for folder in FOLDERS for f in (ROOT / folder).rglob("*.sh")), *ROOT.glob("docs/*.sh")]
+SCRIPTS = [*ROOT.glob("*.py"), *SHELL]
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod|obj):`([^`]*)`")
 FILE = re.compile(r"(?<![\w*./-])[\w./-]*\w\.(?:py|sh)\b")
 MADE_BY_TESTS = {"program.py", "friend.py"}

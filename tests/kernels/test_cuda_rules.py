@@ -1,6 +1,6 @@
 """CUDA's rules where the CPU's are others: that the stand-in device has them, and that the library keeps to them.
 
-docs/explanation/design.md lists the rules, each with its place in torch's source.
+docs/explanation/cuda.md lists the rules, each with its place in torch's source.
 """
 
 from math import inf

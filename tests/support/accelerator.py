@@ -12,7 +12,7 @@ It is torch's own backend for devices written in Python (2.13, ``torch.utils.bac
 for the device arrives here after autograd and after composite operations were taken apart, as a GPU's kernels would be
 called. Shells of tensors say that these are contiguous.
 
-The rules are CUDA's where the CPU's are others; docs/explanation/design.md lists them, each with its place in torch's
+The rules are CUDA's where the CPU's are others; docs/explanation/cuda.md lists them, each with its place in torch's
 source.
 """
 

@@ -12,11 +12,11 @@ from distclip.train.problem import require
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class GptConfig:
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    experts: int = 0  # of each block; 0: an MLP
-    top_k: int = 1  # experts that a token goes to
+    width: int = 128  #: of the residual stream
+    layers: int = 4  #: blocks
+    heads: int = 4  #: of attention; divides `width`
+    experts: int = 0  #: experts in place of each MLP; 0: an MLP
+    top_k: int = 1  #: experts per token
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads"):

@@ -11,8 +11,8 @@ from distclip.train.problem import require
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class GruConfig:
-    width: int = 64
-    dropout: float = 0.1
+    width: int = 64  #: of the recurrent state
+    dropout: float = 0.1  #: of the embedded words, and before the last layer
 
     def __post_init__(self) -> None:
         require(0 < self.width <= 2**16, "model.width", f"must lie between 1 and 65536, not {self.width}")

@@ -9,7 +9,7 @@ from distclip.train.problem import require
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class IrnnConfig:
-    width: int = 64
+    width: int = 64  #: of the recurrent state
 
     def __post_init__(self) -> None:
         require(0 < self.width <= 2**16, "model.width", f"must lie between 1 and 65536, not {self.width}")

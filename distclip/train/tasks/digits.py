@@ -10,8 +10,8 @@ from distclip.train.problem import require
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class DigitsData:
-    pixels: int = 4  # read in one step; the image has 64
-    held_out: int = 297
+    pixels: int = 4  #: read in one step; an image has 64
+    held_out: int = 297  #: images that are held out
 
     def __post_init__(self) -> None:
         require(self.pixels > 0 and 64 % self.pixels == 0, "data.pixels", f"must divide 64, not {self.pixels}")

@@ -18,13 +18,13 @@ LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # pandas writes the second form w
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class RowsData:
-    path: str
-    text_column: str = "text"
-    label_column: str = "label"
-    length: int = 32  # words of a row that are read
-    buckets: int = 4096  # words are hashed into this many
-    max_rows: int | None = None
-    held_out: float = 0.2
+    path: str  #: a CSV file
+    text_column: str = "text"  #: the column that is read
+    label_column: str = "label"  #: the column of labels, 0 or 1
+    length: int = 32  #: words read per row
+    buckets: int = 4096  #: number of hash buckets for words
+    max_rows: int | None = None  #: the most rows read
+    held_out: float = 0.2  #: the fraction that is held out
 
     def __post_init__(self) -> None:
         require(0 < self.length <= 10**5, "data.length", f"must lie between 1 and 1e5, not {self.length}")

@@ -20,11 +20,11 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what decoding puts for bad bytes, and s
 class TextData:
     """A text file, a folder of them, or (None) the sources of the standard library that is running."""
 
-    path: str | None = None
-    suffixes: tuple[str, ...] = (".txt", ".md", ".rst", ".py")  # which files of a folder are text
-    length: int = 128  # characters in a window
-    max_chars: int = 1_000_000
-    held_out: float = 0.05
+    path: str | None = None  #: a file or folder; null is the standard library
+    suffixes: tuple[str, ...] = (".txt", ".md", ".rst", ".py")  #: which files of a folder are read
+    length: int = 128  #: characters per window
+    max_chars: int = 1_000_000  #: characters read
+    held_out: float = 0.05  #: the fraction that is held out
 
     def __post_init__(self) -> None:
         require(self.length > 0, "data.length", f"must be at least 1, not {self.length}")

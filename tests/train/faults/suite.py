@@ -3,7 +3,7 @@
     python tests/train/faults/suite.py                      # all
     python tests/train/faults/suite.py kill stop --seed 3   # those whose names begin so
 
-A case passes when the run ends as docs/explanation/reliability.md says, and, where it goes on, when all records of
+A case passes when the run ends as docs/explanation/faults.md says, and, where it goes on, when all records of
 metrics.jsonl and the summary are those of a run without the fault, but for times. `disk` needs root: it mounts a small
 file system.
 """

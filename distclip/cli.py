@@ -173,7 +173,7 @@ def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
-    train.add_argument("overrides", metavar="key=value", nargs="*", help="override values of the file")
+    train.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override values of the file")
 
 
 def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -49,7 +49,7 @@ class Optim:
     decay: Literal["none", "cosine"] = "none"  #: `cosine`: down to a tenth at the end
 
     def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, "optim.lr", f"must be a positive number, not {self.lr}")
+        require(0 < self.lr < math.inf, "optim.lr", f"must be a positive finite number, not {self.lr}")
         decays = 0 <= self.weight_decay < math.inf
         require(decays, "optim.weight_decay", f"must be a finite number of at least 0, not {self.weight_decay}")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", f"must lie in [0, 1), not {self.betas}")
@@ -102,6 +102,8 @@ class Parallel:
     #: processes to start on this machine, at most 8 or one per core. Under a launcher its number counts, and must not
     #: be smaller
     processes: int = 1
+    #: `cuda`: a GPU for each process, or the run is refused; `auto`: `cuda` where there are so many GPUs, else `cpu`
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     replicate: int = 1  #: `fsdp2`: number of replicas, each sharded
     tensor: int = 1  #: processes that share every layer; divides `model.heads`
     pipeline: int = 1  #: stages; at most `model.layers`

@@ -14,8 +14,9 @@ DEEPEST = 20
 KINDS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
 
 
-# As in YAML 1.2. In PyYAML 1e-3 is text, and yes, no, on and off are no texts: `on:` is a field of a policy.
-NUMBER = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+\Z")
+# As in YAML 1.2, and inf as in Python. In PyYAML 1e-3 is text too, and yes, no, on and off are no texts: `on:` is a
+# field of a policy.
+NUMBER = re.compile(r"[-+]?(?:[0-9][0-9_]*[eE][-+]?[0-9]+|inf)\Z")
 TRUTH = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
 BOOL = "tag:yaml.org,2002:bool"
 
@@ -104,5 +105,5 @@ class PlainLoader(yaml.SafeLoader):
         return value
 
 
-PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789i"))
 PlainLoader.add_implicit_resolver(BOOL, TRUTH, list("tTfF"))

@@ -1,9 +1,9 @@
 """The run folder: config.yaml, metrics.jsonl, checkpoints/ and summary.json."""
 
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from distclip.train.config import Config
 from distclip.train.contents import check_contents
@@ -50,7 +50,8 @@ def check_folder(config: Config) -> None:
 
 def check_path(path: Path, key: str, config: Config) -> None:
     there = next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
-    require(there.is_dir() and os.access(there, os.W_OK), key, f"cannot write to {there}")
+    require(there.is_dir(), key, f"cannot write to {there}: it is no folder")
+    check_writable(there, key)
     if config.run.dir is None:
         return
     folder = RunFolder(path=path)
@@ -62,6 +63,15 @@ def check_path(path: Path, key: str, config: Config) -> None:
     elif not config.resume:
         empty = not path.exists() or not any(path.iterdir())
         require(empty, "run.dir", f"{path} is not empty: add resume=true to go on with it, or name another folder")
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Write a byte to a file without a name: what modes say is not all, for a root user or a disk that is full."""
+    try:
+        with TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise ConfigError(key, f"cannot write to {folder}: {error.strerror}") from error
 
 
 def read_before(path: Path) -> Config:

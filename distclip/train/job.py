@@ -23,7 +23,7 @@ from distclip.train.folder import RunFolder, check_folder, open_folder
 from distclip.train.metrics import MetricsFile, read_until
 from distclip.train.page import page_of
 from distclip.train.parallel import spread
-from distclip.train.place import Place, join, limit_waits
+from distclip.train.place import Place, check_device, join, limit_waits
 from distclip.train.problem import require
 from distclip.train.progress import Display, Tally
 from distclip.train.stop import StopSignals, exit_code
@@ -39,6 +39,7 @@ def check(config: Config, world: int) -> Dataset:
         ConfigError: one line with the key to change.
     """
     axes = Axes.of(config.parallel, world)
+    check_device(config.parallel, world)
     check_installed(config)
     check_folder(config)
     dataset = TASKS[config.task].load(config.data, config.seed)
@@ -52,7 +53,7 @@ def check(config: Config, world: int) -> Dataset:
 def run_rank(config: Config, world: int, stop: StopSignals) -> int:
     """Train as one of the `world` ranks of a launcher. Returns the exit code."""
     dataset = check(config, world)
-    place = join(config.parallel.timeout)
+    place = join(config.parallel.timeout, config.parallel.device)
     with Presence():
         code = train(config, dataset, place, stop)
         dist.barrier()

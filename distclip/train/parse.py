@@ -58,6 +58,7 @@ def plain(value: Any) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
+        require(not path.is_dir(), str(path), "is a folder: name a config in it, such as configs/quickstart.yaml")
         require(path.is_file(), str(path), "there is no such config file")
         with path.open("rb") as file:
             document = parse(file.read(LARGEST + 1))

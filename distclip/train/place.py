@@ -48,17 +48,31 @@ def launched_world(parallel: Parallel) -> int:
     return world
 
 
-def join(timeout: float) -> Place:
-    """Join the process group: NCCL if each local rank has a GPU, otherwise Gloo on the CPU.
+def check_device(parallel: Parallel, world: int) -> None:
+    """Check that this machine has the GPUs that are asked for; of `world` ranks all are here if no launcher says so."""
+    here, gpus = processes_here(world), torch.cuda.device_count()
+    require(
+        parallel.device != "cuda" or (dist.is_nccl_available() and gpus >= here),
+        "parallel.device",
+        f"cuda: {here} processes need as many GPUs, this machine has {gpus or 'none'}: set it to cpu or auto",
+    )
+
+
+def processes_here(world: int) -> int:
+    return number_in("LOCAL_WORLD_SIZE") if launched() and "LOCAL_WORLD_SIZE" in os.environ else world
+
+
+def join(timeout: float, asked: str) -> Place:
+    """Join the process group: NCCL if each local rank has a GPU and no CPU is asked for, otherwise Gloo on the CPU.
 
     A rank that waits for another for more than `timeout` seconds gets an error, except here, since machines may start
     late.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local_world = processes_here(world)
     init_method, limit = meeting_point(), timedelta(seconds=max(timeout, MEETING))
-    if dist.is_nccl_available() and torch.cuda.device_count() >= local_world:
+    if asked != "cpu" and dist.is_nccl_available() and torch.cuda.device_count() >= local_world:
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
         dist.init_process_group(backend, init_method, limit, world, rank, device_id=device)

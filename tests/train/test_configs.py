@@ -30,6 +30,7 @@ def test_a_config_trains(path: Path, tmp_path: Path):
 def test_a_config_for_gpus_is_the_one_for_the_cpu_made_large(path: Path):
     config, small = read_config(path), read_config(CONFIGS / path.name)
     assert config.train.precision == "bf16"
+    assert config.parallel.device == "cuda"  # and refused where there is none
     assert config.parallel.strategy == small.parallel.strategy
     for name in ("replicate", "tensor", "pipeline", "expert"):
         assert (getattr(config.parallel, name) > 1) == (getattr(small.parallel, name) > 1)

@@ -11,7 +11,7 @@ import torch
 from distclip.train.dataset import Batches, Dataset, Split
 from distclip.train.problem import ConfigError
 from distclip.train.tasks.digits import DigitsData, load_digits
-from distclip.train.tasks.rows import RowsData, hashed, load_rows
+from distclip.train.tasks.rows import RowsData, hashed, load_rows, read_rows
 from distclip.train.tasks.text import TextData, load_text
 from train.commands import CONFIGS
 
@@ -112,6 +112,16 @@ def test_rows_keep_text_and_label_together(tmp_path: Path):
     assert labels.sum() == 10
     wanted = {0: hashed("kind, word", 3, data.buckets), 1: hashed("bad word", 3, data.buckets)}
     assert all(row == wanted[label] for row, label in zip(rows.tolist(), labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "utf-16"])
+def test_rows_are_read_in_their_encoding_whatever_mark_is_in_front(encoding, tmp_path: Path):
+    """Excel begins UTF-8 with a mark: the first column was not found."""
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"caf\xe9 {i},{i % 2}\n" for i in range(9)), encoding=encoding)
+    said = "utf-8" if encoding == "utf-8-sig" else encoding
+    read = list(read_rows(RowsData(path=str(path), encoding=said)))
+    assert read == [(f"caf\xe9 {i}", i % 2) for i in range(9)]
 
 
 def test_the_shipped_rows_are_balanced_and_different():

@@ -1,17 +1,22 @@
 """What the user can put right is one line on stderr that names the key, exit code 2, and nothing on disk."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from distclip import MaxNorm
 from distclip.cli import main
 from distclip.train.parse import read_config
 from support.ranks import LIMIT
 from train.commands import CONFIGS, ROOT, TORCHRUN, start
 
 QUICKSTART, CLASSIFIER, DIGITS = "quickstart.yaml", "classifier.yaml", "digits.yaml"
+
+linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="of Linux: what not even root may write")
 
 PROBLEMS = [
     (QUICKSTART, ["clip.max_nrom=1"], ["clip.max_nrom", "did you mean clip.max_norm?"]),
@@ -43,6 +48,7 @@ PROBLEMS = [
     ),
     (QUICKSTART, ["clip.policy=value"], ["clip.clip_value", "clip.policy=value needs it"]),
     (QUICKSTART, ["clip.max_norm=-1"], ["clip.max_norm", "must be above 0"]),
+    (QUICKSTART, ["clip.max_norm=-inf"], ["clip.max_norm", "must be above 0"]),
     (QUICKSTART, ["clip.max_norm=.nan"], ["clip.max_norm", "must be above 0"]),
     (QUICKSTART, ["clip.window=5"], ["clip.window", "no such key", "max_norm", "nonfinite"]),
     (QUICKSTART, ["clip.policy=zclip", "clip.alpha=2"], ["clip.alpha", "2"]),
@@ -71,7 +77,8 @@ PROBLEMS = [
     (QUICKSTART, ["clip.watch=[]"], ["clip.watch", "a list of patterns"]),
     (QUICKSTART, ["clip.watch=[5]"], ["clip.watch", "a list of str", "[5]"]),
     (QUICKSTART, ["clip.watch=[head.*, heads.*]"], ["clip.watch", "no parameter matches 'heads.*'", "tokens.weight"]),
-    (QUICKSTART, ["optim.lr=0"], ["optim.lr", "must be a positive number"]),
+    (QUICKSTART, ["optim.lr=0"], ["optim.lr", "must be a positive finite number"]),
+    (QUICKSTART, ["optim.lr=inf"], ["optim.lr", "must be a positive finite number"]),
     (QUICKSTART, ["optim.betas=[0.9]"], ["optim.betas", "a list of float"]),
     (QUICKSTART, ["optim.name=sgd"], ["optim.fused", "no fused SGD"]),
     (QUICKSTART, ["model.heads=5"], ["model.heads", "must divide model.width=96"]),
@@ -82,14 +89,20 @@ PROBLEMS = [
     (QUICKSTART, ["data.length=]"], ["data.length", "cannot read"]),
     (QUICKSTART, ["parallel.processes=1000"], ["parallel.processes", "1000 is more than"]),
     (QUICKSTART, ["parallel.processes=0"], ["parallel.processes", "at least 1"]),
+    (QUICKSTART, ["parallel.device=cuda"], ["parallel.device", "2 processes need as many GPUs, this machine has none"]),
+    ("gpu/fsdp2.yaml", [], ["parallel.device", "8 processes need as many GPUs, this machine has none", "cpu"]),
     (QUICKSTART, ["parallel.strategy=none"], ["parallel.strategy", "never meet"]),
     (QUICKSTART, ["parallel.processes=3"], ["train.batch_size", "32", "3 processes"]),
     (QUICKSTART, ["train.batch_size=100000"], ["train.batch_size", "training samples"]),
     (QUICKSTART, ["resume=true"], ["resume", "run.dir"]),
     (QUICKSTART, ["data.path={tmp}/nowhere"], ["data.path", "{tmp}/nowhere does not exist"]),
     (QUICKSTART, ["data.path={tmp}/empty"], ["data.path", "{tmp}/empty holds no text", ".py"]),
+    (QUICKSTART, ["data.path={tmp}/binary.txt"], ["data.path", "{tmp}/binary.txt is no UTF-8 text"]),
+    (QUICKSTART, ["data.path={tmp}/noise"], ["data.path", "{tmp}/noise/", ".txt is no UTF-8 text"]),
     (QUICKSTART, ["data.path={tmp}/short.txt"], ["data.path", "{tmp}/short.txt", "too little text"]),
     (QUICKSTART, ["run.dir={tmp}/short.txt/run"], ["run.dir", "cannot write to {tmp}/short.txt"]),
+    pytest.param(QUICKSTART, ["run.dir=/proc/run"], ["run.dir", "cannot write to /proc: "], marks=linux),
+    pytest.param(QUICKSTART, ["run.root=/proc/runs"], ["run.root", "cannot write to /proc: "], marks=linux),
     (QUICKSTART, ["run.dir={tmp}/used"], ["run.dir", "{tmp}/used is not empty", "resume=true"]),
     (CLASSIFIER, ["data.path={tmp}/rows.csv"], ["data.text_column", "no column 'text'", "comment_text, toxic"]),
     (
@@ -102,6 +115,18 @@ PROBLEMS = [
         ["data.path={tmp}/rows.csv", "data.text_column=comment_text", "data.label_column=toxic"],
         ["data.label_column", "{tmp}/rows.csv, line 3", "'maybe' is not 0 or 1"],
     ),
+    (CLASSIFIER, ["data.path={tmp}/nothing.csv"], ["data.path", "{tmp}/nothing.csv is empty"]),
+    (CLASSIFIER, ["data.path={tmp}/header.csv"], ["data.path", "{tmp}/header.csv has too few rows (0)"]),
+    (CLASSIFIER, ["data.path={tmp}/twice.csv"], ["data.label_column", "{tmp}/twice.csv has several columns 'label'"]),
+    (CLASSIFIER, ["data.path={tmp}/one.csv"], ["data.label_column", "all 16 rows to train on are labelled 0"]),
+    (
+        CLASSIFIER,
+        ["data.path={tmp}/latin.csv"],
+        ["data.encoding", "{tmp}/latin.csv, line 2: byte 0xe9 is not utf-8", "such as latin-1"],
+    ),
+    (CLASSIFIER, ["data.path={tmp}/one.csv", "data.encoding=utf-16"], ["data.encoding", "is not utf-16", "BOM"]),
+    (CLASSIFIER, ["data.path={tmp}/one.csv", "data.encoding=klingon"], ["data.encoding", "'klingon'"]),
+    (CLASSIFIER, ["data.path={tmp}/binary.txt"], ["data.path", "{tmp}/binary.txt, line 1: a NUL", "no CSV file"]),
     (CLASSIFIER, ["data.path={tmp}/missing.csv"], ["data.path", "{tmp}/missing.csv is not a file"]),
     (CLASSIFIER, ["data.path=" + "x" * 300], ["data.path", "File name too long"]),
     (CLASSIFIER, ["data.path=null"], ["data.path", "is missing"]),
@@ -138,6 +163,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "rows.csv").write_text("comment_text,toxic\nfine,0\nhm,maybe\n")
+    (tmp_path / "nothing.csv").write_text("")
+    (tmp_path / "header.csv").write_text("text,label\n")
+    (tmp_path / "twice.csv").write_text("text,label,label\nfine,0,1\n")
+    (tmp_path / "one.csv").write_text("text,label\n" + "fine,0\n" * 20)
+    (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,0\n".encode("latin-1"))
+    (tmp_path / "binary.txt").write_bytes(b"\x7fELF\0\0" + b"text,label" * 1000)
+    (tmp_path / "noise").mkdir()
+    for name in "ab":
+        (tmp_path / "noise" / f"{name}.txt").write_bytes(Random(name).randbytes(4000).replace(b"\0", b"\xff"))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("")
     return tmp_path
@@ -197,6 +231,24 @@ def test_a_missing_file_is_one_line(here, capsys):
     assert "distclip: nowhere.yaml: there is no such config file" in complaint(capsys, "nowhere.yaml")
 
 
+def test_a_folder_in_place_of_a_config_is_one_line(here, capsys):
+    assert complaint(capsys, "empty").startswith("distclip: empty: is a folder: name a config in it, such as ")
+
+
+def test_no_config_is_one_line_that_asks_for_nothing_else(capsys):
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err == "distclip: the following arguments are required: CONFIG\n"
+
+
+@linux
+def test_a_full_disk_is_one_line(here, capsys, monkeypatch):
+    """A file without a name can be made there, but holds nothing."""
+    monkeypatch.setattr("distclip.train.folder.TemporaryFile", lambda dir: open("/dev/full", "wb"))  # noqa: SIM115
+    assert "distclip: run.root: cannot write to " in (message := complaint(capsys, str(CONFIGS / DIGITS)))
+    assert message.endswith(": No space left on device\n")
+
+
 def test_a_resumed_run_must_stay_the_same(here, capsys):
     (here / "run").mkdir()
     old = (CONFIGS / DIGITS).read_text().replace("lr: 0.1", "lr: 0.2")
@@ -214,6 +266,12 @@ def test_a_config_needs_no_seed(here):
 
 def test_numbers_need_no_dot(here):
     assert read_config(CONFIGS / DIGITS, ["optim.lr=1e-3"]).optim.lr == 1e-3
+
+
+def test_no_bound_is_spelled_as_in_python_too(here):
+    """It was "must be float, not 'inf'", for YAML spells it .inf."""
+    spelled = [read_config(CONFIGS / DIGITS, [f"clip.max_norm={text}"]).clip.policy for text in ("inf", ".inf")]
+    assert spelled == [MaxNorm(math.inf)] * 2
 
 
 CONTENTS = {

@@ -35,4 +35,5 @@ for name, gradient in whole.items():
 norm = clip_grad_norm(SimpleNamespace(get_parameters=lambda: mine), 1.0)
 expected = torch.cat([gradient.flatten().double() for gradient in whole.values()]).norm().item()
 assert abs(norm / expected - 1) < 1e-6, (norm, expected)
+print(f"rank {dist.get_rank()}: norm {norm:.6f}, of the whole gradients {expected:.6f}")
 dist.destroy_process_group()

@@ -34,7 +34,7 @@ README = ROOT / "README.md"
 DOCUMENTS = [file for file in (README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))) if file.exists()]
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))  # tests/experiments has those of the folder
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
-OPTIONAL = {"accelerate", "deepspeed", "lightning", "transformers"}  # extras that tests do without
+OPTIONAL = {"accelerate", "deepspeed", "lightning", "tensorboard", "transformers"}  # extras that tests do without
 IMPORTED = [str(ROOT), str(ROOT / "tests")]  # from where programs import
 
 BLOCK = re.compile(
@@ -85,12 +85,13 @@ def written(program: str, folder: Path) -> Path:
     return file
 
 
-def run(file: Path, ranks: int | None) -> None:
+def run(file: Path, ranks: int | None) -> str:
     codes, output = play(file, ranks, IMPORTED, LIMIT)
     assert set(codes) == {0}, f"exit codes {codes}\n{textwrap.indent(output, '  ')}"
+    return output
 
 
-def run_by(launcher: list[str], file: Path) -> None:
+def run_by(launcher: list[str], file: Path) -> str:
     with subprocess.Popen(
         [sys.executable, "-m", *launcher, str(file)],
         cwd=file.parent,
@@ -106,6 +107,7 @@ def run_by(launcher: list[str], file: Path) -> None:
             process.terminate()  # not kill: torchrun ends its ranks before itself
             output = process.communicate()[0] + f"\nstopped after {LIMIT} s"
     assert process.returncode == 0, f"exit code {process.returncode}\n{textwrap.indent(output, '  ')}"
+    return output
 
 
 @pytest.mark.parametrize("block", [b for document in DOCUMENTS for b in blocks(document)], ids=lambda b: b.place)
@@ -125,15 +127,16 @@ def test_the_readme_shows_code_and_all_of_it_is_seen():
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.name)
-def test_an_example_is_short_and_runs_as_it_says(example, tmp_path):
+def test_an_example_is_short_runs_as_it_says_and_shows_something(example, tmp_path):
     program = example.read_text(encoding="utf-8")
     assert program.count("\n") <= 40
     shown = TORCHRUN.search(ast.get_docstring(ast.parse(program)) or "")
     file, ranks = written(program, tmp_path), int(shown[1]) if shown else None
     if example.name in BY_TORCHRUN:
-        run_by(["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"], file)
+        output = run_by(["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"], file)
     else:
-        run(file, ranks)
+        output = run(file, ranks)
+    assert output.strip(), "shows nothing"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))

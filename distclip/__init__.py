@@ -1,6 +1,7 @@
 """distclip: gradient clipping by the true global norm, whatever the parallelism.
 
 [Note: collectives and host syncs]
+
 Construction compares the parameters, the settings and the policy of all ranks, by two all-reduces of one or two
 float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then makes one all-reduce of two float64 numbers
 (three int64 for p = inf), under DDP too, so that ranks decide alike even when one replica is corrupt. In addition:

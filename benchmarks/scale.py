@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                                  # all models, 512 to 16384 ranks, 10 minutes
     python benchmarks/scale.py --worlds 512 16384 --models gpt2 llama3-8b --json figures.json
+    python benchmarks/scale.py --proofs 24 696                  # verify() of ranks with so many experts, half a minute
 
 Weights are on the meta device. torch's own ``fully_shard`` and ``distribute_tensor`` cut them, so pieces, placements
 and meshes are those of a real run. torch's ``fake`` process groups know their ranks and return messages unchanged:
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import thread_time
@@ -42,8 +44,11 @@ from distclip.bench.machine import cpu_model
 from distclip.clipper import Clipper
 from distclip.layouts.model import held_in
 from distclip.plan.build import Plan
+from distclip.plan.contribution import norms_on
 from distclip.plan.measure import TAG_STEP
+from distclip.plan.split import count_split
 from distclip.plan.units import Parameter
+from distclip.ranks.connections import pass_on
 from distclip.ranks.group import ClippingGroup
 from distclip.ranks.message import CODES
 
@@ -477,6 +482,61 @@ def stepped(clipper: Clipper) -> Sent:
     return collectives.sent
 
 
+# ---- proving what ranks do not share -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What ``verify()`` adds where each rank holds so many ``experts`` that no other has, as rank 0 sees it.
+
+    ``peak``: bytes of Python's memory, and of the messages in it.
+    """
+
+    world: int
+    experts: int
+    ms: float
+    peak: int
+    sent: Sent
+
+
+def prove(world: int, experts: int) -> Proof:
+    """The process must be one of ``world`` ranks."""
+    model = nn.ParameterList(torch.zeros(4) for _ in range(experts))
+    plan = Plan.of(held_in([model]), 2.0, ClippingGroup.of(None), layout=lambda name, p: distclip.Layout(1))
+    chance = torch.Generator().manual_seed(0)
+    norms = norms_on(plan, [torch.randn(4, generator=chance) for _ in model], range(experts))
+    with patch("distclip.ranks.by_key.pass_on", mirrored):
+        start = thread_time()
+        count_split(plan, norms)
+        ms = 1e3 * (thread_time() - start)
+        with Collectives() as collectives:
+            count_split(plan, norms)
+        tracemalloc.start()
+        count_split(plan, norms)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return Proof(world, experts, ms, peak + max(collectives.bytes), collectives.sent)
+
+
+def mirrored(group: ClippingGroup, rows: Tensor, places: int, count: int) -> Tensor:
+    """In place of ``pass_on``, and with its message: what the rank behind sends, if it has what this one has, but with
+    keys that are at home as far from it as these from here. So has every rank, and what arrives is as much as leaves.
+    """
+    received = pass_on(group, rows, places, len(rows))
+    received.copy_(rows)
+    if rows.ndim > 1:
+        received[:, 0] += group.size - places
+    return received
+
+
+PROOFS: dict[str, Callable[[Proof], str]] = {
+    "ranks": lambda p: str(p.world),
+    "experts": lambda p: str(p.experts),
+    "time": lambda p: f"{p.ms:.0f} ms",
+    "memory": lambda p: f"{p.peak / 1024:.0f} KiB",
+    "collectives": lambda p: shown(p.sent),
+}
+
 # ---- showing -----------------------------------------------------------------------------------------------
 
 COLUMNS: dict[str, Callable[[Figures], str]] = {
@@ -521,14 +581,26 @@ def machine() -> dict[str, Any]:
     }
 
 
+def show_proofs(experts: Sequence[int], worlds: Sequence[int]) -> None:
+    print(row(PROOFS), row("---" for _ in PROOFS), sep="\n")
+    for count, world in product(experts, worlds):
+        with ranks(world):
+            proof = prove(world, count)
+        print(row(show(proof) for show in PROOFS.values()), flush=True)
+
+
 def main(words: Sequence[str]) -> None:
     models = {model().name: model for model in CASES}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=WORLDS, help="numbers of ranks, multiples of 128")
     parser.add_argument("--models", nargs="+", default=list(models), choices=list(models))
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--proofs", type=int, nargs="+", metavar="EXPERTS", help="verify() instead, of so many experts")
     chosen = parser.parse_args(words)
     torch.set_num_threads(1)
+    if chosen.proofs:
+        show_proofs(chosen.proofs, chosen.worlds)
+        return
     figures: list[Figures] = []
     print(row(COLUMNS), row("---" for _ in COLUMNS), sep="\n")
     for name in chosen.models:

@@ -15,10 +15,11 @@ float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then make
   holds float64; some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms
   leave pending sums). Misplaced gradients are redistributed into ``.grad``, in later calls before the all-reduce.
 * Calls 1, 2, 4, 8, ... of ``clip_`` and ``step``, counted from construction or a loaded state, compare replicas of
-  gradients before anything is scaled: one all-reduce more, of five numbers for each replicated parameter, and three
-  more along ``split_over``. LayoutError on all ranks where replicas differ (a missing reduction, experts taken for
-  replicas), or where ranks along ``split_over`` hold the same values and gradients. If the norm was not finite, the
-  next call compares instead.
+  gradients before anything is scaled: one all-reduce more, of five numbers for each replicated parameter; along
+  ``split_over`` another, of one number, and for each doubling of the number of ranks two all-to-alls, in which a rank
+  sends a few numbers a parameter to one other. LayoutError on all ranks where replicas differ (a missing reduction,
+  experts taken for replicas), or where ranks along ``split_over`` hold the same values and gradients. If the norm was
+  not finite, the next call compares instead.
 * In the other calls, if every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns, and the next
   call raises on all ranks.
 * On a norm that is not finite three small all-reduces find the culprit; none where norms of parameters or rows name it.

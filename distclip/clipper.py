@@ -224,8 +224,9 @@ class Clipper:
           (DiLoCo's inner and outer): attached to them, or given them in an earlier step.
         * Norms of groups, parameters or rows must each count the elements of their unit once.
 
-        Five all-reduces (six with ``split_over`` or ``layout``) of a few numbers a parameter, one more of a number for
-        each norm finer than the model's, and a host sync; gradients are never gathered.
+        Three all-reduces of a few numbers a parameter, one more of a number for each norm finer than the model's, and
+        host syncs; where ``split_over`` or ``layout`` are of use another, and for each doubling of the number of ranks
+        two all-to-alls, whose messages do not grow with it. Gradients are never gathered.
         """
         self._call("verify")()
 

@@ -95,11 +95,12 @@ def message(plan: Plan) -> dict[str, Any]:
 
 
 def collectives(plan: Plan) -> dict[str, Any]:
-    """How many a call makes: [Note: collectives and host syncs] in clipper.py."""
+    """How many a call makes: [Note: collectives and host syncs] at the head of distclip."""
     if plan.group.reference is None:
         return {"per call": 0}
     found: dict[str, Any] = {"per call": 1}
-    comparing = int(has_copies(plan)) + 3 * bool(plan.by_split_over)
+    steps = (plan.group.size - 1).bit_length()  # [Note: adding by key] in ranks/by_key.py
+    comparing = int(has_copies(plan)) + (2 * steps + 1) * bool(plan.by_split_over)
     if comparing:
         found["more in calls 1, 2, 4, 8, ..."] = comparing
     if plan.slots is None:

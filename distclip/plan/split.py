@@ -1,11 +1,10 @@
 """Comparing what ``split_over`` or ``layout`` describe: pieces that are not the same list on every rank.
 
-Checksums of gradients are gathered, never gradients: those of the same shape and bits are one gradient, whose shares on
+Checksums of gradients travel, never gradients: those of the same shape and bits are one gradient, whose shares on
 all ranks must add up to 1.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..errors import and_more
 from ..layouts.layout import part_of
 from ..layouts.piece import Held
+from ..ranks.by_key import add_by_key, asked
 from ..ranks.compare import HASHES, broadcast_text, checksums, is_constant
 from ..ranks.connections import all_reduce
 from . import refusals
@@ -32,8 +32,8 @@ def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> N
     Norm layers of hand-made tensor parallelism do, and weights that are tied across stages. Parameters are the same
     whose values and gradients have the same shape and bits, on ranks that hold the same part of them. Values that are
     all one number, as zeros at the start, tell nothing: a later call does. The ``FEW_SMALL`` smallest and ``FEW_LARGE``
-    largest of each rank are looked at. Three all-reduces, of a number twice and of two numbers a parameter and rank,
-    and host syncs.
+    largest of each rank are looked at. Two collectives for each doubling of the number of ranks, of a few numbers a
+    parameter ([Note: adding by key] in ranks/by_key.py), an all-reduce of one number, and host syncs.
     """
     pieces, sources = plan.pieces, plan.sources
     here = sorted((i for i in plan.by_split_over if pieces[i].here), key=lambda i: pieces[i].here)
@@ -49,53 +49,42 @@ def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> N
         for (i, part, norm), total, tells in zip(shown, sums.tolist(), telling, strict=True)
         if tells
     }
-    counted = _summed_shares(plan, list(keys.values()), [1 / plan.replicas[i] for i in keys])
-    wrong = [f"{plan.label(i)} ({counted[key]:.3g}x)" for i, key in keys.items() if counted[key] > 1 + TOLERANCE]
-    _raise_if_counted(plan, wrong)
+    _count(plan, keys, lambda total: total > 1 + TOLERANCE)
 
 
 def count_split(plan: Plan, found: Norms) -> None:
-    """Gradients of the same shape and bits are one gradient: its shares on all ranks must add up to 1."""
-    split = [k for k, i in enumerate(found.indices) if not plan.known_to_all[i]]
-    sums = checksums([found.parts[k] for k in split], plan.device).long().tolist()
-    keys = [
-        _key(plan, found.indices[k], found.parts[k], found.norms[k], total)
-        for k, total in zip(split, sums, strict=True)
-    ]
-    counted = _summed_shares(plan, keys, [1 / plan.replicas[found.indices[k]] for k in split])
-    wrong = [
-        f"{plan.label(found.indices[k])} ({counted[key]:.3g}x)"
-        for k, key in zip(split, keys, strict=True)
-        if found.norms[k] > 0 and abs(counted[key] - 1) > TOLERANCE
-    ]
-    _raise_if_counted(plan, wrong)
+    """Gradients of the same shape and bits are one gradient: its shares on all ranks must add up to 1.
 
-
-def _raise_if_counted(plan: Plan, wrong: Sequence[str]) -> None:
-    """Raise on every rank what the first of them has found ``wrong``: one all-reduce, and another where some has."""
-    first = torch.tensor([plan.group.rank if wrong else plan.group.size], device=plan.device)
-    source = int(all_reduce(plan.group, first, dist.ReduceOp.MIN).item())
-    if source < plan.group.size:
-        listed = broadcast_text(plan.group, plan.device, source, and_more(wrong))
-        raise refusals.gradients_not_counted_once(plan.group.ranks[source], listed)
-
-
-def _summed_shares(plan: Plan, keys: Sequence[int], shares: Sequence[float]) -> Counter[int]:
-    """The sum over the group of the share of each key, once a rank: two collectives of a number a key and rank.
-
-    One rank may hold twins, such as biases that are added to the same stream, which no other has.
+    Collectives and host syncs are those of :func:`compare_axes`.
     """
-    group, mine = plan.group, dict(zip(keys, shares, strict=True))
-    most = int(all_reduce(group, torch.tensor([len(mine)], device=plan.device), dist.ReduceOp.MAX).item())
-    rows = torch.zeros(group.size, 2, most, dtype=torch.float64, device=plan.device)
-    rows[group.rank, :, : len(mine)] = torch.tensor([list(mine), list(mine.values())], dtype=torch.float64)
-    if most:
-        all_reduce(group, rows)
-    counted: Counter[int] = Counter()
-    for row_keys, row_shares in rows.tolist():
-        for key, share in zip(row_keys, row_shares, strict=True):
-            counted[int(key)] += share
-    return counted
+    norms = found.norms.tolist()
+    split = [k for k, i in enumerate(found.indices) if not plan.known_to_all[i] and norms[k] > 0]
+    sums = checksums([found.parts[k] for k in split], plan.device).long().tolist()
+    keys = {
+        found.indices[k]: _key(plan, found.indices[k], found.parts[k], norms[k], total)
+        for k, total in zip(split, sums, strict=True)
+    }
+    _count(plan, keys, lambda total: abs(total - 1) > TOLERANCE)
+
+
+def _count(plan: Plan, keys: Mapping[int, int], is_wrong: Callable[[float], bool]) -> None:
+    """Raise on every rank where the shares of a key add up to what ``is_wrong``; the first rank that has one names it.
+
+    ``keys``: of pieces. Each counts once a rank, which may hold twins, such as biases that are added to the same
+    stream. Collectives: [Note: adding by key] and an all-reduce; five more where some are wrong.
+    """
+    group, device = plan.group, plan.device
+    held = add_by_key(group, device, {key: 1 / plan.replicas[i] for i, key in keys.items()})
+    firsts = [each.first for each in held.values() if is_wrong(each.total)]
+    found = torch.tensor([min(firsts, default=group.size)], device=device)
+    source = int(all_reduce(group, found, dist.ReduceOp.MIN).item())
+    if source == group.size:
+        return
+    totals = asked(group, device, source, list(dict.fromkeys(keys.values())), held)
+    counted = {i: totals[key] for i, key in keys.items() if group.rank == source and is_wrong(totals[key])}
+    listed = and_more([f"{plan.label(i)} ({total:.3g}x)" for i, total in counted.items()])
+    text = broadcast_text(group, device, source, listed)
+    raise refusals.gradients_not_counted_once(group.ranks[source], text)
 
 
 def _key(plan: Plan, index: int, gradient: Tensor, norm: Tensor | float, total: int) -> int:

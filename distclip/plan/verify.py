@@ -47,27 +47,29 @@ def verify(
     if apart:
         raise refusals.drifted_apart(apart)
     norms = norms_of(plan, measured)
-    _count_known(plan, norms)
+    some_are_split = _count_known(plan, norms)
     _count_units(plan)
-    count_split(plan, norms)
+    if some_are_split:
+        count_split(plan, norms)
 
 
-def _count_known(plan: Plan, found: Norms) -> None:
+def _count_known(plan: Plan, found: Norms) -> bool:
     """There are gradients, every element counts once, and copies of a gradient are equal.
 
-    One all-reduce of six numbers a piece, and two.
+    One all-reduce of six numbers a piece, and three. Returns whether some rank has gradients that not all know of.
     """
     known = plan.known
     sizes = [float(plan.pieces[i].here) for i in known]
     counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[known]
     comparable = torch.tensor([float(plan.pieces[i].aligned) for i in known], device=plan.device)
     drift = drift_words(plan, norms_and_projections(plan, found, known) * comparable, known)
-    numbers = counted.new_tensor([len(found.indices), len(plan.pieces)])
+    split = sum(not plan.known_to_all[i] for i in found.indices)
+    numbers = counted.new_tensor([len(found.indices), len(plan.pieces), split])
     words = all_reduce(plan.group, torch.cat([counted, drift.flatten(), numbers])).cpu()
-    present, pieces = words[-2:].tolist()
+    present, pieces, split = words[-3:].tolist()
     if pieces and not present:
         raise refusals.no_gradient()
-    counted, *rest = words[:-2].view(6, -1)
+    counted, *rest = words[:-3].view(6, -1)
     whole = torch.tensor([float(plan.pieces[i].size or 0) for i in known], dtype=torch.float64)
     wrong = ((counted - whole).abs() > 0.5).nonzero().flatten().tolist()
     if wrong:
@@ -76,6 +78,7 @@ def _count_known(plan: Plan, found: Norms) -> None:
     apart = drifted(torch.stack(rest), TOLERANCE).nonzero().flatten().tolist()
     if apart:
         raise refusals.not_replicas([plan.label(known[k]) for k in apart])
+    return bool(split)
 
 
 def _count_units(plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""The all-reduce and its connections: on the host Gloo connections of our own, separate for each signed length.
+"""Our collectives and their connections: on the host Gloo connections of our own, separate for each signed length.
 
 Gloo pairs messages by their order alone. In a group that others use too, a rank that misses a call of ours would send
 its next gradients where the others send their message: if sizes differ a process ends by ``std::terminate``, and if
@@ -58,14 +58,23 @@ class Channel:
 
     def begin(self, process_group: dist.ProcessGroup, message: Tensor, op: dist.ReduceOp.RedOpType) -> dist.Work:
         """Start to reduce ``message`` in place, without a wait."""
-        self.begun += 1
         options = dist.AllreduceOptions()
         options.reduceOp = op  # type: ignore[assignment]
+        return self._begin(process_group, lambda group: group.allreduce([message], options))
+
+    def begin_all_to_all(
+        self, process_group: dist.ProcessGroup, rows: Tensor, received: Tensor, outgoing: list[int], incoming: list[int]
+    ) -> dist.Work:
+        """Start to exchange rows, so many ``outgoing`` to and ``incoming`` from each rank, without a wait."""
+        return self._begin(process_group, lambda group: group.alltoall_base(received, rows, incoming, outgoing))
+
+    def _begin(self, process_group: dist.ProcessGroup, start: Callable[[dist.ProcessGroup], dist.Work]) -> dist.Work:
+        self.begun += 1
         if self.own is None:
-            return process_group.allreduce([message], options)
-        # Gloo's thread lets go of an all-reduce a moment after the wait for it, and must not be the last to do so:
+            return start(process_group)
+        # Gloo's thread lets go of a collective a moment after the wait for it, and must not be the last to do so:
         # freeing its tensor takes the GIL, and asking for that aborts a process that is ending.
-        self.latest = work = self.own.allreduce([message], options)
+        self.latest = work = start(self.own)
         return work
 
     def give_up(self) -> None:
@@ -98,28 +107,77 @@ def all_reduce(
     Waits for it on the host; not on an accelerator. RuntimeError that names the ranks that did not join, where the
     backend gave up waiting for them.
     """
-    if group.reference is None:
-        return message
-    process_group = group.reference() or group.process_group  # the latter raises: it was destroyed
-    assert process_group is not None
-    started, opened = time.monotonic(), None
-    try:
+    if group.reference is not None:
         if message.device.type == "cpu":
-            opened = channel(process_group, signed_length) or open_channel(process_group, signed_length)
-            work = opened.begin(process_group, message, op)
-            if _is_done_soon(work):
-                work.wait()  # raises what went wrong
-            else:
-                _slow(group, process_group, signed_length, call, opened).wait(work)
+            _join(group, lambda own, whole: own.begin(whole, message, op), signed_length, call)
         else:
-            dist.all_reduce(message, op, group=process_group)
+            _join_on_device(group, lambda whole: dist.all_reduce(message, op, group=whole), signed_length, call)
+    return message
+
+
+def pass_on(group: ClippingGroup, rows: Tensor, places: int, count: int) -> Tensor:
+    """Send ``rows`` to the rank so many ``places`` further on, and return the ``count`` rows of the one as far behind.
+
+    One all-to-all, all of whose other parts are empty, for ranks that agree on the next collective. Waits and errors
+    are those of :func:`all_reduce`.
+    """
+    # Not a send and a receive: Gloo closes all connections where the wait for a receive is cut short, as ours are.
+    outgoing, incoming = [0] * group.size, [0] * group.size
+    outgoing[(group.rank + places) % group.size] = len(rows)
+    incoming[(group.rank - places) % group.size] = count
+    received = rows.new_empty(count, *rows.shape[1:])
+    if rows.device.type == "cpu":
+        _join(group, lambda own, whole: own.begin_all_to_all(whole, rows, received, outgoing, incoming))
+    else:
+        _join_on_device(group, lambda whole: dist.all_to_all_single(received, rows, incoming, outgoing, group=whole))
+    return received
+
+
+def _join(
+    group: ClippingGroup,
+    begin: Callable[[Channel, dist.ProcessGroup], dist.Work],
+    signed_length: int = ANY_LENGTH,
+    call: str = "",
+) -> None:
+    """Begin a collective on the channel of this signed length, and wait for it."""
+    process_group, started, opened = _process_group_of(group), time.monotonic(), None
+    try:
+        opened = channel(process_group, signed_length) or open_channel(process_group, signed_length)
+        work = begin(opened, process_group)
+        if _is_done_soon(work):
+            work.wait()  # raises what went wrong
+        else:
+            _slow(group, process_group, signed_length, call, opened).wait(work)
     except RuntimeError as error:
         if opened is not None:
             opened.give_up()
-        missing = _slow(group, process_group, signed_length, call, opened).who_is_missing(time.monotonic() - started)
-        raise RuntimeError(f"{missing} ({str(error).splitlines()[0]})") from error
+        slow = _slow(group, process_group, signed_length, call, opened)
+        raise _of_missing(slow, started, error) from error
     awaited.clear()
-    return message
+
+
+def _join_on_device(
+    group: ClippingGroup, make: Callable[[dist.ProcessGroup], object], signed_length: int = ANY_LENGTH, call: str = ""
+) -> None:
+    """Queue a collective on the accelerator's own connections."""
+    process_group, started = _process_group_of(group), time.monotonic()
+    try:
+        make(process_group)
+    except RuntimeError as error:
+        slow = _slow(group, process_group, signed_length, call, None)
+        raise _of_missing(slow, started, error) from error
+    awaited.clear()
+
+
+def _process_group_of(group: ClippingGroup) -> dist.ProcessGroup:
+    process_group = (group.reference and group.reference()) or group.process_group  # the latter raises: destroyed
+    assert process_group is not None
+    return process_group
+
+
+def _of_missing(slow: SlowCollective, started: float, error: RuntimeError) -> RuntimeError:
+    """The error that says which ranks are missing in a collective that has failed with ``error``."""
+    return RuntimeError(f"{slow.who_is_missing(time.monotonic() - started)} ({str(error).splitlines()[0]})")
 
 
 def _is_done_soon(work: dist.Work) -> bool:

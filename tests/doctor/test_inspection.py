@@ -46,11 +46,15 @@ def looked_at(job: Job, watch: str | None) -> dict:
 
 def sent_in(call: Callable[[], object], job: Job) -> list[int]:
     job.backward()
-    sent, begin = [], Channel.begin
+    """The lengths of what this rank sends."""
+    sent = []
+
+    def noting(begin):
+        return lambda self, group, words, *more: sent.append(len(words)) or begin(self, group, words, *more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Channel, "begin", lambda self, group, words, op: sent.append(len(words)) or begin(self, group, words, op)
-        )
+        patch.setattr(Channel, "begin", noting(Channel.begin))
+        patch.setattr(Channel, "begin_all_to_all", noting(Channel.begin_all_to_all))
         call()
     return sent
 

@@ -16,6 +16,7 @@ from benchmarks.scale import (
     STAGES,
     Figures,
     Model,
+    Proof,
     Sent,
     Weight,
     deepseek_v3,
@@ -32,6 +33,7 @@ from benchmarks.scale import (
     measure,
     planned,
     pp_fsdp_tp,
+    prove,
     ranks,
 )
 from distclip.layouts.model import held_in
@@ -115,6 +117,24 @@ def test_norms_of_units_send_one_number_a_unit_and_construction_two_a_rank(figur
     shares = {"pp_fsdp_tp": STAGES, "ep_plain": EXPERT}  # whose parameters are units of their own
     known = 2 if few.layout == "ep_plain" else 0  # the gate of each layer, which all ranks have
     assert few.of_parameters.units == known + (few.parameters - known) * shares.get(few.layout, 1)
+
+
+def proofs(world: int) -> tuple[Proof, Proof]:
+    with ranks(world):
+        return prove(world, 8), prove(world, 64)
+
+
+def test_proving_what_ranks_do_not_share_sends_and_takes_no_more_on_many_ranks():
+    (few, few_of_more), (many, many_of_more) = proofs(FEW), proofs(MANY)
+    steps = {world: (world - 1).bit_length() for world in (FEW, MANY)}
+    assert few.sent.collectives == 2 * steps[FEW] + 1
+    assert many.sent.collectives == 2 * steps[MANY] + 1
+    row = 24  # bytes, which a rank sends in half of the steps
+    for proof in (few, few_of_more, many, many_of_more):
+        counts = 8 * (steps[proof.world] + 1)
+        assert proof.sent.bytes - counts == pytest.approx(row * proof.experts * steps[proof.world] / 2, rel=0.5)
+    lists = 2 * 8 * MANY  # of how much goes to each rank
+    assert many_of_more.peak <= few_of_more.peak + 2 * lists + NOISE
 
 
 def test_the_first_plan_keeps_no_more_than_a_later_one():

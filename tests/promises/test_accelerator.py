@@ -18,6 +18,7 @@ from support.accelerator import (
     Event,
     Wait,
     all_reduce,
+    all_to_all,
     capture,
     capturing,
     counted_waits,
@@ -69,6 +70,7 @@ def on_the_accelerator(words_on_the_device: bool = True) -> Iterator[None]:
         patch("distclip.kernels.transfer.pinned_like", pinned_like),
         patch("distclip.step.progress.in_capture", capturing),
         patch("torch.distributed.all_reduce", all_reduce),
+        patch("torch.distributed.all_to_all_single", all_to_all),
         patch.object(ClippingGroup, "device_for", lambda group, tensors: device),
     ):
         yield

@@ -136,7 +136,7 @@ class _Device:
             raise Wait(what)
 
 
-_all_reduce = dist.all_reduce
+_all_reduce, _all_to_all = dist.all_reduce, dist.all_to_all_single
 _device = _Device()
 _libraries: list[Any] = []  # what they define ends with them
 _pinned: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # by id
@@ -292,6 +292,11 @@ def _record(op: Any, args: Any, kwargs: Any) -> Any:
 def all_reduce(words: Tensor, op: Any = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None) -> None:
     """Takes the place of ``torch.distributed.all_reduce``, whose groups have no backend for the device."""
     _record(lambda words: _all_reduce(words, op, group=group), (raw(words),), {})
+
+
+def all_to_all(received: Tensor, sent: Tensor, *splits: list[int], group: dist.ProcessGroup | None = None) -> None:
+    """Takes the place of ``torch.distributed.all_to_all_single``, as :func:`all_reduce` does."""
+    _all_to_all(raw(received), raw(sent), *splits, group=group)
 
 
 def use_accelerator() -> None:

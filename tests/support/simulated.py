@@ -26,22 +26,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Collective:
-    """One all-reduce: what each rank sent, and what all of them got."""
+    """One collective: what each rank sent, and what each of them got."""
 
-    op: Any
     sent: list[Tensor]
-    got: Tensor
+    got: list[Tensor]
 
 
 class Waits(BaseException):
     """A rank has sent its message and cannot go on without those of the others."""
 
-    def __init__(self, message: Tensor, op: Any) -> None:
-        self.message, self.op = message, op
+    def __init__(self, message: Tensor, op: Any, outgoing: Sequence[int] = ()) -> None:
+        self.message, self.op, self.outgoing = message, op, outgoing
 
 
 class Done:
-    """In place of ``dist.Work``: an all-reduce that needs no waiting."""
+    """In place of ``dist.Work``: a collective that needs no waiting."""
 
     def is_completed(self) -> bool:
         return True
@@ -64,13 +63,20 @@ class SimulatedBackend:
 
     def allreduce(self, messages: list[Tensor], options: dist.AllreduceOptions) -> Done:
         (message,) = messages
+        return self._exchanged(message, message, Waits(message.clone(), options.reduceOp.op))
+
+    def alltoall_base(self, received: Tensor, rows: Tensor, incoming: list[int], outgoing: list[int]) -> Done:
+        assert sum(incoming) == len(received)
+        return self._exchanged(rows, received, Waits(rows.clone(), "all-to-all", outgoing))
+
+    def _exchanged(self, sent: Tensor, received: Tensor, waits: Waits) -> Done:
         if self.calls == len(self.past):
-            raise Waits(message.clone(), options.reduceOp.op)
+            raise waits
         collective = self.past[self.calls]
         self.calls += 1
-        sent = collective.sent[self.rank]
-        assert torch.equal(sent.view(torch.uint8), message.contiguous().view(torch.uint8)), "message changed"
-        message.copy_(collective.got)
+        before = collective.sent[self.rank]
+        assert torch.equal(before.view(torch.uint8), sent.contiguous().view(torch.uint8)), "message changed"
+        received.copy_(collective.got[self.rank])
         return Done()
 
 
@@ -115,7 +121,7 @@ class Groups:
 def simulate(use: Callable[[SimulatedGroup], T], size: int, collectives: int | None = None) -> list[T | Exception]:
     """What ``use`` returned or raised on every rank; an AssertionError where some ranks would wait for ever.
 
-    ``collectives``: how many all-reduces there must have been, if that is known.
+    ``collectives``: how many there must have been, if that is known.
     """
     past: list[Collective] = []
     while True:
@@ -126,22 +132,28 @@ def simulate(use: Callable[[SimulatedGroup], T], size: int, collectives: int | N
             return ends
         done = [rank for rank, end in enumerate(ends) if not isinstance(end, Waits)]
         assert not done, f"ranks {done} are done, the others wait in collective {len(past)}: {ends[done[0]]!r}"
-        assert len({end.message.shape for end in waiting}) == 1, "ranks send messages of unlike lengths"
         assert len({(end.message.dtype, str(end.op)) for end in waiting}) == 1, "ranks send unlike kinds of messages"
-        sent, op = [end.message for end in waiting], waiting[0].op
-        past.append(Collective(op, sent, _reduced(sent, op)))
+        got = _exchanged(waiting) if waiting[0].outgoing else [_reduced(waiting)] * size
+        past.append(Collective([end.message for end in waiting], got))
 
 
 def _run(use: Callable[[SimulatedGroup], T], group: SimulatedGroup) -> T | Exception | Waits:
-    with patch("distclip.plan.arguments.ClippingGroup", Groups), patch("distclip.step.engine.ClippingGroup", Groups):
+    with patch("distclip.plan.arguments.ClippingGroup", Groups), patch("distclip.step.building.ClippingGroup", Groups):
         try:
             return use(group)
         except (Waits, Exception) as end:
             return end
 
 
-def _reduced(sent: Sequence[Tensor], op: Any) -> Tensor:
+def _exchanged(waiting: Sequence[Waits]) -> list[Tensor]:
+    parts = [end.message.split(list(end.outgoing)) for end in waiting]
+    return [torch.cat(of_each) for of_each in zip(*parts, strict=True)]
+
+
+def _reduced(waiting: Sequence[Waits]) -> Tensor:
     """MAX and MIN as Gloo has them, which keep or drop a NaN by the order of ranks."""
+    sent, op = [end.message for end in waiting], waiting[0].op
+    assert len({message.shape for message in sent}) == 1, "ranks send messages of unlike lengths"
     total = sent[0].clone()
     for words in sent[1:]:
         if op == dist.ReduceOp.SUM:

@@ -251,7 +251,8 @@ class Clipper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, on any number of ranks; ValueError if it is anything else.
 
-        Every rank must load the same: if one does not, the next call is a LayoutError on all of them.
+        Every rank must load the same: if one does not, the next call is a LayoutError on all of them. What a new
+        Clipper has already may be loaded into it by some ranks alone.
         """
         self.engine.load_state_dict(state)
 

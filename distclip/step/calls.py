@@ -45,6 +45,11 @@ class Calls:
     loaded: int = 0
     decided: int = 0
 
+    @property
+    def new(self) -> bool:
+        """Whether no step has been made, and no state of another Clipper loaded."""
+        return self.made == self.loaded == 0
+
     def count_among(self, clippers: Clippers) -> None:
         """Number this Clipper as the next of ``clippers``."""
         self.number, self.clippers = clippers.count, clippers
@@ -73,7 +78,7 @@ class Calls:
         self.compare_in = 2 * self.made
 
     def begin_anew(self, steps: int, loaded: int) -> None:
-        """Continue from a loaded state: its ``steps``, and ``loaded``, its hash."""
+        """Continue from a loaded state: its ``steps``, and ``loaded``, its hash, 0 where nothing is different."""
         self.steps, self.loaded, self.decided = steps, loaded, 0
         self.made, self.compare_in = 0, inf if self.compare_in == inf else 1.0
 

@@ -153,10 +153,13 @@ class Progress:
         orders = orders_of(state["units"], labels["units"]) if labels else {}
         history = History.of_state(state["history"])
         fresh = made(self.policy, self.units, self.plan.device)
+        held = hash_of(self.state, self.streak.skips) if self.calls.new else 0
         self.state = in_order(self.policy, self.units, fitting(state["policy"], fresh), orders)
         self.streak.skips = skips
         self.recorder.begin_anew(history)
-        self.calls.begin_anew(steps, hash_of(self.state, skips))
+        loaded = hash_of(self.state, skips)
+        # A rank may load what all have anyway: before the first step torchft heals some ranks of a group alone.
+        self.calls.begin_anew(steps, 0 if (steps, loaded) == (self.calls.steps, held) else loaded)
         self._unchecked = None
         self.plan.memory.take_late_error()
 

@@ -280,6 +280,30 @@ def test_a_policy_state_that_one_rank_has_loaded_is_an_error_on_all():
     assert all(isinstance(first, torch.Tensor) for first, _ in results)
 
 
+def with_the_state_of_a_new_one(ranks: tuple[int, ...], steps: int) -> list[Any]:
+    """As torchft does before the first step: each rank of a replica group heals, or does not, by itself."""
+    model = ddp()
+    policy = distclip.AutoClip(percentile=50, window=4)
+    new, clipper = distclip.Clipper(model, policy).state_dict(), distclip.Clipper(model, policy)
+    for step in range(steps):
+        backward(model, step)
+        clipper.clip_()
+        model.zero_grad()
+    if dist.get_rank() in ranks:
+        clipper.load_state_dict(new)
+    backward(model, steps)
+    return [outcome(lambda: clipper.clip_().max_norm) for _ in range(2)]
+
+
+def test_the_state_of_a_new_clipper_may_be_loaded_into_one_on_some_ranks_alone():
+    """It said that the ranks do not agree, where all had the same state."""
+    results = [first for first, _ in run_ranks(with_the_state_of_a_new_one, 3, (1,), 0)]
+    assert all(isinstance(first, torch.Tensor) for first in results)
+    assert same_bits(results)
+    for said, _ in run_ranks(with_the_state_of_a_new_one, 3, (1,), 1):
+        assert "rank 1: step 0 of Clipper 2 after loading a state" in said
+
+
 # ---- a model that is another one by now --------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from .layouts.model import ParameterFilter
 from .policies import Policy
 from .policies.adopt import bound_by_place, without_signals
 from .ranks.group import Axis
-from .report import Report
+from .report import Fingerprint, Report
 from .shield import untraced
 from .step import refusals
 from .step.driver import Driver
@@ -67,6 +67,7 @@ class Clipper:
     * ``exact``: the float64 norm nearest to the true one, p = 1, 2 or inf, so the same bits of norm and coefficient
       whatever the number of ranks and threads, the layout and the order of sums. A host sync a call on accelerators;
       not with ``watch``, nor with policies that need more than the norm.
+    * ``fingerprint_every``: in steps number N, 2 N, ... the report has a ``fingerprint``, as :meth:`fingerprint` makes.
 
     LayoutError or ValueError on all ranks where ranks differ in parameters, in the values of replicas or in settings.
     A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated, and when the
@@ -121,6 +122,7 @@ class Clipper:
         watch: Watch | None = None,
         watch_zeros: bool = False,
         exact: bool = False,
+        fingerprint_every: int | None = None,
     ) -> None:
         self.engine = Engine(
             model,
@@ -136,6 +138,7 @@ class Clipper:
             watch=watch,
             watch_zeros=watch_zeros,
             exact=exact,
+            fingerprint_every=fingerprint_every,
         )
         self._driver = None
 
@@ -210,6 +213,18 @@ class Clipper:
         """
         report: Report = self._call("step")(*optimizers, scaler=scaler, **_said(signals))
         return report
+
+    @untraced
+    def fingerprint(self) -> Fingerprint:
+        """One number of 64 bits for the gradient of each parameter as it is now, and one for all.
+
+        Of every bit of every element and its place in the whole parameter, so that the same gradients have the same
+        numbers in any layout, and another bit other ones. The dtype counts, a gradient that is None counts nothing, a
+        sparse one as the dense one. Two all-reduces, the second of two int64 numbers a parameter, and a host sync; the
+        first call makes up to four more, of names. LayoutError on all ranks where the layout does not tell which ranks
+        hold replicas, or which part a rank has.
+        """
+        return self.engine.fingerprint()
 
     @untraced
     def verify(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,30 @@ def tensors_of(watched: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What :meth:`Clipper.fingerprint` found: numbers of 64 bits, the same whatever the layout and on every rank.
+
+    * ``total``: one number for all gradients, the sum of the others modulo 2**64.
+    * ``parameters``: by name, from every bit of the gradient and its place in the whole parameter; 0 without one.
+    * ``differ``: parameters whose replicas do not hold the same bits, so that their numbers mean nothing. That two of r
+      replicas differ is seen here in all but about one case of r**2; the number changes in every case.
+
+    >>> Fingerprint(2**63 + 1, {"weight": 5, "bias": 2**63 - 4}).to_dict()
+    {'total': '8000000000000001', 'parameters': {'weight': '0000000000000005', 'bias': '7ffffffffffffffc'}}
+    """
+
+    total: int
+    parameters: Mapping[str, int]
+    differ: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers in hexadecimal, which JSON keeps; ``"differ"`` only where there are some."""
+        shown = {name: f"{number:016x}" for name, number in self.parameters.items()}
+        found: dict[str, Any] = {"total": f"{self.total:016x}", "parameters": shown}
+        return found | ({"differ": list(self.differ)} if self.differ else {})
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What :meth:`Clipper.measure`, :meth:`Clipper.clip_` or :meth:`Clipper.step` found and did.
 
@@ -92,6 +117,7 @@ class Report:
     * ``zeros``: with ``watch_zeros=True``, which share of the elements of each gradient in ``norms`` is 0, from 0 to 1,
       by the same names; NaN where there is no gradient.
     * ``extra``: what the policy reports of itself, by name, 0-d: see :class:`Shadow`.
+    * ``fingerprint``: of the gradients before clipping, every ``fingerprint_every`` steps; else None.
 
     ``culprit`` says where a non-finite norm came from. With the decision on an accelerator it is ``None`` here, and
     available one call later as :attr:`Clipper.culprit`.
@@ -110,6 +136,7 @@ class Report:
     norms: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     zeros: Mapping[str, Tensor] = field(default_factory=dict)
+    fingerprint: Fingerprint | None = None
 
     def to_dict(self) -> dict[str, float | bool]:
         """Return the four numbers, ``"norm/<name>"`` and ``"zeros/<name>"`` of what is watched, and what is ``extra``.

@@ -59,6 +59,7 @@ class Plan:
     in_parts: tuple[bool, ...]  # of each piece: whether it is a part of which no rank knows where in the whole it lies
     slots: Slots | None = None  # where sums finer than the model's go; None where nobody asked
     signals: tuple[str, ...] = ()  # names of the user's numbers that travel too
+    numbered: bool = False  # whether names begin with the number of the part of the model in which they are
     exact: bool = False  # whether digits of the exact sum travel; the host reads them
     memory: Memory = field(default_factory=Memory, compare=False)
 
@@ -124,10 +125,14 @@ class Plan:
         why = refusal(self.p, {piece.dtype for piece in self.pieces})
         if why is not None:
             raise refusals.not_exact(why)
+        self.check_shares("exact=True")
+        return replace(self, exact=self.p < inf, reads_are_free=self.reads_are_free or self.p < inf)
+
+    def check_shares(self, what: str) -> None:
+        """LayoutError where replicas do not divide the ranks, so that ``what`` cannot be counted in whole numbers."""
         for i, replicas in enumerate(self.replicas):
             if self.group.size % replicas:
-                raise refusals.shares_not_whole(self.label(i), replicas, self.group.size)
-        return replace(self, exact=self.p < inf, reads_are_free=self.reads_are_free or self.p < inf)
+                raise refusals.shares_not_whole(what, self.label(i), replicas, self.group.size)
 
     @property
     def length(self) -> int | None:
@@ -144,6 +149,10 @@ class Plan:
     def look(self, gradients: Sequence[Tensor | None], error: LayoutError | None = None) -> Local:
         """Look at ``gradients``, one for each source, piece by piece: see :func:`.gradients.look.look`."""
         return look(self.pieces, self.sources, self.replicas, gradients, error)
+
+    def held(self, holders: Sequence[Tensor]) -> list[Held]:
+        """The pieces, and those of the ``holders``, one for each source, in which they are."""
+        return [Held(piece, holders[source]) for piece, source in zip(self.pieces, self.sources, strict=True)]
 
     def label(self, index: int) -> str:
         """What errors call piece ``index``."""

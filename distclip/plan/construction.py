@@ -16,7 +16,8 @@ from . import refusals
 from .build import Plan
 from .copies import values_apart
 from .disagreement import stopped_by
-from .units import others_of, with_slots
+from .table import Others, others_of
+from .units import with_slots
 
 ERROR = "an error of its own"
 STOPPED = ""  # in place of a text, which is never empty
@@ -32,7 +33,7 @@ def compare_ranks(plan: Plan, listed: Sequence[Held], settings: Mapping[str, str
     """
     different = differing_fields(plan.group, plan.device, _fields(settings, plan.code))
     if ERROR in different:
-        raise refusals.no_clipper(_who(plan, "made its Clipper"))
+        raise refusals.not_made("its Clipper", _who(plan, "made its Clipper"))
     if "parameters" in different:
         known = [piece for piece, is_known in zip(plan.pieces, plan.known_to_all, strict=True) if is_known]
         count = sum(piece.here if piece.size is None else piece.size for piece in known)
@@ -51,7 +52,16 @@ def agreed_on_units(
 ) -> R:
     """``ready`` with ``plan`` and the slots for what is ``asked``, on all ranks, or an error on all.
 
-    Three all-reduces, and a fourth where ranks hold different parameters, each with a host sync.
+    Collectives: those of :func:`agreed`.
+    """
+    return agreed(plan, asked, lambda others: ready(with_slots(plan, asked, others, counts_zeros)), "its Clipper")
+
+
+def agreed(plan: Plan, asked: Sequence[Statistic], made: Callable[[Sequence[Others]], R], what: str) -> R:
+    """What is ``made`` of the parameters that not all ranks know, on all ranks, or an error on all.
+
+    ``what``: that is, in errors. Three all-reduces, and a fourth where ranks hold different
+    parameters, each with a host sync.
     """
     failed: Exception | None = None
     try:
@@ -61,13 +71,13 @@ def agreed_on_units(
     texts = distinct_texts(plan.group, plan.device, text)
     if STOPPED not in texts:
         try:
-            done = ready(with_slots(plan, asked, [json.loads(each) for each in texts], counts_zeros))
+            done = made([json.loads(each) for each in texts])
         except FAILURES as error:
             failed = error
         if not differing_fields(plan.group, plan.device, {ERROR: failed is not None}) and failed is None:
             return done
-    who = who_differs(plan.group, plan.device, "made its Clipper" if failed is None else stopped_by(failed))
-    raise failed or refusals.no_clipper(who)
+    who = who_differs(plan.group, plan.device, f"made {what}" if failed is None else stopped_by(failed))
+    raise failed or refusals.not_made(what, who)
 
 
 def tell_ranks(group: ClippingGroup, device: torch.device, settings: Mapping[str, str], error: Exception) -> None:

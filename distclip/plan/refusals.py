@@ -70,8 +70,8 @@ def calls_disagree(who: str) -> LayoutError:
     return LayoutError(f"the ranks do not agree: let every rank make the same calls with the same parameters{who}")
 
 
-def no_clipper(who: str) -> LayoutError:
-    return LayoutError(f"a rank of the clipping group could not make its Clipper{who}")
+def not_made(what: str, who: str) -> LayoutError:
+    return LayoutError(f"a rank of the clipping group could not make {what}{who}")
 
 
 def other_parameters(who: str) -> LayoutError:
@@ -127,8 +127,8 @@ def not_exact(why: str) -> ValueError:
     return ValueError(f"exact=True: {why}")
 
 
-def shares_not_whole(name: str, replicas: int, size: int) -> LayoutError:
-    return LayoutError(f"exact=True: {size} ranks cannot hold {replicas} replicas of each element of {name}")
+def shares_not_whole(what: str, name: str, replicas: int, size: int) -> LayoutError:
+    return LayoutError(f"{what}: {size} ranks cannot hold {replicas} replicas of each element of {name}")
 
 
 def no_gradient() -> LayoutError:
@@ -159,8 +159,15 @@ def gradients_not_counted_once(rank: int, gradients: str) -> LayoutError:
 
 def unknown_replicas(name: str) -> LayoutError:
     return LayoutError(
-        f"layout= says how many ranks hold {name}, and not which: for a norm of its own return "
+        f"layout= says how many ranks hold {name}, and not which: for a norm or a fingerprint of its own return "
         'Layout.cut(over=[mesh["ep"]]) instead of Layout(number)'
+    )
+
+
+def unknown_places(name: str) -> LayoutError:
+    return LayoutError(
+        f"layout= says that ranks hold parts of {name}, and not which, so that it has no fingerprint: cut it by "
+        "distribute_tensor or fully_shard, or leave fingerprints out"
     )
 
 
@@ -180,8 +187,9 @@ def units_differ(name: str, size: float, other: float) -> LayoutError:
 
 def unit_not_counted_once(name: str, times: float) -> LayoutError:
     return LayoutError(
-        f"the ranks that have a parameter {name} count its elements {times:.3g}x, so that it has no norm of its own: "
-        "the layout must say how many ranks hold it under this name (a weight that stages share needs one name on all)"
+        f"the ranks that have a parameter {name} count its elements {times:.3g}x, so that it has neither norm nor "
+        "fingerprint of its own: the layout must say how many ranks hold it under this name (a weight that stages "
+        "share needs one name on all)"
     )
 
 

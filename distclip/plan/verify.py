@@ -8,7 +8,6 @@ from torch import Tensor
 from ..errors import FAILURES, LayoutError
 from ..gradients.storage import Storage
 from ..kernels.transfer import sent
-from ..layouts.piece import Held
 from ..ranks.compare import bit_sums
 from ..ranks.connections import all_reduce
 from . import refusals
@@ -42,8 +41,7 @@ def verify(
     measured = measure(plan, gradients, storage.store, tag=VERIFYING + tag, error=error, call=call)
     if measured.reduced.read()[1]:
         raise refusals.calls_disagree(measured.reduced.who)
-    kept = [Held(piece, holders[source]) for piece, source in zip(plan.pieces, plan.sources, strict=True)]
-    apart = values_apart(plan, kept, bit_sums)
+    apart = values_apart(plan, plan.held(holders), bit_sums)
     if apart:
         raise refusals.drifted_apart(apart)
     norms = norms_of(plan, measured)

@@ -30,13 +30,13 @@ def no_words(device: torch.device) -> Tensor:
     return torch.zeros(count_of(2.0, wide=True), dtype=torch.int64, device=device)
 
 
-def reduce_digits(
-    group: ClippingGroup, words: Tensor, p: float, code: int, faulty: bool, flags: Sequence[bool], call: str
-) -> Reduced:
-    """Reduce ``words`` over the group, (n,) int64 where messages are reduced, of gradients and their replicas.
+def reduce_words(
+    group: ClippingGroup, words: Tensor, code: int, faulty: bool, flags: Sequence[bool], call: str
+) -> tuple[list[int], bool, tuple[float, ...]]:
+    """The sums of ``words`` over the group, (n,) int64 where messages are reduced; whether ranks disagree; the flags.
 
     One all-reduce of ``n + len(flags) + 2`` int64 numbers, none in one process; it waits, also on accelerators.
-    The norm is the float64 number that is nearest to the true one. RuntimeError where the message was altered.
+    RuntimeError where the message was altered.
     """
     known = torch.tensor([int(agreement_word(code, group.rank, group.size)) + FAULT * faulty, *map(int, flags)])
     message = torch.cat([sent(known, words.device), words, _checksum(words).view(1)])
@@ -45,8 +45,18 @@ def reduce_digits(
     found, numbers, checksum = numbers[: len(flags)], numbers[len(flags) : -1], numbers[-1]
     if disagreement == 0 and int(_checksum(message[len(known) : -1])) != checksum:
         raise RuntimeError(refusals.altered(call))
-    norm = nan if disagreement else exact_norm(numbers, p, group.size)
-    return Reduced(norm, disagreement != 0, tuple(map(float, found)))
+    return numbers, disagreement != 0, tuple(map(float, found))
+
+
+def reduce_digits(
+    group: ClippingGroup, words: Tensor, p: float, code: int, faulty: bool, flags: Sequence[bool], call: str
+) -> Reduced:
+    """Reduce ``words`` of gradients and their replicas by :func:`reduce_words`.
+
+    The norm is the float64 number that is nearest to the true one.
+    """
+    numbers, disagree, found = reduce_words(group, words, code, faulty, flags, call)
+    return Reduced(nan if disagree else exact_norm(numbers, p, group.size), disagree, found)
 
 
 def _checksum(words: Tensor) -> Tensor:

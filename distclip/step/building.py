@@ -18,7 +18,7 @@ from ..plan.construction import agreed_on_units, compare_ranks, tell_ranks
 from ..plan.copies import has_copies
 from ..policies import Policy
 from ..policies.adopt import as_policy, needs
-from ..policies.checks import positive
+from ..policies.checks import positive, whole
 from ..policies.statistic import Signal, Statistic
 from ..ranks.group import Axis, ClippingGroup
 from . import options, refusals
@@ -53,10 +53,12 @@ def build(
     watch: options.Watch | None = None,
     watch_zeros: bool = False,
     exact: bool = False,
+    fingerprint_every: int | None = None,
 ) -> Built:
     """Read the arguments of an :class:`.Engine`, and compare them with those of the other ranks of ``group``.
 
-    Two all-reduces, and up to four more for statistics other than the norm of all gradients, with a host sync each.
+    Two all-reduces, and up to four more for statistics other than the norm of all gradients, and as many for
+    fingerprints, with a host sync each.
     """
     where, parts = ClippingGroup.of(group), list[nn.Module]()
     try:
@@ -71,12 +73,25 @@ def build(
             raise refusals.signals_of_maxima()
         if exact and p < inf and (asked or signals):
             raise refusals.more_than_exact()
+        if fingerprint_every is not None:
+            whole("fingerprint_every", fingerprint_every)
         settings = options.settings(
-            p, policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched, watch_zeros, exact
+            p,
+            policy,
+            nonfinite,
+            max_consecutive_skips,
+            given,
+            gradients,
+            needed,
+            watched,
+            watch_zeros,
+            exact,
+            fingerprint_every,
         )
         everything = once(held_in(parts))
         listed = chosen(everything, only)
         holders, plan = holders_of(listed), replace(Plan.of(listed, p, where, split_over, layout), signals=signals)
+        plan = replace(plan, numbered=len(parts) > 1)
         plan = plan.exactly() if exact else plan
         axes = bool(split_over) and where.size > 1
         ready = partial(
@@ -89,6 +104,7 @@ def build(
             compares_axes=axes,
             on_device=decides_on_device,
             watch=watched,
+            fingerprint_every=fingerprint_every,
         )
         progress = None if asked else ready(plan)
     except FAILURES as error:  # the other ranks are about to compare, and would hang: they raise as well
@@ -97,5 +113,6 @@ def build(
         raise
     compare_ranks(plan, listed, settings)
     progress = progress or agreed_on_units(plan, asked, ready, watch_zeros)
+    progress.fingerprints.prepare()
     progress.calls.count_among(plan.group.clippers)
     return Built(parts, holders_of(everything), holders, progress)

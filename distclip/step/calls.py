@@ -69,6 +69,10 @@ class Calls:
         """The next call of ``measure``."""
         return self._call(f"measure() in step {self.steps}", MEASURING, False)
 
+    def fingerprinting(self) -> Call:
+        """The next call of ``fingerprint``."""
+        return self._call(f"fingerprint() in step {self.steps}", MEASURING + COMPARING, False)
+
     def verification(self) -> Call:
         """The next call of ``verify``."""
         return Call(STRIDE * self.number, self._by_whom("verify()"), False)

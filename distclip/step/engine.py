@@ -18,7 +18,7 @@ from ..optimizers.hooks import check_optimizers, skip_next_step, watch_before_st
 from ..optimizers.scaler import claim, join_found_inf, unscale_
 from ..plan.verify import verify
 from ..policies import Policy
-from ..report import Report
+from ..report import Fingerprint, Report
 from ..shield import shielded
 from . import refusals
 from .building import build
@@ -180,6 +180,12 @@ class Engine:
         for index, optimizer in enumerate(optimizers):
             stepping.step(index, optimizer)
         return stepping.report
+
+    @shielded
+    @_tells
+    def fingerprint(self) -> Fingerprint:
+        """See :meth:`Clipper.fingerprint`."""
+        return self.progress.fingerprint(self._fault())
 
     @shielded
     @_tells

@@ -23,9 +23,10 @@ class Interruption:
 
     def leave(self, verb: str, error: BaseException, committed: bool) -> None:
         """``error`` leaves this call of an engine; ``committed``: after the ranks had decided."""
-        looks = {"measure": self._calls.measurement, "verify": self._calls.verification}.get(verb)
+        calls, verbs = self._calls, ("measure", "fingerprint", "verify")
+        looks = dict(zip(verbs, (calls.measurement, calls.fingerprinting, calls.verification), strict=True)).get(verb)
         if not isinstance(error, NonFiniteError):  # which all ranks raise
-            name = self._calls.name_of_step(committed) if looks is None else looks().name
+            name = calls.name_of_step(committed) if looks is None else looks().name
             tell(self._group, name, in_short(error))
         alarm = isinstance(error, TimeoutError)  # in FAILURES as an OSError, but a signal handler raises it anywhere
         if looks is None and (committed or alarm or not isinstance(error, FAILURES)):

@@ -31,6 +31,7 @@ SETTINGS = (
     "watch",
     "watch_zeros",
     "exact",
+    "fingerprint_every",
 )
 
 
@@ -51,6 +52,7 @@ class Keywords(TypedDict, total=False):
     watch: Watch | None
     watch_zeros: bool
     exact: bool
+    fingerprint_every: int | None
 
 
 class Options(Keywords, total=False):
@@ -70,12 +72,13 @@ def settings(
     watch: Statistic | None,
     watch_zeros: bool,
     exact: bool,
+    fingerprint_every: int | None,
 ) -> dict[str, str]:
     """A text for each setting, for ranks to compare; of ``given`` and functions only whether they were given."""
     texts = ["given" if each else "not given" for each in given]
     where = gradients if isinstance(gradients, str) else "not given" if gradients is None else "given"
     decided = f"{spelled(policy)}{list(asked) if asked else ''}"
-    more = (str(watch), str(watch_zeros), str(exact))
+    more = (str(watch), str(watch_zeros), str(exact), str(fingerprint_every))
     known = (str(p), decided, nonfinite, str(max_consecutive_skips), *texts, where, *more)
     return dict(zip(SETTINGS, known, strict=True))
 

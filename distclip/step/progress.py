@@ -13,7 +13,6 @@ from ..errors import FAILURES, LayoutError
 from ..gradients.storage import Storage
 from ..kernels.device import in_capture
 from ..kernels.transfer import Transfer
-from ..layouts.piece import Held
 from ..plan.build import Plan
 from ..plan.contribution import Beside
 from ..plan.copies import compare_copies, compare_gradients
@@ -26,12 +25,13 @@ from ..policies.by_unit import in_order, labelled, orders_of
 from ..policies.checks import count, finite
 from ..policies.refusals import refusal_of
 from ..policies.trust import is_trusted
-from ..report import Report
+from ..report import Fingerprint, Report
 from ..shield import shielded
 from . import refusals
 from .by_unit import code_of, units_of
 from .calls import Call, Calls
 from .decision import Outcome, decided_on_device, decided_on_host
+from .fingerprints import Fingerprints
 from .history import History, Recorder
 from .nonfinite import Streak
 from .signals import Signals, given
@@ -61,6 +61,7 @@ class Progress:
         compares_axes: bool,
         on_device: bool | None,
         watch: Statistic | None = None,
+        fingerprint_every: int | None = None,
     ) -> None:
         self.plan, self.storage, self.policy, self.streak, self.calls = plan, storage, policy, streak, calls
         self.on_device = not plan.reads_are_free if on_device is None or plan.exact else on_device
@@ -70,6 +71,7 @@ class Progress:
         self.committed = False
         self.units = units_of(plan)
         self.state = made(policy, self.units, plan.device)
+        self.fingerprints = Fingerprints(plan, fingerprint_every)
         self._watch = watch
         self._shows_values = plan.slots is not None and plan.slots.of_parameters  # to the policy, as norms
         self._trusted = is_trusted(policy)
@@ -95,6 +97,13 @@ class Progress:
             raise refusals.ranks_disagree(measured.reduced.who)
         return outcome
 
+    def fingerprint(self, fault: LayoutError | None) -> Fingerprint:
+        """See :meth:`.Clipper.fingerprint`. ``fault``: as in :meth:`preview`."""
+        if self._unchecked is not None:
+            self._check_previous()
+        call, nothing = self.calls.fingerprinting(), dict.fromkeys(self.plan.signals, 0.0)
+        return self.fingerprints.of(self._measure(call, fault or self.plan.memory.late_error, None, nothing), call)
+
     def advance(
         self,
         skips_on_device: bool,
@@ -118,6 +127,7 @@ class Progress:
         if fault is None and self.plan.memory.late_error is not None:
             fault = self.plan.memory.take_late_error()
         measured = self._measure(call, fault, counted, signals)
+        fingerprint = None if capturing else self.fingerprints.in_step(self.calls.steps + 1, measured, call)
         # 5. Decide, from reduced values only, so that all ranks decide alike.
         outcome, state = self._decide(measured)
         # 6. Check the decision where the host knows it or has to; otherwise in phase 3 of the next call.
@@ -127,6 +137,8 @@ class Progress:
             outcome = self._check(outcome)
         elif not capturing:
             self._check_later(outcome)
+        if fingerprint is not None:
+            outcome = replace(outcome, report=replace(outcome.report, fingerprint=fingerprint))
         # 7. Commit. From here on the other ranks step, whatever happens on this one.
         self._captured = self._captured or capturing
         self._commit(outcome, state)
@@ -169,7 +181,7 @@ class Progress:
         plan, storage = self.plan, self.storage
         try:
             gradients = storage.read()
-            values = self._values() if self._shows_values else ()
+            values = [each.values() for each in plan.held(self._holders)] if self._shows_values else ()
             beside = Beside(values, given(signals or {}, plan.signals) if signals or plan.signals else ())
         except FAILURES as failed:  # of a function of the user, for example
             fail_with_others(plan, failed, call.tag, call.name, self._realigns)
@@ -199,11 +211,6 @@ class Progress:
             return measured
         scale = finite("Storage.scale()", storage.scale())
         return replace(measured, reduced=measured.reduced.unscaled(scale, plan.p), scale=scale)
-
-    def _values(self) -> list[Tensor]:
-        """The parameters' values, piece by piece."""
-        pieces = zip(self.plan.pieces, self.plan.sources, strict=True)
-        return [Held(piece, self._holders[source]).values() for piece, source in pieces]
 
     def _decide(self, measured: Measured) -> tuple[Outcome, State]:
         skips = self.streak.mode != "propagate"

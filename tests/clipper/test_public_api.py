@@ -20,8 +20,9 @@ SIGNATURES = {
     "AdaGC": "(lambda_abs=1.0, lambda_rel=1.05, beta=0.98, warm_up=100)",
     "AutoClip": "(percentile=10, window=1000, max_norm=inf)",
     "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
-    " max_consecutive_skips=None, gradients=None, watch=None, watch_zeros=False, exact=False)",
+    " max_consecutive_skips=None, gradients=None, watch=None, watch_zeros=False, exact=False, fingerprint_every=None)",
     "Clipper.clip_": "(self, *, signals=None)",
+    "Clipper.fingerprint": "(self)",
     "Clipper.history": None,
     "Clipper.load_state_dict": "(self, state)",
     "Clipper.measure": "(self, *, signals=None)",
@@ -33,6 +34,8 @@ SIGNATURES = {
     "Chain": "(*policies)",
     "Cosine": "(start, end, steps)",
     "Decision": "(max_norm, skip=None, bounds=None, coef=None, per='model', extra=<factory>)",
+    "Fingerprint": "(total, parameters, differ=())",
+    "Fingerprint.to_dict": "(self)",
     "History": "(steps=0, clipped=0, skipped=0, nonfinite=0, longest_skips=0, current_skips=0, largest=0.0,"
     " largest_step=0, _norms=<factory>)",
     "History.quantile": "(self, q)",
@@ -48,7 +51,8 @@ SIGNATURES = {
     "PerParameter": "(policy)",
     "Policy": None,  # a protocol: its methods are tested beside the policies
     "QuantileTracker": "(quantile=0.5, eta=0.2, max_norm=inf)",
-    "Report": "(norm, max_norm, coef, skip, culprit=None, norms=<factory>, extra=<factory>, zeros=<factory>)",
+    "Report": "(norm, max_norm, coef, skip, culprit=None, norms=<factory>, extra=<factory>, zeros=<factory>,"
+    " fingerprint=None)",
     "Report.to_dict": "(self)",
     "Statistic": "(per='model', of='gradient', groups=(), dims=())",
     "Shadow": "(acting, /, **others)",

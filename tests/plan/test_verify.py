@@ -17,7 +17,6 @@ from torch.optim import SGD
 import distclip
 from distclip import Statistic
 from distclip.layouts.rows import rows_of
-from distclip.plan import units
 from distclip.plan.units import _groups as groups_of, _slots_of_sums as slots_of_sums
 from distclip.policies.units import Gather
 from distclip.ranks.compare import checksums
@@ -418,10 +417,10 @@ def all_but_the_last(table, blocks, level, sizes):
 
 
 WRONG = {
-    "rows": ("rows", "rows_of", one_row_further),
-    "slots of rows": ("rows", "_slots_of_sums", counted),
-    "slots of parameters": ("parameters", "_slots_of_sums", counted),
-    "groups": ("groups", "_groups", all_but_the_last),
+    "rows": ("rows", "table.rows_of", one_row_further),
+    "slots of rows": ("rows", "units._slots_of_sums", counted),
+    "slots of parameters": ("parameters", "units._slots_of_sums", counted),
+    "groups": ("groups", "units._groups", all_but_the_last),
 }
 
 
@@ -430,7 +429,7 @@ def proved_with(asked: str, patched: str = "", wrong: Any = None) -> tuple[str, 
     model = fsdp2()
     with pytest.MonkeyPatch.context() as patch:
         if patched:
-            patch.setattr(units, patched, wrong)
+            patch.setattr(f"distclip.plan.{patched}", wrong)
         clipper = distclip.Clipper(model, Needs(ASKED[asked]))
     backward(model)
     with count_collectives() as counts:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,6 +58,12 @@ class Command:
         if not long and (any(part in self.text for part in TAKES_LONG) or BY_ITSELF.search(self.text)):
             reasons.append("takes long: --long runs it")
         return reasons[0] if reasons else ""
+
+
+def pages(chosen: Sequence[Path] = ()) -> list[Path]:
+    """Those that are chosen, or all, in the order of a reader."""
+    first = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/start.md"]
+    return [page.resolve() for page in chosen] or [*first, *sorted(ROOT.glob("docs/*/*.md"))]
 
 
 def commands(page: Path) -> Iterator[Command]:
@@ -133,19 +139,13 @@ def main() -> int:
     parser.add_argument("pages", nargs="*", type=Path)
     parser.add_argument("--long", action="store_true")
     words = parser.parse_args()
-    pages = [page.resolve() for page in words.pages] or [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "docs/start.md",
-        *sorted(ROOT.glob("docs/*/*.md")),
-    ]
     counts = {"pass": 0, "FAIL": 0, "skip": 0}
     with TemporaryDirectory() as folder:
         clone = Path(folder, "distclip")
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         prepare(clone)
         environment = new_environment(Path(folder, "environment"))
-        for command in (command for page in pages for command in commands(page)):
+        for command in (command for page in pages(words.pages) for command in commands(page)):
             start, reason = time.monotonic(), command.skipped(words.long)
             code, output = (
                 (0, "") if reason else run(command.text, clone, environment, LONG_LIMIT if words.long else LIMIT)

@@ -70,7 +70,7 @@ def after_clipping(found: Analysis) -> Iterator[Advice]:
 
 def bound(found: Analysis) -> Iterator[Advice]:
     """Whether the run's bound is a good one."""
-    if found.clipped is None:
+    if found.clipped is None or (np.isnan(found.bound) and found.clipped == 0):
         yield from without_bound(found)
     elif found.moves:
         yield from moving_bound(found, found.clipped)
@@ -82,7 +82,9 @@ def without_bound(found: Analysis) -> Iterator[Advice]:
     if np.isfinite(found.suggested):
         title = f"A bound to begin with: max_norm={short(found.suggested)}"
         usual = " Transformers clips at 1.0 if not told otherwise." * (found.run.program == "Transformers")
-        reason = f"{suggestion(found)} The log has no bound of its own: --max-norm says which it was.{usual}"
+        unknown = f"The log has no bound of its own: --max-norm says which it was.{usual}"
+        why = unknown if found.clipped is None else "Nothing bounded the norm of this run."
+        reason = f"{suggestion(found)} {why}"
         yield Advice("suggested", "note", title, reason)
 
 

@@ -56,6 +56,12 @@ def suggested(run: Run) -> float:
     return Analysis.of(run, lambda done: None).suggested
 
 
+def test_a_run_that_was_only_measured_is_told_a_bound():
+    found = advice(run_of(noise(), bound=np.inf))["suggested"]
+    assert found.title == "A bound to begin with: max_norm=1.4"
+    assert found.reason.endswith(" Nothing bounded the norm of this run.")
+
+
 @pytest.mark.parametrize("bound", [0.03, 0.1, 1.0, 10.0, 300.0])
 def test_the_suggestion_is_of_the_run_and_not_of_its_bound(bound):
     """0.95 of ordinary norms lie below exp(1.645 * 0.2) = 1.39."""

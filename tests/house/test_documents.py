@@ -169,3 +169,11 @@ def test_every_test_that_a_document_names_is_there(document):
     tests = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/**/test_*.py"))
     defined = set(re.findall(r"^def (test_\w+)\(", tests, re.MULTILINE))
     assert set(re.findall(r"`(test_\w+)`", document.read_text(encoding="utf-8"))) <= defined
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("docs/reference/*.md"))
+    shown = set(re.findall(r"^\.\. auto\w+:: (?:distclip\.)?(\w+)$", pages, re.MULTILINE))
+    tree = ast.parse((ROOT / "distclip/__init__.py").read_text(encoding="utf-8"))
+    public = {alias.asname for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert public - shown == set()

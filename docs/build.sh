@@ -6,5 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 
 make_environment docs
 cd "$root"
-"$venv/bin/sphinx-build" --quiet --fail-on-warning --keep-going docs docs/_build/html
+"$venv/bin/sphinx-build" --quiet --fresh-env --write-all --fail-on-warning --keep-going docs docs/_build/html
 printf 'built %s\n' "$root/docs/_build/html/index.html"

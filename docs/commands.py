@@ -2,7 +2,7 @@
 
     python docs/commands.py                        # all that need no cluster and no hour, in a new environment
     python docs/commands.py docs/howto/report.md   # those of some pages
-    python docs/commands.py --long                 # with those that take more than ten minutes
+    python docs/commands.py --long --limit 7200    # with those that take more than ten minutes
 
 A command is a line of a ```bash block. It runs by bash in the clone, in the order of the pages, with `python`, `pip`
 and `distclip` of a new virtual environment. Files that a page takes for granted (`log.csv`, `mine.py`) are made before.
@@ -26,7 +26,6 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMENT = re.compile(r"\s+#.*$", re.MULTILINE)
-LIMIT, LONG_LIMIT = 600, 7200  # seconds
 SKIPPED = {  # a part of a command: why it cannot run here
     "sbatch": "needs Slurm: tests/launch/slurm.sh runs it",
     "kubectl": "needs a Kubernetes cluster",
@@ -138,6 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path)
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--limit", type=float, default=600, help="seconds of a command (600)")
     words = parser.parse_args()
     counts = {"pass": 0, "FAIL": 0, "skip": 0}
     with TemporaryDirectory() as folder:
@@ -147,9 +147,7 @@ def main() -> int:
         environment = new_environment(Path(folder, "environment"))
         for command in (command for page in pages(words.pages) for command in commands(page)):
             start, reason = time.monotonic(), command.skipped(words.long)
-            code, output = (
-                (0, "") if reason else run(command.text, clone, environment, LONG_LIMIT if words.long else LIMIT)
-            )
+            code, output = (0, "") if reason else run(command.text, clone, environment, words.limit)
             verdict = "skip" if reason else "FAIL" if code else "pass"
             counts[verdict] += 1
             shown = " ".join(command.text.split())

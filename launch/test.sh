@@ -31,7 +31,7 @@ quietly() { # name, command...: its output is shown only if it fails
 quietly "ruff check" ruff check .
 quietly "ruff format" ruff format --check .
 quietly "mypy" mypy
-quietly "docs" sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html
+quietly "docs" sphinx-build --quiet --fresh-env --write-all --fail-on-warning --keep-going docs docs/_build/html
 
 # Hundreds of processes import them, and each would compile them again if PYTHONDONTWRITEBYTECODE is set.
 "$venv/bin/python" -m compileall -q distclip tests

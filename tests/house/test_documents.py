@@ -34,7 +34,7 @@ README = ROOT / "README.md"
 DOCUMENTS = [file for file in (README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))) if file.exists()]
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))  # tests/experiments has those of the folder
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
-OPTIONAL = {"accelerate", "deepspeed", "lightning", "tensorboard", "transformers"}  # extras that tests do without
+OPTIONAL = {"accelerate", "deepspeed", "lightning", "peft", "tensorboard", "transformers", "trl"}  # tests do without
 IMPORTED = [str(ROOT), str(ROOT / "tests")]  # from where programs import
 
 BLOCK = re.compile(

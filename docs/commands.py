@@ -21,7 +21,7 @@ import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -75,23 +75,26 @@ def commands(page: Path) -> Iterator[Command]:
 
 
 def run(command: str, folder: Path, environment: dict[str, str], limit: float) -> tuple[int, str]:
-    """Exit code and output; everything it has started ends with it."""
-    with subprocess.Popen(
-        ["bash", "-euc", command],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    """Exit code and output; what takes longer is stopped as by Ctrl-C, so that the ranks it has started end too."""
+    with (
+        TemporaryFile("w+") as output,  # not a pipe, which ranks that are left would hold open
+        subprocess.Popen(
+            ["bash", "-euc", command],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
-            output, _ = process.communicate(timeout=limit)
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return 124, process.communicate()[0] + f"\nstopped after {limit} s"
-    return process.returncode, output
+            os.killpg(process.pid, signal.SIGINT)
+            code = process.wait() or 124
+        output.seek(0)
+        return code, output.read()
 
 
 def prepare(clone: Path) -> None:

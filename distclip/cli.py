@@ -1,4 +1,4 @@
-"""The command line: `distclip train`, `report`, `bench`, `doctor` and `inspect`."""
+"""The command line: `distclip train`, `report`, `diff`, `bench`, `doctor` and `inspect`."""
 
 import argparse
 import sys
@@ -45,6 +45,21 @@ exit codes:
   2    something in a run or on the command line is wrong: one line on stderr, and nothing is written
   130  stopped by Ctrl-C
 """
+DIFF = """\
+examples:
+  distclip diff runs/before runs/after
+  distclip diff uninterrupted.jsonl resumed.jsonl --json
+
+Compares the steps that both runs have, by the numbers as they were written: the first step that differs, the parameters
+in which it does (by fingerprints, else by norms of layers), and how loss and norm drift from there.
+docs/howto/diff.md says more.
+
+exit codes:
+  0    the same
+  1    they differ
+  2    they cannot be compared, or something on the command line is wrong: one line on stderr
+  130  stopped by Ctrl-C
+"""
 BENCH = """\
 examples:
   distclip bench
@@ -81,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match known.command:
             case "report":
                 return report(known)
+            case "diff":
+                return diff(known)
             case "bench":
                 return bench(known, words)
         return doctor(known)
@@ -124,6 +141,24 @@ def report(known: argparse.Namespace) -> int:
     return 0
 
 
+def diff(known: argparse.Namespace) -> int:
+    """Say where two runs part."""
+    try:
+        from distclip.runs import Names, RunError
+        from distclip.runs.diff import diff as compare
+    except ModuleNotFoundError as error:
+        if error.name != "numpy":
+            raise
+        complain('comparing runs needs numpy: pip install "distclip[report]"')
+        return 2
+    names = Names(step=known.step, norm=known.norm, loss=known.loss, layers=known.layers)
+    try:
+        return compare(known.one, known.other, names, known.json, print)
+    except RunError as error:
+        complain(str(error))
+        return 2
+
+
 def bench(known: argparse.Namespace, words: list[str]) -> int:
     """Measure the cases, or list them."""
     from distclip.bench.start import Options, show_cases, start  # FSDP and DTensor: training chooses its own imports
@@ -157,6 +192,7 @@ def parser_of_commands() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     add_train(commands)
     add_report(commands)
+    add_diff(commands)
     add_bench(commands)
     add_doctor(commands)
     add_inspect(commands)
@@ -187,11 +223,31 @@ def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder or the log of a run")
     report.add_argument("--out", type=Path, metavar="FILE", help="write here (report.html in the first run's folder)")
-    report.add_argument("--step", metavar="COL", help="the column of steps")
-    report.add_argument("--norm", metavar="COL", help="the column of gradient norms, before clipping")
-    report.add_argument("--loss", metavar="COL", help="the column of losses")
-    report.add_argument("--layers", metavar="PREFIX", help="columns that begin so are norms of layers")
+    add_columns(report)
     report.add_argument("--max-norm", type=bound, metavar="BOUND", help="the bound of runs that did not log it")
+
+
+def add_columns(command: Parser) -> None:
+    """How the columns of a run are called, if that cannot be found out."""
+    command.add_argument("--step", metavar="COL", help="the column of steps")
+    command.add_argument("--norm", metavar="COL", help="the column of gradient norms, before clipping")
+    command.add_argument("--loss", metavar="COL", help="the column of losses")
+    command.add_argument("--layers", metavar="PREFIX", help="columns that begin so are norms of layers")
+
+
+def add_diff(commands: "argparse._SubParsersAction[Parser]") -> None:
+    about = "find the step, and the parameter, in which two runs part"
+    diff = commands.add_parser(
+        "diff",
+        help=about,
+        description=sentence(about),
+        epilog=DIFF,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    diff.add_argument("one", metavar="RUN_A", type=Path, help="the folder or the log of a run")
+    diff.add_argument("other", metavar="RUN_B", type=Path, help="another")
+    diff.add_argument("--json", action="store_true", help="one JSON object")
+    add_columns(diff)
 
 
 def bound(text: str) -> float:

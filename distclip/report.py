@@ -84,7 +84,7 @@ class Fingerprint:
       replicas differ is seen here in all but about one case of r**2; the number changes in every case.
 
     >>> Fingerprint(2**63 + 1, {"weight": 5, "bias": 2**63 - 4}).to_dict()
-    {'total': '8000000000000001', 'parameters': {'weight': '0000000000000005', 'bias': '7ffffffffffffffc'}}
+    {'total': '0x8000000000000001', 'parameters': {'weight': '0x0000000000000005', 'bias': '0x7ffffffffffffffc'}}
     """
 
     total: int
@@ -92,9 +92,9 @@ class Fingerprint:
     differ: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers in hexadecimal, which JSON keeps; ``"differ"`` only where there are some."""
-        shown = {name: f"{number:016x}" for name, number in self.parameters.items()}
-        found: dict[str, Any] = {"total": f"{self.total:016x}", "parameters": shown}
+        """The numbers as texts, ``"0x..."``, which JSON keeps; ``"differ"`` only where there are some."""
+        shown = {name: f"{number:#018x}" for name, number in self.parameters.items()}
+        found: dict[str, Any] = {"total": f"{self.total:#018x}", "parameters": shown}
         return found | ({"differ": list(self.differ)} if self.differ else {})
 
 

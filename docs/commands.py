@@ -112,12 +112,12 @@ def prepare(clone: Path) -> None:
     write_csv(clone / "train.csv", comments)
     logged = {"grad_norm/pre_clip": 1.0, "clip/coef": 1.0, "clip/max_norm": "Infinity"}
     (clone / "norms.jsonl").write_text("".join(json.dumps({"step": k, **logged}) + "\n" for k in range(1, 301)))
-    run_folder = clone / "runs/quickstart-20261130-120000"
-    run_folder.mkdir(parents=True)
     records = [
         {"step": k, "norm": 1.0, "max_norm": 1.0, "coef": 1.0, "skip": False, "loss": 2.0} for k in range(1, 301)
     ]
-    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name in ("quickstart-20261130-120000", "again"):
+        (clone / "runs" / name).mkdir(parents=True)
+        (clone / "runs" / name / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
     doctor = (ROOT / "docs/howto/doctor.md").read_text(encoding="utf-8")
     (clone / "mine.py").write_text(doctor.partition("```python\n")[2].partition("```")[0])
 

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from distclip.runs.names import COEF, CULPRIT, LOSS, MAX_NORM, NORM, SKIP, Names, is_norm, known, layer_in
+from distclip.runs.names import COEF, CULPRIT, LOSS, MAX_NORM, NORM, SKIP, Names, is_norm, known, layer_in, print_in
 from distclip.runs.refusals import no_column, no_norm, no_number, no_values, several_norms
 from distclip.runs.run import Floats, Layers, Log, Run, Series, Steps
 from distclip.telemetry import keys
@@ -39,6 +39,7 @@ def assembled(log: Log, names: Names) -> Run:
         loss=column(loss_column(log, names), Series.up_to),
         layers=layers_of(series, steps, names.layers),
         culprits=culprits_of(log),
+        prints=prints_of(log),
         notes=(*log.notes, *restarted(len(log.series[name].step) - len(steps)), *between_records(series, norm)),
     )
 
@@ -58,6 +59,11 @@ def between_records(series: ByName, norm: Series) -> list[str]:
         return []
     where = f"largest {largest.value[top]:.3g}, before step {largest.step[top]:,}"
     return [f"The log has some of the steps. Norms in between were higher ({where}): log every step to see them."]
+
+
+def prints_of(log: Log) -> dict[str, Mapping[int, str]]:
+    named = [(print_in(key), each) for key, each in log.texts.items()]
+    return {name: each for name, each in named if name is not None}
 
 
 def culprits_of(log: Log) -> dict[int, str]:

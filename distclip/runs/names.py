@@ -42,6 +42,7 @@ CULPRIT = ("culprit", "culprit_before")  # the second: of the step before, which
 LAYER = re.compile(r"(?:grad_norm/layer/|norm/|grad_[\d.]+_norm/|l2_norm/grad/|grad/norm/)(?P<name>.+)")
 KNOWN = {keys.LARGEST, *STEP, *NORM, *LOSS, *MAX_NORM, *COEF, *SKIP, *CULPRIT}
 TOTALS = {"global", "total"}
+PRINT = keys.FINGERPRINT_OF.format("")  # what names of fingerprints of parameters begin with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,14 @@ def plain(name: str) -> str:
 def matters(name: str, names: Names) -> bool:
     """Whether a report has a use for this column."""
     mine = name in (names.step, names.norm, names.loss) or plain(name) in KNOWN
-    return mine or is_norm(name) or layer_in(name, names.layers) is not None
+    return mine or is_norm(name) or layer_in(name, names.layers) is not None or print_in(name) is not None
+
+
+def print_in(name: str) -> str | None:
+    """The parameter that a column has fingerprints of, "" of all; None of another column."""
+    if name == keys.FINGERPRINT:
+        return ""
+    return name.removeprefix(PRINT) if name.startswith(PRINT) and name != PRINT else None
 
 
 def is_norm(name: str) -> bool:

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from distclip.runs.run import Run
+
 SHOWN = 12  # columns in a message
 
 
@@ -79,6 +81,15 @@ def no_values(path: Path, column: str) -> RunError:
 
 def no_step(path: Path, column: str, value: float) -> RunError:
     return RunError(f"{path}: column {column!r} holds {value!r}, which is no step: name another by --step")
+
+
+def several_runs(path: Path, names: Sequence[str]) -> RunError:
+    return RunError(f"{path}: holds several runs ({first_of(names)}): name the log of one of them")
+
+
+def no_step_in_common(one: Run, other: Run) -> RunError:
+    spans = [f"{run.path} has steps {run.step[0]} to {run.step[-1]}" for run in (one, other)]
+    return RunError(f"the runs have no step in common: {', '.join(spans)}")
 
 
 def first_of(names: Iterable[str]) -> str:

@@ -32,6 +32,7 @@ class Run:
     * ``norm``: before clipping, or what the program logged; NaN and inf are what the run had.
     * ``max_norm``, ``coef``, ``loss``: NaN where the run logged none. ``skip``: whether the step was not taken.
     * ``culprits``: by step, where a norm that is not finite came from.
+    * ``prints``: fingerprints by parameter, "" for all, and step.
     * ``notes``: what the reader of the file should know, each a sentence.
     """
 
@@ -46,6 +47,7 @@ class Run:
     loss: Floats
     layers: Layers = field(default_factory=Layers)
     culprits: Mapping[int, str] = field(default_factory=dict)
+    prints: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

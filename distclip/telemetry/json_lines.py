@@ -11,9 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..report import Fingerprint
+from .record import texts_of
+
 
 class JsonLines:
     """Appends a line for each record, ``{"step": 10, ...}``, and hands each to the system at once.
+
+    Where a step has a fingerprint, which is no number that a float could hold, it has a line for that before.
 
     A crash loses the last line at most: one that was cut is removed before the next is written. A run that is resumed
     from an earlier step writes its steps again; the later line of a step counts.
@@ -24,11 +29,18 @@ class JsonLines:
         self._file: TextIO | None = None
 
     def __call__(self, numbers: Mapping[str, float], step: int) -> None:
+        self._write({"step": step, **numbers})
+
+    def fingerprint(self, fingerprint: Fingerprint, step: int) -> None:
+        """What :class:`.log.Log` calls beside records."""
+        self._write({"step": step, **texts_of(fingerprint)})
+
+    def _write(self, record: Mapping[str, Any]) -> None:
         if self._file is None:  # not before: other ranks have the same sink, and never write
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
             cut_to_whole_lines(self.path)
-        self._file.write(to_json({"step": step, **numbers}) + "\n")
+        self._file.write(to_json(record) + "\n")
 
     def close(self) -> None:
         """A record after this opens the file again."""

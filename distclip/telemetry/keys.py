@@ -6,6 +6,10 @@ LARGEST = "grad_norm/max"  # of the norms before clipping that were finite, sinc
 LAYER = "grad_norm/layer/{}"  # of what watch= asks for, before clipping
 ZEROS = "grad_zeros/layer/{}"  # which share of its elements is 0, with watch_zeros=True
 
+FINGERPRINT = "fingerprint"  # of all gradients before clipping, a text: numbers of 64 bits are no float64
+FINGERPRINT_OF = "fingerprint/{}"  # of each
+FINGERPRINT_DIFFER = "fingerprint_differ"  # whose replicas do not hold the same bits
+
 COEF = "clip/coef"
 MAX_NORM = "clip/max_norm"
 CLIPPED = "clip/clipped"  # 1 or 0, as the next

@@ -62,6 +62,9 @@ class Log:
         if step <= self._latest:  # a state of an earlier step was loaded: what is not written never was
             self._window = Window()
         self._latest = step
+        if report.fingerprint is not None:
+            for sink in self._sinks:
+                sink.fingerprint(report.fingerprint, step)
         self._window.add(report, step)
         if step % self.every == 0 or len(self._window) >= self.every:  # as where a loaded state had other steps
             self._window.send(due=True)

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..report import Report, tensors_of as watched_in
+from ..report import Fingerprint, Report, tensors_of as watched_in
 from . import keys
 
 Record: TypeAlias = tuple[dict[str, float], int]
@@ -29,6 +29,16 @@ def _tensors_of(report: Report, skip: Tensor) -> list[Tensor]:
 def width(report: Report) -> int:
     """How many numbers these are."""
     return 4 + len(report.norms) + len(report.zeros) + len(report.extra)
+
+
+def texts_of(fingerprint: Fingerprint | None) -> dict[str, str]:
+    """A fingerprint by the names in keys.py; nothing of None."""
+    if fingerprint is None:
+        return {}
+    shown = fingerprint.to_dict()
+    differ = {keys.FINGERPRINT_DIFFER: ", ".join(fingerprint.differ)} if fingerprint.differ else {}
+    each = {keys.FINGERPRINT_OF.format(name): text for name, text in shown["parameters"].items()}
+    return {keys.FINGERPRINT: shown["total"], **differ, **each}
 
 
 def is_clipped(coef: float) -> bool:

@@ -5,9 +5,11 @@ from types import TracebackType
 from typing import TypeAlias
 
 from ..errors import warn_user
+from ..report import Fingerprint
 
 Sink: TypeAlias = Callable[[dict[str, float], int], object]
-"""Called with the numbers of a step and the step; what it returns is ignored. If it has a ``close``, Log calls it."""
+"""Called with the numbers of a step and the step; what it returns is ignored. If it has a ``close``, Log calls it, and
+``fingerprint(fingerprint, step)`` of steps that have one."""
 
 
 class Guarded:
@@ -23,6 +25,10 @@ class Guarded:
     def write(self, numbers: dict[str, float], step: int) -> None:
         with self:
             self.sink(dict(numbers), step)  # of its own: trackers add to what they are given
+
+    def fingerprint(self, fingerprint: Fingerprint, step: int) -> None:
+        with self:
+            getattr(self.sink, "fingerprint", lambda *_: None)(fingerprint, step)
 
     def close(self) -> None:
         with self:

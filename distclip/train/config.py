@@ -69,11 +69,15 @@ class ClipOptions:
     watch_zeros: bool = False  #: `zeros/...` too: the share of zero gradient elements in each of what `watch` names
     #: the norm that is nearest to the true one, with the same bits on any number of processes; not with `watch`
     exact: bool = False
+    #: in every so many steps a fingerprint of each gradient, for `distclip diff`; not with ZeRO
+    fingerprint_every: int | None = None
     #: read gradients before DDP or FSDP2 reduces them too, so that the rank of a NaN is named: a pass over them in
     #: every step; not with ZeRO
     find_source: bool = False
 
     def __post_init__(self) -> None:
+        every = self.fingerprint_every
+        require(every is None or every > 0, "clip.fingerprint_every", f"must be positive, not {every}")
         skips = self.max_consecutive_skips
         require(skips is None or skips > 0, "clip.max_consecutive_skips", f"must be positive, not {skips}")
         known = self.watch in (None, "parameters") or (isinstance(self.watch, tuple) and self.watch != ())

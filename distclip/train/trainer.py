@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distclip import Report
 from distclip.plan.source import Source
+from distclip.telemetry.record import texts_of
 from distclip.train.config import Config
 from distclip.train.dataset import Batches, Split
 from distclip.train.held import Holder
@@ -59,6 +60,7 @@ class Trainer:
             "accuracy": accuracy / ranks,
             **numbers,
             **self.blamed(report, isfinite(numbers["norm"])),
+            **texts_of(report.fingerprint),
             "lr": lr,
             "seconds": seconds,
             "per_second": targets.numel() * self.batches.world / seconds,

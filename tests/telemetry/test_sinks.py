@@ -53,6 +53,22 @@ def test_json_lines_are_on_disk_at_once_with_numbers_that_json_lacks_as_texts(tm
     assert float(second["grad_norm/layer/0.weight"]) == inf
 
 
+def test_fingerprints_have_lines_of_their_own_in_json_lines_alone(tmp_path):
+    model, others = nn.Linear(2, 1), []
+    model.weight.grad, model.bias.grad = torch.ones(1, 2), torch.ones(1)
+    clipper, path = Clipper(model, 1.0, fingerprint_every=2), tmp_path / "clip.jsonl"
+    with Log(clipper, JsonLines(path), lambda numbers, step: others.append(numbers), every=4):
+        for _ in range(4):
+            clipper.clip_()
+    found = lines(path)
+    assert [line["step"] for line in found] == [2, 4, 4]
+    latest = clipper.report.fingerprint
+    assert {name: int(found[1][f"fingerprint/{name}"], 0) for name in ("weight", "bias")} == latest.parameters
+    assert int(found[1]["fingerprint"], 0) == latest.total
+    assert "fingerprint" not in others[0]
+    assert all(isinstance(number, float) for number in others[0].values())
+
+
 @pytest.mark.parametrize("whole", ["", '{"step": 1}\n', '{"step": 1}\n' * 2000], ids=["none", "one", "many"])
 @pytest.mark.parametrize("cut", ["", '{"step"', '{"step": ' * 2000], ids=["none", "short", "long"])
 def test_a_line_that_a_crash_has_cut_is_not_joined_to_the_next(tmp_path, whole, cut):

@@ -55,6 +55,7 @@ def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> 
 
 def test_the_command_starts_its_ranks_and_torchrun_takes_the_same_steps(run, tmp_path: Path):
     words = ["train", CONFIGS / "quickstart.yaml", *TINY, "train.steps=6", "--train.log_every=2"]
+    words.append("clip.fingerprint_every=2")
     alone = run(*words, f"run.root={tmp_path}")
     under = run(*words, f"run.dir={tmp_path / 'torchrun'}", launcher=[*TORCHRUN, "2"])
     code, output, errors = finish(alone)
@@ -62,6 +63,10 @@ def test_the_command_starts_its_ranks_and_torchrun_takes_the_same_steps(run, tmp
     assert finish(under)[0] == 0
     (folder,) = tmp_path.glob("quickstart-2*")  # the name and a timestamp
     assert numbers(folder) == numbers(tmp_path / "torchrun")
+    records = metrics(folder)
+    assert [record["step"] for record in records if "fingerprint" in record] == [2, 4, 6]
+    assert records[1]["fingerprint"] == metrics(tmp_path / "torchrun")[1]["fingerprint"]
+    assert "fingerprint/head.weight" in records[5]
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
         "config.yaml",

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distclip.cli import main
 from distclip.train.checkpoint import CheckpointError
 from distclip.train.folder import open_folder
 from distclip.train.job import Job, build, check
@@ -90,6 +91,7 @@ def test_the_clipper_decides_the_same_on_four_two_and_one_ranks(tmp_path: Path):
 def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     settings = [*TINY, *AUTOCLIP, "train.steps=60", "train.save_every=10", "train.eval_every=25"]
+    settings.append("clip.fingerprint_every=7")
     run_ranks(train_here, 2, "quickstart.yaml", [*settings, f"run.dir={straight}"])
     words = [*settings, "train.log_every=1", f"run.dir={killed}", "resume=true", "run.restarts=1"]
     job = start("train", CONFIGS / "quickstart.yaml", *words)
@@ -103,6 +105,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path
     assert "Traceback" not in errors
     assert "resumed  after step " in output
     assert timeless(killed) == timeless(straight)
+    assert main(["diff", str(straight), str(killed)]) == 0
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (straight, killed)]
     one, other = ({k: v for k, v in s.items() if k not in ("seconds", "folder")} for s in summaries)
     assert one == other

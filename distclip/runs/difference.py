@@ -1,0 +1,187 @@
+"""Where two runs part: the first step that is not the same, the parameters that tell, and the drift from there.
+
+Compared are the numbers as they were written, in the steps that both runs have; one NaN is the same as another.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from distclip.runs.refusals import no_step_in_common
+from distclip.runs.run import Bools, Floats, Run, Steps
+
+AFTER = (0, 1, 10, 100)  # steps after the first that differs, of those that are compared
+DRIFTING = ("loss", "norm")
+LAYER, PRINT = "norm/", "fingerprint"
+
+
+class Column(NamedTuple):
+    """What both runs have under one name: their steps, ascending, in which of them they differ, and numbers, if any.
+
+    ``name``: of fingerprints ``"fingerprint"`` for all, ``"fingerprint/<parameter>"`` for each.
+    """
+
+    name: str
+    steps: Steps
+    odd: Bools
+    mine: Floats | None = None
+    theirs: Floats | None = None
+
+    @property
+    def first(self) -> int | None:
+        """The first step that differs."""
+        return int(self.steps[np.argmax(self.odd)]) if self.odd.any() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far apart a column is, relative to the larger number: by step, and where it is farthest."""
+
+    by_step: Mapping[int, float]
+    largest: float
+    largest_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """Where runs part.
+
+    * ``step``: the first in which any column differs; ``columns``: those that do, but for single parameters'.
+    * ``parameters``: those whose fingerprints differ in ``parameters_step``, the first in which any does; where none
+      does, those whose norms differ in ``step``. ``of``: how many have one; ``by``: ``"fingerprint"`` or ``"norm"``.
+    * ``drifts``: of loss and norm, from ``step`` on.
+    """
+
+    step: int
+    columns: tuple[str, ...]
+    parameters: tuple[str, ...]
+    parameters_step: int
+    of: int
+    by: str
+    drifts: Mapping[str, Drift]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What was compared, and where the runs part; ``parting`` is None where they do not.
+
+    ``steps``: how many both have, from ``first`` to ``last``; ``alone``: how many only the one has, and only the other.
+    ``prints``: how many of them have fingerprints in both.
+    """
+
+    steps: int
+    first: int
+    last: int
+    alone: tuple[int, int]
+    columns: tuple[str, ...]
+    prints: int
+    parting: Parting | None
+
+
+def difference(one: Run, other: Run) -> Difference:
+    """Compare two runs.
+
+    Raises:
+        RunError: they have no step in common.
+    """
+    steps = np.intersect1d(one.step, other.step, assume_unique=True)
+    if not len(steps):
+        raise no_step_in_common(one, other)
+    columns = [*numbers_of(one, other, steps), *layers_of(one, other), *prints_of(one, other)]
+    firsts = [each.first for each in columns if each.first is not None]
+    return Difference(
+        steps=len(steps),
+        first=int(steps[0]),
+        last=int(steps[-1]),
+        alone=(len(one.step) - len(steps), len(other.step) - len(steps)),
+        columns=tuple(dict.fromkeys(kind_of(each.name) for each in columns)),
+        prints=max((len(each.steps) for each in columns if each.name.startswith(PRINT)), default=0),
+        parting=parting(columns, min(firsts)) if firsts else None,
+    )
+
+
+def numbers_of(one: Run, other: Run, steps: Steps) -> Iterator[Column]:
+    """Loss, norm and what was done with it, where both runs wrote them."""
+    mine, theirs = (np.searchsorted(run.step, steps) for run in (one, other))
+    for name in ("loss", "norm", "max_norm", "coef", "skip"):
+        left = getattr(one, name)[mine].astype(np.float64)
+        right = getattr(other, name)[theirs].astype(np.float64)
+        if name == "norm" or not (np.isnan(left).all() or np.isnan(right).all()):
+            yield Column(name, steps, differ(left, right), left, right)
+
+
+def layers_of(one: Run, other: Run) -> Iterator[Column]:
+    """Norms of layers, in the steps in which both have some."""
+    steps = np.intersect1d(one.step[one.layers.rows], other.step[other.layers.rows], assume_unique=True)
+    if not len(steps):
+        return
+    mine, theirs = (np.searchsorted(run.step[run.layers.rows], steps) for run in (one, other))
+    place = {name: k for k, name in enumerate(other.layers.names)}
+    for k, name in enumerate(one.layers.names):
+        if name in place:
+            left, right = one.layers.norms[mine, k], other.layers.norms[theirs, place[name]]
+            yield Column(LAYER + name, steps, differ(left, right))
+
+
+def prints_of(one: Run, other: Run) -> Iterator[Column]:
+    """Fingerprints that both have; that of all where they are of the same parameters."""
+    for name, mine in one.prints.items():
+        theirs = other.prints.get(name, {})
+        steps = sorted(mine.keys() & theirs.keys())
+        if steps and (name or one.prints.keys() == other.prints.keys()):
+            odd = np.array([mine[step] != theirs[step] for step in steps])
+            yield Column(f"{PRINT}/{name}" if name else PRINT, np.array(steps), odd)
+
+
+def differ(mine: Floats, theirs: Floats) -> Bools:
+    odd: Bools = (mine != theirs) & ~(np.isnan(mine) & np.isnan(theirs))
+    return odd
+
+
+def kind_of(name: str) -> str:
+    """Without the parameter: one word for all norms of layers, and for all fingerprints."""
+    return name.partition("/")[0] if name.startswith(f"{PRINT}/") else "norms of layers" if LAYER in name else name
+
+
+def parting(columns: Sequence[Column], step: int) -> Parting:
+    """Where these part, in ``step`` first."""
+    prints = [each.first for each in columns if each.name.startswith(PRINT) and each.first is not None]
+    at, by = (min(prints), PRINT) if prints else (step, "norm")
+    odd, of = named(columns, f"{by}/", at)
+    return Parting(
+        step=step,
+        columns=tuple(dict.fromkeys(kind_of(each.name) for each in columns if each.first == step)),
+        parameters=odd,
+        parameters_step=at,
+        of=of,
+        by=by,
+        drifts={each.name: drift(each, step) for each in columns if each.name in DRIFTING},
+    )
+
+
+def named(columns: Sequence[Column], prefix: str, step: int) -> tuple[tuple[str, ...], int]:
+    """The parameters with such columns that differ first in ``step``, and how many there are."""
+    those = [each for each in columns if each.name.startswith(prefix)]
+    return tuple(each.name.removeprefix(prefix) for each in those if each.first == step), len(those)
+
+
+def drift(column: Column, step: int) -> Drift:
+    """How a column drifts from ``step`` on."""
+    begin = int(np.searchsorted(column.steps, step))
+    assert column.mine is not None
+    assert column.theirs is not None
+    steps, mine, theirs = column.steps[begin:], column.mine[begin:], column.theirs[begin:]
+    apart = relative(mine, theirs)
+    places = [k for k in AFTER if k < len(steps)] + [len(steps) - 1]
+    top = int(np.argmax(apart))
+    return Drift({int(steps[k]): float(apart[k]) for k in places}, float(apart[top]), int(steps[top]))
+
+
+def relative(mine: Floats, theirs: Floats) -> Floats:
+    """|mine - theirs| by the larger of both; 0 where they are the same, inf where one is not finite."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        apart = np.abs(mine - theirs) / np.maximum(np.abs(mine), np.abs(theirs))
+    apart = np.where(np.isfinite(apart), apart, np.inf)
+    return np.where(differ(mine, theirs), apart, 0.0)

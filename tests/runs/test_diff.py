@@ -1,0 +1,188 @@
+"""distclip diff: real pairs of runs, and where and in what they part."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from distclip import AutoClip, Clipper
+from distclip.cli import main
+from distclip.telemetry import JsonLines, Log
+from runs.test_formats import lines
+from support.ranks import run_ranks
+
+SHAPES = {"a": (7, 5), "b": (11,), "c": (4, 3)}
+STEPS = 60
+
+
+def drawn(seed: int, step: int) -> dict[str, Tensor]:
+    """What is added to each gradient in a step, the same on any number of ranks."""
+    chance = torch.Generator().manual_seed(1000 * seed + step)
+    return {name: torch.randn(shape, generator=chance) for name, shape in SHAPES.items()}
+
+
+def train(path: Path, seed: int = 0, first: int = 0, flip: int | None = None, every: int | None = 1) -> None:
+    """A training whose gradients depend on the weights by operations that round alike wherever an element is.
+
+    ``first``: steps that a run before has made, whose weights and state it goes on with. ``flip``: the step in which
+    one bit of an element of the gradient of b flips.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    values = {name: distribute_tensor(each, mesh, [Shard(0)]) for name, each in drawn(seed, -1).items()}
+    model = nn.ParameterDict({name: nn.Parameter(each) for name, each in values.items()})
+    watch = None if every else "parameters"
+    policy = AutoClip(percentile=40, window=9) if every else 1.0
+    clipper = Clipper(model, policy, exact=bool(every), watch=watch, fingerprint_every=every)
+    log = None if first else Log(clipper, JsonLines(path), every=1)
+    for step in range(1, STEPS + 1):
+        if step == first + 1 and first:  # as if all before had been made by another process
+            state = clipper.state_dict()
+            clipper = Clipper(model, policy, exact=bool(every), watch=watch, fingerprint_every=every)
+            clipper.load_state_dict(state)
+            log = Log(clipper, JsonLines(path), every=1)
+        advance(model, clipper, drawn(seed, step), step == flip)
+    assert log is not None
+    log.close()
+
+
+@torch.no_grad()
+def advance(model: nn.ParameterDict, clipper: Clipper, noise: dict[str, Tensor], flip: bool) -> None:
+    for name, p in model.items():
+        p.grad = p.detach() * 0.5 + distribute_tensor(noise[name], p.device_mesh, [Shard(0)])
+    if flip and dist.get_rank() == 0:
+        model["b"].grad.to_local().view(torch.int32)[3] ^= 1 << 12
+    if not clipper.clip_().skip:
+        for p in model.values():
+            p.sub_(p.grad * 0.1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> SimpleNamespace:
+    """Runs on two ranks, but for one."""
+    folder = tmp_path_factory.mktemp("pairs")
+    runs = {
+        "straight": {},
+        "again": {},
+        "resumed": {"first": 20},
+        "flipped": {"flip": 37},
+        "flipped_between": {"flip": 37, "every": 10},
+        "reseeded": {"seed": 1},
+        "watched": {"every": None},
+        "watched_flipped": {"every": None, "flip": 37},
+    }
+    for name, how in runs.items():
+        run_ranks(called, 2, folder / f"{name}.jsonl", how)
+    run_ranks(called, 1, folder / "alone.jsonl", {})
+    return SimpleNamespace(**{path.stem: str(path) for path in folder.iterdir()})
+
+
+def called(path: Path, how: dict) -> None:
+    train(path, **how)
+
+
+def diff(capsys, *words: str) -> tuple[int, str, str]:
+    code = main(["diff", *words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def document(capsys, *words: str) -> dict:
+    code, out, _ = diff(capsys, *words, "--json")
+    found = json.loads(out)
+    assert code == (0 if found["same"] else 1)
+    return found
+
+
+@pytest.mark.parametrize("other", ["again", "alone"])
+def test_the_same_seed_and_another_number_of_ranks_are_the_same(capsys, made, other):
+    code, out, _ = diff(capsys, made.straight, getattr(made, other))
+    assert code == 0
+    assert "60 steps, 1 to 60" in out
+    assert "fingerprints in 60 of them" in out
+    assert out.endswith("the same\n")
+
+
+def test_a_run_that_went_on_at_20_is_the_same_from_there(capsys, made):
+    code, out, _ = diff(capsys, made.straight, made.resumed)
+    assert code == 0
+    assert "40 steps, 21 to 60" in out
+    assert "20 steps that only A has" in out
+
+
+def test_one_flipped_bit_is_found_in_its_step_and_parameter(capsys, made):
+    found = document(capsys, made.straight, made.flipped)["parting"]
+    assert (found["step"], found["parameters_step"]) == (37, 37)
+    assert (found["parameters"], found["of"], found["by"]) == (["b"], 3, "fingerprint")
+    assert set(found["columns"]) >= {"fingerprint"}
+    drift = found["drifts"]["norm"]
+    assert list(map(int, drift["by_step"])) == [37, 38, 47, 60]
+    assert 0 < drift["largest"] < 1e-2
+    code, out, _ = diff(capsys, made.straight, made.flipped)
+    assert code == 1
+    assert "they part at step 37" in out
+    assert "in b, by the fingerprints: 1 of 3" in out
+
+
+def test_fingerprints_of_some_steps_tell_later_than_the_norm(capsys, made):
+    found = document(capsys, made.straight, made.flipped_between)
+    assert found["prints"] == 6
+    assert found["parting"]["parameters_step"] == 40
+    assert found["parting"]["step"] in (37, 38, 39)  # a norm in float32 may round the flip away
+    assert "b" in found["parting"]["parameters"]
+
+
+def test_norms_of_layers_tell_where_there_are_no_fingerprints(capsys, made):
+    found = document(capsys, made.watched, made.watched_flipped)["parting"]
+    assert (found["step"], found["parameters"], found["by"]) == (37, ["b"], "norm")
+
+
+def test_another_seed_parts_at_step_1(capsys, made):
+    code, out, _ = diff(capsys, made.straight, made.reseeded)
+    assert code == 1
+    assert "they part at step 1" in out
+    assert "in all parameters, by the fingerprints: 3 of 3" in out
+
+
+def records(steps: Sequence[int], **columns: object) -> list[dict]:
+    return [{"step": step, "norm": 1.0, **columns} for step in steps]
+
+
+def test_what_cannot_be_compared_is_said_in_a_line(capsys, tmp_path):
+    early, late = lines(tmp_path / "a.jsonl", records([1, 2])), lines(tmp_path / "b.jsonl", records([5]))
+    plain = lines(tmp_path / "c.jsonl", [{"step": 1, "speed": 2.0}])
+    for words, reason in (
+        ((early, late), f"the runs have no step in common: {early} has steps 1 to 2, {late} has steps 5 to 5"),
+        ((early, tmp_path / "none"), "there is no such file or folder"),
+        ((early, plain), "no column is known as a gradient norm"),
+        ((early, tmp_path), "holds several logs"),
+        ((early, late, "--norm", "speed"), "no column is called 'speed'"),
+    ):
+        code, out, err = diff(capsys, *map(str, words))
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert reason in err
+
+
+def test_numbers_that_are_not_finite(capsys, tmp_path):
+    nan = lines(tmp_path / "a.jsonl", [{"step": 1, "norm": "NaN"}, {"step": 2, "norm": "Infinity"}])
+    other = lines(tmp_path / "b.jsonl", [{"step": 1, "norm": "NaN"}, {"step": 2, "norm": 3.0}])
+    assert document(capsys, str(nan), str(nan))["same"]
+    found = document(capsys, str(nan), str(other))["parting"]
+    assert found["step"] == 2
+    assert found["drifts"]["norm"]["largest"] == "Infinity"
+
+
+def test_fingerprints_of_other_parameters_are_not_compared(capsys, tmp_path):
+    ours = {"fingerprint": "0x01", "fingerprint/a": "0x0000000000000001", "fingerprint/b": "0x00"}
+    theirs = {"fingerprint": "0x02", "fingerprint/a": "0x0000000000000001", "fingerprint/c": "0x01"}
+    one, other = (lines(tmp_path / f"{k}.jsonl", records([1], **each)) for k, each in enumerate((ours, theirs)))
+    assert document(capsys, str(one), str(other))["same"]
+    theirs["fingerprint/a"] = "0x0000000000000003"
+    other = lines(tmp_path / "1.jsonl", records([1], **theirs))
+    assert document(capsys, str(one), str(other))["parting"]["parameters"] == ["a"]

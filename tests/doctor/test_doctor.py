@@ -153,12 +153,11 @@ def test_alone_a_rank_that_hangs_is_named_and_ended():
     assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
 
 
-@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["in the terminal", "to the command alone"])
-def test_ctrl_c_ends_it_quietly(send):
+def test_sigint_to_the_command_alone_ends_its_ranks_quietly():
     process = start("doctor", "--timeout", "100", "--model", "doctor.mine:hangs_on_rank_1")
     try:
         assert process.stdout.readline().startswith("ok     versions")  # its ranks have met
-        send(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=LIMIT)
     finally:
         process.kill()

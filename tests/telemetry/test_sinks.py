@@ -21,7 +21,7 @@ from torch import nn
 
 from distclip import Clipper
 from distclip.telemetry import JsonLines, Log
-from security.test_listening import LOOPBACK, listening
+from support.listening import LOOPBACK, listening
 from support.ranks import run_ranks
 
 NUMBERS = {"grad_norm/pre_clip": 2.5, "clip/coef": 0.4, "grad_norm/layer/0.weight": 1.5}

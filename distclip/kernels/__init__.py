@@ -28,7 +28,7 @@ library was built and on accelerators.
 
 from .each import row_sums as row_sums, sums_of_each as sums_of_each, zeros_of_each as zeros_of_each
 from .exact import exact_norm as exact_norm, exact_sum as exact_sum
-from .fingerprint import fingerprints as fingerprints
+from .fingerprint import fingerprints as fingerprints, of_whole as of_whole
 from .memory import check_memory as check_memory
 from .rows import Cut as Cut
 from .scale import clamp_ as clamp_, scale_ as scale_

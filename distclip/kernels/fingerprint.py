@@ -26,6 +26,7 @@ from .dtypes import as_real
 from .flat import COPY
 from .memory import check_memory
 from .sums import PLAIN
+from .transfer import sent
 
 APART = 0x9E3779B97F4A7C15 - (1 << 64)  # as in fingerprint.c, as int64
 LOWER = (1 << 32) - 1
@@ -81,6 +82,22 @@ def fingerprints(tensors: Sequence[Tensor], places: Sequence[Place], seeds: Sequ
     for k in (k for k in rest if tensors[k].numel()):
         numbers[k] = _mixed(_in_order(tensors[k]), places[k], seeds[k])
     return numbers
+
+
+def of_whole(tensors: Sequence[Tensor]) -> Tensor:
+    """The fingerprint of each tensor, row by row however it lies in memory, with the seed 0; else as `fingerprints`."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    numbers = torch.zeros(len(tensors), dtype=torch.int64, device=device)
+    which, parts, places = list[int](), list[Tensor](), list[Place]()
+    for k, tensor in enumerate(tensors):
+        at = 0
+        for part in _parts(tensor):
+            which.append(k)
+            parts.append(part)
+            places.append(whole(tensor.numel())._replace(skip=at))
+            at += part.numel()
+    found, index = fingerprints(parts, places, [0] * len(parts)), torch.tensor(which, dtype=torch.int64)
+    return numbers.index_add_(0, sent(index, device), found)
 
 
 def _in_order(tensor: Tensor) -> Tensor:

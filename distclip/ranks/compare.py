@@ -9,19 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels import of_whole
 from ..kernels.device import has_float64
 from ..kernels.dtypes import as_real
-from ..kernels.flat import bounded
 from ..kernels.transfer import sent
 from . import refusals
 from .connections import all_reduce
 from .group import ClippingGroup
 
-PART = 1 << 22  # elements whose bits torch converts to int64 at once: 32 MiB
 SAMPLE = 4096  # elements of a parameter that its checksum looks at
 HASHES = 1 << 20  # a checksum is below: times 2**32 ranks, still exact in float64
 TEXT_BYTES = 1024
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 def differing_fields(group: ClippingGroup, device: torch.device, fields: Mapping[str, float]) -> list[str]:
@@ -119,13 +117,21 @@ def is_constant(tensor: Tensor) -> bool:
 
 
 def bit_sums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Like :func:`checksums`, from every bit of every element: a change of one element shows, but all are read."""
+    """Like :func:`checksums`, from every bit of every element and its place, so that all are read."""
     sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)
-    for row, tensor in zip(sums, tensors, strict=True):
-        if tensor.numel() and tensor.device.type != "meta":
-            parts = bounded(as_real(tensor.detach()), PART)
-            row.copy_(sum(part.view(INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts))
-    return (_mixed(sums) % HASHES).double()
+    by_device: dict[torch.device, list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        if tensor.device.type != "meta":
+            by_device.setdefault(tensor.device, []).append(k)
+    for places in by_device.values():
+        found = of_whole([_in_words(tensors[k].detach()) for k in places])
+        sums[sent(torch.tensor(places), device)] = sent(found, device)
+    return (sums % HASHES).double()
+
+
+def _in_words(tensor: Tensor) -> Tensor:
+    """What fingerprints can be made of: numbers of 8 bits as ones of 16."""
+    return tensor.view(torch.uint8).to(torch.int16) if tensor.itemsize == 1 else tensor
 
 
 def _mixed(bits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from distclip import Statistic
 from distclip.layouts.rows import rows_of
 from distclip.plan.units import _groups as groups_of, _slots_of_sums as slots_of_sums
 from distclip.policies.units import Gather
-from distclip.ranks.compare import checksums
+from distclip.ranks.compare import bit_sums, checksums
 from support.layouts import backward, build, ddp, fsdp2
 from support.parallel import mesh_of
 from support.ranks import count_collectives, run_ranks
@@ -337,6 +337,35 @@ def flipped(dtype: torch.dtype, element: int) -> str:
 def test_one_flipped_bit_in_a_copy_of_a_parameter_is_found(dtype, element):
     for said in run_ranks(flipped, 2, dtype, element):
         assert said.startswith("copies have drifted apart: ranks hold other values of weight; ")
+
+
+def exchanged() -> str:
+    """Two elements of rank 1's copy have changed places, after the Clipper was built: the same sum of bits."""
+    model = filled(nn.Linear(100, 100), 0)
+    clipper = distclip.Clipper(model, 1.0)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.weight[3, [5, 6]] = model.weight[3, [6, 5]]
+    return said_by(clipper.verify)
+
+
+def test_two_elements_of_a_copy_that_changed_places_are_found():
+    for said in run_ranks(exchanged, 2):
+        assert said.startswith("copies have drifted apart: ranks hold other values of weight; ")
+
+
+def test_bits_are_compared_however_a_copy_lies_in_memory():
+    x = torch.randn(64, 33, 50, generator=torch.Generator().manual_seed(0))
+    apart = torch.zeros(64, 70, 90)
+    apart[:, 3:36, 2:52] = x
+    permuted = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    bytes_, none = torch.arange(9, dtype=torch.uint8), torch.zeros(3, device="meta")
+    first, *others, of_bytes, empty, meta = bit_sums(
+        [x, permuted, apart[:, 3:36, 2:52], bytes_, x[:0], none], torch.device("cpu")
+    ).tolist()
+    assert first > 0
+    assert others == [first] * 2
+    assert of_bytes > 0 == empty == meta
 
 
 def cost() -> dict[str, int]:

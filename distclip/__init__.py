@@ -22,6 +22,7 @@ float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then make
   sends a few numbers a parameter to one other. LayoutError on all ranks where replicas differ (a missing reduction,
   experts taken for replicas), or where ranks along ``split_over`` hold the same values and gradients. If the norm was
   not finite, the next call compares instead.
+* ``verify_every=N`` adds what :meth:`Clipper.verify` communicates to each Nth call of ``clip_`` and ``step``.
 * In the other calls, if every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns, and the next
   call raises on all ranks.
 * On a norm that is not finite three small all-reduces find the culprit; none where norms of parameters or rows name it.

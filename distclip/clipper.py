@@ -68,6 +68,7 @@ class Clipper:
       whatever the number of ranks and threads, the layout and the order of sums. A host sync a call on accelerators;
       not with ``watch``, nor with policies that need more than the norm.
     * ``fingerprint_every``: in steps number N, 2 N, ... the report has a ``fingerprint``, as :meth:`fingerprint` makes.
+    * ``verify_every``: :meth:`verify` in each step that this divides, of the gradients that it is about to clip.
 
     LayoutError or ValueError on all ranks where ranks differ in parameters, in the values of replicas or in settings.
     A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated, and when the
@@ -123,6 +124,7 @@ class Clipper:
         watch_zeros: bool = False,
         exact: bool = False,
         fingerprint_every: int | None = None,
+        verify_every: int | None = None,
     ) -> None:
         self.engine = Engine(
             model,
@@ -139,6 +141,7 @@ class Clipper:
             watch_zeros=watch_zeros,
             exact=exact,
             fingerprint_every=fingerprint_every,
+            verify_every=verify_every,
         )
         self._driver = None
 

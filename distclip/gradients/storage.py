@@ -3,10 +3,10 @@
 Private torch API, read in 2.13 and 2.6: ``DisableTorchFunctionSubclass``.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,16 @@ class Storage:
     store: Store
     scale: Callable[[], float] | None = None
     in_grad: bool = False
+
+    def among(self, holders: Sequence[Tensor], counted: Set[int] | None) -> Self:
+        """The same without the gradients of ``holders`` whose ids are not ``counted``; None for all."""
+        return self if counted is None else replace(self, read=partial(_of_some, self.read, holders, counted))
+
+
+def _of_some(
+    read: Callable[[], list[Tensor | None]], holders: Sequence[Tensor], counted: Set[int]
+) -> list[Tensor | None]:
+    return [g if id(holder) in counted else None for holder, g in zip(holders, read(), strict=True)]
 
 
 def in_grad(holders: Sequence[Tensor]) -> Storage:

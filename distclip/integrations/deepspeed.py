@@ -39,11 +39,13 @@ def take_over(
     max_consecutive_skips: int | None = None,
     watch: Watch | None = None,
     watch_zeros: bool = False,
+    verify_every: int | None = None,
 ) -> Clipper:
     """Let every optimizer step of ``engine`` clip by ``policy`` first, in place of DeepSpeed's own clipping.
 
     * ``engine``: what ``deepspeed.initialize`` returned: ZeRO 0 to 3, fp32, bf16 or fp16, offloaded or not.
-    * the others: those of :class:`Clipper`. The norm is over the parameters in the optimizer, without the loss scale.
+    * the others: those of :class:`Clipper`; ``verify_every`` only at stage 0, where gradients are whole. The norm is
+      over the parameters in the optimizer, without the loss scale.
 
     Returns the Clipper, for ``report``, ``culprit`` and ``state_dict``; its ``clip_`` and ``step`` raise
     RuntimeError. ``engine.get_global_grad_norm()`` is the norm before clipping. One all-reduce a step, of two float64
@@ -60,6 +62,8 @@ def take_over(
     name, for what is not supported. Source: DeepSpeed 0.19.8, ``DeepSpeedEngine._take_model_step``.
     """
     _refuse(engine, nonfinite)
+    if verify_every is not None and not isinstance(engine.optimizer, WHOLE):
+        raise _not_verified(engine.optimizer)
     clipper = Takeover(
         engine,
         policy,
@@ -68,6 +72,7 @@ def take_over(
         max_consecutive_skips=max_consecutive_skips,
         watch=watch,
         watch_zeros=watch_zeros,
+        verify_every=verify_every,
     ).clipper
     engine._config.gradient_clipping = 0.0
     _clippers[engine] = ref(clipper)
@@ -161,10 +166,7 @@ class Takeover:
         self._held[index].grad = gradient
 
     def _refuse_to_verify(self) -> None:
-        raise NotImplementedError(
-            f"verify() compares copies of gradients, and the partitions of {type(self._optimizer).__name__} have "
-            "none: use measure(), and compare its norm with deepspeed.utils.safe_get_full_grad"
-        )
+        raise _not_verified(self._optimizer)
 
 
 class _Held(nn.Module):
@@ -176,6 +178,13 @@ class _Held(nn.Module):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         return iter(self._named)
+
+
+def _not_verified(optimizer: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"verify() compares copies of gradients, and the partitions of {type(optimizer).__name__} have none: use "
+        "measure(), and compare its norm with deepspeed.utils.safe_get_full_grad"
+    )
 
 
 def _refuse(engine: Any, nonfinite: str) -> None:

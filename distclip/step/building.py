@@ -54,6 +54,7 @@ def build(
     watch_zeros: bool = False,
     exact: bool = False,
     fingerprint_every: int | None = None,
+    verify_every: int | None = None,
 ) -> Built:
     """Read the arguments of an :class:`.Engine`, and compare them with those of the other ranks of ``group``.
 
@@ -87,6 +88,7 @@ def build(
             watch_zeros,
             exact,
             fingerprint_every,
+            verify_every,
         )
         everything = once(held_in(parts))
         listed = chosen(everything, only)
@@ -100,7 +102,7 @@ def build(
             storage=options.storage(gradients, holders, plan),
             policy=policy,
             streak=streak,
-            calls=Calls(compare_in=1.0 if axes or has_copies(plan) else inf),
+            calls=Calls(1.0 if axes or has_copies(plan) else inf, options.every(verify_every)),
             compares_axes=axes,
             on_device=decides_on_device,
             watch=watched,

@@ -33,11 +33,13 @@ class Calls:
     * ``steps``: completed calls of ``clip_`` and ``step``, including those before a checkpoint; saved in the state.
     * ``made``: calls of ``clip_`` and ``step``, uncaptured, since the Clipper was built or a state was loaded.
     * ``compare_in``: the value of ``made`` from which on replicas of gradients are compared again; inf for never.
+    * ``verify_every``: in which steps the layout is proved, None for none.
     * ``loaded``: hash of a loaded state until the first step after it; ``decided``: hash of the latest decision, where
       the host knows it; else 0. Ranks whose hashes differ disagree in the next call.
     """
 
     compare_in: float
+    verify_every: int | None = None
     number: int = 0
     clippers: Clippers = field(default_factory=Clippers)
     steps: int = 0
@@ -76,6 +78,14 @@ class Calls:
     def verification(self) -> Call:
         """The next call of ``verify``."""
         return Call(STRIDE * self.number, self._by_whom("verify()"), False)
+
+    def proof(self) -> Call:
+        """The proof of the step being made."""
+        return self._call(f"verify() in step {self.steps}", 0, False)
+
+    def proof_is_due(self) -> bool:
+        """Whether the step being made is the last of ``verify_every``: by the steps saved, the same after a resume."""
+        return self.verify_every is not None and (self.steps + 1) % self.verify_every == 0
 
     def compared(self) -> None:
         """Replicas were compared in this call: compare them next in calls 2, 4, 8, ..., each twice as far."""

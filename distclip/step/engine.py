@@ -16,7 +16,6 @@ from ..layouts.model import Inventory
 from ..optimizers.fused import Folding, Folds, Stepping, prepare_skip_on_device
 from ..optimizers.hooks import check_optimizers, skip_next_step, watch_before_step
 from ..optimizers.scaler import claim, join_found_inf, unscale_
-from ..plan.verify import verify
 from ..policies import Policy
 from ..report import Fingerprint, Report
 from ..shield import shielded
@@ -193,8 +192,7 @@ class Engine:
         """See :meth:`Clipper.verify`."""
         refuse_join(self._joinable)
         fault = self.owner.rivalry() or self._inventory.lost()
-        progress, call = self.progress, self.progress.calls.verification()
-        verify(progress.plan, self.holders, progress.storage, fault, call.tag, call.name)
+        self.progress.proofs.now(fault)
 
     @shielded
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,6 +222,8 @@ class Engine:
         """Phases 2 to 7 of :meth:`Clipper.step`."""
         if folds.foreign and fault is None:
             fault = self.owner.foreign_to(folds, optimizers)
+        if fault is None and self.progress.calls.proof_is_due():
+            fault = self.owner.rivalry()
         counted = folds.parameters if only_theirs else None
         if scaler is None:
             return self.progress.advance(skips_on_device, self._fault() or fault, counted, signals)

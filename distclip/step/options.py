@@ -14,6 +14,7 @@ from ..layouts.model import ParameterFilter
 from ..plan.build import Plan
 from ..policies import Policy
 from ..policies.adopt import spelled
+from ..policies.checks import whole
 from ..policies.statistic import Signal, Statistic
 from ..ranks.group import Axis
 from . import refusals
@@ -32,6 +33,7 @@ SETTINGS = (
     "watch_zeros",
     "exact",
     "fingerprint_every",
+    "verify_every",
 )
 
 
@@ -53,6 +55,7 @@ class Keywords(TypedDict, total=False):
     watch_zeros: bool
     exact: bool
     fingerprint_every: int | None
+    verify_every: int | None
 
 
 class Options(Keywords, total=False):
@@ -73,12 +76,13 @@ def settings(
     watch_zeros: bool,
     exact: bool,
     fingerprint_every: int | None,
+    verify_every: int | None,
 ) -> dict[str, str]:
     """A text for each setting, for ranks to compare; of ``given`` and functions only whether they were given."""
     texts = ["given" if each else "not given" for each in given]
     where = gradients if isinstance(gradients, str) else "not given" if gradients is None else "given"
     decided = f"{spelled(policy)}{list(asked) if asked else ''}"
-    more = (str(watch), str(watch_zeros), str(exact), str(fingerprint_every))
+    more = map(str, (watch, watch_zeros, exact, fingerprint_every, verify_every))
     known = (str(p), decided, nonfinite, str(max_consecutive_skips), *texts, where, *more)
     return dict(zip(SETTINGS, known, strict=True))
 
@@ -103,6 +107,11 @@ def streak(nonfinite: Nonfinite, max_consecutive_skips: int | None) -> Streak:
     if max_consecutive_skips is not None and max_consecutive_skips < 1:
         raise refusals.too_few_skips(max_consecutive_skips)
     return Streak(nonfinite, max_consecutive_skips)
+
+
+def every(steps: int | None) -> int | None:
+    """``verify_every``; ValueError for what it cannot be."""
+    return None if steps is None else whole("verify_every", steps)
 
 
 def storage(gradients: str | GradientFn | Storage | None, holders: Sequence[Tensor], plan: Plan) -> Storage:

@@ -34,6 +34,7 @@ from .decision import Outcome, decided_on_device, decided_on_host
 from .fingerprints import Fingerprints
 from .history import History, Recorder
 from .nonfinite import Streak
+from .proofs import Proofs
 from .signals import Signals, given
 
 ReportHook: TypeAlias = Callable[[Report, int], None]
@@ -46,6 +47,7 @@ class Progress:
     * ``on_device``: whether the decision stays where the norm is reduced, without a host sync.
     * ``units``: what the policy's statistics are of. ``watch``: what is reported beside them.
     * ``report``: of the latest step. ``recorder``: of all steps. ``hooks``: what is told of each step's report.
+    * ``proofs``: of the layout.
     * ``signals`` of a call: numbers of the user, by name, that the policy asks for.
     * ``committed``: whether the ranks have decided in the call now being made, so that the other ranks will step.
     """
@@ -76,6 +78,7 @@ class Progress:
         self._shows_values = plan.slots is not None and plan.slots.of_parameters  # to the policy, as norms
         self._trusted = is_trusted(policy)
         self._holders = holders
+        self.proofs = Proofs(plan, holders, storage, calls)
         self._compares_axes = compares_axes
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._captured = False  # whether a call was, so that a CUDA graph holds the state's memory
@@ -123,9 +126,11 @@ class Progress:
         if capturing and self.plan.reads_flags:
             raise refusals.read_in_capture()
         # 4. Measure: one all-reduce. This rank's own fault travels in it: raised earlier, it would hang the others.
-        call = self.calls.step(capturing)
         if fault is None and self.plan.memory.late_error is not None:
             fault = self.plan.memory.take_late_error()
+        if not capturing:
+            self.proofs.in_step(fault, counted)
+        call = self.calls.step(capturing)
         measured = self._measure(call, fault, counted, signals)
         fingerprint = None if capturing else self.fingerprints.in_step(self.calls.steps + 1, measured, call)
         # 5. Decide, from reduced values only, so that all ranks decide alike.
@@ -178,7 +183,7 @@ class Progress:
     def _measure(
         self, call: Call, fault: LayoutError | None, counted: Set[int] | None, signals: Signals | None
     ) -> Measured:
-        plan, storage = self.plan, self.storage
+        plan, storage = self.plan, self.storage.among(self._holders, counted)
         try:
             gradients = storage.read()
             values = [each.values() for each in plan.held(self._holders)] if self._shows_values else ()
@@ -186,9 +191,6 @@ class Progress:
         except FAILURES as failed:  # of a function of the user, for example
             fail_with_others(plan, failed, call.tag, call.name, self._realigns)
             raise
-        if counted is not None:
-            pairs = zip(self._holders, gradients, strict=True)
-            gradients = [gradient if id(holder) in counted else None for holder, gradient in pairs]
         measured = measure(
             plan,
             gradients,

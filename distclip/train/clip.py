@@ -21,6 +21,7 @@ def options_of(clip: Clip) -> Options:
         "watch_zeros": clip.options.watch_zeros,
         "exact": clip.options.exact,
         "fingerprint_every": clip.options.fingerprint_every,
+        "verify_every": clip.options.verify_every,
     }
 
 
@@ -54,8 +55,9 @@ def check_clip(config: Config, names: Sequence[str]) -> None:
     zero = config.parallel.strategy.startswith("zero")
     require(not (zero and clip.options.find_source), "clip.find_source", "does not go with DeepSpeed: set it to false")
     require(not (zero and clip.options.exact), "clip.exact", "does not go with DeepSpeed: set it to false")
-    prints = clip.options.fingerprint_every is not None
-    require(not (zero and prints), "clip.fingerprint_every", "does not go with DeepSpeed: leave it out")
+    for name in ("fingerprint_every", "verify_every"):
+        given = getattr(clip.options, name) is not None
+        require(not (zero and given), f"clip.{name}", "does not go with DeepSpeed: leave it out")
     alone = clip.options.watch is None and all(each == Statistic() for each in clip.policy.needs())
     require(alone or not clip.options.exact, "clip.exact", "measures one norm, of all parameters: set it to false")
     for name in signals_of(clip):

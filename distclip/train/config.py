@@ -71,15 +71,16 @@ class ClipOptions:
     exact: bool = False
     #: in every so many steps a fingerprint of each gradient, for `distclip diff`; not with ZeRO
     fingerprint_every: int | None = None
+    #: prove the layout every so many steps, by `Clipper.verify()`; not with ZeRO
+    verify_every: int | None = None
     #: read gradients before DDP or FSDP2 reduces them too, so that the rank of a NaN is named: a pass over them in
     #: every step; not with ZeRO
     find_source: bool = False
 
     def __post_init__(self) -> None:
-        every = self.fingerprint_every
-        require(every is None or every > 0, "clip.fingerprint_every", f"must be positive, not {every}")
-        skips = self.max_consecutive_skips
-        require(skips is None or skips > 0, "clip.max_consecutive_skips", f"must be positive, not {skips}")
+        for name in ("max_consecutive_skips", "fingerprint_every", "verify_every"):
+            count = getattr(self, name)
+            require(count is None or count > 0, f"clip.{name}", f"must be positive, not {count}")
         known = self.watch in (None, "parameters") or (isinstance(self.watch, tuple) and self.watch != ())
         require(known, "clip.watch", f"must be parameters, or a list of patterns of their names, not {self.watch!r}")
         watches = self.watch is not None or not self.watch_zeros

@@ -14,7 +14,7 @@ from distclip.train.problem import ConfigError, require
 
 # What may differ when a run goes on: how long, how fast, where, what is shown. All else would make other numbers.
 FREE = ("resume", "parallel.", "run.", "train.steps", "train.epochs", "train.log_every", "train.eval_every",
-        "train.save_every", "optim.fused", "clip.watch", "clip.fingerprint_every",
+        "train.save_every", "optim.fused", "clip.watch", "clip.fingerprint_every", "clip.verify_every",
         "clip.find_source")  # fmt: skip
 
 

@@ -20,7 +20,8 @@ SIGNATURES = {
     "AdaGC": "(lambda_abs=1.0, lambda_rel=1.05, beta=0.98, warm_up=100)",
     "AutoClip": "(percentile=10, window=1000, max_norm=inf)",
     "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
-    " max_consecutive_skips=None, gradients=None, watch=None, watch_zeros=False, exact=False, fingerprint_every=None)",
+    " max_consecutive_skips=None, gradients=None, watch=None, watch_zeros=False, exact=False, fingerprint_every=None,"
+    " verify_every=None)",
     "Clipper.clip_": "(self, *, signals=None)",
     "Clipper.fingerprint": "(self)",
     "Clipper.history": None,

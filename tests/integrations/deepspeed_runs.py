@@ -501,7 +501,7 @@ def engine_of_experts(config: dict[str, Any], split: int) -> Any:
 def experts(config: dict[str, Any], split: int) -> list[tuple[float, float, float]]:
     """Norm, true norm and coefficient of a few steps."""
     engine = engine_of_experts(config, split)
-    clipper = taken(engine, 2.0)
+    clipper = taken(engine, 2.0, **({"verify_every": 2} if engine.zero_optimization_stage() == 0 else {}))
     found = []
     for step in range(4):
         feed(engine, step)
@@ -606,6 +606,7 @@ def refusals() -> dict[str, str]:
         "detach": told(clipper.detach),
         "inside accumulation": told(clipper.measure),
         "verify": told(clipper.verify),
+        "verify_every": told(lambda: take_over(engine_of(zero(2)), BOUND, verify_every=2)),
         "nothing reduced": told(lambda: taken(engine_of(zero(2))).measure()),
         "explicit": told(lambda: take_over(engine_of(zero(1) | {"gradient_clipping": 0.7}), BOUND)),
         "propagate": told(lambda: take_over(engine_of(zero(0) | BF16), BOUND, nonfinite="propagate")),

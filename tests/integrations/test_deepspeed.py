@@ -250,6 +250,7 @@ def test_experts_count_once(launched, stage, split):
             "verify",
             "NotImplementedError: verify() compares copies of gradients, and the partitions of DeepSpeedZeroOpt",
         ),
+        ("verify_every", "NotImplementedError: verify() compares copies of gradients, and the partitions of DeepSpeed"),
         ("nothing reduced", "RuntimeError: DeepSpeed has no reduced gradients now"),
         ("explicit", 'UserWarning: "gradient_clipping": 0.7 in the DeepSpeed config is off from now on'),
         ("default", "1.0, nothing, 0.0"),

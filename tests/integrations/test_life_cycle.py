@@ -1,5 +1,8 @@
 """What clipper/test_life_cycle.py promises, where a framework makes the calls: no added layer is stepped unclipped."""
 
+from functools import partial
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,7 +36,7 @@ def in_accelerate() -> float:
     accelerator = Accelerator(cpu=True)
     inner = nn.Sequential(nn.Linear(4, 4))
     model, optimizer = accelerator.prepare(inner, SGD(inner.parameters(), lr=1.0))
-    clipper = accelerator.clipper(model, 1.0)
+    clipper = accelerator.clipper(model, 1.0, verify_every=3)
     for _ in range(3):
         accelerator.backward(model(torch.ones(2, 4)).sum())
         clipper.clip_()
@@ -66,7 +69,7 @@ def in_lightning(way: str) -> tuple[float, int]:
 
         def on_train_start(self) -> None:
             if way == "attach":
-                distclip.attach(self.trainer.optimizers, self, 1.0)
+                distclip.attach(self.trainer.optimizers, self, 1.0, verify_every=3)
 
         def configure_optimizers(self) -> SGD:
             return SGD(self.parameters(), lr=1.0)
@@ -78,7 +81,7 @@ def in_lightning(way: str) -> tuple[float, int]:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    callbacks = [ClipGradients(1.0)] if way == "callback" else []
+    callbacks = [ClipGradients(1.0, verify_every=3)] if way == "callback" else []
     trainer = Trainer(max_epochs=1, accelerator="cpu", devices=1, callbacks=callbacks, **quiet)
     with pytest.raises(distclip.LayoutError, match=SAID):
         trainer.fit(module, torch.utils.data.DataLoader([0.0] * 8, num_workers=0))
@@ -115,30 +118,34 @@ def in_transformers(folder: str) -> tuple[float, int]:
         callbacks=[grow],
         optimizers=(SGD(model.parameters(), lr=1.0), None),
     )
-    take_over(trainer, 1.0)
+    take_over(trainer, 1.0, verify_every=3)
     with pytest.raises(distclip.LayoutError, match=SAID):
         trainer.train()
     return (model.added.weight - grow.before).norm().item(), trainer.state.global_step
 
 
 def everywhere(folder: str) -> dict[str, object]:
-    """One rank without a process group: each framework finds the world that it expects."""
+    """One rank without a process group: each framework finds the world that it expects. And how often they prove."""
     dist.destroy_process_group()
-    return {
-        "accelerate": in_accelerate(),
-        "lightning": in_lightning("callback"),
-        "lightning, attached": in_lightning("attach"),
-        "transformers": in_transformers(folder),
-    }
+    found = {}
+    for name, how in {
+        "accelerate": in_accelerate,
+        "lightning": partial(in_lightning, "callback"),
+        "lightning, attached": partial(in_lightning, "attach"),
+        "transformers": partial(in_transformers, folder),
+    }.items():
+        with patch("distclip.step.proofs.verify") as verify:
+            found[name] = (how(), verify.call_count)
+    return found
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning about workers, of transformers about optimizers
-def test_a_layer_that_is_added_during_training_is_refused_before_it_is_stepped(tmp_path):
+def test_a_layer_that_is_added_during_training_is_refused_before_it_is_stepped_and_verify_every_is_known(tmp_path):
     (found,) = run_ranks(everywhere, 1, str(tmp_path), fresh=True)  # one process: each import takes seconds
     stepped = (0.0, 3)  # how far the layer moved, and the steps before
     assert found == {
-        "accelerate": 0.0,
-        "lightning": stepped,
-        "lightning, attached": stepped,
-        "transformers": stepped,
+        "accelerate": (0.0, 1),
+        "lightning": (stepped, 1),
+        "lightning, attached": (stepped, 1),
+        "transformers": (stepped, 1),
     }

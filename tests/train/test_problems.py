@@ -73,6 +73,12 @@ PROBLEMS = [
         ["clip.policy=skip_spikes", "clip.on=[loss]", "parallel.strategy=zero1", "optim.fused=false"],
         ["clip", "asks for the signal loss, which DeepSpeed does not pass"],
     ),
+    (QUICKSTART, ["clip.verify_every=0"], ["clip.verify_every", "must be positive, not 0"]),
+    (
+        QUICKSTART,
+        ["clip.verify_every=5", "parallel.strategy=zero1", "optim.fused=false"],
+        ["clip.verify_every", "does not go with DeepSpeed: leave it out"],
+    ),
     (QUICKSTART, ["clip.watch=norms"], ["clip.watch", "must be parameters, or a list of patterns", "'norms'"]),
     (QUICKSTART, ["clip.watch=[]"], ["clip.watch", "a list of patterns"]),
     (QUICKSTART, ["clip.watch=[5]"], ["clip.watch", "a list of str", "[5]"]),

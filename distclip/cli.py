@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from distclip import __version__
 from distclip.doctor.arguments import add_doctor, add_inspect
-from distclip.train.complaint import complain
+from distclip.train.complaint import complain, leave_pipe
 
 # modules of the extra `train`, under the names to install them by
 EXTRA = {"jsonargparse": "jsonargparse", "rich": "rich", "sklearn": "scikit-learn", "yaml": "PyYAML"}
@@ -86,23 +86,32 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = parser_of_commands()
-    known, others = parser.parse_known_args(words)
     try:
-        if known.command == "train":
-            return train(known.config, [*known.overrides, *others])
-        if others:
-            parser.error(f"{known.command} does not know {others[0]}: see distclip {known.command} --help")
-        match known.command:
-            case "report":
-                return report(known)
-            case "diff":
-                return diff(known)
-            case "bench":
-                return bench(known, words)
-        return doctor(known)
+        try:
+            return command(words)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        return leave_pipe()
+
+
+def command(words: list[str]) -> int:
+    parser = parser_of_commands()
+    known, others = parser.parse_known_args(words)
+    if known.command == "train":
+        return train(known.config, [*known.overrides, *others])
+    if others:
+        parser.error(f"{known.command} does not know {others[0]}: see distclip {known.command} --help")
+    match known.command:
+        case "report":
+            return report(known)
+        case "diff":
+            return diff(known)
+        case "bench":
+            return bench(known, words)
+    return doctor(known)
 
 
 def train(config: str, overrides: list[str]) -> int:

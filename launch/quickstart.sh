@@ -6,5 +6,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 make_environment train
-cd "$root"
-exec "$venv/bin/distclip" train configs/quickstart.yaml "$@"
+exec "$venv/bin/distclip" train "$root/configs/quickstart.yaml" "$@"

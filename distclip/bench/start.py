@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from distclip.bench.cases import CASES, chosen, unknown
 from distclip.bench.machine import machine
@@ -18,7 +19,7 @@ from distclip.bench.place import Place, join_launched, join_local, launched, rep
 from distclip.bench.result import Result
 from distclip.bench.rounds import measure
 from distclip.bench.table import heading, line, listing
-from distclip.train.complaint import complain
+from distclip.train.complaint import UNREAD, complain, leave_pipe
 
 MOST = 256  # processes of one machine
 
@@ -47,7 +48,12 @@ def start(options: Options) -> int:
     else:
         with TemporaryDirectory(prefix="distclip-bench-") as folder:
             arguments = run_local, (folder, options), options.processes
-            spawn(*arguments, daemon=True)  # type: ignore[no-untyped-call]  # daemons end with this process
+            try:
+                spawn(*arguments, daemon=True)  # type: ignore[no-untyped-call]  # daemons end with this process
+            except ProcessExitedException as error:
+                if error.exit_code != UNREAD:
+                    raise
+                return UNREAD
     return 0
 
 
@@ -80,7 +86,10 @@ def writable(path: Path) -> bool:
 
 def run_local(rank: int, folder: str, options: Options) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception could be lost in a callback, or hang in a collective
-    run(join_local(folder, rank, options.processes, options.device), options)
+    try:
+        run(join_local(folder, rank, options.processes, options.device), options)
+    except BrokenPipeError:  # the reader of rank 0's figures has gone: torch ends the others
+        sys.exit(leave_pipe())
 
 
 def run(place: Place, options: Options) -> None:

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from distclip.doctor.finding import Finding
 from distclip.doctor.subjects import LAYOUTS
-from distclip.train.complaint import complain
+from distclip.train.complaint import complain, leave_pipe
 
 MARKS = {"ok": "ok", "wrong": "WRONG", "left out": "-"}
 LAYOUT = "{:<7}{:<17}{:<12}{:<12}{}"
@@ -55,8 +55,11 @@ class Page:
             write(self.target, json.dumps({"ok": not wrong, "seconds": seconds, "findings": found}, indent=2) + "\n")
 
     def print(self, lines: Sequence[str]) -> None:
-        for line in lines:
-            print(line.rstrip(), file=self.output, flush=True)
+        try:
+            for line in lines:
+                print(line.rstrip(), file=self.output, flush=True)
+        except BrokenPipeError:  # the checks go on, for the exit code and for other ranks
+            leave_pipe()
 
 
 def rows(finding: Finding, in_table: bool) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from distclip import find_source
 from distclip.ranks.lost_ranks import Presence
@@ -25,7 +24,8 @@ from distclip.train.page import page_of
 from distclip.train.parallel import spread
 from distclip.train.place import Place, check_device, join, limit_waits
 from distclip.train.problem import require
-from distclip.train.progress import Display, Tally
+from distclip.train.progress import Display, Screen, Tally
+from distclip.train.resuming import command_to_resume
 from distclip.train.stop import StopSignals, exit_code
 from distclip.train.tasks.registry import TASKS
 from distclip.train.trainer import Trainer
@@ -115,7 +115,7 @@ class Job:
         self.tally = Tally(self.records, scales=scales(config.clip))
         self.last: dict[str, Any] = self.records[-1] if self.records else {}
         self.display = Display(
-            Console(quiet=not self.leads),
+            Screen(trainer.stop.hang_up, quiet=not self.leads),
             start=self.start,
             steps=trainer.steps,
             unit=TASKS[config.task].unit,
@@ -180,6 +180,8 @@ class Job:
             "loss": self.last.get("loss"),
             "held_out_loss": self.last.get("held_out_loss"),
             "held_out_accuracy": self.last.get("held_out_accuracy"),
+            "held_out_f1": self.last.get("held_out_f1"),
+            "held_out_auc": self.last.get("held_out_auc"),
             "entropy": self.dataset.entropy(),
             "clipped": self.tally.share(self.tally.clipped) if self.tally.scales else None,
             "skipped": self.tally.share(self.tally.skipped),
@@ -190,7 +192,7 @@ class Job:
         self.display.table({name: shown(value) for name, value in summary.items() if value is not None})
         self.display.say(f"report   {page_of(self.folder)}")
         if stopped is not None:
-            self.display.say(f"go on with: resume=true run.dir={self.folder.path}")
+            self.display.say(f"go on with: {command_to_resume(self.folder, self.trainer.place)}")
 
 
 def due(every: int | None, step: int) -> bool:

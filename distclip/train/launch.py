@@ -1,13 +1,14 @@
 """Local ranks, started and watched by torch's elastic launcher."""
 
+import logging
 import os
 import signal
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType, TracebackType
@@ -54,9 +55,30 @@ def launch(processes: int, words: Sequence[str], *, restarts: int) -> int:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
     # torch's TCP store listens on every interface of the machine: local ranks meet in a private folder instead
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    with TemporaryDirectory(prefix="distclip-") as meeting:
+    with TemporaryDirectory(prefix="distclip-") as meeting, torch_unheard():
         os.environ[MEETING_POINT] = f"file://{meeting}/ranks"
         return launch_at(Path(meeting), processes, words, restarts)
+
+
+@contextmanager
+def torch_unheard() -> Iterator[None]:
+    """Torch's launcher logs what the ranks say better, into the middle of their display; LOGLEVEL asks for it."""
+    before = logging.root.manager.disable
+    logging.disable(before if "LOGLEVEL" in os.environ else logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def cursor_shown() -> Iterator[None]:
+    """Show the terminal's cursor in the end: rank 0 hides it, and may be killed."""
+    try:
+        yield
+    finally:
+        if sys.stdout.isatty():
+            print("\033[?25h", end="", flush=True)
 
 
 def launch_at(meeting: Path, processes: int, words: Sequence[str], restarts: int) -> int:
@@ -73,7 +95,7 @@ def launch_at(meeting: Path, processes: int, words: Sequence[str], restarts: int
         signals_to_handle="SIGQUIT",  # the others are for PatientStop; this one ends everything at once
     )
     try:
-        with PatientStop(meeting):
+        with cursor_shown(), PatientStop(meeting):
             elastic_launch(config, sys.executable)("-c", RANK, *words)
     except SignalException as error:
         received = signal.Signals(error.sigval)

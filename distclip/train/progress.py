@@ -1,6 +1,7 @@
 """What rank 0 shows: a live line on a terminal, a plain line every so many steps elsewhere, a table at the end."""
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+
+from distclip.train.complaint import leave_pipe
 
 
 class Tally:
@@ -29,6 +32,19 @@ class Tally:
 
     def share(self, count: int) -> float:
         return count / self.steps if self.steps else 0.0
+
+
+class Screen(Console):
+    """A console that calls ``closed`` once its reader has gone, and is then quiet: rich would end the process."""
+
+    def __init__(self, closed: Callable[[], None], *, quiet: bool) -> None:
+        super().__init__(quiet=quiet)
+        self.closed = closed
+
+    def on_broken_pipe(self) -> None:
+        leave_pipe()
+        self.quiet = True
+        self.closed()
 
 
 class Display:
@@ -96,9 +112,11 @@ class Display:
     def look(self, record: dict[str, Any]) -> str:
         """The held-out loss beside the mean over the steps since the last evaluation."""
         loss, accuracy = (sum(r[key] for r in self.recent) / len(self.recent) for key in ("loss", "accuracy"))
+        binary = "held_out_f1" in record
+        scores = f" F1 {record['held_out_f1']:.3f} AUC {record['held_out_auc']:.3f}" if binary else ""
         return (
             f"epoch {record['epoch']}, step {record['step']}: training loss {loss:.4f} accuracy {accuracy:.1%}, "
-            f"held-out loss {record['held_out_loss']:.4f} accuracy {record['held_out_accuracy']:.1%}"
+            f"held-out loss {record['held_out_loss']:.4f} accuracy {record['held_out_accuracy']:.1%}{scores}"
         )
 
     def table(self, rows: dict[str, str]) -> None:

@@ -39,6 +39,10 @@ class StopSignals:
         # The launcher passes on to each rank what the terminal may have sent it as well: twice is as once.
         self.received.add(number)
 
+    def hang_up(self) -> None:
+        """Stop as for a terminal that was closed: the reader of our output has gone."""
+        self.received.add(signal.SIGHUP)
+
     def wishes(self) -> list[float]:
         """One number per signal, to be summed over ranks with the step's metrics."""
         return [float(s in self.received) for s in STOP_SIGNALS]

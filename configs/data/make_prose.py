@@ -1,4 +1,6 @@
-"""Make prose.csv: lines of comments and docstrings (label 1) and lines of code (label 0) from the standard library.
+"""Make prose.csv: comments and docstrings (label 1), and seven times as much code (label 0), of the standard library.
+
+A row is what stands together, up to 240 characters: a few rows are long, most are short.
 
     python configs/data/make_prose.py > configs/data/prose.csv
 
@@ -13,9 +15,11 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
-ROWS = 2500  # per label
+ROWS = {0: 2800, 1: 400}
+LONGEST = 240  # characters
 WORDS = re.compile(r"[A-Za-z]{2,}")
 
 
@@ -32,17 +36,30 @@ def lines_of(source: str) -> Iterator[tuple[str, int]]:
         yield (prose[number], 1) if number in prose else (line, 0)
 
 
+def rows_of(source: str) -> Iterator[tuple[str, int]]:
+    """Neighbouring lines of a module with one label, joined."""
+    lines = ((" ".join(line.split()), label) for line, label in lines_of(source))
+    for label, run in groupby((each for each in lines if each[0]), key=lambda each: each[1]):
+        text = ""
+        for line, _ in run:
+            if len(text) + len(line) >= LONGEST:
+                yield text, label
+                text = ""
+            text = f"{text} {line}".strip()
+        yield text, label
+
+
 def rows() -> list[tuple[str, int]]:
-    """The same number of different lines of each label, of four words or more, drawn from the whole library."""
+    """Different rows of four words or more, drawn from the whole library but what was made when it was built."""
     found: dict[str, int] = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for line, label in lines_of(path.read_text(encoding="utf-8")):
-            text = " ".join(line.split())
-            if len(WORDS.findall(text)) >= 4 and len(text) <= 80 and text.isascii() and ">>>" not in text:
-                found.setdefault(text, label)
+        if not path.name.startswith("_sysconfigdata"):  # it has the paths of that machine
+            for text, label in rows_of(path.read_text(encoding="utf-8")):
+                if len(WORDS.findall(text)) >= 4 and len(text) <= LONGEST and text.isascii() and ">>>" not in text:
+                    found.setdefault(text, label)
     draw = random.Random(0)
-    both = [draw.sample([row for row in found.items() if row[1] == label], ROWS) for label in (0, 1)]
-    return draw.sample([row for part in both for row in part], 2 * ROWS)
+    parts = [draw.sample([row for row in found.items() if row[1] == label], count) for label, count in ROWS.items()]
+    return draw.sample([row for part in parts for row in part], sum(ROWS.values()))
 
 
 def main() -> None:

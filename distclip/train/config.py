@@ -6,8 +6,8 @@ from typing import Literal
 
 from distclip import Policy
 from distclip.train.models.gpt import GptConfig
-from distclip.train.models.gru import GruConfig
 from distclip.train.models.irnn import IrnnConfig
+from distclip.train.models.recurrent import RecurrentConfig
 from distclip.train.problem import require
 from distclip.train.tasks.digits import DigitsData
 from distclip.train.tasks.rows import RowsData
@@ -173,7 +173,7 @@ class Config:
     seed: int = 0  #: of the model, the order of samples, the held-out part and dropout
     resume: bool = False  #: resume from the newest checkpoint in `run.dir`
     data: TextData | RowsData | DigitsData
-    model: GptConfig | GruConfig | IrnnConfig
+    model: GptConfig | RecurrentConfig | IrnnConfig
     train: Train
     optim: Optim
     clip: Clip

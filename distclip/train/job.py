@@ -141,7 +141,7 @@ class Job:
         for step in range(self.start + 1, steps + 1):
             record, stopped = self.trainer.step(step - 1)
             if step == steps or (stopped is None and due(look_every, step)):
-                record |= self.trainer.evaluate(self.dataset.held_out)
+                record |= self.trainer.evaluate(self.dataset)
             self.tally.add(record)
             self.last = record
             if metrics is not None:

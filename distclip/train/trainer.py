@@ -1,6 +1,7 @@
 """One training step and one evaluation on the held-out part, on one rank."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
 from signal import Signals
@@ -14,11 +15,12 @@ from distclip import Report
 from distclip.plan.source import Source
 from distclip.telemetry.record import texts_of
 from distclip.train.config import Config
-from distclip.train.dataset import Batches, Split
+from distclip.train.dataset import Batches, Dataset, Split
 from distclip.train.held import Holder
 from distclip.train.optim import learning_rate
 from distclip.train.passes import Passes, losses_of
 from distclip.train.place import Place
+from distclip.train.scores import is_binary, scores_of
 from distclip.train.stop import StopSignals, agreed
 
 
@@ -91,27 +93,40 @@ class Trainer:
         return vector.tolist()
 
     @torch.no_grad()
-    def evaluate(self, split: Split) -> dict[str, float]:
-        """Mean loss and accuracy over all of `split`.
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        """Mean loss and accuracy over all that is held out; of two classes also the F1 and the AUC of class 1."""
+        split, binary, device = dataset.held_out, is_binary(dataset), self.place.device
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right answers, targets
+        margins = torch.zeros(len(split), dtype=torch.float64, device=device)
+        self.held.model.eval()
+        for mine, counts, targets, logits in self.held_out(split):
+            losses, hits = losses_of(logits, targets)[counts].double(), right(logits, targets)[counts].double()
+            sums += torch.stack([losses.sum(), hits.sum(), torch.ones_like(hits).sum()])
+            if binary:
+                margins[mine[counts]] = (logits[:, 1] - logits[:, 0])[counts].double()
+        self.held.model.train()
+        all_losses, all_hits, count = self.summed(list(sums))
+        found = {"held_out_loss": all_losses / count, "held_out_accuracy": all_hits / count}
+        if binary:
+            dist.all_reduce(margins)  # each has been written by one rank
+            found |= scores_of(margins.cpu(), split.targets)
+        return found
+
+    def held_out(self, split: Split) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """This rank's part of each batch: indices, which of them count, targets and logits, if this rank has logits.
 
         Ranks must call the model equally often (FSDP2 gathers in every call), so the last batch is filled up from the
         beginning, and the filling does not count.
         """
-        size, world, rank = self.batches.batch_size, self.batches.world, self.batches.rank
-        sums = torch.zeros(3, dtype=torch.float64, device=self.place.device)  # loss, right answers, targets
-        self.held.model.eval()
+        size, world, rank, device = self.batches.batch_size, self.batches.world, self.batches.rank, self.place.device
         for first in range(0, len(split), size):
             mine = torch.arange(first, first + size).view(world, -1)[rank]
-            counts = (mine < len(split)).to(self.place.device)
+            counts = (mine < len(split)).to(device)
             mine = mine % len(split)
-            targets = split.targets[mine].to(self.place.device)
-            logits = self.passes.forward(split.inputs[mine].to(self.place.device), targets)
+            targets = split.targets[mine].to(device)
+            logits = self.passes.forward(split.inputs[mine].to(device), targets)
             if logits is not None:
-                losses, hits = losses_of(logits, targets)[counts].double(), right(logits, targets)[counts].double()
-                sums += torch.stack([losses.sum(), hits.sum(), torch.ones_like(hits).sum()])
-        self.held.model.train()
-        all_losses, all_hits, count = self.summed(list(sums))
-        return {"held_out_loss": all_losses / count, "held_out_accuracy": all_hits / count}
+                yield mine.to(device), counts, targets, logits
 
 
 def right(logits: Tensor, targets: Tensor) -> Tensor:

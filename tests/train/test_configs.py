@@ -11,7 +11,7 @@ from train.commands import CONFIGS, TINY, metrics, train_here
 
 SMALL = {
     "text": [*TINY, "model.layers=2", "train.batch_size=16"],
-    "rows": ["train.epochs=null", "data.max_rows=200"],
+    "rows": ["train.epochs=null", "data.max_rows=200", "data.length=20"],
     "digits": ["train.epochs=null"],
 }
 

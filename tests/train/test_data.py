@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -124,11 +125,12 @@ def test_rows_are_read_in_their_encoding_whatever_mark_is_in_front(encoding, tmp
     assert read == [(f"caf\xe9 {i}", i % 2) for i in range(9)]
 
 
-def test_the_shipped_rows_are_balanced_and_different():
+def test_the_shipped_rows_are_different_mostly_negative_and_of_no_machine():
     with (CONFIGS / "data" / "prose.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert Counter(row["label"] for row in rows) == {"0": 2500, "1": 2500}
-    assert len({row["text"] for row in rows}) == 5000
+    assert Counter(row["label"] for row in rows) == {"0": 2800, "1": 400}
+    assert len({row["text"] for row in rows}) == 3200
+    assert not [row for row in rows if re.search(r"/root|pyenv|/home/\w+", row["text"])]  # where Python was built
 
 
 def test_digits_are_split_without_overlap():

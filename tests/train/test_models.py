@@ -1,10 +1,11 @@
 """Shapes, and the one property each model must have."""
 
+import pytest
 import torch
 
 from distclip.train.models.gpt import Gpt, GptConfig
-from distclip.train.models.gru import Gru, GruConfig
 from distclip.train.models.irnn import Irnn, IrnnConfig
+from distclip.train.models.recurrent import Recurrent, RecurrentConfig
 
 
 def test_gpt_never_looks_ahead():
@@ -18,8 +19,9 @@ def test_gpt_never_looks_ahead():
     assert not torch.allclose(logits[:, 5:], other[:, 5:])
 
 
-def test_gru_does_not_read_past_the_end_of_a_row():
-    model = Gru(GruConfig(width=8), symbols=20, classes=2).eval()
+@pytest.mark.parametrize("cell", ["gru", "irnn"])
+def test_a_cell_does_not_read_past_the_end_of_a_row(cell):
+    model = Recurrent(RecurrentConfig(cell=cell, width=8), symbols=20, classes=2).eval()
     short = torch.tensor([[3, 4, 5]])
     padded = torch.tensor([[3, 4, 5, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
     logits = model(padded)

@@ -57,7 +57,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(strategy, tmp_path: Path):
 
 
 def test_dropout_goes_on_where_it_was(tmp_path: Path):
-    words = ["train.epochs=null", "model.width=8", "model.dropout=0.5", "data.max_rows=200"]
+    words = [
+        "train.epochs=null",
+        "model.width=8",
+        "model.dropout=0.5",
+        "data.max_rows=200",
+        "data.length=10",
+        "optim.decay=none",
+    ]
     run(tmp_path / "straight", 2, "classifier.yaml", *words, "train.steps=6")
     run(tmp_path / "halves", 2, "classifier.yaml", *words, "train.steps=3")
     run(tmp_path / "halves", 2, "classifier.yaml", *words, "train.steps=6", "resume=true")
@@ -127,12 +134,35 @@ def test_digits_need_clipping(tmp_path: Path):
     assert all(record["coef"] == 1 for record in metrics(tmp_path / "unclipped"))
 
 
-def test_the_classifier_learns(tmp_path: Path):
-    run(tmp_path / "run", 2, "classifier.yaml", "train.epochs=2")
-    looks = [record for record in metrics(tmp_path / "run") if "held_out_loss" in record]
-    assert [look["epoch"] for look in looks] == [1, 2]
-    assert looks[-1]["held_out_accuracy"] > 0.85
-    assert looks[-1]["held_out_loss"] < 0.4 < math.log(2)
+def test_the_classifier_needs_clipping_by_norm_by_value_or_both(tmp_path: Path):
+    words = ["train.epochs=null", "train.steps=60", "data.length=40", "train.eval_every=60"]
+    policies = {
+        "none": ["clip.policy=none"],
+        "norm": [],
+        "value": ["clip.policy=value", "clip.clip_value=1.0"],
+        "both": ["clip.chain=[{max_norm: 2.0}, {policy: value, clip_value: 1.0}]"],
+    }
+    for name, policy in policies.items():
+        run(tmp_path / name, 2, "classifier.yaml", *words, *policy)
+    last = {name: metrics(tmp_path / name)[-1] for name in policies}
+    entropy = json.loads((tmp_path / "norm" / "summary.json").read_text())["entropy"]
+    assert not float(last["none"]["held_out_loss"]) < 1000 * entropy  # or NaN
+    for name in ("norm", "value", "both"):
+        assert last[name]["held_out_loss"] < entropy, name
+        assert last[name]["held_out_auc"] > 0.8, name
+    assert sum(record["coef"] < 1 for record in metrics(tmp_path / "norm")) > 15
+
+
+def test_scores_are_those_of_every_row_once_on_any_number_of_ranks(tmp_path: Path):
+    """128 rows held out are no multiple of the batch of 50."""
+    words = ["train.epochs=null", "train.steps=4", "train.batch_size=50", "data.max_rows=640", "model.dropout=0"]
+    words += ["data.length=20", "optim.lr=0.01"]
+    run(tmp_path / "two", 2, "classifier.yaml", *words)
+    run(tmp_path / "one", 1, "classifier.yaml", *words, "parallel.strategy=none")
+    one, two = (metrics(tmp_path / name)[-1] for name in ("one", "two"))
+    assert 0 < one["held_out_auc"] < 1
+    for name in ("held_out_auc", "held_out_f1", "held_out_accuracy"):
+        assert two[name] == pytest.approx(one[name], abs=1e-3), name
 
 
 def test_the_language_model_beats_what_ignores_its_input(tmp_path: Path):

@@ -20,15 +20,21 @@ class Irnn(nn.Module):
 
     def __init__(self, config: IrnnConfig, *, features: int, classes: int) -> None:
         super().__init__()
-        self.cell = nn.RNNCell(features, config.width, nonlinearity="relu")
+        self.cell = identity_cell(features, config.width)
         self.head = nn.Linear(config.width, classes)
-        nn.init.eye_(self.cell.weight_hh)
-        nn.init.normal_(self.cell.weight_ih, std=0.1)
-        nn.init.zeros_(self.cell.bias_hh)
-        nn.init.zeros_(self.cell.bias_ih)
 
     def forward(self, steps: Tensor) -> Tensor:
         state = steps.new_zeros(steps.shape[0], self.cell.hidden_size)
         for t in range(steps.shape[1]):
             state = self.cell(steps[:, t], state)
         return self.head(state)  # type: ignore[no-any-return]
+
+
+def identity_cell(features: int, width: int) -> nn.RNNCell:
+    """A ReLU cell that begins by adding up what it reads."""
+    cell = nn.RNNCell(features, width, nonlinearity="relu")
+    nn.init.eye_(cell.weight_hh)
+    nn.init.normal_(cell.weight_ih, std=0.1)
+    nn.init.zeros_(cell.bias_hh)
+    nn.init.zeros_(cell.bias_ih)
+    return cell

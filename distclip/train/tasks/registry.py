@@ -8,8 +8,8 @@ from torch import nn
 
 from distclip.train.dataset import Dataset
 from distclip.train.models.gpt import Gpt, GptConfig
-from distclip.train.models.gru import Gru, GruConfig
 from distclip.train.models.irnn import Irnn, IrnnConfig
+from distclip.train.models.recurrent import Recurrent, RecurrentConfig
 from distclip.train.tasks.digits import DigitsData, load_digits
 from distclip.train.tasks.rows import RowsData, load_rows
 from distclip.train.tasks.text import TextData, load_text
@@ -30,8 +30,8 @@ def build_gpt(config: GptConfig, dataset: Dataset) -> Gpt:
     return Gpt(config, symbols=dataset.symbols, time=dataset.train.inputs.shape[1])
 
 
-def build_gru(config: GruConfig, dataset: Dataset) -> Gru:
-    return Gru(config, symbols=dataset.symbols, classes=dataset.classes)
+def build_recurrent(config: RecurrentConfig, dataset: Dataset) -> Recurrent:
+    return Recurrent(config, symbols=dataset.symbols, classes=dataset.classes)
 
 
 def build_irnn(config: IrnnConfig, dataset: Dataset) -> Irnn:
@@ -40,6 +40,6 @@ def build_irnn(config: IrnnConfig, dataset: Dataset) -> Irnn:
 
 TASKS = {
     "text": Task(data=TextData, model=GptConfig, load=load_text, build=build_gpt, unit="tokens"),
-    "rows": Task(data=RowsData, model=GruConfig, load=load_rows, build=build_gru, unit="rows"),
+    "rows": Task(data=RowsData, model=RecurrentConfig, load=load_rows, build=build_recurrent, unit="rows"),
     "digits": Task(data=DigitsData, model=IrnnConfig, load=load_digits, build=build_irnn, unit="digits"),
 }

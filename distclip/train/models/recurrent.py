@@ -1,16 +1,20 @@
-"""A text classifier: embedded words, one GRU, the mean of its states, a linear layer."""
+"""A text classifier: embedded words, a recurrent cell, the mean of its states, a linear layer."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distclip.train.models.irnn import identity_cell
 from distclip.train.problem import require
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class GruConfig:
+class RecurrentConfig:
+    #: `irnn`: ReLU units whose recurrence begins as the identity, which need clipping; gates seldom do
+    cell: Literal["gru", "irnn"] = "gru"
     width: int = 64  #: of the recurrent state
     dropout: float = 0.1  #: of the embedded words, and before the last layer
 
@@ -19,16 +23,17 @@ class GruConfig:
         require(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), not {self.dropout}")
 
 
-class Gru(nn.Module):
+class Recurrent(nn.Module):
     """Words (batch, time), 0 where a row has ended, to logits (batch, classes).
 
-    `GRUCell`, not `GRU`: FSDP2 replaces parameters, and `nn.GRU` keeps a list of its own.
+    Cells, not `nn.GRU` and `nn.RNN`: FSDP2 replaces parameters, and these keep a list of their own.
     """
 
-    def __init__(self, config: GruConfig, *, symbols: int, classes: int) -> None:
+    def __init__(self, config: RecurrentConfig, *, symbols: int, classes: int) -> None:
         super().__init__()
         self.words = nn.Embedding(symbols, config.width, padding_idx=0)
-        self.cell = nn.GRUCell(config.width, config.width)
+        cell = nn.GRUCell if config.cell == "gru" else identity_cell
+        self.cell: nn.Module = cell(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.width, classes)
 

@@ -1,7 +1,7 @@
 """Any training run that logged gradient norms, as one `Run`: ours, and those of programs that never heard of us.
 
-A file a format, each recognised by itself; `open_runs` finds out which. Reads files and numpy arrays, nothing else:
-no gradient, no model, no other process.
+A file a format, each recognised by itself; `open_runs` finds out which. `distclip diff` compares two of them. Reads
+files and numpy arrays, nothing else: no gradient, no model, no other process.
 """
 
 from distclip.runs.names import Names as Names

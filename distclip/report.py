@@ -80,8 +80,8 @@ class Fingerprint:
 
     * ``total``: one number for all gradients, the sum of the others modulo 2**64.
     * ``parameters``: by name, from every bit of the gradient and its place in the whole parameter; 0 without one.
-    * ``differ``: parameters whose replicas do not hold the same bits, so that their numbers mean nothing. A replica that
-      differs always changes the number, and is named here in most cases, not in all.
+    * ``differ``: parameters whose replicas do not hold the same bits, so that their numbers mean nothing. A replica
+      that differs always changes the number, and is named here in most cases, not in all.
 
     >>> Fingerprint(2**63 + 1, {"weight": 5, "bias": 2**63 - 4}).to_dict()
     {'total': '0x8000000000000001', 'parameters': {'weight': '0x0000000000000005', 'bias': '0x7ffffffffffffffc'}}

@@ -30,7 +30,7 @@ def draw(found: dict[str, list[Records]], file: Path) -> None:
     f1.set_ylim(-0.02, 1)
     finish(loss, "Training loss (median of 10 steps, at most 1000)")
     finish(f1, "F1 of comments in rows held out")
-    f1.legend(loc="lower right", frameon=True)
+    f1.legend(loc="lower right", bbox_to_anchor=(1, 0.14), frameon=True)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

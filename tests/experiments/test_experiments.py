@@ -72,5 +72,33 @@ def test_the_picture_is_drawn(tmp_path):
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+def looks(*f1: float) -> list[dict]:
+    """Records of a run with these scores after each step."""
+    seen = [{f"held_out_{key}": each for key in ("loss", "accuracy", "f1", "auc")} for each in f1]
+    return [{"step": k, "loss": "NaN", "norm": k, "coef": 0.5, "skip": False, **each} for k, each in enumerate(seen, 1)]
+
+
+def test_a_row_of_the_classifier_has_the_median_and_the_worst_of_all_seeds():
+    row = importlib.import_module("classifier").row
+    assert row("x", [looks(0, 0.5), looks(0, 0.25), looks(0, 1.0)]) == (
+        "| x | 0.5 (1) | 0.5 (0.25) | 0.5 (0.25) | 0.5 (0.25) | 100% | 0% | 2 |"
+    )
+    assert "| 1 (nan) |" in row("x", [looks(0.5), looks(nan), looks(1.0)])
+
+
+def test_the_classifier_is_trained_and_drawn(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # which run() sets, and this takes back
+    classifier = importlib.import_module("classifier")
+    short = ("train.epochs=null", "train.steps=2", "data.max_rows=200", "data.length=10")
+    records = classifier.run("both", 0, short)
+    assert [record["step"] for record in records] == [1, 2]
+    assert "held_out_f1" in records[-1]
+    pytest.importorskip("matplotlib")
+    runs = {name: [looks(0.5, 0.6)] for name in classifier.CLIPPED}
+    importlib.import_module("classifier_plot").draw(runs, tmp_path / "classifier.png")
+    assert (tmp_path / "classifier.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_file_of_the_experiments_is_short():
     assert max(file.read_text(encoding="utf-8").count("\n") for file in FOLDER.glob("*.py")) <= 150

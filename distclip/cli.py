@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return command(words)
         finally:
-            sys.stdout.flush()
+            print(end="", flush=True)  # sys.stdout may be None
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

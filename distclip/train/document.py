@@ -105,5 +105,10 @@ class PlainLoader(yaml.SafeLoader):
         return value
 
 
-PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789i"))
+class PlainDumper(yaml.SafeDumper):
+    """Writes what `parse` reads back as it was: a text that looks like a number to it is quoted."""
+
+
+for _side in (PlainLoader, PlainDumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789i"))
 PlainLoader.add_implicit_resolver(BOOL, TRUTH, list("tTfF"))

@@ -77,7 +77,7 @@ def cursor_shown() -> Iterator[None]:
     try:
         yield
     finally:
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             print("\033[?25h", end="", flush=True)
 
 

@@ -11,7 +11,7 @@ import jsonargparse
 import yaml
 
 from distclip.train.config import Clip, ClipOptions, Config
-from distclip.train.document import LARGEST, DocumentError, parse
+from distclip.train.document import LARGEST, DocumentError, PlainDumper, parse
 from distclip.train.policies import KINDS, allowed_with, plain as plain_policy, policy_of
 from distclip.train.problem import ConfigError, check_names, require
 from distclip.train.tasks.registry import TASKS
@@ -40,7 +40,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole config, defaults included: reading it back gives an equal one."""
-    return yaml.safe_dump(plain(document_of(config)), sort_keys=False)
+    return yaml.dump(plain(document_of(config)), Dumper=PlainDumper, sort_keys=False)
 
 
 def document_of(config: Config) -> dict[str, Any]:

@@ -139,6 +139,12 @@ def test_what_nobody_reads_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_without_a_standard_output_nothing_is_printed():
+    command = f"{sys.executable} -m distclip bench --list >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def blocked(pid: int) -> int:
     """The mask of signals that wait, of a process that has just begun."""
     status = Path(f"/proc/{pid}/status").read_text()

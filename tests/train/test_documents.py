@@ -39,6 +39,14 @@ def test_the_resolved_config_reads_back_as_itself(name, tmp_path):
     assert config.clip.policy.window == 7
 
 
+@pytest.mark.parametrize("name", ["1e3", "inf", "-inf", "on", "007", "null", "1_0"])
+def test_a_name_that_looks_like_a_number_is_still_a_text_in_the_run_folder(name, tmp_path):
+    """1e3 was written without quotes, and a run of that name could not go on."""
+    config = read_config(CONFIGS / "digits.yaml", [f"name='{name}'"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_config(tmp_path / "config.yaml") == config
+
+
 def test_words_and_numbers_are_those_of_yaml_1_2():
     text = "{on: off, yes: No, a: true, b: False, c: trueish, d: 1e-3, e: 1e3x, f: 2e5}"
     wanted = {"on": "off", "yes": "No", "a": True, "b": False, "c": "trueish", "d": 0.001, "e": "1e3x", "f": 2e5}

@@ -108,8 +108,10 @@ def numbers_of(one: Run, other: Run, steps: Steps) -> Iterator[Column]:
     for name in ("loss", "norm", "max_norm", "coef", "skip"):
         left = getattr(one, name)[mine].astype(np.float64)
         right = getattr(other, name)[theirs].astype(np.float64)
-        if name == "norm" or not (np.isnan(left).all() or np.isnan(right).all()):
-            yield Column(name, steps, differ(left, right), left, right)
+        logged = ~(np.isnan(left) | np.isnan(right))  # a norm that is NaN is one; another may not have been logged yet
+        if name == "norm" or logged.any():
+            odd = differ(left, right)
+            yield Column(name, steps, odd if name == "norm" else odd & logged, left, right)
 
 
 def layers_of(one: Run, other: Run) -> Iterator[Column]:
@@ -173,15 +175,14 @@ def drift(column: Column, step: int) -> Drift:
     assert column.mine is not None
     assert column.theirs is not None
     steps, mine, theirs = column.steps[begin:], column.mine[begin:], column.theirs[begin:]
-    apart = relative(mine, theirs)
+    apart = np.where(column.odd[begin:], relative(mine, theirs), 0.0)
     places = [k for k in AFTER if k < len(steps)] + [len(steps) - 1]
     top = int(np.argmax(apart))
     return Drift({int(steps[k]): float(apart[k]) for k in places}, float(apart[top]), int(steps[top]))
 
 
 def relative(mine: Floats, theirs: Floats) -> Floats:
-    """|mine - theirs| by the larger of both; 0 where they are the same, inf where one is not finite."""
+    """|mine - theirs| by the larger of both; inf where one is not finite, or both are 0."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         apart = np.abs(mine - theirs) / np.maximum(np.abs(mine), np.abs(theirs))
-    apart = np.where(np.isfinite(apart), apart, np.inf)
-    return np.where(differ(mine, theirs), apart, 0.0)
+    return np.where(np.isfinite(apart), apart, np.inf)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from distclip import AutoClip, Clipper
 from distclip.cli import main
@@ -28,6 +28,11 @@ def drawn(seed: int, step: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=chance) for name, shape in SHAPES.items()}
 
 
+def cut(whole: Tensor, mesh: DeviceMesh) -> DTensor:
+    """Over the ranks, which all have the whole."""
+    return distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+
+
 def train(path: Path, seed: int = 0, first: int = 0, flip: int | None = None, every: int | None = 1) -> None:
     """A training whose gradients depend on the weights by operations that round alike wherever an element is.
 
@@ -35,7 +40,7 @@ def train(path: Path, seed: int = 0, first: int = 0, flip: int | None = None, ev
     one bit of an element of the gradient of b flips.
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    values = {name: distribute_tensor(each, mesh, [Shard(0)]) for name, each in drawn(seed, -1).items()}
+    values = {name: cut(each, mesh) for name, each in drawn(seed, -1).items()}
     model = nn.ParameterDict({name: nn.Parameter(each) for name, each in values.items()})
     watch = None if every else "parameters"
     policy = AutoClip(percentile=40, window=9) if every else 1.0
@@ -55,7 +60,7 @@ def train(path: Path, seed: int = 0, first: int = 0, flip: int | None = None, ev
 @torch.no_grad()
 def advance(model: nn.ParameterDict, clipper: Clipper, noise: dict[str, Tensor], flip: bool) -> None:
     for name, p in model.items():
-        p.grad = p.detach() * 0.5 + distribute_tensor(noise[name], p.device_mesh, [Shard(0)])
+        p.grad = p.detach() * 0.5 + cut(noise[name], p.device_mesh)
     if flip and dist.get_rank() == 0:
         model["b"].grad.to_local().view(torch.int32)[3] ^= 1 << 12
     if not clipper.clip_().skip:
@@ -65,21 +70,23 @@ def advance(model: nn.ParameterDict, clipper: Clipper, noise: dict[str, Tensor],
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> SimpleNamespace:
-    """Runs on two ranks, but for one."""
+    """Runs on two ranks, and on one where that is no matter."""
     folder = tmp_path_factory.mktemp("pairs")
     runs = {
         "straight": {},
         "again": {},
         "resumed": {"first": 20},
         "flipped": {"flip": 37},
+    }
+    alone = {
+        "alone": {},
         "flipped_between": {"flip": 37, "every": 10},
         "reseeded": {"seed": 1},
         "watched": {"every": None},
         "watched_flipped": {"every": None, "flip": 37},
     }
-    for name, how in runs.items():
-        run_ranks(called, 2, folder / f"{name}.jsonl", how)
-    run_ranks(called, 1, folder / "alone.jsonl", {})
+    for name, how in (runs | alone).items():
+        run_ranks(called, 2 if name in runs else 1, folder / f"{name}.jsonl", how)
     return SimpleNamespace(**{path.stem: str(path) for path in folder.iterdir()})
 
 
@@ -176,6 +183,18 @@ def test_numbers_that_are_not_finite(capsys, tmp_path):
     found = document(capsys, str(nan), str(other))["parting"]
     assert found["step"] == 2
     assert found["drifts"]["norm"]["largest"] == "Infinity"
+
+
+def test_a_loss_that_one_run_did_not_log_yet_is_not_compared(capsys, tmp_path):
+    """A resumed run logs its first loss later than the other filled in its last."""
+    every_tenth = records(range(60))
+    for step in range(0, 60, 10):
+        every_tenth[step]["loss"] = 1.0 + step
+    straight, resumed = lines(tmp_path / "a.jsonl", every_tenth), lines(tmp_path / "b.jsonl", every_tenth[21:])
+    assert document(capsys, str(straight), str(resumed))["same"]
+    every_tenth[40]["loss"] = 2.0
+    resumed = lines(tmp_path / "b.jsonl", every_tenth[21:])
+    assert document(capsys, str(straight), str(resumed))["parting"]["step"] == 40
 
 
 def test_fingerprints_of_other_parameters_are_not_compared(capsys, tmp_path):

@@ -16,7 +16,7 @@ def exit_code_after(error: ConfigError | LayoutError | RuntimeError | OSError) -
     """Print what went wrong and return the exit code; re-raises what is our own bug."""
     match error:
         case ConfigError():
-            if leads():
+            if leads() or os.environ.get("LOCAL_RANK") == "0":  # of files and GPUs each machine has its own
                 complain(str(error))
             return 2
         case NonFiniteError() | LayoutError() | CheckpointError():

@@ -43,7 +43,9 @@ BLOCK = re.compile(
 )
 TORCHRUN = re.compile(r"torchrun .*?--nproc-per-node[ =](\d+)")
 BY_TORCHRUN = {"ddp.py"}  # the examples that torchrun itself starts: it takes seconds
-PATH = re.compile(r"(?<![\w/.-])((?:launch|configs|examples|docs(?!/_build)|docker|tests|benchmarks|distclip)/[\w./-]*\.[a-z]+)\b")
+PATH = re.compile(
+    r"(?<![\w/.-])((?:launch|configs|examples|docs(?!/_build)|docker|tests|benchmarks|distclip)/[\w./-]*\.[a-z]+)\b"
+)
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]+)")
 
 

@@ -327,6 +327,21 @@ def test_a_rank_outside_of_its_world_speaks_for_itself(rank, here, capsys, monke
     assert f"RANK: {rank} is not one of WORLD_SIZE=2" in complaint(capsys, str(CONFIGS / DIGITS))
 
 
+def test_each_machine_says_what_is_wrong_with_it_once(here, capsys, monkeypatch):
+    """Where only the second lacked its GPUs or its data, rank 0 had nothing to say, and nobody said why it ended."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = {}
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        assert main(["train", str(CONFIGS / "gpu/fsdp2.yaml"), "parallel.processes=4"]) == 2
+        said[rank] = capsys.readouterr().err
+    assert said[0] == said[2]
+    assert said[0].startswith("distclip: parallel.device: cuda: 2 processes need as many GPUs, this machine has none")
+    assert said[1] == said[3] == ""
+
+
 def test_a_rank_without_a_world_speaks_for_itself(here, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     complaint(capsys, str(CONFIGS / DIGITS), "seed=-1")

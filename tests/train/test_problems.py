@@ -153,6 +153,12 @@ PROBLEMS = [
     (QUICKSTART, ["parallel.expert=2", "model.experts=3"], ["parallel.expert", "does not divide model.experts=3"]),
     (QUICKSTART, ["parallel.expert=3", "model.experts=3"], ["parallel.expert", "3 does not divide the 2"]),
     (QUICKSTART, ["parallel.expert=2", "parallel.tensor=2"], ["parallel.expert", "parallel.tensor"]),
+    (QUICKSTART, ["clip.fingerprint_every=0"], ["clip.fingerprint_every", "must be positive, not 0"]),
+    (
+        QUICKSTART,
+        ["clip.fingerprint_every=5", "parallel.strategy=zero1", "optim.fused=false"],
+        ["clip.fingerprint_every", "does not go with DeepSpeed"],
+    ),
     (QUICKSTART, ["parallel.strategy=zero1", "parallel.tensor=2"], ["parallel.tensor", "does not go with zero1"]),
     (QUICKSTART, ["model.top_k=2"], ["model.top_k", "between 1 and 1"]),
     (CLASSIFIER, ["parallel.tensor=2"], ["parallel.tensor", "task=text", "task=rows"]),

@@ -2,7 +2,7 @@
 
 ``run.sh torchft`` installs torchft and runs this. A replica group has one rank (DDP), two (FSDP2), or trains by DiLoCo.
 The optimizer inside torchft's is attached to a policy with memory, and the clipper's state heals with the model. All of
-the second group is killed in the midst of training; the first goes on alone, and holds until the second is back. Fails
+the second group dies between forward and backward of a step; the first goes on alone, and holds until it is back. Fails
 where weights, decisions or the policy's memory differ between ranks, where a scenario is not done in DEADLINE_S, or
 where a clip before the commit is not refused.
 """
@@ -32,7 +32,7 @@ from torchft.local_sgd import DiLoCo
 import distclip
 
 RANKS = {"ddp": 1, "fsdp2": 2, "diloco": 1}  # of a replica group
-KILLED_AT, HOLDS_AT, NAN_AT, STEPS = 8, 12, 18, 24  # torchft's steps; DiLoCo's are its outer ones
+DIES_AT, HOLDS_AT, NAN_AT, STEPS = 8, 12, 18, 24  # torchft's steps; DiLoCo's are its outer ones
 INNER_STEPS = 4  # between two of DiLoCo's outer ones
 DEADLINE_S = 300
 
@@ -74,8 +74,8 @@ def digest(found: Any) -> str:
 class Replica:
     """One rank of a replica group: makes what trains, and tells the parent each step in a line of JSON."""
 
-    def __init__(self, kind: str, replica: int, rank: int, lighthouse: str, port: int, folder: Path) -> None:
-        self.kind, self.replica, self.rank, self.folder = kind, replica, rank, folder
+    def __init__(self, kind: str, replica: int, life: int, rank: int, lighthouse: str, port: int, folder: Path) -> None:
+        self.kind, self.replica, self.folder, self.dies = kind, replica, folder, replica == 1 and life == 0
         if RANKS[kind] > 1:
             store = dist.TCPStore("127.0.0.1", port, is_master=False)
             dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=RANKS[kind])
@@ -101,7 +101,7 @@ class Replica:
 
     def parallel(self, model: nn.Module) -> nn.Module:
         if self.kind == "ddp":
-            return DistributedDataParallel(self.manager, model)
+            model = DistributedDataParallel(self.manager, model)
         if self.kind == "fsdp2":
             fully_shard(model)
             model.set_all_reduce_hook(lambda gradient: self.manager.allreduce(gradient).wait())  # over the replicas
@@ -120,9 +120,21 @@ class Replica:
         told = clipper.report.to_dict()
         self.tell(step=step, norm=told["norm"], coef=told["coef"], skip=told["skip"])
 
+    def loss(self, step: int) -> Tensor:
+        loss = loss_of(self.model, self.replica, step)
+        if self.dies and self.manager.current_step() == DIES_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
     def wait_for(self, name: str) -> None:
         while not (self.folder / name).exists():
             time.sleep(0.02)
+
+    def hold(self, step: int) -> None:
+        """Before a step: until all have started, and until the second group is back, for which no quorum waits."""
+        self.wait_for("back" if step >= HOLDS_AT else "all")
+        if step >= HOLDS_AT and self.manager.num_participants() == 1:
+            time.sleep(1)
 
     def refuse(self, optimizer: Optimizer) -> None:
         """What would clip before the manager has committed the step is an error."""
@@ -140,9 +152,9 @@ class Replica:
         if self.kind == "ddp":
             self.refuse(optimizer)
         while (step := self.manager.current_step()) < STEPS:
-            self.wait_for("back" if step >= HOLDS_AT else "all")
+            self.hold(step)
             optimizer.zero_grad()
-            loss_of(self.model, self.replica, step).backward()
+            self.loss(step).backward()
             optimizer.step()
             if self.manager.current_step() > step:  # committed
                 self.tell_step(self.clipper, self.manager.current_step())
@@ -154,9 +166,9 @@ class Replica:
         with DiLoCo(self.manager, [self.model], self.inner, outer, sync_every=INNER_STEPS):
             inner_step = 0
             while (step := self.manager.current_step()) < STEPS:
-                self.wait_for("back" if step >= HOLDS_AT else "all")
+                self.hold(step)
                 self.inner.zero_grad()
-                loss_of(self.model, self.replica, inner_step).backward()
+                self.loss(inner_step).backward()
                 self.inner.step()
                 inner_step += 1
                 if self.manager.current_step() > step:
@@ -186,7 +198,7 @@ class Group:
         self.said_before = [len(self.said(rank)) for rank in range(len(self.files))]
         self.processes = []
         for rank, file in enumerate(self.files):
-            words = [kind, str(replica), str(rank), lighthouse, str(self.store.port), str(folder)]
+            words = map(str, (kind, replica, life, rank, lighthouse, self.store.port, folder))
             with file.open("a") as out, file.with_suffix(".err").open("a") as err:
                 command = [sys.executable, __file__, *words]
                 self.processes.append(subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True))
@@ -199,9 +211,10 @@ class Group:
         return all(any(key in line for line in self.said(r)[self.said_before[r] :]) for r in range(len(self.files)))
 
     def step(self) -> int:
-        return max(
-            (line["step"] for rank in range(len(self.files)) for line in self.said(rank) if "step" in line), default=0
-        )
+        return max((line["step"] for line in self.said(0) if "step" in line), default=0)
+
+    def is_dead(self) -> bool:
+        return all(process.poll() is not None for process in self.processes)
 
     def kill(self) -> None:
         for process in self.processes:
@@ -223,15 +236,14 @@ def scenario(kind: str, folder: Path) -> list[str]:
     lighthouse = LighthouseServer(
         bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=2000, heartbeat_timeout_ms=2000, quorum_tick_ms=50
     )
-    address = lighthouse.address().replace(lighthouse.address().split("//")[1].rsplit(":", 1)[0], "localhost")
+    address = f"http://localhost:{lighthouse.address().rsplit(':', 1)[1]}"
     groups = [Group(kind, replica, address, folder) for replica in (0, 1)]
     try:
         for group in groups:
             group.wait_until(lambda group=group: group.all_said("ready"), deadline, "a first start")
         (folder / "all").touch()
         stays, dies = groups
-        dies.wait_until(lambda: dies.step() >= KILLED_AT, deadline, f"step {KILLED_AT}")
-        dies.kill()
+        stays.wait_until(dies.is_dead, deadline, "the death of the second group")
         stays.wait_until(lambda: stays.step() >= HOLDS_AT, deadline, f"step {HOLDS_AT}, alone")
         dies.start(1)
         dies.wait_until(lambda: dies.all_said("ready"), deadline, "the second start")
@@ -260,7 +272,7 @@ def differences(kind: str, groups: list[Group]) -> list[str]:
     alone = set(steps[0]) - shared
     coefs = [steps[0][step]["coef"] for step in shared]
     print(
-        f"{kind}: {len(shared)} steps of both groups, {len(alone)} of one alone, killed at {KILLED_AT}; clipped in "
+        f"{kind}: {len(shared)} steps of both groups, {len(alone)} of one alone; clipped in "
         f"{sum(c < 1 for c in coefs)}, skipped {sorted(s for s in shared if steps[0][s]['skip'])}, "
         f"{'DIFFERENT' if wrong else 'the same bits everywhere'}",
         flush=True,
@@ -283,6 +295,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 3:
-        kind, replica, rank, lighthouse, port, folder = sys.argv[1:]
-        Replica(kind, int(replica), int(rank), lighthouse, int(port), Path(folder)).run()
+        kind, replica, life, rank, lighthouse, port, folder = sys.argv[1:]
+        Replica(kind, int(replica), int(life), int(rank), lighthouse, int(port), Path(folder)).run()
     main()

@@ -34,7 +34,7 @@ default_role = "code"  # `x` in a docstring is code, as in Markdown
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True}
-autodoc_mock_imports = ["accelerate", "deepspeed", "lightning", "transformers"]
+autodoc_mock_imports = ["accelerate", "deepspeed", "lightning", "transformers"]  # too large for a build of pages
 python_maximum_signature_line_length = 88
 
 html_theme = "furo"  # its fonts are those of the reader's system: nothing is loaded from elsewhere

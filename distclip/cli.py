@@ -131,9 +131,8 @@ def train(config: str, overrides: list[str]) -> int:
 def report(known: argparse.Namespace) -> int:
     """Write a report on runs."""
     try:
-        from rich.console import Console
-
         from distclip.reporting.command import Options, report as write_report
+        from distclip.reporting.terminal import Terminal
         from distclip.runs import Names, RunError
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -143,7 +142,7 @@ def report(known: argparse.Namespace) -> int:
         return 2
     names = Names(step=known.step, norm=known.norm, loss=known.loss, layers=known.layers, max_norm=known.max_norm)
     try:
-        write_report(Options(runs=known.runs, out=known.out, names=names), Console())
+        write_report(Options(runs=known.runs, out=known.out, names=names), Terminal())
     except RunError as error:
         complain(str(error))
         return 2

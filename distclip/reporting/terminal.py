@@ -12,6 +12,13 @@ from distclip.reporting.document import tiles
 COLOURS = {"problem": "bold red", "warning": "yellow", "good": "green", "note": "cyan"}
 
 
+class Terminal(Console):
+    """A console that says when nobody reads it any more: rich would end the process, as one that failed."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def show(console: Console, found: list[Analysis]) -> None:
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("")

@@ -27,7 +27,7 @@ venv=${VENV:-$(mktemp -d)}
 [[ -n ${VENV:-} ]] || trap 'rm -rf -- "$venv"' EXIT
 [[ -x $venv/bin/python ]] || "${PYTHON:-python3}" -m venv "$venv"
 if ! "$venv/bin/python" -m pip install --quiet "${packages[@]}" 2>"$venv/pip.log"; then
-    printf 'run.sh: NOT TRIED: %s\n' "$(grep ERROR "$venv/pip.log" | tail -n 1)"
+    printf 'run.sh: NOT TRIED: %s\n' "$(grep ERROR "$venv/pip.log" | head -n 1)"
     exit 3
 fi
 

@@ -36,14 +36,14 @@ INLINE uint64_t mix(uint64_t z)
 #define LANES 4
 #define WORDS(at) _mm256_cvtepu32_epi64(_mm_loadu_si128(at))
 #define SHORTS(at) _mm256_cvtepu16_epi64(_mm_loadl_epi64(at))
-#define HALVES(z) _mm256_mul_epu32((__m256i)(z), (__m256i)(z >> 32))
+#define PRODUCT(x, y) _mm256_mul_epu32((__m256i)(x), (__m256i)(y))
 #include "mix.h"
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define LANES 8
 #define WORDS(at) _mm512_cvtepu32_epi64(_mm256_loadu_si256(at))
 #define SHORTS(at) _mm512_cvtepu16_epi64(_mm_loadu_si128(at))
-#define HALVES(z) _mm512_mul_epu32((__m512i)(z), (__m512i)(z >> 32))
+#define PRODUCT(x, y) _mm512_mul_epu32((__m512i)(x), (__m512i)(y))
 #include "mix.h"
 #else
 #define mix_block_avx2 mix_block_portable

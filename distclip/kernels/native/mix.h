@@ -3,7 +3,7 @@
      TARGET                  what tells the compiler to use it,
      LANES                   words of 64 bits in a vector, 0 without vectors,
      WORDS(at), SHORTS(at)   as many words of 32 bits, or of 16, from memory,
-     HALVES(z)               the products of the lower and the upper halves of a vector. */
+     PRODUCT(x, y)           the products of the lower halves of two vectors. */
 
 #if LANES
 typedef uint64_t NAME(longs) __attribute__((vector_size(8 * LANES)));
@@ -26,9 +26,10 @@ TARGET INLINE size_t NAME(mix_vectors)(const char *start, size_t count, int size
             NAME(longs) z = size == 4 ? (NAME(longs))WORDS(at) : (NAME(longs))SHORTS(at);
             z ^= states[side];
             states[side] += together * apart;
-            z += (NAME(longs))HALVES(z);
-            z ^= z >> 32;
-            z += (NAME(longs))HALVES(z);
+            z += (NAME(longs))PRODUCT(z, z >> 32);
+            const NAME(longs) upper = z >> 32; /* which the next line leaves as it is */
+            z ^= upper;
+            z += (NAME(longs))PRODUCT(z, upper);
             sums[side] += z;
         }
     for (int side = 0; side < SIDE; side++)
@@ -98,4 +99,4 @@ TARGET static uint64_t NAME(mix_block)(const char *start, size_t numel, int size
 #undef LANES
 #undef WORDS
 #undef SHORTS
-#undef HALVES
+#undef PRODUCT

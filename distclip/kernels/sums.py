@@ -11,6 +11,7 @@ Private torch API, read in 2.13: ``_C._nn.flatten_dense_tensors``.
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from math import inf, isnan, nan
 from operator import attrgetter
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import foreach, native, triton
+from .bits import Bits, add_integers
 from .dtypes import as_real, dtype_of
 from .flat import flat_views
 from .memory import LOW, check_memory
@@ -50,35 +52,56 @@ def local_norms(tensors: Sequence[Tensor], p: float) -> Tensor:
     return torch.stack(foreach.norms(tensors, p))  # to write by a list of indices would wait for these to be copied
 
 
-def sum_over_replicas(tensors: Sequence[Tensor], by_replicas: Iterable[tuple[int, Sequence[int]]], p: float) -> float:
+def sum_over_replicas(
+    tensors: Sequence[Tensor],
+    by_replicas: Iterable[tuple[int, Sequence[int]]],
+    p: float,
+    bits: Sequence["Bits | None"] = (),
+) -> float:
     """What tensors on the CPU contribute to a sum of |x| ** p over ranks; for p = inf max(|x|), NaN when any x is.
 
     ``by_replicas``: how many ranks hold the same elements, and which of the tensors those are, all of them once.
+    ``bits``: for each of these groups, p < inf, what its elements are added to as integers, if that is wanted.
     """
     if p == inf:
         return largest(tensors)
     amounts = []
-    for replicas, places in by_replicas:
+    for (replicas, places), each in zip_longest(by_replicas, bits):
         alike = tensors if len(places) == len(tensors) else [tensors[k] for k in places]
-        amounts.append(power_sum(alike, p) / replicas)
+        amounts.append(power_sum(alike, p, each) / replicas)
     return sum(amounts, 0.0)
 
 
-def power_sum(tensors: Sequence[Tensor], p: float) -> float:
-    """The sum of |x| ** p over all elements of ``tensors`` on the CPU, p < inf."""
+def power_sum(tensors: Sequence[Tensor], p: float, bits: "Bits | None" = None) -> float:
+    """The sum of |x| ** p over all elements of ``tensors`` on the CPU, p < inf.
+
+    ``bits``: what all elements are added to as integers, for p = 2 in the same pass over memory.
+    """
     if p == 2:
-        found, others = sum_of_squares(tensors)
+        found, others = sum_of_squares(tensors, bits)
+        if bits is not None and others:
+            add_integers(bits, others)
         if not others:
             return found
         rows = _Rows()
         for flat in joined(others, p):
             rows.add(flat)
         return found + rows.total()
+    if bits is not None:
+        add_bits(bits, tensors)
     return sum(_exact_sum(chunk, p) for flat in joined(tensors, p) for chunk in torch.split(flat, CHUNK))
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
+def add_bits(bits: Bits, tensors: Sequence[Tensor]) -> None:
+    """Add all elements of ``tensors`` on the CPU to ``bits``, as integers."""
+    _, others = sum_of_squares(tensors, bits)
+    add_integers(bits, others)
+
+
+def sum_of_squares(tensors: Sequence[Tensor], bits: "Bits | None" = None) -> tuple[float, Sequence[Tensor]]:
     """The sum of squares of the tensors that the compiled kernel reads, in float64; and the other tensors.
+
+    ``bits``: what the elements of the former are added to as integers.
 
     It reads fp32, bf16 and fp16 tensors on the CPU that are contiguous, also as channels-last; all are others where no
     library was built. It takes as many threads as torch, and gives the same bits for any number. RuntimeError where the
@@ -93,7 +116,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
         same = tensors if len(kinds) == 1 else [t for t, its in zip(tensors, dtypes, strict=True) if its is dtype]
         read = readable(same) if dtype in native.KINDS else []
         if read:
-            total += _sum_of(native.KINDS[dtype], read)
+            total += _sum_of(native.KINDS[dtype], read, bits)
         if len(read) < len(same):
             done = set(map(id, read))
             others += [t for t in same if id(t) not in done]
@@ -111,14 +134,15 @@ def readable(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     ]
 
 
-def _sum_of(kind: int, tensors: Sequence[Tensor]) -> float:
+def _sum_of(kind: int, tensors: Sequence[Tensor], bits: "Bits | None") -> float:
     addresses = array("Q", map(Tensor.data_ptr, tensors))
     numels = array("Q", map(Tensor.numel, tensors))
     if min(addresses) < LOW or len(set(addresses)) < len(addresses):  # rare, and most of those are empty tensors
         check_memory(tensors, addresses)
     assert native.kernel is not None
-    where = addresses.buffer_info()[0], numels.buffer_info()[0]
-    return native.kernel(*where, len(tensors), kind, native.instructions, torch.get_num_threads())
+    where = addresses.buffer_info()[0], numels.buffer_info()[0], len(tensors)
+    counted = None if bits is None else bits.buffer_info()[0]
+    return native.kernel(*where, kind, native.instructions, torch.get_num_threads(), counted)
 
 
 def largest(tensors: Sequence[Tensor]) -> float:

@@ -31,7 +31,7 @@ def load(file: Path) -> CDLL | None:
             "or set DISTCLIP_NATIVE=0"
         ) from error
     found.distclip_sum_of_squares.restype = c_double
-    found.distclip_sum_of_squares.argtypes = [c_void_p, c_void_p, c_size_t, c_int, c_int, c_int]
+    found.distclip_sum_of_squares.argtypes = [c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_void_p]
     for rows, numbers in ((found.distclip_sums_of_squares_of_rows, 2), (found.distclip_multiply_rows, 1)):
         rows.restype = None
         rows.argtypes = [c_void_p] * 3 + [c_size_t, c_int, c_int, c_int] + [c_void_p] * numbers

@@ -8,6 +8,10 @@
 
 #include "waves.h"
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 enum {
     STREAMS = 4, /* parts of a block that are read in turn: memory gives more than to one */
     LANES = 8,   /* of a stream: additions that need not wait for each other */
@@ -17,6 +21,7 @@ enum {
 typedef double doubles __attribute__((vector_size(32)));
 typedef float floats __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(16)));
+typedef int32_t signed_words __attribute__((vector_size(16)));
 
 /* fp16 without its sign, shifted to where fp32 has its exponent and fraction. Exponents have another zero: 15 becomes
    127, and 31, which is inf and NaN, 255. Below 2**-14 there is no leading 1: one is added and subtracted again. */
@@ -46,13 +51,28 @@ INLINE void read_lanes(const char *at, int kind, floats *low, floats *high)
     }
 }
 
+/* The sum of eight elements as integers, those of 16 bits with their sign, modulo 2 ** 32 in each lane. */
+INLINE words read_integers(const char *at, int kind)
+{
+    words pairs, more;
+    memcpy(&pairs, at, 16);
+    if (kind == FP32) {
+        memcpy(&more, at + 16, 16);
+        return pairs + more;
+    }
+#ifdef __x86_64__
+    return (words)_mm_madd_epi16((__m128i)pairs, _mm_set1_epi16(1)); /* in one instruction */
+#else
+    return (words)((signed_words)(pairs << 16) >> 16) + (words)((signed_words)pairs >> 16);
+#endif
+}
+
 #define NAME(x) x##_portable
 #define TARGET
 #define WIDEN(x) __builtin_convertvector(x, doubles)
 #include "block.h"
 
 #ifdef __x86_64__
-#include <immintrin.h>
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define WIDEN(x) ((doubles)_mm256_cvtps_pd((__m128)(x))) /* gcc 12 makes two halves of the line above: twice the time */
@@ -67,6 +87,7 @@ struct summing {
     double part, total; /* of this wave, and of the waves before it: where one sum is asked for */
     double zeros[WAVE]; /* how many elements of each block are 0, and where to add that: nowhere if nobody asked */
     double *counts[WAVE], *count;
+    uint32_t parts[WAVE], *bits; /* of each block the sum of its integers, and where they are added: nowhere likewise */
 };
 
 /* Where a block has several rows their sums are written to their places; that of one is added to its place later. */
@@ -75,10 +96,11 @@ static void sum_block(struct wave *wave, size_t k)
     struct block *block = &wave->blocks[k];
     struct summing *all = (struct summing *)wave;
     double *sums = block->rows > 1 ? block->numbers : &all->sums[k], *zeros = all->count ? &all->zeros[k] : NULL;
+    uint32_t *bits = all->bits ? &all->parts[k] : NULL;
     if (wave->instructions == AVX2)
-        sum_rows_avx2(block->start, block->numel, block->rows, wave->kind, sums, zeros);
+        sum_rows_avx2(block->start, block->numel, block->rows, wave->kind, sums, zeros, bits);
     else
-        sum_rows_portable(block->start, block->numel, block->rows, wave->kind, sums, zeros);
+        sum_rows_portable(block->start, block->numel, block->rows, wave->kind, sums, zeros, bits);
 }
 
 /* Sum the blocks of a wave, which is empty afterwards. */
@@ -91,6 +113,8 @@ static void finish(struct summing *all)
             *wave->blocks[k].numbers += all->sums[k];
         if (all->count)
             *all->counts[k] += all->zeros[k];
+        if (all->bits)
+            *all->bits += all->parts[k];
     }
     all->total += all->part;
     all->part = 0;
@@ -108,7 +132,7 @@ static void add(struct summing *all, uint64_t start, size_t numel, size_t rows, 
         while (left > 0) {
             size_t part = (left - 1) % BLOCK + 1; /* the last block is the short one */
             left -= part;
-            all->zeros[wave->count] = 0;
+            all->zeros[wave->count] = all->parts[wave->count] = 0;
             all->counts[wave->count] = all->count;
             wave->blocks[wave->count++] =
                 (struct block){(char *)(uintptr_t)start + (rows * numel + left) * size, part, some, sums + rows};
@@ -129,13 +153,15 @@ int distclip_instructions(void)
     return PORTABLE;
 }
 
-/* The sum of squares of `count` tensors of one kind: `numels` elements each, side by side from `addresses` on. */
+/* The sum of squares of `count` tensors of one kind: `numels` elements each, side by side from `addresses` on. To `bits`,
+   if it is there, the elements are added as integers in the same pass, modulo 2 ** 32. */
 double distclip_sum_of_squares(const uint64_t *addresses, const uint64_t *numels, size_t count, int kind,
-                               int instructions, int threads)
+                               int instructions, int threads, uint32_t *bits)
 {
     struct summing all;
     all.part = all.total = 0;
     all.count = NULL;
+    all.bits = bits;
     begin(&all.wave, sum_block, kind, instructions, threads);
     while (count-- > 0)
         add(&all, addresses[count], numels[count], 1, &all.part);
@@ -152,6 +178,7 @@ void distclip_sums_of_squares_of_rows(const uint64_t *addresses, const struct cu
     const size_t size = size_of(kind);
     struct summing all;
     all.part = all.total = 0;
+    all.bits = NULL;
     begin(&all.wave, sum_block, kind, instructions, threads);
     while (count-- > 0) {
         all.count = zeros ? zeros + count : NULL;

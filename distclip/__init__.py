@@ -17,20 +17,25 @@ float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then make
   holds float64; some gradient is misplaced, so that its placements are not its parameter's (sequence-parallel norms
   leave pending sums). Misplaced gradients are redistributed into ``.grad``, in later calls before the all-reduce.
 * Calls 1, 2, 4, 8, ... of ``clip_`` and ``step``, counted from construction or a loaded state, compare replicas of
-  gradients before anything is scaled: one all-reduce more, of five numbers for each replicated parameter; along
+  gradients before anything is scaled: one all-reduce more, of six numbers for each replicated parameter; along
   ``split_over`` another, of one number, and for each doubling of the number of ranks two all-to-alls, in which a rank
   sends a few numbers a parameter to one other. LayoutError on all ranks where replicas differ (a missing reduction,
   experts taken for replicas), or where ranks along ``split_over`` hold the same values and gradients. If the norm was
   not finite, the next call compares instead.
 * ``verify_every=N`` adds what :meth:`Clipper.verify` communicates to each Nth call of ``clip_`` and ``step``.
-* In the other calls, if every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns, and the next
-  call raises on all ranks.
+* In every call the bits of copies are compared, in the same numbers of the same all-reduce (on accelerators one more
+  number, for p = inf two more, and two more while some copies are compared by amount). Only where they differ four
+  all-reduces follow: was it that, and which parameter, on which ranks, and its name. Copies that had the same bits once
+  must have them in every later call; others, which each rank computes for itself, may be 1 % apart. p = inf and ranks
+  that hold copies of different parameters: only those that all ranks hold. With ``on_drift="ignore"`` no bits are
+  compared: if every rank holds all gradients and one rank's norm is 1e-6 off, that rank warns, and the next call raises
+  on all ranks. Construction finds out which ranks hold copies, by two all-reduces where not all do.
 * On a norm that is not finite three small all-reduces find the culprit; none where norms of parameters or rows name it.
 
 On an accelerator there is no host sync, except for ``nonfinite="raise"``, ``step`` with an optimizer that cannot fold,
 float64 gradients, p > 7, the two flags, and messages that go through the host (Gloo, and devices without float64): one
-a step for all of these together, two with the flags. Comparing replicas costs two more, in those few calls. Gradients
-on the host beside those on an accelerator wait for their coefficient.
+a step for all of these together, two with the flags, and one more where bits of copies do. Comparing replicas costs two
+more, in those few calls. Gradients on the host beside those on an accelerator wait for their coefficient.
 
 Without a host sync, non-finite norms, disagreement and bad answers of a policy are checked when the next call starts,
 so that the error and :attr:`Clipper.culprit` come one call late. A bad answer skips its step; for that, a policy of

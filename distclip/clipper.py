@@ -21,7 +21,7 @@ from .step import refusals
 from .step.driver import Driver
 from .step.engine import Engine
 from .step.nonfinite import Nonfinite
-from .step.options import Watch
+from .step.options import OnDrift, Watch
 from .step.progress import ReportHook
 from .step.read_only import ReadOnly
 from .step.signals import Signals
@@ -64,15 +64,15 @@ class Clipper:
     * ``watch``: whose norms are in ``report.norms``, measured in the same all-reduce: ``"parameters"``, or groups of
       them by patterns of their names: ``{"experts": "*.experts.*", "head": ("head.*", "embed.*")}``.
     * ``watch_zeros``: count zeros among their elements too, for ``report.zeros``: a share of each, 0 to 1.
-    * ``exact``: the float64 norm nearest to the true one, p = 1, 2 or inf, so the same bits of norm and coefficient
-      whatever the number of ranks and threads, the layout and the order of sums. A host sync a call on accelerators;
-      not with ``watch``, nor with policies that need more than the norm.
+    * ``exact``: the float64 norm nearest to the true one, p = 1, 2 or inf, so the same bits in any layout, on any ranks
+      and threads. A host sync a call on accelerators; not with ``watch``, nor policies that need more than the norm.
     * ``fingerprint_every``: in steps number N, 2 N, ... the report has a ``fingerprint``, as :meth:`fingerprint` makes.
     * ``verify_every``: :meth:`verify` in each step that this divides, of the gradients that it is about to clip.
+    * ``on_drift``: where copies of a gradient differ by a bit every rank warns (``"warn"``; if by 1 % it raises), or
+      raises LayoutError before gradients change (``"raise"``); ``"ignore"`` compares no bits.
 
-    LayoutError or ValueError on all ranks where ranks differ in parameters, in the values of replicas or in settings.
-    A policy's answer that no step can use is a ValueError (see :class:`Decision`). What is communicated, and when the
-    host waits: [Note: collectives and host syncs] at the head of :mod:`distclip`.
+    LayoutError or ValueError on all ranks where they differ in parameters, values of replicas or settings; ValueError
+    for a policy's answer that no step can use. What is communicated, and when the host waits: :mod:`distclip`.
     """
 
     engine: Engine
@@ -90,8 +90,7 @@ class Clipper:
     )
     report = ReadOnly(
         lambda engine: engine.progress.report,
-        "What the latest ``clip_`` or ``step`` did, whoever made that call; None before the first. A GradScaler that "
-        "skips an attached optimizer itself makes none.",
+        "Of the latest ``clip_`` or ``step``, whoever called; None before that, and where a GradScaler itself skips.",
     )
     steps = ReadOnly(
         lambda engine: engine.progress.calls.steps,
@@ -125,6 +124,7 @@ class Clipper:
         exact: bool = False,
         fingerprint_every: int | None = None,
         verify_every: int | None = None,
+        on_drift: OnDrift = "warn",
     ) -> None:
         self.engine = Engine(
             model,
@@ -142,6 +142,7 @@ class Clipper:
             exact=exact,
             fingerprint_every=fingerprint_every,
             verify_every=verify_every,
+            on_drift=on_drift,
         )
         self._driver = None
 
@@ -223,9 +224,8 @@ class Clipper:
 
         Of every bit of every element and its place in the whole parameter, so that the same gradients have the same
         numbers in any layout, and another bit other ones. The dtype counts, a gradient that is None counts nothing, a
-        sparse one as the dense one. Two all-reduces, the second of two int64 numbers a parameter, and a host sync; the
-        first call makes up to four more, of names. LayoutError on all ranks where the layout does not tell which ranks
-        hold replicas, or which part a rank has.
+        sparse one as the dense one. Two all-reduces, the second of two int64 numbers a parameter, and a host sync, and
+        in the first call up to four of names. LayoutError on all ranks where the layout does not tell who holds what.
         """
         return self.engine.fingerprint()
 

@@ -78,7 +78,7 @@ def runs(clipper: Clipper) -> dict[str, int]:
         return {"gradients": len(present), "runs": len(present)}
     tensors: list[Tensor] = list(map(local_tensor, present))
     spans = spans_of(local, gradients, plan.pieces, plan.sources)
-    return {"gradients": len(local.indices), "runs": len(find_runs(local, spans, tensors, plan.replicas))}
+    return {"gradients": len(local.indices), "runs": len(find_runs(local, spans, tensors, plan.kinds))}
 
 
 def message(plan: Plan) -> dict[str, Any]:

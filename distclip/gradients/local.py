@@ -18,7 +18,8 @@ class Local:
     """This rank's gradients of one step.
 
     * ``runs``: what is summed on the host, and scaled: merged where gradients are neighbours in memory.
-    * ``by_replicas``: which of ``runs`` are held by how many ranks.
+    * ``by_replicas``: which of ``runs`` are held by how many ranks, and by the same ranks where copies are compared.
+    * ``families``: of each of these groups, which ranks have copies of it: see ``Plan.families``.
     * ``tensors``: one for each gradient that exists and is in place; ``spans``: which of them, and what of it, each
       piece is, None where each piece is one of them.
     * ``indices``: which pieces these are.
@@ -39,6 +40,7 @@ class Local:
     instead: dict[int, Tensor] = field(default_factory=dict)
     error: LayoutError | None = None
     pattern: Pattern | None = None
+    families: Sequence[int] = ()
 
     def parts(self) -> Sequence[Tensor]:
         """The local gradients piece by piece, as plain tensors."""
@@ -47,9 +49,9 @@ class Local:
         return [self.tensors[k] if span is None else self.tensors[k][span] for k, span in self.spans]
 
 
-def grouped_by_replicas(replicas: Iterable[int]) -> ByReplicas:
-    """The positions of equal numbers together: (number, positions), once for each number."""
-    positions: dict[int, list[int]] = {}
-    for k, number in enumerate(replicas):
-        positions.setdefault(number, []).append(k)
-    return list(positions.items())
+def grouped_by_replicas(kinds: Iterable[tuple[int, int]]) -> tuple[ByReplicas, Sequence[int]]:
+    """The positions of equal numbers of replicas and families together, once for each; and the families of these."""
+    positions: dict[tuple[int, int], list[int]] = {}
+    for k, kind in enumerate(kinds):
+        positions.setdefault(kind, []).append(k)
+    return [(replicas, places) for (replicas, _), places in positions.items()], [family for _, family in positions]

@@ -18,14 +18,15 @@ from .sharing import first_shared, overlaps_itself
 def look(
     pieces: Sequence[Piece],
     sources: Sequence[int],
-    replicas: Sequence[int],
+    kinds: Sequence[tuple[int, int]],
     gradients: Sequence[Tensor | None],
     error: LayoutError | None = None,
 ) -> Local:
     """Look at ``gradients``, one for each source, None where there is none: piece by piece, nothing is merged.
 
     Never communicates. Copies only a sparse gradient that is not coalesced, and what nothing can scale in place: see
-    :func:`laid_out`. The first error, from ``error`` on, is in what is returned.
+    :func:`laid_out`. The first error, from ``error`` on, is in what is returned. ``kinds``: of each piece, its replicas
+    and its family.
     """
     parts: list[Tensor] = []
     indices: list[int] = []
@@ -51,8 +52,9 @@ def look(
     if error is None:
         pair = first_shared(parts)
         error = None if pair is None else refusals.shared_memory(*(pieces[indices[k]].label(indices[k]) for k in pair))
-    grouped, wide = grouped_by_replicas(replicas[i] for i in indices), any(part.dtype in WIDE for part in parts)
-    return Local(parts, grouped, parts, None, indices, wide, misplaced, instead, error)
+    grouped, families = grouped_by_replicas(kinds[i] for i in indices)
+    wide = any(part.dtype in WIDE for part in parts)
+    return Local(parts, grouped, parts, None, indices, wide, misplaced, instead, error, families=families)
 
 
 def _kept(piece: Piece, gradient: Tensor) -> Tensor | None:

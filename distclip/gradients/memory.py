@@ -47,6 +47,10 @@ class Memory:
         """Whether ``gradients`` are the very tensors that were noted, and where they were."""
         return self._noted is not None and self._noted.are_there(gradients)
 
+    def forget(self) -> None:
+        """Forget where gradients lay: they are summed in other groups from now on."""
+        self._noted, self._next, self._rest = None, 1, 1
+
     def take_late_error(self) -> LayoutError | None:
         """The late error, which is then forgotten."""
         error, self.late_error = self.late_error, None
@@ -73,7 +77,7 @@ class Memory:
         local: Local,
         pieces: Sequence[Piece],
         sources: Sequence[int],
-        replicas: Sequence[int],
+        kinds: Sequence[tuple[int, int]],
     ) -> Local:
         """Note where ``gradients`` lie, in which ``local`` was found, unless that was of no use lately.
 
@@ -81,7 +85,7 @@ class Memory:
         """
         if self._calls < self._next:
             return local
-        self._noted = Noted.of(gradients, local, pieces, sources, replicas)
+        self._noted = Noted.of(gradients, local, pieces, sources, kinds)
         self._rest = min(2 * self._rest, LONGEST_REST)
         self._next = self._calls + self._rest
         return (None if self._noted is None else self._noted.recall(gradients, unmoved=False)) or local
@@ -178,7 +182,7 @@ class Noted:
         local: Local,
         pieces: Sequence[Piece],
         sources: Sequence[int],
-        replicas: Sequence[int],
+        kinds: Sequence[tuple[int, int]],
     ) -> Self | None:
         """Note where ``gradients`` lie, in which ``local`` was found; None where some are not plain memory."""
         tensors = [local_tensor(g) for g in gradients if g is not None]
@@ -186,10 +190,11 @@ class Noted:
         if not plain or local.instead or local.misplaced or local.error:
             return None
         spans = spans_of(local, gradients, pieces, sources)
-        runs = find_runs(local, spans, tensors, replicas)
-        grouped, wide = grouped_by_replicas(run.replicas for run in runs), any(t.dtype in WIDE for t in tensors)
+        runs = find_runs(local, spans, tensors, kinds)
+        (grouped, families), wide = grouped_by_replicas(run.kind for run in runs), any(t.dtype in WIDE for t in tensors)
         each = all(span == (k, None) for k, span in enumerate(spans)) and len(spans) == len(tensors)
-        found_again = Local((), grouped, (), None if each else spans, local.indices, wide, pattern=Pattern())
+        lie = None if each else spans, local.indices, wide
+        found_again = Local((), grouped, (), *lie, pattern=Pattern(), families=families)
         return cls(Facts.of(gradients, tensors), tensors, runs, found_again)
 
     def recall(self, gradients: Sequence[Tensor | None], unmoved: bool) -> Local | None:
@@ -201,8 +206,8 @@ class Noted:
         if runs is None:
             return None
         known = self._local
-        pattern = known.pattern
-        return Local(runs, known.by_replicas, tensors, known.spans, known.indices, known.wide, pattern=pattern)
+        lie = known.spans, known.indices, known.wide
+        return Local(runs, known.by_replicas, tensors, *lie, pattern=known.pattern, families=known.families)
 
     def are_there(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether these are the very tensors, at the same addresses: what changes one of them in place moves it.

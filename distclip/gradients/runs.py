@@ -21,13 +21,13 @@ class Run:
     """Elements that lie side by side, ``numel`` of them from ``start`` elements after the first of tensor ``first``.
 
     ``others``: the tensors that go on where it ends, with their distance in bytes from the first one. ``whole``: it is
-    just one tensor, which may then lie in any way.
+    just one tensor, which may then lie in any way. ``kind``: replicas and family.
     """
 
     first: int
     start: int
     numel: int
-    replicas: int
+    kind: tuple[int, int]
     whole: bool
     others: tuple[tuple[int, int], ...]
 
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
     device: str
     dtype: str
-    replicas: int
+    copies: tuple[int, int]  # replicas and family
     storage: int
 
 
@@ -66,7 +66,7 @@ def spans_of(
 
 
 def find_runs(
-    local: Local, spans: Sequence[tuple[int, slice | None]], tensors: Sequence[Tensor], replicas: Sequence[int]
+    local: Local, spans: Sequence[tuple[int, slice | None]], tensors: Sequence[Tensor], kinds: Sequence[tuple[int, int]]
 ) -> list[Run]:
     """The runs of the parts of ``local``, which are ``spans`` of ``tensors``; empty parts are in none."""
     apart: list[Run] = []
@@ -79,10 +79,10 @@ def find_runs(
         alone = start not in borders and end not in borders
         if span is None and (alone or not part.is_contiguous()):
             if part.numel():
-                apart.append(Run(k, 0, part.numel(), replicas[i], True, ()))
+                apart.append(Run(k, 0, part.numel(), kinds[i], True, ()))
         elif part.numel():
             assert part.is_contiguous(), "a flat gradient is"
-            kind = Kind(str(part.device), str(part.dtype), replicas[i], part.untyped_storage().data_ptr())
+            kind = Kind(str(part.device), str(part.dtype), kinds[i], part.untyped_storage().data_ptr())
             members.append(Member(kind, start, end, k, 0 if span is None else span.start, part.numel()))
     merged = list(_merged(members, tensors))
     return sorted([*apart, *merged], key=Run.order) if merged else apart  # which are in order
@@ -105,4 +105,4 @@ def _run(members: Sequence[Member], tensors: Sequence[Tensor]) -> Run:
     base = tensors[first.k].data_ptr()
     others = {m.k: tensors[m.k].data_ptr() - base for m in members if m.k != first.k}
     whole = not others and sum(m.numel for m in members) == tensors[first.k].numel()
-    return Run(first.k, first.start, sum(m.numel for m in members), first.kind.replicas, whole, tuple(others.items()))
+    return Run(first.k, first.start, sum(m.numel for m in members), first.kind.copies, whole, tuple(others.items()))

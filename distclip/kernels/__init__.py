@@ -26,6 +26,7 @@ And exact.py rounds nothing at all, for p = 1 and 2: native/exact.c on the CPU, 
 library was built and on accelerators.
 """
 
+from .bits import bits_of_each as bits_of_each, no_bits as no_bits
 from .each import row_sums as row_sums, sums_of_each as sums_of_each, zeros_of_each as zeros_of_each
 from .exact import exact_norm as exact_norm, exact_sum as exact_sum
 from .fingerprint import fingerprints as fingerprints, of_whole as of_whole
@@ -34,6 +35,7 @@ from .rows import Cut as Cut
 from .scale import clamp_ as clamp_, scale_ as scale_
 from .scale_each import scale_each_ as scale_each_, scale_rows_ as scale_rows_
 from .sums import (
+    add_bits as add_bits,
     largest as largest,
     local_norms as local_norms,
     power_sum as power_sum,

@@ -9,6 +9,7 @@ this rank's memory, which no other rank needs to know.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import repeat
 from math import inf
 from typing import Self
 
@@ -29,6 +30,7 @@ from ..layouts.layout import LayoutFn, LayoutReader, Replication
 from ..layouts.piece import Held, Piece, holders_of, once
 from ..ranks.group import Axis, ClippingGroup
 from . import refusals
+from .families import NO_FAMILY, Copies
 from .slots import Slots
 
 
@@ -57,10 +59,12 @@ class Plan:
     fully_replicated: bool  # whether every rank of the group holds all pieces and no others, as under DDP
     where: tuple[str | None, ...]  # of each piece: see Replication
     in_parts: tuple[bool, ...]  # of each piece: whether it is a part of which no rank knows where in the whole it lies
+    alike: tuple[int, ...]  # of each piece: those of the same number are cut and replicated over the same ranks
     slots: Slots | None = None  # where sums finer than the model's go; None where nobody asked
     signals: tuple[str, ...] = ()  # names of the user's numbers that travel too
     numbered: bool = False  # whether names begin with the number of the part of the model in which they are
     exact: bool = False  # whether digits of the exact sum travel; the host reads them
+    copies: Copies | None = field(default=None, compare=False)  # whose bits travel too; None where nobody asked
     memory: Memory = field(default_factory=Memory, compare=False)
 
     @classmethod
@@ -113,6 +117,7 @@ class Plan:
             fully_replicated=group.size > 1 and set(replicas) == {group.size} and not (split_over or layout),
             where=tuple(each.where for each in replications),
             in_parts=tuple(each.parts for each in replications),
+            alike=tuple(map(_numbered(replications).__getitem__, map(id, replications))),
         )
 
     def with_slots(self, slots: Slots, table: str) -> Self:
@@ -142,13 +147,19 @@ class Plan:
         return (1 if self.slots is None else self.slots.length) + len(self.signals)
 
     @property
+    def kinds(self) -> list[tuple[int, int]]:
+        """Of each piece, its replicas and its family of copies."""
+        families = repeat(NO_FAMILY) if self.copies is None else self.copies.families
+        return list(zip(self.replicas, families, strict=False))
+
+    @property
     def known(self) -> list[int]:
         """The pieces that every rank of the group must know, in an order that is the same on all of them."""
         return [i for i, is_known in enumerate(self.known_to_all) if is_known]
 
     def look(self, gradients: Sequence[Tensor | None], error: LayoutError | None = None) -> Local:
         """Look at ``gradients``, one for each source, piece by piece: see :func:`.gradients.look.look`."""
-        return look(self.pieces, self.sources, self.replicas, gradients, error)
+        return look(self.pieces, self.sources, self.kinds, gradients, error)
 
     def held(self, holders: Sequence[Tensor]) -> list[Held]:
         """The pieces, and those of the ``holders``, one for each source, in which they are."""
@@ -157,6 +168,11 @@ class Plan:
     def label(self, index: int) -> str:
         """What errors call piece ``index``."""
         return self.pieces[index].label(index)
+
+
+def _numbered(replications: Sequence[Replication]) -> dict[int, int]:
+    """A number for each, by ``id``: pieces that lie alike share one."""
+    return {key: k for k, key in enumerate(dict.fromkeys(map(id, replications)))}
 
 
 def _described(pieces: Iterable[tuple[Piece, Replication]]) -> str:

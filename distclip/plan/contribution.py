@@ -3,18 +3,23 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..gradients.local import Local
-from ..kernels import local_norms, native, norms_on_host, sum_over_replicas, zeros_of_each
+from ..kernels import add_bits, local_norms, native, norms_on_host, sum_over_replicas, zeros_of_each
+from ..kernels.bits import Bits
 from ..kernels.device import has_float64
 from ..kernels.exact import carried, exact_sum
 from ..kernels.transfer import sent
+from ..ranks.agreement import Drift
 from ..ranks.digits import no_words
 from ..ranks.message import Scalar, root
 from .build import Plan
+from .drift_word import counted_for, drift_of
+from .families import Comparing
 from .measured import Norms
 from .slots import ByPiece, Entries, Slots, all_sums, chosen, local_sums, powers
 
@@ -34,17 +39,38 @@ NOTHING = Beside()
 MANY = 1 << 13  # digits of 32 bits that many times, of that many ranks, still fit into 63
 
 
+class Contribution(NamedTuple):
+    """What this rank sends: ``mine``, and what of its copies; and what it knows of gradients piece by piece.
+
+    ``bits``: on accelerators those of each piece whose bits are compared.
+    """
+
+    mine: Scalar
+    norms: Norms | None = None
+    by_piece: ByPiece | None = None
+    drift: Drift | None = None
+    bits: Mapping[int, Tensor] = {}
+
+
 def contribution(
-    plan: Plan, gradients: Sequence[Tensor | None], local: Local, beside: Beside
-) -> tuple[Scalar, Norms | None, ByPiece | None]:
-    """What this rank sends for ``local``, found in ``gradients``; and what it knows of them piece by piece."""
+    plan: Plan, gradients: Sequence[Tensor | None], local: Local, beside: Beside, compares: Comparing
+) -> Contribution:
+    """What this rank sends for ``local``, found in ``gradients``; ``compares``: and of its copies."""
+    counted = counted_for(plan, local, compares)
+    norms = by_piece = None
     if plan.exact:
-        return _words(plan, local), None, None
-    mine, norms, by_piece = _of_gradients(plan, gradients, local, beside.values)
+        mine: Scalar = _words(plan, local)
+    else:
+        mine, norms, by_piece = _of_gradients(plan, gradients, local, beside.values, counted)
+    if plan.exact or plan.slots is not None or plan.p == inf:  # in no pass over memory yet
+        for (_, places), bits in zip(local.by_replicas, counted, strict=False):
+            if bits is not None:
+                add_bits(bits, [local.runs[k] for k in places])
+    drift, bits_of_pieces = drift_of(plan, local, counted, norms, compares)
     if plan.signals:
         first = mine if isinstance(mine, Tensor) else torch.tensor(mine, dtype=torch.float64)
         mine = torch.cat([first.view(-1), _shares(plan, beside.signals)])
-    return mine, norms, by_piece
+    return Contribution(mine, norms, by_piece, drift, bits_of_pieces)
 
 
 def _words(plan: Plan, local: Local) -> Tensor:
@@ -68,11 +94,17 @@ def _shares(plan: Plan, signals: Sequence[Scalar]) -> Tensor:
 
 
 def _of_gradients(
-    plan: Plan, gradients: Sequence[Tensor | None], local: Local, values: Sequence[Tensor]
+    plan: Plan,
+    gradients: Sequence[Tensor | None],
+    local: Local,
+    values: Sequence[Tensor],
+    counted: Sequence["Bits | None"],
 ) -> tuple[Scalar, Norms | None, ByPiece | None]:
     if plan.slots is None:
         norms = None if plan.on_host else norms_on(plan, local.parts(), local.indices)
-        mine = sum_over_replicas(local.runs, local.by_replicas, plan.p) if norms is None else _sum_of(plan, norms)
+        mine = (
+            sum_over_replicas(local.runs, local.by_replicas, plan.p, counted) if norms is None else _sum_of(plan, norms)
+        )
         return mine, norms, None
     slots = plan.slots
     entries = {} if slots.cuts is None else _entries(plan, slots, gradients, local)

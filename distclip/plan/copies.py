@@ -18,22 +18,22 @@ from ..ranks.connections import all_reduce
 from ..ranks.message import Scalar, root
 from . import refusals
 from .build import Plan
+from .families import ALIKE, WEIGHTY
 from .measure import norms_of
 from .measured import Measured, Norms
 
 APART = 1e-6  # of the norm: the same gradients have norms that are within 4e-7 of each other, by any of our kernels
-ALIKE = 1e-2  # copies that were computed in bf16, each for itself, may be so far apart
-WEIGHTY = 0.1  # of the tolerance: by how much of the model's norm copies must differ, or noise around 0 would count
 
 
 def compare_copies(plan: Plan, norm: float, own: Scalar | None, call: str, warns: bool = True) -> None:
-    """Where every rank holds all gradients: if this rank's norm in ``call`` was not that of all, note an error.
+    """Where every rank holds all gradients, and no bits are compared: if this rank's norm in ``call`` was not that of
+    all, note an error.
 
     ``norm``: of all ranks, finite. ``own``: what this rank has put in, a number. The further a rank is from the mean,
     the more it sees, and some see nothing: so none raises here, and the next call raises on all. There may be none, so
     a rank that sees a difference ``warns``.
     """
-    if not plan.fully_replicated or own is None:
+    if not plan.fully_replicated or own is None or plan.copies is not None:
         return
     mine = float(own) if plan.p == inf else float(root(float(own) * plan.group.size, plan.p))
     if abs(mine - norm) > APART * norm:
@@ -62,7 +62,8 @@ def compare_gradients(plan: Plan, measured: Measured) -> bool:
     if not copied or norm == 0:
         return True
     found = norms_of(plan, measured, frozenset(copied))
-    words = all_reduce(plan.group, drift_words(plan, norms_and_projections(plan, found, copied) / norm, copied)).cpu()
+    numbers = norms_and_projections(plan, found, copied) / norm
+    words = all_reduce(plan.group, drift_words(numbers, signs_of(plan, copied))).cpu()
     apart = drifted(words, ALIKE, WEIGHTY * ALIKE).nonzero().flatten().tolist()
     if apart:
         raise refusals.not_replicas([plan.label(copied[k]) for k in apart])
@@ -77,16 +78,18 @@ def values_apart(
         return []
     copied = replicated(plan)
     values = sums([kept[i].values() for i in copied], plan.device)
-    drift = all_reduce(plan.group, values * _signs(plan, copied))
+    drift = all_reduce(plan.group, values * signs_of(plan, copied))
     return [plan.label(copied[k]) for k in drift.nonzero().flatten().tolist()]
 
 
 def norms_and_projections(plan: Plan, found: Norms, indices: Sequence[int]) -> Tensor:
-    """Two numbers of the gradient of each of these pieces, norm and projection: (2, len(indices)); 0 where none is."""
+    """Two numbers of the gradient of each of these pieces, norm and projection: (2, len(indices)); 0 where none is, and
+    a projection of 0 where the gradients have changed since.
+    """
     if not indices:
         return plan.weights.new_zeros(2, 0)
     wanted = frozenset(indices)
-    shown = [(i, part) for i, part in zip(found.indices, found.parts, strict=True) if i in wanted]
+    shown = [(i, part) for i, part in zip(found.indices, found.parts, strict=False) if i in wanted]
     norms = dict(zip(found.indices, found.norms.unbind(), strict=True))
     along = dict(zip((i for i, _ in shown), projections([part for _, part in shown], plan.device), strict=True))
     none = plan.weights.new_zeros(())  # no list of indices, which would be copied to the device
@@ -94,13 +97,13 @@ def norms_and_projections(plan: Plan, found: Norms, indices: Sequence[int]) -> T
     return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def drift_words(plan: Plan, numbers: Tensor, indices: Sequence[int]) -> Tensor:
-    """What ranks add up to see whether copies of these pieces are equal, by :func:`drifted`: (5, len(indices)).
+def drift_words(numbers: Tensor, signs: Tensor) -> Tensor:
+    """What ranks add up to see whether copies of these pieces are equal, by :func:`drifted`: (5, pieces).
 
     Of norms, their squares and projections the sum over copies less that of their representative; differences
     that cancel in the first do not in the second. And the sums themselves, for the scale.
     """
-    (size, along), signs = numbers, _signs(plan, indices)
+    size, along = numbers
     return torch.stack([size * signs, size.square() * signs, along * signs, size, size.square()])
 
 
@@ -116,7 +119,7 @@ def replicated(plan: Plan) -> list[int]:
     return [i for i, p in enumerate(plan.pieces) if plan.known_to_all[i] and p.aligned and plan.replicas[i] > 1]
 
 
-def _signs(plan: Plan, indices: Sequence[int]) -> Tensor:
+def signs_of(plan: Plan, indices: Sequence[int]) -> Tensor:
     """1 - replicas on the rank that represents the replicas of a piece, 1 on the others."""
     signs = [1 - plan.replicas[i] if plan.represents[i] else 1 for i in indices]
     return sent(torch.tensor(signs, dtype=torch.float64), plan.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError, and_more
+from ..ranks.agreement import Drift
 from ..ranks.compare import who_differs
 from ..ranks.digits import no_words, reduce_digits
 from ..ranks.group import ClippingGroup
@@ -37,20 +38,21 @@ def tell_others(
     call: str,
     length: int | None = None,
     exact: bool = False,
+    drift: Drift | None = None,
 ) -> None:
     """Take part in the all-reduce of the others without an own sum, so that they raise as well: here it was ``error``.
 
-    ``device``, the number of ``flags``, ``length``, that of the vector (None where a number travels), and whether the
-    sum is ``exact`` must be those of the others.
+    ``device``, the number of ``flags``, ``length``, that of the vector (None where a number travels), whether the sum
+    is ``exact``, and what says nothing of copies, must be those of the others.
     """
     if exact:
-        reduce_digits(group, no_words(device), p, 0, True, flags, call)
+        reduce_digits(group, no_words(device), p, 0, True, flags, call, drift)
         who_differs(group, device, stopped_by(error))
         return
     nothing: Scalar = 0.0
     if length is not None or device.type != "cpu":
         nothing = torch.zeros(() if length is None else length, dtype=torch.float64, device=device)
-    reduced = reduce_norm(group, nothing, p, 0, True, flags, call=call)
+    reduced = reduce_norm(group, nothing, p, 0, True, flags, call=call, drift=drift)
     if reduced.disagree is True:
         who_differs(group, device, stopped_by(error))
 

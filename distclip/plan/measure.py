@@ -15,12 +15,13 @@ from ..gradients.realign import realign
 from ..gradients.storage import Store
 from ..ranks.compare import who_differs
 from ..ranks.digits import reduce_digits
-from ..ranks.message import Reduced, reduce_norm
+from ..ranks.message import CODES, Reduced, reduce_norm
 from .build import Plan
-from .contribution import NOTHING, Beside, contribution, norms_on
+from .contribution import NOTHING, Beside, Contribution, contribution, norms_on
 from .disagreement import account, missing_in, tell_others
+from .drift_word import silence, with_amounts
+from .families import NOT_COMPARING, Comparing
 from .measured import Measured, Norms
-from .slots import ByPiece
 
 TAG_STEP = 0x9E37  # odd, so that different tags stay different modulo CODES
 REALIGNED = 1 << 30  # tag of the second all-reduce of a call that had to realign gradients
@@ -38,6 +39,7 @@ def measure(
     error: LayoutError | None = None,
     call: str = "",
     beside: Beside = NOTHING,
+    compares: Comparing = NOT_COMPARING,
 ) -> Measured:
     """Measure ``gradients``, one for each source, None where there is none.
 
@@ -51,6 +53,7 @@ def measure(
     * ``error``: of this rank, raised like its own once it has taken part, with what the others say.
     * ``call``: what errors say of this rank where others do not agree.
     * ``beside``: what travels beside sums of gradients; zeros do without it.
+    * ``compares``: of copies, where the plan says which are compared.
 
     Host syncs: one a round on accelerators where the flags must be read, else none.
     """
@@ -59,7 +62,7 @@ def measure(
     if realign_first:
         gradients, misplaced_for_good = _realigned(plan, gradients, store)
         error = error or misplaced_for_good
-    local, norms, by_piece, reduced = _round(plan, gradients, error, tag, call, beside, unmoved)
+    local, made, reduced = _round(plan, gradients, error, tag, call, beside, compares, unmoved)
     wide = plan.wide or local.wide
 
     # 2. Where some rank has misplaced gradients, realign and do it again: by reduced flags, so all ranks or none.
@@ -67,7 +70,7 @@ def measure(
         _, disagree, (misplaced, wide) = reduced.read()
         if misplaced and not disagree:  # so no rank has an error that could be lost here: it makes ranks disagree
             gradients, error = _realigned(plan, gradients, store)
-            local, norms, by_piece, reduced = _round(plan, gradients, error, tag + REALIGNED, call, beside)
+            local, made, reduced = _round(plan, gradients, error, tag + REALIGNED, call, beside, compares)
             realigned = True
 
     # 3. Raise what this rank has found to be wrong: all ranks have met, and raise too.
@@ -78,7 +81,9 @@ def measure(
         gradients = _replaced(gradients, local.instead, store)
     dtype = torch.float64 if wide else torch.float32
     can_overflow = wide or 7 < plan.p < inf or plan.p < LEAST_P
-    return Measured(gradients, local.runs, norms, reduced, realigned, dtype, can_overflow, 1.0, by_piece)
+    return Measured(
+        gradients, local.runs, made.norms, reduced, realigned, dtype, can_overflow, 1.0, made.by_piece, made.bits
+    )
 
 
 def fail_with_others(plan: Plan, failed: Exception, tag: int, call: str, realign_first: bool = False) -> None:
@@ -107,19 +112,20 @@ def _round(
     tag: int,
     call: str,
     beside: Beside,
+    compares: Comparing,
     unmoved: bool = False,
-) -> tuple[Local, Norms | None, ByPiece | None, Reduced]:
+) -> tuple[Local, Contribution, Reduced]:
     """Sum what this rank has and make it global.
 
-    Where the host knows at once that ranks disagree, all of them ask who it is.
+    Where the host knows at once that ranks disagree, all of them ask who it is; if it is none, copies have drifted.
     """
     try:
         local = _found(plan, gradients, error, unmoved)
-        mine, norms, by_piece = contribution(plan, gradients, local, beside)
+        made = contribution(plan, gradients, local, beside, compares)
     except FAILURES as failed:  # of torch, of a gradient whose memory was freed for example: the others wait for us
         named = _named(plan, gradients, failed)
         flags = (False, plan.wide) if plan.sends_flags else ()
-        tell_others(plan.group, plan.device, plan.p, flags, named, call, plan.length, plan.exact)
+        tell_others(plan.group, plan.device, plan.p, flags, named, call, plan.length, plan.exact, silence(plan))
         if named is failed:
             raise
         raise named from failed
@@ -129,13 +135,17 @@ def _round(
     faulty = local.error is not None
     of_model = 1 if plan.slots is None else plan.slots.count  # the others of a vector only travel along
     if plan.exact:
-        assert isinstance(mine, Tensor)
-        reduced = reduce_digits(plan.group, mine, plan.p, code, faulty, flags, call)
+        assert isinstance(made.mine, Tensor)
+        reduced = reduce_digits(plan.group, made.mine, plan.p, code, faulty, flags, call, made.drift)
     else:
-        reduced = reduce_norm(plan.group, mine, plan.p, code, faulty, flags, plan.fully_replicated, call, of_model)
+        more = plan.fully_replicated, call, of_model, made.drift
+        reduced = reduce_norm(plan.group, made.mine, plan.p, code, faulty, flags, *more)
     if reduced.disagree is True:
-        reduced = replace(reduced, who=who_differs(plan.group, plan.device, account(plan, call, missing, local.error)))
-    return local, norms, by_piece, reduced
+        mine = account(plan, call, missing, local.error)
+        who = who_differs(plan.group, plan.device, mine, 0 if plan.copies is None else code % CODES)
+        drifted = reduced.drift is True and not who
+        reduced = replace(reduced, who=who, disagree=not drifted, drift=drifted)
+    return local, made, with_amounts(plan, reduced, compares.stops)
 
 
 def _found(plan: Plan, gradients: Sequence[Tensor | None], error: LayoutError | None, unmoved: bool) -> Local:
@@ -144,7 +154,7 @@ def _found(plan: Plan, gradients: Sequence[Tensor | None], error: LayoutError | 
     if local is not None:
         return local
     local = plan.look(gradients, error)
-    return plan.memory.note(gradients, local, plan.pieces, plan.sources, plan.replicas)
+    return plan.memory.note(gradients, local, plan.pieces, plan.sources, plan.kinds)
 
 
 def _named(plan: Plan, gradients: Sequence[Tensor | None], failed: Exception) -> Exception:

@@ -1,7 +1,7 @@
 """What a plan finds when it measures gradients."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Measured:
       p from 1/16 to 7.
     * ``scale``: by which gradients are multiplied, and ``reduced`` is not.
     * ``by_piece``: the gradients piece by piece, where the plan has slots.
+    * ``bits``: of each piece whose bits are compared, where its gradient is on an accelerator.
     """
 
     gradients: Sequence[Tensor | None]
@@ -45,6 +46,7 @@ class Measured:
     can_overflow: bool
     scale: float = 1.0
     by_piece: ByPiece | None = None
+    bits: Mapping[int, Tensor] = field(default_factory=dict)
 
     def without_gradients(self) -> "Measured":
         """What may be kept until the next call without keeping gradients alive."""

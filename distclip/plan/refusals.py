@@ -3,7 +3,7 @@
 ``who``: which ranks it is, as ranks have told each other; empty where that was not asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..errors import LayoutError, NonFiniteError, and_more
 from ..policies.statistic import Dims
@@ -108,6 +108,19 @@ def copies_differ(call: str, norm: float) -> LayoutError:
         "before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... where ranks "
         "hold different parameters, group=... where they train apart, or go on from the last checkpoint if a copy was "
         "damaged"
+    )
+
+
+def drifted(call: str, names: str, odd: Sequence[int], norms: Mapping[int, float]) -> str:
+    """``odd``: the ranks whose bits are not those of the others, or all; ``norms``: by rank, theirs first."""
+    where = "" if not odd else f" on rank{'s' if len(odd) > 1 else ''} {and_more(odd)}"
+    there = "" if len(odd) == len(norms) else f" of ranks {and_more(sorted(norms))}"
+    shown = ", ".join(f"{norm:.9g} on rank {rank}" for rank, norm in list(norms.items())[: len(odd) + 1][-2:])
+    told = f"{where}{there}, of norm {shown}" if norms else ""
+    return (
+        f"copies of gradients have drifted apart in {call}: {names}{told}. Copies that had the same bits have others: "
+        "a bit was flipped in memory or on its way, or something changes gradients on one rank alone. Go on from the "
+        "last checkpoint, and without this machine if it happens again; on_drift='ignore' compares no bits"
     )
 
 

@@ -12,7 +12,7 @@ from ..ranks.compare import bit_sums
 from ..ranks.connections import all_reduce
 from . import refusals
 from .build import Plan
-from .copies import drift_words, drifted, norms_and_projections, values_apart
+from .copies import drift_words, drifted, norms_and_projections, signs_of, values_apart
 from .measure import fail_with_others, measure, norms_of
 from .measured import Norms
 from .split import count_split
@@ -60,7 +60,7 @@ def _count_known(plan: Plan, found: Norms) -> bool:
     sizes = [float(plan.pieces[i].here) for i in known]
     counted = torch.tensor(sizes, dtype=torch.float64, device=plan.device) * plan.weights[known]
     comparable = torch.tensor([float(plan.pieces[i].aligned) for i in known], device=plan.device)
-    drift = drift_words(plan, norms_and_projections(plan, found, known) * comparable, known)
+    drift = drift_words(norms_and_projections(plan, found, known) * comparable, signs_of(plan, known))
     split = sum(not plan.known_to_all[i] for i in found.indices)
     numbers = counted.new_tensor([len(found.indices), len(plan.pieces), split])
     words = all_reduce(plan.group, torch.cat([counted, drift.flatten(), numbers])).cpu()

@@ -33,14 +33,14 @@ def differing_fields(group: ClippingGroup, device: torch.device, fields: Mapping
     return [name for name, differs in zip(fields, (high != -low).tolist(), strict=True) if differs]
 
 
-def who_differs(group: ClippingGroup, device: torch.device, mine: str) -> str:
+def who_differs(group: ClippingGroup, device: torch.device, mine: str, code: int = 0) -> str:
     """Name the ranks whose text ``mine`` is not the most common one; quote the first of them and a rank that has that.
 
-    The same on every rank; empty where all texts are equal. Three all-reduces, of a float64 number a rank and twice of
-    1024 bytes, with a host sync each.
+    The same on every rank; empty where all texts are equal, and the ``code`` behind each of them. Three all-reduces, of
+    a float64 number a rank and twice of 1024 bytes, with a host sync each.
     """
     rows = torch.zeros(group.size, dtype=torch.float64, device=device)
-    rows[group.rank] = crc32(mine.encode())
+    rows[group.rank] = crc32(mine.encode(), code)
     hashes = all_reduce(group, rows).tolist()
     counts = Counter(hashes)
     usual = hashes.index(counts.most_common(1)[0][0])

@@ -18,9 +18,10 @@ from torch import Tensor
 from ..kernels.exact import count_of, exact_norm
 from ..kernels.transfer import sent
 from . import refusals
+from .agreement import COPIES, Drift, agreement_word
 from .connections import all_reduce
 from .group import ClippingGroup
-from .message import Reduced, agreement_word
+from .reduced import Reduced
 
 FAULT = (1 << 53) + 1  # odd: no number of ranks below 2**64 makes it vanish
 
@@ -49,14 +50,25 @@ def reduce_words(
 
 
 def reduce_digits(
-    group: ClippingGroup, words: Tensor, p: float, code: int, faulty: bool, flags: Sequence[bool], call: str
+    group: ClippingGroup,
+    words: Tensor,
+    p: float,
+    code: int,
+    faulty: bool,
+    flags: Sequence[bool],
+    call: str,
+    drift: Drift | None = None,
 ) -> Reduced:
-    """Reduce ``words`` of gradients and their replicas by :func:`reduce_words`.
+    """Reduce ``words`` of gradients and their replicas by :func:`reduce_words`, and the word of a ``drift`` with them.
 
     The norm is the float64 number that is nearest to the true one.
     """
+    if drift is not None:
+        words = torch.cat([words, torch.as_tensor(drift.word, device=words.device).long().view(1)])
     numbers, disagree, found = reduce_words(group, words, code, faulty, flags, call)
-    return Reduced(nan if disagree else exact_norm(numbers, p, group.size), disagree, found)
+    apart = drift is not None and numbers.pop() % COPIES != 0
+    norm = nan if disagree else exact_norm(numbers, p, group.size)
+    return Reduced(norm, disagree, found, drift=apart and not disagree)
 
 
 def _checksum(words: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..gradients.storage import GradientFn, Storage
 from ..layouts.layout import LayoutFn
 from ..layouts.model import ParameterFilter, chosen, held_in, parts_of
 from ..layouts.piece import holders_of, once
+from ..plan.agreed_copies import agree_on_copies
 from ..plan.build import Plan
 from ..plan.construction import agreed_on_units, compare_ranks, tell_ranks
 from ..plan.copies import has_copies
@@ -55,16 +56,17 @@ def build(
     exact: bool = False,
     fingerprint_every: int | None = None,
     verify_every: int | None = None,
+    on_drift: options.OnDrift = "warn",
 ) -> Built:
     """Read the arguments of an :class:`.Engine`, and compare them with those of the other ranks of ``group``.
 
-    Two all-reduces, and up to four more for statistics other than the norm of all gradients, and as many for
-    fingerprints, with a host sync each.
+    Two all-reduces, up to four more for statistics other than the norm of all gradients, as many for fingerprints, and
+    up to two to find copies that are not on all ranks, with a host sync each.
     """
     where, parts = ClippingGroup.of(group), list[nn.Module]()
     try:
         parts = parts_of(model)
-        streak = options.streak(nonfinite, max_consecutive_skips)
+        streak, compares_bits = options.streak(nonfinite, max_consecutive_skips), options.compares_bits(on_drift)
         policy = as_policy(policy)
         p, given = positive("norm_type", norm_type), (split_over, layout, only)
         needed, watched = needs(policy), options.watched(watch, watch_zeros, p)
@@ -76,20 +78,8 @@ def build(
             raise refusals.more_than_exact()
         if fingerprint_every is not None:
             whole("fingerprint_every", fingerprint_every)
-        settings = options.settings(
-            p,
-            policy,
-            nonfinite,
-            max_consecutive_skips,
-            given,
-            gradients,
-            needed,
-            watched,
-            watch_zeros,
-            exact,
-            fingerprint_every,
-            verify_every,
-        )
+        told = policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched, watch_zeros, exact
+        settings = options.settings(p, *told, fingerprint_every, verify_every, on_drift)
         everything = once(held_in(parts))
         listed = chosen(everything, only)
         holders, plan = holders_of(listed), replace(Plan.of(listed, p, where, split_over, layout), signals=signals)
@@ -115,6 +105,10 @@ def build(
         raise
     compare_ranks(plan, listed, settings)
     progress = progress or agreed_on_units(plan, asked, ready, watch_zeros)
+    if compares_bits:
+        copies = agree_on_copies(progress.plan, bool(split_over or layout), on_drift == "raise")
+        progress.plan = replace(progress.plan, copies=copies)
+        progress.calls.compare_in = progress.calls.compare_in if copies is None else 1.0
     progress.fingerprints.prepare()
     progress.calls.count_among(plan.group.clippers)
     return Built(parts, holders_of(everything), holders, progress)

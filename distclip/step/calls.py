@@ -18,11 +18,14 @@ STRIDE = 0x9E3779B  # 2**28 over the golden ratio, which keeps its multiples far
 
 
 class Call(NamedTuple):
-    """One call: its tag in the agreement word, its name in errors, whether replicas of gradients are compared."""
+    """One call: its tag in the agreement word, its name in errors, whether replicas of each gradient are compared, and
+    whether it steps, so that its gradients are final.
+    """
 
     tag: int
     name: str
     compares: bool
+    steps: bool = False
 
 
 @dataclass(slots=True)
@@ -61,7 +64,7 @@ class Calls:
         """The next call of ``clip_`` or ``step``; one that is captured in a CUDA graph compares nothing."""
         self.made += not captured
         compares = not captured and self.made >= self.compare_in
-        return self._call(f"step {self.steps}", COMPARING * compares, compares)
+        return self._call(f"step {self.steps}", COMPARING * compares, compares)._replace(steps=True)
 
     def name_of_step(self, committed: bool) -> str:
         """The name of the step being made, which is counted already if it is ``committed``."""

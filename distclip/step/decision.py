@@ -54,10 +54,11 @@ class Outcome:
         assert isinstance(self.norm, Tensor)
         reduced = self.measured.reduced
         own = self.norm if reduced.own is None else reduced.own
-        numbers = (self.norm, self.disagree, self.coef, self.skip, 0.0 if self.fault is None else self.fault, own)
-        norm, disagree, coef, skip, fault, own = torch.stack([_like(number, self.norm) for number in numbers]).tolist()
-        if reduced.own is not None:
-            reduced = replace(reduced, own=own)
+        fault = 0.0 if self.fault is None else self.fault
+        numbers = (self.norm, self.disagree, self.coef, self.skip, fault, own, reduced.drift)
+        read = torch.stack([_like(number, self.norm) for number in numbers]).tolist()
+        norm, disagree, coef, skip, fault, own, drift = read
+        reduced = replace(reduced, own=None if reduced.own is None else own, drift=bool(drift))
         measured = replace(self.measured, reduced=reduced)
         found: tuple[Tensor, ...] = ()
         if coef != 1.0 and not self.by_slot:

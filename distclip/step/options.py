@@ -34,8 +34,12 @@ SETTINGS = (
     "exact",
     "fingerprint_every",
     "verify_every",
+    "on_drift",
 )
 
+
+OnDrift: TypeAlias = Literal["raise", "warn", "ignore"]
+"""What copies of gradients do whose bits are no longer equal."""
 
 Watch: TypeAlias = Literal["parameters"] | Mapping[str, str | Sequence[str]]
 """Whose norms are reported: of all parameters, or of groups of them by patterns of their names."""
@@ -56,6 +60,7 @@ class Keywords(TypedDict, total=False):
     exact: bool
     fingerprint_every: int | None
     verify_every: int | None
+    on_drift: OnDrift
 
 
 class Options(Keywords, total=False):
@@ -77,12 +82,13 @@ def settings(
     exact: bool,
     fingerprint_every: int | None,
     verify_every: int | None,
+    on_drift: str,
 ) -> dict[str, str]:
     """A text for each setting, for ranks to compare; of ``given`` and functions only whether they were given."""
     texts = ["given" if each else "not given" for each in given]
     where = gradients if isinstance(gradients, str) else "not given" if gradients is None else "given"
     decided = f"{spelled(policy)}{list(asked) if asked else ''}"
-    more = map(str, (watch, watch_zeros, exact, fingerprint_every, verify_every))
+    more = map(str, (watch, watch_zeros, exact, fingerprint_every, verify_every, on_drift))
     known = (str(p), decided, nonfinite, str(max_consecutive_skips), *texts, where, *more)
     return dict(zip(SETTINGS, known, strict=True))
 
@@ -98,6 +104,13 @@ def watched(watch: Watch | None, zeros: bool, p: float) -> Statistic | None:
     if isinstance(watch, Mapping) and watch:
         return Statistic("group", groups=watch)
     raise refusals.unknown_watch(watch)
+
+
+def compares_bits(on_drift: OnDrift) -> bool:
+    """Whether the bits of copies are compared; ValueError for what ``on_drift`` cannot be."""
+    if on_drift not in ("raise", "warn", "ignore"):
+        raise refusals.unknown_drift(on_drift)
+    return on_drift != "ignore"
 
 
 def streak(nonfinite: Nonfinite, max_consecutive_skips: int | None) -> Streak:

@@ -15,10 +15,11 @@ from ..kernels.device import in_capture
 from ..kernels.transfer import Transfer
 from ..plan.build import Plan
 from ..plan.contribution import Beside
-from ..plan.copies import compare_copies, compare_gradients
+from ..plan.copies import compare_copies
+from ..plan.drift import judge
+from ..plan.families import comparing
 from ..plan.measure import fail_with_others, measure, norms_of
 from ..plan.measured import Measured
-from ..plan.split import compare_axes
 from ..policies import Policy, State, Statistic
 from ..policies.adopt import fitting, hash_of, made, with_keys
 from ..policies.by_unit import in_order, labelled, orders_of
@@ -30,6 +31,7 @@ from ..shield import shielded
 from . import refusals
 from .by_unit import code_of, units_of
 from .calls import Call, Calls
+from .comparing import compared
 from .decision import Outcome, decided_on_device, decided_on_host
 from .fingerprints import Fingerprints
 from .history import History, Recorder
@@ -192,19 +194,14 @@ class Progress:
             fail_with_others(plan, failed, call.tag, call.name, self._realigns)
             raise
         measured = measure(
-            plan,
-            gradients,
-            storage.store,
-            call.tag,
+            *(plan, gradients, storage.store, call.tag),
             realign_first=self._realigns,
             error=fault,
             call=call.name,
             beside=beside,
+            compares=comparing(plan.copies, call.steps, call.compares),
         )
-        if call.compares and compare_gradients(plan, measured):
-            if self._compares_axes:
-                compare_axes(plan, self._holders, measured)
-            self.calls.compared()
+        measured = compared(plan, measured, call, self.calls, self._holders if self._compares_axes else None)
         if measured.realigned and not self._realigns:
             # This changes the order of collectives in later calls. Where ranks disagree, some have raised before this
             # line, and the others must not change it by themselves.
@@ -232,10 +229,11 @@ class Progress:
 
     def _check(self, outcome: Outcome) -> Outcome:
         """The outcome in numbers: at most one host sync. Errors are raised on all ranks alike."""
-        if isinstance(outcome.norm, Tensor):
-            outcome = outcome.read()
+        outcome = outcome.read() if isinstance(outcome.norm, Tensor) else outcome
         if outcome.disagree:
             raise refusals.ranks_disagree(outcome.measured.reduced.who)
+        if outcome.measured.reduced.drift:
+            judge(self.plan, outcome.measured, float(outcome.norm), self.calls.name_of_step(committed=False))
         if outcome.fault:
             raise refusal_of(float(outcome.fault), self.policy, self.units)
         measured = outcome.measured
@@ -244,8 +242,7 @@ class Progress:
         norm = float(outcome.norm)
         if self.streak.culprit is not None or self.streak.skips or norm == 0:
             self.streak.record_finite(norm, any(gradient is not None for gradient in measured.gradients))
-        if self.plan.fully_replicated:
-            compare_copies(self.plan, norm, measured.reduced.own, f"step {self.calls.steps}")
+        compare_copies(self.plan, norm, measured.reduced.own, f"step {self.calls.steps}")
         return outcome
 
     def _check_later(self, outcome: Outcome) -> None:
@@ -264,9 +261,11 @@ class Progress:
             return
         assert self._unchecked is not None
         (transfer, measured), self._unchecked = self._unchecked, None
-        own, norm, disagree, faults = measured.reduced.from_copy(transfer.read())
+        own, norm, disagree, drift, faults = measured.reduced.from_copy(transfer.read())
         if disagree:
             raise refusals.ranks_disagree()
+        if drift:
+            judge(self.plan, measured, norm, self.calls.name_of_step(committed=True))
         if not isfinite(norm):
             self.streak.record_nonfinite(self.plan, measured)
             return

@@ -25,6 +25,10 @@ def unknown_mode(nonfinite: object, modes: Sequence[str]) -> ValueError:
     return ValueError(f"nonfinite must be one of {', '.join(modes)}, got {nonfinite!r}")
 
 
+def unknown_drift(on_drift: object) -> ValueError:
+    return ValueError(f"on_drift must be one of raise, warn, ignore, got {on_drift!r}")
+
+
 def too_few_skips(max_consecutive_skips: object) -> ValueError:
     return ValueError(f"max_consecutive_skips must be at least 1 or None, got {max_consecutive_skips!r}")
 

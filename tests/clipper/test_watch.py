@@ -251,14 +251,14 @@ def blamed(watch: Any, bad: float, mode: str) -> tuple[str, str, int]:
 
 
 @pytest.mark.parametrize(("bad", "kind"), [(nan, "NaN"), (inf, "inf"), (-inf, "inf")])
-def test_the_culprit_comes_from_the_norms_without_a_collective(bad, kind):
+def test_the_culprit_comes_from_the_norms_and_only_whether_ranks_agree_is_asked(bad, kind):
     found = run_ranks(blamed, 2, "parameters", bad, "skip")
     said, kept, collectives = found[0]
     assert same_bits(found)
     assert (
         said == kept == f"2.weight has {kind} in its gradient; distclip.find_source(model) says from which rank it came"
     )
-    assert collectives == 1
+    assert collectives == 2
 
 
 def test_the_error_names_the_culprit_too():

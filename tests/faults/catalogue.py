@@ -306,6 +306,21 @@ def late(case: Case) -> Contract:
     return Contract(BROKEN, says=(f"rank {case.guilty} (joined late|did not join)",))
 
 
+def drifted(case: Case) -> Contract:
+    """The same error in that step on every rank, with the parameter, and the rank where two others are alike."""
+    return Contract(REFUSED, says=(named_copies(case),))
+
+
+def told(case: Case) -> Contract:
+    """The same warning in that step on every rank, which goes on."""
+    return Contract(DONE, says=(named_copies(case),), holds=APART)
+
+
+def named_copies(case: Case) -> str:
+    alone = case.size > 2
+    return f"have drifted apart in step .: {COPIED} on rank{f' {case.guilty} of ranks' if alone else 's '}"
+
+
 def warned(case: Case) -> Contract:
     """No call follows that could raise; by how much the others are off the mean depends on how many they are."""
     return Contract(DONE, says=(), guilty_says=("copies of gradients differ",), holds=APART)
@@ -356,13 +371,23 @@ FAULTS: dict[str, Fault] = {
         "gradients", flip("gradient", COPIED, 23), refused(COPIED), layouts=("ddp", "tp"), calls=STEP, verifies=True
     ),
     "bit flip in a gradient": Fault(
+        "gradients", flip("gradient", COPIED, 30), drifted, step=2, layouts=("ddp", "tp"), calls=STEP
+    ),
+    "bit flip in a gradient, last call": Fault(
+        "gradients", flip("gradient", COPIED, 30), drifted, step=STEPS - 1, layouts=("ddp", "tp"), calls=STEP
+    ),
+    "low bit flip in a gradient": Fault(
+        "gradients", flip("gradient", COPIED, 16), told, step=2, layouts=("ddp", "tp"), calls=STEP
+    ),
+    "bit flip in a gradient of a function": Fault(
         "gradients",
         flip("gradient", COPIED, 23),
         refused("copies of gradients differ", "rank GUILTY: stopped"),  # in the next call
         layouts=("ddp",),
+        calls=FUNCTION,
     ),
-    "bit flip in a gradient, last call": Fault(
-        "gradients", flip("gradient", COPIED, 23), warned, step=STEPS - 1, layouts=("ddp",)
+    "bit flip in a gradient of a function, last call": Fault(
+        "gradients", flip("gradient", COPIED, 23), warned, step=STEPS - 1, layouts=("ddp",), calls=FUNCTION
     ),
     # ranks that go
     "kill before the all-reduce": Fault("call", die, gone, layouts=EVERYWHERE),

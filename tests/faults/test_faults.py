@@ -17,6 +17,7 @@ SHORT = [
     Case("missing gradient", "ddp", 2, "function", "propagate"),
     Case("wrong step", "fsdp2", 2, "step", "skip"),
     Case("bit flip in a parameter, verify()", "ddp", 2, "step", "skip"),
+    Case("low bit flip in a gradient", "ddp", 4, "step", "skip"),
     Case("skipped call", "ddp", 2, "step", "skip", timeout=2.0),
     Case("extra call", "fsdp2", 2, "function", "skip", timeout=2.0, named=True),
     Case("exception in a backward hook", "ddp", 2, "function", "skip", named=True),

@@ -37,9 +37,9 @@ class Summed:
         self.counts: list[int] = []
 
     def __enter__(self) -> list[int]:
-        def counted(tensors, p):
+        def counted(tensors, p, bits):
             self.counts.append(len(tensors))
-            return kernels.power_sum(tensors, p)
+            return kernels.power_sum(tensors, p, bits)
 
         self._patch = patch.object(sums, "power_sum", counted)
         self._patch.__enter__()

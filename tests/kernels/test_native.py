@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from distclip.kernels import native, power_sum
+from distclip.kernels import bits_of_each, native, no_bits, power_sum
+from distclip.kernels.bits import MODULUS
 from distclip.kernels.native.library import library
 from distclip.kernels.sums import sum_of_squares
 
@@ -54,16 +55,17 @@ def noise(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def kernel(file: Path) -> Kernel:
-    """The sum of tensors of one dtype by this library, ``instructions`` and ``threads`` given."""
+    """The sum of tensors of one dtype by this library, ``instructions`` and ``threads`` given; with right integers."""
     loaded = native.load(file)
     assert loaded is not None
 
     def call(tensors: Sequence[Tensor], instructions: int, threads: int) -> float:
         addresses, numels = (array("Q", map(f, tensors)) for f in (Tensor.data_ptr, Tensor.numel))
-        where = addresses.buffer_info()[0], numels.buffer_info()[0]
-        found: float = loaded.distclip_sum_of_squares(
-            *where, len(tensors), native.KINDS[tensors[0].dtype], instructions, threads
-        )
+        where, bits = (addresses.buffer_info()[0], numels.buffer_info()[0]), no_bits()
+        how = len(tensors), native.KINDS[tensors[0].dtype], instructions, threads
+        found: float = loaded.distclip_sum_of_squares(*where, *how, bits.buffer_info()[0])
+        assert loaded.distclip_sum_of_squares(*where, *how, None) == found
+        assert bits[0] == int(bits_of_each(tensors).sum()) % MODULUS
         return found
 
     return call

@@ -197,8 +197,8 @@ def attached(words_on_the_device: bool) -> list[list[int]]:
 @pytest.mark.parametrize(("words_on_the_device", "expected"), [(True, [0] * 3 + [1] * 3), (False, [1] * 6)])
 def test_attached_steps_wait_for_the_words_alone_or_to_know_whether_to_step(words_on_the_device, expected, size):
     more = more_in(3, size) * 2
-    if not words_on_the_device:  # numbers of copies are brought there too
-        more = [min(each, 1) for each in more]
+    if not words_on_the_device:  # numbers of copies are brought there too, and in each step their bits
+        more = [min(each, 1) + (size > 1) for each in more]
     counts = run_ranks(attached, size, words_on_the_device, fresh=True)[0]
     assert counts == [[waits + extra] for waits, extra in zip(expected, more, strict=True)]
 
@@ -363,7 +363,7 @@ def test_ranks_that_do_not_agree_are_told_what_they_are_told_on_the_host():
         ]
         assert "hold the same gradient do not: 0" in told["verify, copies apart"]
         assert "hold the same gradient do not: 0" in told["copies apart in a call that compares"]
-        assert "LayoutError: copies of gradients differ between ranks since step 1" in told["after copies apart"]
+        assert "LayoutError: copies of gradients have drifted apart in step 1: 0" in told["after copies apart"]
         assert "lacks a gradient" in told["after one was missing"]
         assert "NonFiniteError: 2 steps in a row" in told["inf 2"]
         assert "2 has inf in its reduced gradient, held by rank 0, 1; " in told["inf 2"]

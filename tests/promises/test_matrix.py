@@ -61,7 +61,8 @@ def clipped(layout, dtype: torch.dtype, *states: str) -> list[dict[str, object]]
     plan, holders = clippers[2.0].engine.plan, clippers[2.0].engine.holders  # TP under DDP and FSDP1 hide them
     kept = [(h, None if h.grad is None else h.grad.detach().clone()) for h in holders]
     along = "split_over" in job.options
-    compares = Counter(allreduce=has_copies(plan) + along)  # in calls 1, 2, 4, ... of a Clipper
+    looks = has_copies(plan) or clippers[inf].engine.plan.copies is not None
+    compares = Counter(allreduce=looks + along)  # in calls 1, 2, 4, ... of a Clipper
     compares["alltoallbase"] = 2 * (dist.get_world_size() - 1).bit_length() * along
 
     def function(max_norm: float, p: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -25,3 +26,8 @@ def check_names(prefix: str, given: Iterable[object], known: Sequence[str]) -> N
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"{prefix}{key}", f"there is no such key; {hint}")
+
+
+def located(path: Path) -> str:
+    """A path as messages name it: a relative one is of the folder in which the command runs."""
+    return str(path) if path.is_absolute() else f"{path} (in {Path.cwd()})"

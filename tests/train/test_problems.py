@@ -133,6 +133,8 @@ PROBLEMS = [
     (CLASSIFIER, ["data.path={tmp}/one.csv", "data.encoding=utf-16"], ["data.encoding", "is not utf-16", "BOM"]),
     (CLASSIFIER, ["data.path={tmp}/one.csv", "data.encoding=klingon"], ["data.encoding", "'klingon'"]),
     (CLASSIFIER, ["data.path={tmp}/binary.txt"], ["data.path", "{tmp}/binary.txt, line 1: a NUL", "no CSV file"]),
+    (CLASSIFIER, ["data.path=missing.csv"], ["data.path", "missing.csv (in {tmp}) is not a file"]),
+    (QUICKSTART, ["data.path=missing"], ["data.path", "missing (in {tmp}) does not exist"]),
     (CLASSIFIER, ["data.path={tmp}/missing.csv"], ["data.path", "{tmp}/missing.csv is not a file"]),
     (CLASSIFIER, ["data.path=" + "x" * 300], ["data.path", "File name too long"]),
     (CLASSIFIER, ["data.path=null"], ["data.path", "is missing"]),

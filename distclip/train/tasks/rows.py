@@ -11,7 +11,7 @@ from typing import TextIO
 import torch
 
 from distclip.train.dataset import Dataset, Split
-from distclip.train.problem import ConfigError, require
+from distclip.train.problem import ConfigError, located, require
 
 MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"  # the byte order mark that Excel begins UTF-8 with
 SURROGATE = re.compile("[\udc80-\udcff]")  # a byte that cannot be decoded, by surrogateescape
@@ -42,7 +42,7 @@ def read_rows(data: RowsData) -> Iterator[tuple[str, int]]:
     path = Path(data.path)
     csv.field_size_limit(2**31 - 1)  # comments can be longer than csv's 128 kB
     try:
-        require(path.is_file(), "data.path", f"{path} is not a file")
+        require(path.is_file(), "data.path", f"{located(path)} is not a file")
         with path.open(encoding=data.encoding, errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(lines_of(file, path, data.encoding))
             check_header(list(reader.fieldnames or []), path, data)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.train.dataset import Dataset, Split
-from distclip.train.problem import ConfigError, require
+from distclip.train.problem import ConfigError, located, require
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what decoding puts for bad bytes, and symbol 0 of every vocabulary
 MOST_UNKNOWN = 0.1  # of the characters of a text: latin-1 read as UTF-8 has fewer, noise 4 in 10
@@ -38,7 +38,7 @@ def text_files(data: TextData) -> list[Path]:
     if data.path is None:
         return sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     path = Path(data.path)
-    require(path.exists(), "data.path", f"{path} does not exist")
+    require(path.exists(), "data.path", f"{located(path)} does not exist")
     if path.is_file():
         return [path]
     files = sorted(p for p in path.rglob("*") if p.suffix in data.suffixes and p.is_file())

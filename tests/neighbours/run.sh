@@ -18,8 +18,8 @@ shift || true
 
 case $name in
     torchtitan) packages=("${TORCH:-torch>=2.14}" torchtitan==0.3.0 triton) ;; # imports triton, also without a GPU
-    torchft) packages=("${TORCH:-torch>=2.13}" torchft-nightly numpy) ;;
-    trl-peft) packages=("${TORCH:-torch>=2.13}" trl==1.16.0 peft==0.21.2 'transformers>=5.24,<6') ;;
+    torchft) packages=("${TORCH:-torch==2.13.0}" torchft-nightly numpy) ;;
+    trl-peft) packages=("${TORCH:-torch==2.13.0}" trl==1.16.0 peft==0.21.2 'transformers>=5.24,<6') ;;
     *) sed -n '2,/^$/p' "${BASH_SOURCE[0]}" >&2 && exit 2 ;;
 esac
 

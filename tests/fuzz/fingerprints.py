@@ -19,29 +19,20 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch import Tensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import distclip  # noqa: E402
 from distclip.layouts.piece import local_tensor  # noqa: E402
+from fuzz.drift import flip  # noqa: E402
 from support import parallel  # noqa: E402
 from support.parallel import Job, full_gradients, mean_square, net, rows  # noqa: E402
 from support.ranks import run_ranks  # noqa: E402
-
-INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def data_parallel(dtype: torch.dtype, scale: float) -> Job:
     model = DistributedDataParallel(net(dtype))
     mine = rows(dist.get_rank(), dist.get_world_size())
     return Job([model], mean_square(model, mine, scale), lambda: full_gradients(model))
-
-
-def flip(values: Tensor, element: int, bit: int) -> None:
-    """Flip one bit of one element, of any strides."""
-    integers = values.view(INTEGERS[values.element_size()])
-    at = tuple(int(k) for k in torch.unravel_index(torch.tensor(element), integers.shape))
-    integers[at] ^= -(1 << bit) if bit == 8 * values.element_size() - 1 else 1 << bit
 
 
 def flipped(layout, times: int, seed: int, dtype: torch.dtype) -> Counter[str]:

@@ -68,8 +68,8 @@ class Clipper:
       and threads. A host sync a call on accelerators; not with ``watch``, nor policies that need more than the norm.
     * ``fingerprint_every``: in steps number N, 2 N, ... the report has a ``fingerprint``, as :meth:`fingerprint` makes.
     * ``verify_every``: :meth:`verify` in each step that this divides, of the gradients that it is about to clip.
-    * ``on_drift``: where copies of a gradient differ by a bit every rank warns (``"warn"``; if by 1 % it raises), or
-      raises LayoutError before gradients change (``"raise"``); ``"ignore"`` compares no bits.
+    * ``on_drift``: where copies of a gradient differ by a bit all ranks ``"warn"`` (if by 1 %, raise), ``"raise"``
+      LayoutError before gradients change, or ``"ignore"`` it. None: the first on CPUs, the last on accelerators.
 
     LayoutError or ValueError on all ranks where they differ in parameters, values of replicas or settings; ValueError
     for a policy's answer that no step can use. What is communicated, and when the host waits: :mod:`distclip`.
@@ -124,7 +124,7 @@ class Clipper:
         exact: bool = False,
         fingerprint_every: int | None = None,
         verify_every: int | None = None,
-        on_drift: OnDrift = "warn",
+        on_drift: OnDrift | None = None,
     ) -> None:
         self.engine = Engine(
             model,

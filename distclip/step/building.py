@@ -56,7 +56,7 @@ def build(
     exact: bool = False,
     fingerprint_every: int | None = None,
     verify_every: int | None = None,
-    on_drift: options.OnDrift = "warn",
+    on_drift: options.OnDrift | None = None,
 ) -> Built:
     """Read the arguments of an :class:`.Engine`, and compare them with those of the other ranks of ``group``.
 
@@ -66,7 +66,7 @@ def build(
     where, parts = ClippingGroup.of(group), list[nn.Module]()
     try:
         parts = parts_of(model)
-        streak, compares_bits = options.streak(nonfinite, max_consecutive_skips), options.compares_bits(on_drift)
+        streak = options.streak(nonfinite, max_consecutive_skips)
         policy = as_policy(policy)
         p, given = positive("norm_type", norm_type), (split_over, layout, only)
         needed, watched = needs(policy), options.watched(watch, watch_zeros, p)
@@ -79,11 +79,11 @@ def build(
         if fingerprint_every is not None:
             whole("fingerprint_every", fingerprint_every)
         told = policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched, watch_zeros, exact
-        settings = options.settings(p, *told, fingerprint_every, verify_every, on_drift)
         everything = once(held_in(parts))
         listed = chosen(everything, only)
         holders, plan = holders_of(listed), replace(Plan.of(listed, p, where, split_over, layout), signals=signals)
-        plan = replace(plan, numbered=len(parts) > 1)
+        plan, on_drift = replace(plan, numbered=len(parts) > 1), options.drift(on_drift, plan.device)
+        settings = options.settings(p, *told, fingerprint_every, verify_every, on_drift)
         plan = plan.exactly() if exact else plan
         axes = bool(split_over) and where.size > 1
         ready = partial(
@@ -105,7 +105,7 @@ def build(
         raise
     compare_ranks(plan, listed, settings)
     progress = progress or agreed_on_units(plan, asked, ready, watch_zeros)
-    if compares_bits:
+    if on_drift != "ignore":
         copies = agree_on_copies(progress.plan, bool(split_over or layout), on_drift == "raise")
         progress.plan = replace(progress.plan, copies=copies)
         progress.calls.compare_in = progress.calls.compare_in if copies is None else 1.0

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any, Literal, TypeAlias, TypedDict
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -39,7 +40,7 @@ SETTINGS = (
 
 
 OnDrift: TypeAlias = Literal["raise", "warn", "ignore"]
-"""What copies of gradients do whose bits are no longer equal."""
+"""What is done where copies of gradients have other bits than each other."""
 
 Watch: TypeAlias = Literal["parameters"] | Mapping[str, str | Sequence[str]]
 """Whose norms are reported: of all parameters, or of groups of them by patterns of their names."""
@@ -60,7 +61,7 @@ class Keywords(TypedDict, total=False):
     exact: bool
     fingerprint_every: int | None
     verify_every: int | None
-    on_drift: OnDrift
+    on_drift: OnDrift | None
 
 
 class Options(Keywords, total=False):
@@ -106,11 +107,14 @@ def watched(watch: Watch | None, zeros: bool, p: float) -> Statistic | None:
     raise refusals.unknown_watch(watch)
 
 
-def compares_bits(on_drift: OnDrift) -> bool:
-    """Whether the bits of copies are compared; ValueError for what ``on_drift`` cannot be."""
+def drift(on_drift: OnDrift | None, device: torch.device) -> OnDrift:
+    """``on_drift``, or what None means where messages are reduced on ``device``; ValueError for what it cannot be."""
+    if on_drift is None:
+        # On the CPU the pass that squares elements adds their bits too; accelerators have no kernel for that yet.
+        return "warn" if device.type == "cpu" else "ignore"
     if on_drift not in ("raise", "warn", "ignore"):
         raise refusals.unknown_drift(on_drift)
-    return on_drift != "ignore"
+    return on_drift
 
 
 def streak(nonfinite: Nonfinite, max_consecutive_skips: int | None) -> Streak:

@@ -22,7 +22,7 @@ def options_of(clip: Clip) -> Options:
         "exact": clip.options.exact,
         "fingerprint_every": clip.options.fingerprint_every,
         "verify_every": clip.options.verify_every,
-        "on_drift": clip.options.on_drift,
+        "on_drift": None if clip.options.on_drift == "auto" else clip.options.on_drift,
     }
 
 

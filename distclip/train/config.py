@@ -73,8 +73,8 @@ class ClipOptions:
     fingerprint_every: int | None = None
     #: prove the layout every so many steps, by `Clipper.verify()`; not with ZeRO
     verify_every: int | None = None
-    #: what is done where copies of gradients have other bits than each other
-    on_drift: Literal["raise", "warn", "ignore"] = "warn"
+    #: what is done where copies of gradients have other bits than each other; auto: `warn` on CPUs, `ignore` on GPUs
+    on_drift: Literal["auto", "raise", "warn", "ignore"] = "auto"
     #: read gradients before DDP or FSDP2 reduces them too, so that the rank of a NaN is named: a pass over them in
     #: every step; not with ZeRO
     find_source: bool = False

@@ -21,7 +21,7 @@ SIGNATURES = {
     "AutoClip": "(percentile=10, window=1000, max_norm=inf)",
     "Clipper": "(model, policy, *, group=None, split_over=(), layout=None, only=None, norm_type=2.0, nonfinite='skip',"
     " max_consecutive_skips=None, gradients=None, watch=None, watch_zeros=False, exact=False, fingerprint_every=None,"
-    " verify_every=None, on_drift='warn')",
+    " verify_every=None, on_drift=None)",
     "Clipper.clip_": "(self, *, signals=None)",
     "Clipper.fingerprint": "(self)",
     "Clipper.history": None,

@@ -39,8 +39,8 @@ def test_the_sum_is_that_of_the_integers_compiled_or_not_for_any_split_and_p(dty
 
 def test_nothing_has_a_sum_of_0_and_so_have_zeros_but_not_those_below():
     assert bits_of([]) == bits_of([torch.empty(0)]) == bits_of([torch.zeros(7)]) == 0
-    assert bits_of([-torch.zeros(1)]) == 1 << 31
-    assert bits_of_each([torch.zeros(3), torch.empty(0), -torch.zeros(1)]).tolist() == [0, 0, 1 << 31]
+    assert bits_of([-torch.zeros(1)]) == (1 << 31) + (1 << 30)  # of its upper half the square too
+    assert bits_of_each([torch.zeros(3), torch.empty(0), -torch.zeros(1)]).tolist() == [0, 0, (1 << 31) + (1 << 30)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -53,3 +53,11 @@ def test_every_single_flip_of_a_bit_changes_it(dtype, numel):
         assert bits_of([values]) != before
         flip(values, numel // 2, bit)
     assert bits_of([values]) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("factor", [2.0, 0.5, -1.0, -4.0, 1 / 65536, 65536.0])
+def test_a_copy_negated_or_times_a_power_of_two_has_another_sum(dtype, factor):
+    values = noise(512, 512, dtype=dtype).clamp(-1, 1)  # so many elements that what each adds is 0 modulo 2 ** 32
+    values = torch.where(values == 0, torch.ones_like(values), values)
+    assert bits_of([values * factor]) != bits_of([values])

@@ -51,20 +51,32 @@ INLINE void read_lanes(const char *at, int kind, floats *low, floats *high)
     }
 }
 
-/* The sum of eight elements as integers, those of 16 bits with their sign, modulo 2 ** 32 in each lane. */
+/* The sum of the squares of the halves of each word, which have signs, modulo 2 ** 32. */
+INLINE words squares_of_halves(words pairs)
+{
+#ifdef __x86_64__
+    return (words)_mm_madd_epi16((__m128i)pairs, (__m128i)pairs); /* in one instruction */
+#else
+    words low = (words)((signed_words)(pairs << 16) >> 16), high = (words)((signed_words)pairs >> 16);
+    return low * low + high * high;
+#endif
+}
+
+/* The sum of eight elements as integers, those of 16 bits with their sign, and of the squares of their halves. */
 INLINE words read_integers(const char *at, int kind)
 {
     words pairs, more;
     memcpy(&pairs, at, 16);
     if (kind == FP32) {
         memcpy(&more, at + 16, 16);
-        return pairs + more;
+        return (pairs + more) + (squares_of_halves(pairs) + squares_of_halves(more));
     }
 #ifdef __x86_64__
-    return (words)_mm_madd_epi16((__m128i)pairs, _mm_set1_epi16(1)); /* in one instruction */
+    words sums = (words)_mm_madd_epi16((__m128i)pairs, _mm_set1_epi16(1));
 #else
-    return (words)((signed_words)(pairs << 16) >> 16) + (words)((signed_words)pairs >> 16);
+    words sums = (words)((signed_words)(pairs << 16) >> 16) + (words)((signed_words)pairs >> 16);
 #endif
+    return sums + squares_of_halves(pairs);
 }
 
 #define NAME(x) x##_portable
@@ -87,7 +99,7 @@ struct summing {
     double part, total; /* of this wave, and of the waves before it: where one sum is asked for */
     double zeros[WAVE]; /* how many elements of each block are 0, and where to add that: nowhere if nobody asked */
     double *counts[WAVE], *count;
-    uint32_t parts[WAVE], *bits; /* of each block the sum of its integers, and where they are added: nowhere likewise */
+    uint32_t parts[WAVE], *bits; /* of each block the sum of its integers and squares, and where they are added likewise */
 };
 
 /* Where a block has several rows their sums are written to their places; that of one is added to its place later. */
@@ -154,7 +166,8 @@ int distclip_instructions(void)
 }
 
 /* The sum of squares of `count` tensors of one kind: `numels` elements each, side by side from `addresses` on. To `bits`,
-   if it is there, the elements are added as integers in the same pass, modulo 2 ** 32. */
+   if it is there, the elements are added as integers in the same pass, and the squares of their halves of 16 bits,
+   modulo 2 ** 32: see bits.py. */
 double distclip_sum_of_squares(const uint64_t *addresses, const uint64_t *numels, size_t count, int kind,
                                int instructions, int threads, uint32_t *bits)
 {

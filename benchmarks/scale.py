@@ -442,7 +442,7 @@ def constructed(placed: Placed, policy: distclip.Policy | float = 1.0) -> tuple[
 def finer(placed: Placed, per: Literal["parameter", "row"]) -> Finer:
     """What a policy costs that decides for each unit, which stands in the tables of units on all ranks."""
     told = patch("distclip.plan.construction.distinct_texts", texts_of_all)
-    with told, patch("distclip.plan.units._count", counted):
+    with told, patch("distclip.plan.table._count", counted):
         start = thread_time()
         clipper, construction = constructed(placed, Tenths(per))
         ms = 1e3 * (thread_time() - start)

@@ -23,9 +23,9 @@ float64 numbers a parameter. Every ``measure``, ``clip_`` and ``step`` then make
   experts taken for replicas), or where ranks along ``split_over`` hold the same values and gradients. If the norm was
   not finite, the next call compares instead.
 * ``verify_every=N`` adds what :meth:`Clipper.verify` communicates to each Nth call of ``clip_`` and ``step``.
-* In every call on the CPU, and on accelerators where ``on_drift`` asks for it, the bits of copies are compared, in the
-  same numbers of the same all-reduce (on accelerators one more number, for p = inf two more, and two more while some
-  copies are compared by amount). Only where they differ four
+* In every call on the CPU with p < inf, and in others where ``on_drift`` asks for it, the bits of copies are compared,
+  in the same numbers of the same all-reduce (on accelerators one more number, for p = inf two more, and two more while
+  some copies are compared by amount). Only where they differ four
   all-reduces follow: was it that, and which parameter, on which ranks, and its name. Copies that had the same bits once
   must have them in every later call; others, which each rank computes for itself, may be 1 % apart. p = inf and ranks
   that hold copies of different parameters: only those that all ranks hold. With ``on_drift="ignore"`` no bits are

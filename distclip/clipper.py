@@ -69,7 +69,7 @@ class Clipper:
     * ``fingerprint_every``: in steps number N, 2 N, ... the report has a ``fingerprint``, as :meth:`fingerprint` makes.
     * ``verify_every``: :meth:`verify` in each step that this divides, of the gradients that it is about to clip.
     * ``on_drift``: where copies of a gradient differ by a bit all ranks ``"warn"`` (if by 1 %, raise), ``"raise"``
-      LayoutError before gradients change, or ``"ignore"`` it. None: the first on CPUs, the last on accelerators.
+      LayoutError before gradients change, or ``"ignore"`` it. None: the first on CPUs for p < inf, else the last.
 
     LayoutError or ValueError on all ranks where they differ in parameters, values of replicas or settings; ValueError
     for a policy's answer that no step can use. What is communicated, and when the host waits: :mod:`distclip`.

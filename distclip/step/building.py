@@ -82,7 +82,7 @@ def build(
         everything = once(held_in(parts))
         listed = chosen(everything, only)
         holders, plan = holders_of(listed), replace(Plan.of(listed, p, where, split_over, layout), signals=signals)
-        plan, on_drift = replace(plan, numbered=len(parts) > 1), options.drift(on_drift, plan.device)
+        plan, on_drift = replace(plan, numbered=len(parts) > 1), options.drift(on_drift, plan.device, p)
         settings = options.settings(p, *told, fingerprint_every, verify_every, on_drift)
         plan = plan.exactly() if exact else plan
         axes = bool(split_over) and where.size > 1

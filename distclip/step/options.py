@@ -107,11 +107,11 @@ def watched(watch: Watch | None, zeros: bool, p: float) -> Statistic | None:
     raise refusals.unknown_watch(watch)
 
 
-def drift(on_drift: OnDrift | None, device: torch.device) -> OnDrift:
-    """``on_drift``, or what None means where messages are reduced on ``device``; ValueError for what it cannot be."""
+def drift(on_drift: OnDrift | None, device: torch.device, p: float) -> OnDrift:
+    """``on_drift``, or what None means where messages are reduced on ``device``; ValueError for what it is not."""
     if on_drift is None:
         # On the CPU the pass that squares elements adds their bits too; accelerators have no kernel for that yet.
-        return "warn" if device.type == "cpu" else "ignore"
+        return "warn" if device.type == "cpu" and p < inf else "ignore"
     if on_drift not in ("raise", "warn", "ignore"):
         raise refusals.unknown_drift(on_drift)
     return on_drift

@@ -62,7 +62,8 @@ def test_raise_stops_every_rank_in_that_step_before_a_gradient_changes(road, bit
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"norm_type": 1.0}, {"norm_type": inf}, {"exact": True}, {"watch": "parameters"}]
+    "options",
+    [{}, {"norm_type": 1.0}, {"norm_type": inf, "on_drift": "warn"}, {"exact": True}, {"watch": "parameters"}],
 )
 def test_warn_tells_every_rank_once_and_takes_the_step_in_every_kind_of_norm(options):
     for result in run_ranks(flipped_in_step_2, 2, HOST, 0, options):

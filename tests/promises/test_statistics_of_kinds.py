@@ -358,7 +358,7 @@ def hit(job: parallel.Job, road: str, asked: Statistic, p: float, bad: float) ->
     for parameter in job.parameters():
         parameter.grad = None
     job.backward()
-    clipper = ROADS[road](job.parts, recorder, norm_type=p, **job.options)
+    clipper = ROADS[road](job.parts, recorder, norm_type=p, on_drift="ignore", **job.options)
     clipper.clip_()
     clipper.clip_()
     before, name = recorder.seen[asked], spoiled(clipper, bad)

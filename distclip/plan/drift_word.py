@@ -58,15 +58,16 @@ def _word_on_host(plan: Plan, copies: Copies, local: Local, counted: Sequence["B
     return drift_word(sums, copies.signs)
 
 
-def _word_on_device(plan: Plan, copies: Copies, bits: Mapping[int, Tensor]) -> Tensor:
+def _word_on_device(plan: Plan, copies: Copies, bits: Mapping[int, Tensor]) -> Scalar:
     found: dict[int, list[Tensor]] = {}
     for i, number in bits.items():
         if plan.p < inf or copies.everywhere[copies.home[i]]:
             found.setdefault(copies.home[i], []).append(number)
     if not found:
-        return torch.zeros((), dtype=torch.float64, device=plan.device)
+        return 0.0
     sums = torch.stack([torch.stack(numbers).sum() % MODULUS for numbers in found.values()])
-    return drift_word_on_device(sums, [1 if plan.p == inf else copies.signs[k] for k in found])
+    word = drift_word_on_device(sums, [1 if plan.p == inf else copies.signs[k] for k in found])
+    return word.item() if plan.device.type == "cpu" else word  # numbers of an accelerator that the host reduces
 
 
 def _bits_on_device(plan: Plan, copies: Copies, local: Local) -> dict[int, Tensor]:

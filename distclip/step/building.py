@@ -79,11 +79,11 @@ def build(
         if fingerprint_every is not None:
             whole("fingerprint_every", fingerprint_every)
         told = policy, nonfinite, max_consecutive_skips, given, gradients, needed, watched, watch_zeros, exact
+        settings = options.settings(p, *told, fingerprint_every, verify_every, on_drift)
         everything = once(held_in(parts))
         listed = chosen(everything, only)
         holders, plan = holders_of(listed), replace(Plan.of(listed, p, where, split_over, layout), signals=signals)
         plan, on_drift = replace(plan, numbered=len(parts) > 1), options.drift(on_drift, plan.device, p)
-        settings = options.settings(p, *told, fingerprint_every, verify_every, on_drift)
         plan = plan.exactly() if exact else plan
         axes = bool(split_over) and where.size > 1
         ready = partial(
@@ -109,6 +109,6 @@ def build(
         copies = agree_on_copies(progress.plan, bool(split_over or layout), on_drift == "raise")
         progress.plan = replace(progress.plan, copies=copies)
         progress.calls.compare_in = progress.calls.compare_in if copies is None else 1.0
-    progress.fingerprints.prepare()
+    progress.fingerprints.prepare(progress.plan)
     progress.calls.count_among(plan.group.clippers)
     return Built(parts, holders_of(everything), holders, progress)

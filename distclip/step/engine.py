@@ -192,7 +192,7 @@ class Engine:
         """See :meth:`Clipper.verify`."""
         refuse_join(self._joinable)
         fault = self.owner.rivalry() or self._inventory.lost()
-        self.progress.proofs.now(fault)
+        self.progress.proofs.now(self.plan, fault)
 
     @shielded
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -12,22 +12,22 @@ from .calls import Call
 
 
 class Fingerprints:
-    """Those of the gradients of a ``plan``, in steps number ``every``, 2 * ``every``, ...; None: in none."""
+    """Those of one Clipper's gradients, in steps number ``every``, 2 * ``every``, ...; None: in none."""
 
-    def __init__(self, plan: Plan, every: int | None) -> None:
-        self._plan, self._every = plan, every
+    def __init__(self, every: int | None) -> None:
+        self._every = every
         self._prints: Prints | None = None  # what ranks agree on once, before the first
 
-    def prepare(self) -> None:
+    def prepare(self, plan: Plan) -> None:
         """Where steps make fingerprints, let ranks agree now on what they are of, or all raise."""
         if self._every is not None:
-            self._agree()
+            self._agree(plan)
 
-    def in_step(self, step: int, measured: Measured, call: Call) -> Fingerprint | None:
+    def in_step(self, plan: Plan, step: int, measured: Measured, call: Call) -> Fingerprint | None:
         """That of ``step``, counted from 1; None where none is due."""
-        return None if self._every is None or step % self._every else self.of(measured, call)
+        return None if self._every is None or step % self._every else self.of(plan, measured, call)
 
-    def of(self, measured: Measured, call: Call) -> Fingerprint:
+    def of(self, plan: Plan, measured: Measured, call: Call) -> Fingerprint:
         """Of what was ``measured`` in this ``call``, on all ranks, or LayoutError on all.
 
         One all-reduce of two int64 numbers a parameter and two more, with a host sync, and another host sync on
@@ -35,11 +35,11 @@ class Fingerprints:
         """
         if measured.reduced.read()[1]:
             raise refusals.ranks_disagree(measured.reduced.who)
-        found = (self._prints or self._agree()).fingerprint(measured.gradients, call.tag, call.name)
+        found = (self._prints or self._agree(plan)).fingerprint(measured.gradients, call.tag, call.name)
         if found is None:
             raise refusals.ranks_disagree()
         return found
 
-    def _agree(self) -> Prints:
-        self._prints = agreed(self._plan, (), partial(Prints.of, self._plan), "fingerprints")
+    def _agree(self, plan: Plan) -> Prints:
+        self._prints = agreed(plan, (), partial(Prints.of, plan), "fingerprints")
         return self._prints

@@ -83,7 +83,7 @@ def settings(
     exact: bool,
     fingerprint_every: int | None,
     verify_every: int | None,
-    on_drift: str,
+    on_drift: str | None,
 ) -> dict[str, str]:
     """A text for each setting, for ranks to compare; of ``given`` and functions only whether they were given."""
     texts = ["given" if each else "not given" for each in given]

@@ -75,12 +75,12 @@ class Progress:
         self.committed = False
         self.units = units_of(plan)
         self.state = made(policy, self.units, plan.device)
-        self.fingerprints = Fingerprints(plan, fingerprint_every)
+        self.fingerprints = Fingerprints(fingerprint_every)
         self._watch = watch
         self._shows_values = plan.slots is not None and plan.slots.of_parameters  # to the policy, as norms
         self._trusted = is_trusted(policy)
         self._holders = holders
-        self.proofs = Proofs(plan, holders, storage, calls)
+        self.proofs = Proofs(holders, storage, calls)
         self._compares_axes = compares_axes
         self._realigns = False  # becomes true, on all ranks, with the first gradient that has to be realigned
         self._captured = False  # whether a call was, so that a CUDA graph holds the state's memory
@@ -107,7 +107,8 @@ class Progress:
         if self._unchecked is not None:
             self._check_previous()
         call, nothing = self.calls.fingerprinting(), dict.fromkeys(self.plan.signals, 0.0)
-        return self.fingerprints.of(self._measure(call, fault or self.plan.memory.late_error, None, nothing), call)
+        measured = self._measure(call, fault or self.plan.memory.late_error, None, nothing)
+        return self.fingerprints.of(self.plan, measured, call)
 
     def advance(
         self,
@@ -131,10 +132,10 @@ class Progress:
         if fault is None and self.plan.memory.late_error is not None:
             fault = self.plan.memory.take_late_error()
         if not capturing:
-            self.proofs.in_step(fault, counted)
+            self.proofs.in_step(self.plan, fault, counted)
         call = self.calls.step(capturing)
         measured = self._measure(call, fault, counted, signals)
-        fingerprint = None if capturing else self.fingerprints.in_step(self.calls.steps + 1, measured, call)
+        fingerprint = None if capturing else self.fingerprints.in_step(self.plan, self.calls.steps + 1, measured, call)
         # 5. Decide, from reduced values only, so that all ranks decide alike.
         outcome, state = self._decide(measured)
         # 6. Check the decision where the host knows it or has to; otherwise in phase 3 of the next call.

@@ -12,20 +12,20 @@ from .calls import Call, Calls
 
 
 class Proofs:
-    """Those of one ``plan``; ``calls`` says in which steps they are due."""
+    """Those of one Clipper; ``calls`` says in which steps they are due."""
 
-    def __init__(self, plan: Plan, holders: Sequence[Tensor], storage: Storage, calls: Calls) -> None:
-        self._plan, self._holders, self._storage, self._calls = plan, holders, storage, calls
+    def __init__(self, holders: Sequence[Tensor], storage: Storage, calls: Calls) -> None:
+        self._holders, self._storage, self._calls = holders, storage, calls
 
-    def now(self, fault: LayoutError | None) -> None:
-        """Prove it, or raise on all ranks; ``fault``: what this rank knows to be wrong."""
-        self._make(self._calls.verification(), fault, None)
+    def now(self, plan: Plan, fault: LayoutError | None) -> None:
+        """Prove the layout of ``plan``, or raise on all ranks; ``fault``: what this rank knows to be wrong."""
+        self._make(plan, self._calls.verification(), fault, None)
 
-    def in_step(self, fault: LayoutError | None, counted: Set[int] | None) -> None:
+    def in_step(self, plan: Plan, fault: LayoutError | None, counted: Set[int] | None) -> None:
         """The same where the step being made is one to be proved; ``counted``: ids of those whose gradients are."""
         if self._calls.proof_is_due():
-            self._make(self._calls.proof(), fault, counted)
+            self._make(plan, self._calls.proof(), fault, counted)
 
-    def _make(self, call: Call, fault: LayoutError | None, counted: Set[int] | None) -> None:
+    def _make(self, plan: Plan, call: Call, fault: LayoutError | None, counted: Set[int] | None) -> None:
         storage = self._storage.among(self._holders, counted)
-        verify(self._plan, self._holders, storage, fault, call.tag, call.name)
+        verify(plan, self._holders, storage, fault, call.tag, call.name)

@@ -106,7 +106,11 @@ def trained(options: dict[str, object]) -> list[tuple[float, float, float, float
 
 @pytest.mark.skipif(not EXISTS, reason="this torch has no backend for devices written in Python")
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"norm_type": 1.0}, {"norm_type": inf}, {"nonfinite": "propagate"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norm_type": 1.0}, {"norm_type": inf}, {"norm_type": inf, "on_drift": "raise"}, {"nonfinite": "propagate"}],
+    ids=str,
+)
 def test_a_device_that_refuses_float64_clips_all_the_same(options, size):
     results = run_ranks(trained, size, options, fresh=True)
     for norm, right, left, wanted in results[0]:

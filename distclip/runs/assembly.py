@@ -23,9 +23,17 @@ def assembled(log: Log, names: Names) -> Run:
     series = {name: each.latest() for name, each in log.series.items()}
     norm, steps, given = series[name], series[name].step, names.max_norm
     unknown = np.full(len(steps), np.nan)
+    called = {
+        "norm": name,
+        "max_norm": known(series, MAX_NORM),
+        "coef": known(series, COEF),
+        "skip": known(series, SKIP),
+        "loss": loss_column(log, names),
+    }
 
-    def column(wanted: str | None, by: Callable[[Series, Steps], Floats]) -> Floats:
-        return unknown if wanted is None else by(series[wanted], steps)
+    def column(wanted: str, by: Callable[[Series, Steps], Floats]) -> Floats:
+        there = called[wanted]
+        return unknown if there is None else by(series[there], steps)
 
     return Run(
         name=log.name,
@@ -33,10 +41,11 @@ def assembled(log: Log, names: Names) -> Run:
         program=log.program,
         step=steps,
         norm=norm.value,
-        max_norm=column(known(series, MAX_NORM), Series.up_to) if given is None else np.full(len(steps), given),
-        coef=column(known(series, COEF), Series.at) if given is None else unknown,
-        skip=column(known(series, SKIP), Series.at) > 0,
-        loss=column(loss_column(log, names), Series.up_to),
+        max_norm=column("max_norm", Series.up_to) if given is None else np.full(len(steps), given),
+        coef=column("coef", Series.at) if given is None else unknown,
+        skip=column("skip", Series.at) > 0,
+        loss=column("loss", Series.up_to),
+        written={key: series[there].since(steps) for key, there in called.items() if there is not None},
         layers=layers_of(series, steps, names.layers),
         culprits=culprits_of(log),
         prints=prints_of(log),
@@ -110,4 +119,4 @@ def layers_of(series: ByName, steps: Steps, prefix: str | None) -> Layers:
     for name in named.values():
         there |= np.isin(steps, series[name].step, assume_unique=True)
     rows = np.flatnonzero(there)
-    return Layers(tuple(named), rows, np.stack([column[rows] for column in columns], 1).astype(np.float32))
+    return Layers(tuple(named), rows, np.stack([column[rows] for column in columns], 1))

@@ -103,15 +103,17 @@ def difference(one: Run, other: Run) -> Difference:
 
 
 def numbers_of(one: Run, other: Run, steps: Steps) -> Iterator[Column]:
-    """Loss, norm and what was done with it, where both runs wrote them."""
+    """Loss, norm and what was done with it, where both runs wrote them in the same step."""
     mine, theirs = (np.searchsorted(run.step, steps) for run in (one, other))
     for name in ("loss", "norm", "max_norm", "coef", "skip"):
-        left = getattr(one, name)[mine].astype(np.float64)
-        right = getattr(other, name)[theirs].astype(np.float64)
-        logged = ~(np.isnan(left) | np.isnan(right))  # a norm that is NaN is one; another may not have been logged yet
-        if name == "norm" or logged.any():
-            odd = differ(left, right)
-            yield Column(name, steps, odd if name == "norm" else odd & logged, left, right)
+        if name not in one.written or name not in other.written:
+            continue
+        since = one.written[name][mine]
+        logged = (since >= 0) & (since == other.written[name][theirs])
+        if logged.any():
+            left = getattr(one, name)[mine][logged].astype(np.float64)
+            right = getattr(other, name)[theirs][logged].astype(np.float64)
+            yield Column(name, steps[logged], differ(left, right), left, right)
 
 
 def layers_of(one: Run, other: Run) -> Iterator[Column]:
@@ -159,7 +161,7 @@ def parting(columns: Sequence[Column], step: int) -> Parting:
         parameters_step=at,
         of=of,
         by=by,
-        drifts={each.name: drift(each, step) for each in columns if each.name in DRIFTING},
+        drifts={each.name: drift(each, step) for each in columns if each.name in DRIFTING and each.steps[-1] >= step},
     )
 
 

@@ -17,12 +17,12 @@ Bools: TypeAlias = NDArray[np.bool_]
 class Layers:
     """Norms by layer, or by whatever else was logged by name.
 
-    ``rows``: (m,) the steps that have them, as places in the columns of the run. ``norms``: (m, names) float32.
+    ``rows``: (m,) the steps that have them, as places in the columns of the run. ``norms``: (m, names).
     """
 
     names: tuple[str, ...] = ()
     rows: Steps = field(default_factory=lambda: np.zeros(0, np.int64))
-    norms: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    norms: Floats = field(default_factory=lambda: np.zeros((0, 0)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +31,7 @@ class Run:
 
     * ``norm``: before clipping, or what the program logged; NaN and inf are what the run had.
     * ``max_norm``, ``coef``, ``loss``: NaN where the run logged none. ``skip``: whether the step was not taken.
+    * ``written``: of the columns above that it logged, by name: in which step that of each step was; -1: in none.
     * ``culprits``: by step, where a norm that is not finite came from.
     * ``prints``: fingerprints by parameter, "" for all, and step.
     * ``notes``: what the reader of the file should know, each a sentence.
@@ -45,6 +46,7 @@ class Run:
     coef: Floats
     skip: Bools
     loss: Floats
+    written: Mapping[str, Steps] = field(default_factory=dict)
     layers: Layers = field(default_factory=Layers)
     culprits: Mapping[int, str] = field(default_factory=dict)
     prints: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
@@ -88,6 +90,11 @@ class Series:
         place = np.searchsorted(self.step, steps).clip(max=len(self.step) - 1)
         found: Floats = np.where(self.step[place] == steps, self.value[place], np.nan)
         return found
+
+    def since(self, steps: Steps) -> Steps:
+        """The step of the last value logged up to each of these steps, -1 before the first."""
+        place = np.searchsorted(self.step, steps, side="right") - 1
+        return np.where(place >= 0, self.step[place], -1)
 
     def up_to(self, steps: Steps) -> Floats:
         """The last value logged up to each of these steps, NaN before the first."""

@@ -73,7 +73,9 @@ class Table:
             there = steps[at] >= 0
             if there.any():
                 series[key] = Series(steps[at][there], np.frombuffer(self.values[key], np.float64)[there])
-        texts = {key: {int(steps[row]): text for row, text in by_row.items()} for key, by_row in self.texts.items()}
+        texts = {
+            key: {int(steps[k]): text for k, text in each.items() if steps[k] >= 0} for key, each in self.texts.items()
+        }
         columns = tuple(self.columns)
         return Log(name or named(path), path, program, columns, series, texts, tuple(notes))
 

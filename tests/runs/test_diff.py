@@ -205,3 +205,44 @@ def test_fingerprints_of_other_parameters_are_not_compared(capsys, tmp_path):
     theirs["fingerprint/a"] = "0x0000000000000003"
     other = lines(tmp_path / "1.jsonl", records([1], **theirs))
     assert document(capsys, str(one), str(other))["parting"]["parameters"] == ["a"]
+
+
+def test_a_loss_that_is_nan_in_one_run_alone_differs(capsys, tmp_path):
+    one = lines(tmp_path / "a.jsonl", [*records([1], loss=1.0), *records([2], loss=2.0)])
+    other = lines(tmp_path / "b.jsonl", [*records([1], loss=1.0), *records([2], loss="NaN")])
+    found = document(capsys, str(one), str(other))["parting"]
+    assert (found["step"], found["columns"]) == (2, ["loss"])
+
+
+def test_numbers_that_one_run_did_not_log_in_a_step_are_not_compared(capsys, tmp_path):
+    """Losses that one run logs less often; steps that only one tells to be skipped."""
+    often = [{"step": step, "norm": 1.0, "loss": 1.0 / step, "skip": step == 3} for step in range(1, 9)]
+    seldom = [{"step": e["step"], "norm": 1.0, **({"loss": e["loss"]} if e["step"] % 2 else {})} for e in often]
+    one, other = lines(tmp_path / "a.jsonl", often), lines(tmp_path / "b.jsonl", seldom)
+    found = document(capsys, str(one), str(other))
+    assert (found["same"], found["columns"]) == (True, ["loss", "norm"])
+    seldom[4]["loss"] = 7.0
+    assert document(capsys, str(one), str(lines(other, seldom)))["parting"]["step"] == 5
+
+
+def test_norms_of_layers_are_compared_as_they_were_written(capsys, tmp_path):
+    """Also where float32 could not tell them apart."""
+    for mine, theirs in ((0.1, 0.1 + 1e-12), (1e40, 2e40)):
+        one, other = (
+            lines(tmp_path / f"{k}.jsonl", records([1], **{"norm/a": each})) for k, each in enumerate((mine, theirs))
+        )
+        assert document(capsys, str(one), str(other))["parting"]["parameters"] == ["a"]
+
+
+def test_fingerprints_that_part_after_the_last_norm(capsys, tmp_path):
+    """Where a log has the norms of some steps."""
+    ends = [{"step": 3, "fingerprint/a": "0x1"}], [{"step": 3, "fingerprint/a": "0x2"}]
+    one, other = (lines(tmp_path / f"{k}.jsonl", [*records([1, 2]), *end]) for k, end in enumerate(ends))
+    found = document(capsys, str(one), str(other))["parting"]
+    assert (found["step"], found["parameters"], found["drifts"]) == (3, ["a"], {})
+
+
+def test_a_fingerprint_without_a_step_is_not_compared(capsys, tmp_path):
+    ends = [{"fingerprint/a": "0x1"}], [{"fingerprint/a": "0x2"}]
+    one, other = (lines(tmp_path / f"{k}.jsonl", [*records([1, 2]), *end]) for k, end in enumerate(ends))
+    assert document(capsys, str(one), str(other))["columns"] == ["norm"]

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distclip import __version__
 from distclip.doctor.arguments import add_doctor, add_inspect
@@ -76,7 +76,12 @@ exit codes:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line."""
+    """Shows its description as a sentence and its epilog as it stands; reports an error in one line."""
+
+    def __init__(self, *, description: str, **others: Any) -> None:
+        sentence = f"{description[0].upper()}{description[1:]}."
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=sentence, formatter_class=formatter, **others)
 
     def error(self, message: str) -> NoReturn:
         complain(message)
@@ -195,7 +200,7 @@ def doctor(known: argparse.Namespace) -> int:
 
 
 def parser_of_commands() -> Parser:
-    parser = Parser(prog="distclip", description="Gradient clipping by the true global norm: train, report, measure.")
+    parser = Parser(prog="distclip", description="gradient clipping by the true global norm: train, report, measure")
     parser.add_argument("--version", action="version", version=f"distclip {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     add_train(commands)
@@ -209,26 +214,14 @@ def parser_of_commands() -> Parser:
 
 def add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     about = "train by a YAML config, on local ranks or under torchrun"
-    train = commands.add_parser(
-        "train",
-        help=about,
-        description=sentence(about),
-        epilog=TRAIN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    train = commands.add_parser("train", help=about, description=about, epilog=TRAIN)
     train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/quickstart.yaml")
     train.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override values of the file")
 
 
 def add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
     about = "write an HTML report on the gradient norms of runs, also of other programs"
-    report = commands.add_parser(
-        "report",
-        help=about,
-        description=sentence(about),
-        epilog=REPORT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    report = commands.add_parser("report", help=about, description=about, epilog=REPORT)
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder or the log of a run")
     report.add_argument("--out", type=Path, metavar="FILE", help="write here (report.html in the first run's folder)")
     add_columns(report)
@@ -245,13 +238,7 @@ def add_columns(command: Parser) -> None:
 
 def add_diff(commands: "argparse._SubParsersAction[Parser]") -> None:
     about = "find the step, and the parameter, in which two runs part"
-    diff = commands.add_parser(
-        "diff",
-        help=about,
-        description=sentence(about),
-        epilog=DIFF,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    diff = commands.add_parser("diff", help=about, description=about, epilog=DIFF)
     diff.add_argument("one", metavar="RUN_A", type=Path, help="the folder or the log of a run")
     diff.add_argument("other", metavar="RUN_B", type=Path, help="another")
     diff.add_argument("--json", action="store_true", help="one JSON object")
@@ -267,20 +254,10 @@ def bound(text: str) -> float:
 
 def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     about = "measure distclip against torch, on local ranks or under torchrun"
-    bench = commands.add_parser(
-        "bench",
-        help=about,
-        description=sentence(about),
-        epilog=BENCH,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    bench = commands.add_parser("bench", help=about, description=about, epilog=BENCH)
     bench.add_argument("cases", metavar="CASE", nargs="*", help="a case, or a prefix of several (default: all)")
     bench.add_argument("--processes", type=int, default=2, metavar="N", help="local ranks without a launcher (2)")
     bench.add_argument("--rounds", type=int, metavar="N", help="rounds of every case (default: each case's own)")
     bench.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
     bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="with Gloo or with NCCL (cpu)")
     bench.add_argument("--list", action="store_true", help="list the cases and their goals without measuring")
-
-
-def sentence(about: str) -> str:
-    return f"{about[0].upper()}{about[1:]}."

@@ -36,13 +36,7 @@ docs/howto/doctor.md has an example.
 
 def add_doctor(commands: "argparse._SubParsersAction[Any]") -> None:
     about = "check that the norm is right on these ranks: versions, backend, layouts, your model"
-    doctor = commands.add_parser(
-        "doctor",
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
-        epilog=DOCTOR + BUILD,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    doctor = commands.add_parser("doctor", help=about, description=about, epilog=DOCTOR + BUILD)
     add_ranks(doctor, processes=2)
     doctor.add_argument("--model", metavar="MODULE:FUNCTION", help="verify your own model as well")
     doctor.add_argument(
@@ -52,13 +46,7 @@ def add_doctor(commands: "argparse._SubParsersAction[Any]") -> None:
 
 def add_inspect(commands: "argparse._SubParsersAction[Any]") -> None:
     about = "show what a Clipper does with a model: where parameters lie, what travels, which optimizers fold"
-    inspect = commands.add_parser(
-        "inspect",
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
-        epilog=INSPECT + BUILD,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    inspect = commands.add_parser("inspect", help=about, description=about, epilog=INSPECT + BUILD)
     add_ranks(inspect, processes=1)
     inspect.add_argument("--model", metavar="MODULE:FUNCTION", required=True, help="the function that builds it")
     inspect.add_argument("--all", action="store_true", dest="every", help="list every parameter")

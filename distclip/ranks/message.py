@@ -68,91 +68,87 @@ def reduce_norm(
     if isinstance(local, Tensor) and not on_host and group.reference is None:  # nobody to disagree with, no message
         norm = root(_of_model(local, slots, p), p)
         return Reduced(norm, False, tuple(flags), sums=local if local.ndim else None)
-    known = _known(group, p, code % CODES, faulty, flags, drift, on_host)
+    behind = _behind(group, p, code % CODES, faulty, flags, drift, on_host)
+    asked = Asked(group, p, call, slots, replicated, drift, behind)
     if not isinstance(local, Tensor):
-        return _reduce_number(group, local, p, known, replicated, call, drift)
-    reduce = _reduce_vector if on_host else _reduce_tensor
-    return reduce(group, local, p, known, replicated, call, slots, drift)
+        return _reduce_number(asked, local)
+    return _reduce_vector(asked, local) if on_host else _reduce_tensor(asked, local)
 
 
-class Known(NamedTuple):
-    """What travels behind this rank's own numbers: ``words``, of its code and its copies, and then ``more``."""
+class Behind(NamedTuple):
+    """What travels behind this rank's own numbers: ``words``, of its code and its copies, and then ``more``.
+
+    ``flags``: how many of these are flags; the others are amounts.
+    """
 
     words: list[Scalar]
     flags: int
     more: list[Scalar]
 
 
-def _known(
+class Asked(NamedTuple):
+    """What :func:`reduce_norm` was asked for, and what travels ``behind`` the numbers."""
+
+    group: ClippingGroup
+    p: float
+    call: str
+    slots: int
+    replicated: bool
+    drift: Drift | None
+    behind: Behind
+
+
+def _behind(
     group: ClippingGroup, p: float, code: int, faulty: bool, flags: Sequence[bool], drift: Drift | None, on_host: bool
-) -> Known:
+) -> Behind:
     more: list[Scalar] = [*map(float, flags), *(() if drift is None else drift.amounts)]
     if p == inf:
         bits = [] if drift is None else [drift.word, -drift.word]
-        return Known([code + faulty, -code, *bits], len(flags), more)
+        return Behind([code + faulty, -code, *bits], len(flags), more)
     word = agreement_word(code, group.rank, len(group.ranks)) + (inf if faulty else 0.0)
     if drift is None:
-        return Known([word], len(flags), more)
-    return Known([word + drift.word] if on_host else [word, drift.word], len(flags), more)
+        return Behind([word], len(flags), more)
+    return Behind([word + drift.word] if on_host else [word, drift.word], len(flags), more)
 
 
-def _reduce_number(
-    group: ClippingGroup, local: float, p: float, known: Known, replicated: bool, call: str, drift: Drift | None
-) -> Reduced:
+def _reduce_number(asked: Asked, local: float) -> Reduced:
     """From a number on the host."""
-    numbers = [_bits(local) if p == inf else local, *known.words, *known.more]
-    if group.reference is not None:
-        numbers = _all_reduce(group, torch.tensor(numbers, dtype=_dtype(p)), p, call).tolist()
+    p, behind = asked.p, asked.behind
+    numbers = [_bits(local) if p == inf else local, *behind.words, *behind.more]
+    if asked.group.reference is not None:
+        numbers = _all_reduce(asked, torch.tensor(numbers, dtype=_dtype(p))).tolist()
     first, *rest = numbers
     norm = _number(int(first)) if p == inf else root(first, p)
-    return Reduced(norm, *_verdict(group, rest, p, known, local if replicated else None, drift))
+    return Reduced(norm, *_verdict(asked, rest, local if asked.replicated else None))
 
 
-def _reduce_vector(
-    group: ClippingGroup,
-    local: Tensor,
-    p: float,
-    known: Known,
-    replicated: bool,
-    call: str,
-    slots: int,
-    drift: Drift | None,
-) -> Reduced:
+def _reduce_vector(asked: Asked, local: Tensor) -> Reduced:
     """From a vector on the host."""
-    sums, rest = local, [*known.words, *known.more]
-    if group.reference is not None:
-        message = _all_reduce(group, torch.cat([_sent(local, p), torch.tensor(rest, dtype=_dtype(p))]), p, call)
+    p, slots = asked.p, asked.slots
+    sums, rest = local, [*asked.behind.words, *asked.behind.more]
+    if asked.group.reference is not None:
+        message = _all_reduce(asked, torch.cat([_sent(local, p), torch.tensor(rest, dtype=_dtype(p))]))
         sums, rest = message[: len(local)].view(torch.float64), message[len(local) :].tolist()
-    own = _of_model(local, slots, p).item() if replicated else None
+    own = _of_model(local, slots, p).item() if asked.replicated else None
     norm = root(_of_model(sums, slots, p).item(), p)
-    return Reduced(norm, *_verdict(group, rest, p, known, own, drift), sums=sums)
+    return Reduced(norm, *_verdict(asked, rest, own), sums=sums)
 
 
-def _reduce_tensor(
-    group: ClippingGroup,
-    local: Tensor,
-    p: float,
-    known: Known,
-    replicated: bool,
-    call: str,
-    slots: int,
-    drift: Drift | None,
-) -> Reduced:
+def _reduce_tensor(asked: Asked, local: Tensor) -> Reduced:
     """From a 0-d tensor or a vector on an accelerator."""
+    p, slots, drift = asked.p, asked.slots, asked.drift
     own = _sent(local.view(-1), p)
-    behind = _on_device([*known.words, *known.more], own)
     before = [] if local.ndim or p == inf else [own]
-    memory = torch.cat([*before, own, *behind])
-    message = _all_reduce(group, memory[len(before) :], p, call)
+    memory = torch.cat([*before, own, *_on_device([*asked.behind.words, *asked.behind.more], own)])
+    message = _all_reduce(asked, memory[len(before) :])
     sums, rest = message[: len(own)].view(torch.float64), message[len(own) :].unbind()
     total = _of_model(sums if local.ndim else sums[0], slots, p)
     norm = total if p == inf else total.sqrt_() if p == 2 else total.pow_(1 / p)  # in place: that of a row too
-    mine = _of_model(local, slots, p) if replicated else None
-    verdict = _verdict(group, rest, p, known, mine, drift)
+    verdict = _verdict(asked, rest, _of_model(local, slots, p) if asked.replicated else None)
     void = verdict[0] | verdict[3] if drift is not None and drift.stops else verdict[0]
     assert isinstance(void, Tensor)
     norm.masked_fill_(void, nan)
-    row = memory[: 2 + len(known.words)] if before else None
+    row = memory[: 2 + len(asked.behind.words)] if before else None
     return Reduced(norm, *verdict, row=row, sums=sums if local.ndim else None)
 
 
@@ -163,27 +159,29 @@ def _on_device(numbers: Sequence[Scalar], like: Tensor) -> list[Tensor]:
 
 
 def _verdict(
-    group: ClippingGroup, rest: Sequence[Any], p: float, known: Known, own: Scalar | None, drift: Drift | None
+    asked: Asked, rest: Sequence[Any], own: Scalar | None
 ) -> tuple[Tensor | bool, tuple[Scalar, ...], Scalar | None, Tensor | bool, tuple[Scalar, ...]]:
     """Disagreement, flags, ``own``, drift and amounts, from what was reduced behind the ranks' own numbers."""
-    words, more, apart = rest[: len(known.words)], rest[len(known.words) :], False
-    if p == inf:
+    words, more = rest[: len(asked.behind.words)], rest[len(asked.behind.words) :]
+    drifts, apart = asked.drift is not None, False
+    if asked.p == inf:
         disagree = words[0] != -words[1]
-        apart = drift is not None and words[2] != -words[3]
-    elif drift is not None and len(words) == 1:
-        disagree = not is_settled(words[0], group.size)
+        apart = drifts and words[2] != -words[3]
+    elif drifts and len(words) == 1:
+        disagree = not is_settled(words[0], asked.group.size)
         apart = disagree and isfinite(words[0])
     else:
         disagree = words[0] != 0
-        apart = drift is not None and words[1] % COPIES != 0
-    return disagree, tuple(more[: known.flags]), own, apart, tuple(more[known.flags :])
+        apart = drifts and words[1] % COPIES != 0
+    flags = asked.behind.flags
+    return disagree, tuple(more[:flags]), own, apart, tuple(more[flags:])
 
 
-def _all_reduce(group: ClippingGroup, message: Tensor, p: float, call: str) -> Tensor:
+def _all_reduce(asked: Asked, message: Tensor) -> Tensor:
     """Reduce ``message`` in place and return it: the maximum for p = inf, else the sum."""
-    if p == inf:
-        return all_reduce(group, message, dist.ReduceOp.MAX, -len(message), call)
-    return all_reduce(group, message, dist.ReduceOp.SUM, len(message), call)
+    if asked.p == inf:
+        return all_reduce(asked.group, message, dist.ReduceOp.MAX, -len(message), asked.call)
+    return all_reduce(asked.group, message, dist.ReduceOp.SUM, len(message), asked.call)
 
 
 def _dtype(p: float) -> torch.dtype:

@@ -1,23 +1,44 @@
 /* Sums of squares of a block. Included once for each instruction set, with
-     NAME(x)    x with the set's name,
-     TARGET     what tells the compiler to use it,
-     WIDEN(x)   four floats as four doubles.
+     NAME(x)          x with the set's name,
+     TARGET           what tells the compiler to use it,
+     WIDEN(x)         four floats as four doubles,
+     JOIN(x, y)       two vectors of four words as one of eight,
+     PRODUCTS(x, y)   of each word the products of its halves, which have signs, added.
    Where `zeros` is there, numbers that are 0 are counted; each of its lanes counts at most the elements of a block.
    Where `bits` is there, the elements are added to it as integers too, modulo 2 ** 32. */
 
-TARGET INLINE void NAME(add)(doubles *lanes, words *zeros, words *bits, const char *at, size_t apart, int kind)
+/* Each element as an integer, those of 16 bits with their sign, and the squares of its halves. Of 16 bits that is
+   x + x * x, which is -(x * ~x). */
+TARGET INLINE void NAME(add_integers)(integers *bits, const char *at, size_t apart, int kind)
+{
+    for (int stream = 0; stream < STREAMS; stream += kind == FP32 ? 1 : 2) {
+        integers read;
+        if (kind == FP32) {
+            memcpy(&read, at + stream * apart, 32);
+            *bits += read + PRODUCTS(read, read);
+        } else {
+            words one, other;
+            memcpy(&one, at + stream * apart, 16);
+            memcpy(&other, at + (stream + 1) * apart, 16);
+            read = JOIN(one, other);
+            *bits -= PRODUCTS(read, ~read);
+        }
+    }
+}
+
+TARGET INLINE void NAME(add)(doubles *lanes, words *zeros, integers *bits, const char *at, size_t apart, int kind)
 {
     for (int stream = 0; stream < STREAMS; stream++) {
         floats low, high;
         read_lanes(at + stream * apart, kind, &low, &high);
         if (zeros)
             *zeros -= (words)(low == 0) + (words)(high == 0); /* true is -1 */
-        if (bits)
-            *bits += read_integers(at + stream * apart, kind);
         doubles x = WIDEN(low), y = WIDEN(high);
         lanes[2 * stream] += x * x;
         lanes[2 * stream + 1] += y * y;
     }
+    if (bits)
+        NAME(add_integers)(bits, at, apart, kind);
 }
 
 /* What is left of the last step is read from a copy filled up with zeros. */
@@ -25,19 +46,20 @@ TARGET INLINE double NAME(sum)(const char *start, size_t numel, int kind, double
 {
     const size_t size = kind == FP32 ? 4 : 2;
     doubles lanes[2 * STREAMS] = {{0}};
-    words counts = {0}, integers = {0};
+    words counts = {0};
+    integers added = {0};
     size_t apart = numel / STEP * LANES * size;
     for (size_t at = 0; at < apart; at += LANES * size)
-        NAME(add)(lanes, zeros ? &counts : NULL, bits ? &integers : NULL, start + at, apart, kind);
+        NAME(add)(lanes, zeros ? &counts : NULL, bits ? &added : NULL, start + at, apart, kind);
     if (numel % STEP) {
         char rest[STEP * 4] = {0};
         memcpy(rest, start + STREAMS * apart, numel % STEP * size);
-        NAME(add)(lanes, zeros ? &counts : NULL, bits ? &integers : NULL, rest, LANES * size, kind);
+        NAME(add)(lanes, zeros ? &counts : NULL, bits ? &added : NULL, rest, LANES * size, kind);
     }
     if (zeros) /* less those that the copy was filled up with */
         *zeros += (double)counts[0] + counts[1] + counts[2] + counts[3] - (numel % STEP ? STEP - numel % STEP : 0);
-    if (bits)
-        *bits += integers[0] + integers[1] + integers[2] + integers[3];
+    for (int lane = 0; bits && lane < LANES; lane++)
+        *bits += added[lane];
     doubles sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
@@ -74,3 +96,5 @@ TARGET static void NAME(sum_rows)(const char *start, size_t numel, size_t rows, 
 #undef NAME
 #undef TARGET
 #undef WIDEN
+#undef JOIN
+#undef PRODUCTS

@@ -21,7 +21,8 @@ enum {
 typedef double doubles __attribute__((vector_size(32)));
 typedef float floats __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(16)));
-typedef int32_t signed_words __attribute__((vector_size(16)));
+typedef uint32_t integers __attribute__((vector_size(32)));
+typedef int32_t signed_integers __attribute__((vector_size(32)));
 
 /* fp16 without its sign, shifted to where fp32 has its exponent and fraction. Exponents have another zero: 15 becomes
    127, and 31, which is inf and NaN, 255. Below 2**-14 there is no leading 1: one is added and subtracted again. */
@@ -51,43 +52,21 @@ INLINE void read_lanes(const char *at, int kind, floats *low, floats *high)
     }
 }
 
-/* The sum of the squares of the halves of each word, which have signs, modulo 2 ** 32. */
-INLINE words squares_of_halves(words pairs)
-{
-#ifdef __x86_64__
-    return (words)_mm_madd_epi16((__m128i)pairs, (__m128i)pairs); /* in one instruction */
-#else
-    words low = (words)((signed_words)(pairs << 16) >> 16), high = (words)((signed_words)pairs >> 16);
-    return low * low + high * high;
-#endif
-}
-
-/* The sum of eight elements as integers, those of 16 bits with their sign, and of the squares of their halves. */
-INLINE words read_integers(const char *at, int kind)
-{
-    words pairs, more;
-    memcpy(&pairs, at, 16);
-    if (kind == FP32) {
-        memcpy(&more, at + 16, 16);
-        return (pairs + more) + (squares_of_halves(pairs) + squares_of_halves(more));
-    }
-#ifdef __x86_64__
-    words sums = (words)_mm_madd_epi16((__m128i)pairs, _mm_set1_epi16(1));
-#else
-    words sums = (words)((signed_words)(pairs << 16) >> 16) + (words)((signed_words)pairs >> 16);
-#endif
-    return sums + squares_of_halves(pairs);
-}
-
 #define NAME(x) x##_portable
 #define TARGET
 #define WIDEN(x) __builtin_convertvector(x, doubles)
+#define LOW(x) ((signed_integers)((x) << 16) >> 16)
+#define HIGH(x) ((signed_integers)(x) >> 16)
+#define JOIN(x, y) ((integers){(x)[0], (x)[1], (x)[2], (x)[3], (y)[0], (y)[1], (y)[2], (y)[3]})
+#define PRODUCTS(x, y) ((integers)(LOW(x) * LOW(y)) + (integers)(HIGH(x) * HIGH(y)))
 #include "block.h"
 
 #ifdef __x86_64__
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define WIDEN(x) ((doubles)_mm256_cvtps_pd((__m128)(x))) /* gcc 12 makes two halves of the line above: twice the time */
+#define JOIN(x, y) ((integers)_mm256_set_m128i((__m128i)(y), (__m128i)(x)))
+#define PRODUCTS(x, y) ((integers)_mm256_madd_epi16((__m256i)(x), (__m256i)(y)))
 #include "block.h"
 #else
 #define sum_rows_avx2 sum_rows_portable

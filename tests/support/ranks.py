@@ -11,8 +11,8 @@
 Ranks are processes of this machine that talk through Gloo. They are forked from a server that has already
 imported torch (0.1 s; a spawned process takes 3 s and more) and stay for the next case of the same size,
 which then costs about 30 ms. Every case has its own process group, which meets in a fresh file and not on a
-port, so that any number of test runs go side by side. After a failure of any kind the ranks are thrown away,
-and where too many groups of older cases are still in them.
+port, so that any number of test runs go side by side, and leaves it once all ranks have answered. After a
+failure of any kind the ranks are thrown away, and where too many groups of older cases are still in them.
 
 Return values and compare them in the test: there pytest shows both sides, an `assert` on a rank neither.
 """
@@ -47,7 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 LIMIT = 280.0  # seconds for a case: what takes one on a quiet machine has taken 60 at load 40
 GRACE = 3.0  # seconds the other ranks have to finish once one has failed
-CROWD = 60  # threads of a rank: torch keeps Gloo groups alive, and each wakes a hundred times a second
+CROWD = 60  # threads of a rank: DTensor's caches keep Gloo groups, each of which wakes a hundred times a second
 
 processes = get_context("forkserver")
 processes.set_forkserver_preload(
@@ -119,13 +119,17 @@ class _Team:
         self.cases += 1
         meeting_point = str(self.folder / f"case-{self.cases}")
         job = _Job(call, timeout, meeting_point, sys.path, list(warnings.filters))
-        for pipe in self.pipes:
-            with suppress(BrokenPipeError):  # it died between cases: `_receive` says so
-                pipe.send(job)
+        self._tell(job)
         answers = self._collect(timeout)
         if not all(isinstance(answer, bytes) for answer in answers):
             raise RankError(self._story(answers, timeout))
+        self._tell(None)  # that all have answered
         return [pickle.loads(answer) for answer in answers]
+
+    def _tell(self, job: _Job | None) -> None:
+        for pipe in self.pipes:
+            with suppress(BrokenPipeError):  # it died between cases: `_receive` says so
+                pipe.send(job)
 
     def is_crowded(self) -> bool:
         """Whether the groups that its cases have left behind are a load for those to come."""
@@ -222,14 +226,22 @@ def _serve(pipe: connection.Connection, rank: int, size: int, stack: Path) -> No
                 job = pipe.recv()
             except EOFError:
                 return
-            pipe.send(_answer(rank, size, job))
+            if job is None:
+                _part()
+            else:
+                pipe.send(_answer(rank, size, job))
+
+
+def _part() -> None:
+    """Leave the groups of a case, once no rank waits for another in them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # FSDP's cycles hold them, and with them threads that never sleep for long
 
 
 def _answer(rank: int, size: int, job: _Job) -> bytes | str:
     """The pickled result, or the traceback. Pickled here: an unpicklable result is an ordinary error."""
     try:
-        if dist.is_initialized():  # the last case's; by now no rank waits for another in it
-            dist.destroy_process_group()
         sys.path[:] = job.path
         with warnings.catch_warnings():
             warnings.resetwarnings()

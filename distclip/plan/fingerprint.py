@@ -46,9 +46,11 @@ class Prints:
     def of(cls, plan: Plan, others: Sequence[Others]) -> "Prints":
         """``others``: of all ranks, the same on each; one all-reduce if there are some.
 
-        LayoutError where it cannot be known which ranks hold the same, or where in the whole a part is.
+        LayoutError where it cannot be known which ranks hold the same, or where in the whole a part is. ValueError
+        on all of more than MOST_RANKS.
         """
-        assert plan.group.size <= MOST_RANKS
+        if plan.group.size > MOST_RANKS:
+            raise refusals.too_many_ranks(plan.group.size, MOST_RANKS)
         table, numbers = table_of(plan, None, others)
         prints = cls(plan, _names(table), numbers)
         plan.check_shares("fingerprints")

@@ -177,6 +177,10 @@ def unknown_replicas(name: str) -> LayoutError:
     )
 
 
+def too_many_ranks(size: int, most: int) -> ValueError:
+    return ValueError(f"fingerprints are added on {most} ranks at most, and the group has {size}: leave them out")
+
+
 def unknown_places(name: str) -> LayoutError:
     return LayoutError(
         f"layout= says that ranks hold parts of {name}, and not which, so that it has no fingerprint: cut it by "

@@ -332,3 +332,10 @@ def with_signals() -> bool:
 
 def test_policies_that_ask_for_signals_need_none_for_it():
     assert with_signals()
+
+
+def test_more_ranks_than_sums_have_room_for_are_refused(monkeypatch):
+    monkeypatch.setattr("distclip.plan.fingerprint.MOST_RANKS", 0)
+    clipper = Clipper(nn.Linear(2, 1), 1.0)
+    with pytest.raises(ValueError, match="fingerprints are added on 0 ranks at most, and the group has 1"):
+        clipper.fingerprint()

@@ -82,7 +82,7 @@ class Table:
     def steps(self, path: Path, column: str) -> Steps:
         """The step of each row; -1 where it has none."""
         values = np.frombuffer(self.values[column], np.float64)
-        wrong = ~((values >= 0) & (values < MOST))
+        wrong = ~((values >= 0) & (values < MOST) & (values == np.floor(values)))
         if wrong.any():
             raise no_step(path, column, float(values[wrong][0]))
         steps = np.full(self.length, -1, np.int64)

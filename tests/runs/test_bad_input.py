@@ -35,6 +35,7 @@ BAD = {  # name of the file, content, part of the message
     "a norm that is a word": ("log.jsonl", '{"norm": "big"}\n', "column 'norm' holds 'big', which is no number"),
     "a norm without a step": ("log.jsonl", '{"step": 1}\n{"norm": 2.0}\n', "column 'norm' holds no number in any step"),
     "a step below 0": ("log.jsonl", '{"step": -1, "norm": 1.0}\n', "column 'step' holds -1.0, which is no step"),
+    "half a step": ("log.csv", "step,norm\n1.0,2\n1.5,3\n", "column 'step' holds 1.5, which is no step"),
     "a step that is NaN": ("log.jsonl", '{"step": NaN, "norm": 1.0}\n', "column 'step' holds nan"),
     "a table without rows": ("log.csv", "step,grad_norm\n", "is empty"),
     "a ragged table": ("log.csv", "step,grad_norm\n1,2\n1,2,3\n4,5\n", "line 3: is no CSV: it has 3 cells"),

@@ -125,6 +125,14 @@ def test_rows_are_read_in_their_encoding_whatever_mark_is_in_front(encoding, tmp
     assert read == [(f"caf\xe9 {i}", i % 2) for i in range(9)]
 
 
+def test_half_a_character_in_utf_7_is_a_word_like_others(tmp_path: Path):
+    (tmp_path / "rows.csv").write_bytes(b"text,label\n" + b"+2AA- a,0\nb,1\n" * 9)
+    dataset = load_rows(RowsData(path=str(tmp_path / "rows.csv"), encoding="utf-7", length=2), seed=0)
+    assert set(map(tuple, dataset.train.inputs.tolist())) == {
+        tuple(hashed(text, 2, 4096)) for text in ("\ud800 a", "b")
+    }
+
+
 def test_the_shipped_rows_are_different_mostly_negative_and_of_no_machine():
     with (CONFIGS / "data" / "prose.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

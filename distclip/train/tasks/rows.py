@@ -89,7 +89,9 @@ def check_header(header: list[str], path: Path, data: RowsData) -> None:
 
 def hashed(text: str, length: int, buckets: int) -> list[int]:
     """The first words as numbers 1..buckets, padded with 0. CRC-32, since Python's hash differs by process."""
-    words = [zlib.crc32(word.encode()) % buckets + 1 for word in WORD.findall(text.lower())[:length]]
+    words = [
+        zlib.crc32(word.encode(errors="surrogatepass")) % buckets + 1 for word in WORD.findall(text.lower())[:length]
+    ]
     return words + [0] * (length - len(words))
 
 

@@ -164,12 +164,29 @@ def diff(known: argparse.Namespace) -> int:
             raise
         complain('comparing runs needs numpy: pip install "distclip[report]"')
         return 2
-    names = Names(step=known.step, norm=known.norm, loss=known.loss, layers=known.layers)
+    names, lines = Names(step=known.step, norm=known.norm, loss=known.loss, layers=known.layers), list[str]()
     try:
-        return compare(known.one, known.other, names, known.json, print)
+        code = compare(known.one, known.other, names, known.json, lines.append)
     except RunError as error:
         complain(str(error))
         return 2
+    return code if printed(lines) else 2
+
+
+def printed(lines: Sequence[str]) -> bool:
+    """Print ``lines``, or say why not: the exit code of an exception would say that runs differ."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        for line in lines:
+            print(line.encode(encoding, "backslashreplace").decode(encoding))
+        print(end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        leave_pipe()
+        complain(f"cannot print the result: {error.strerror}")
+        return False
+    return True
 
 
 def bench(known: argparse.Namespace, words: list[str]) -> int:

@@ -130,11 +130,12 @@ def layers_of(one: Run, other: Run) -> Iterator[Column]:
 
 
 def prints_of(one: Run, other: Run) -> Iterator[Column]:
-    """Fingerprints that both have; that of all where they are of the same parameters."""
+    """Fingerprints that both have; that of all unless they name other parameters."""
+    alike = one.prints.keys() == other.prints.keys() or {""} in (one.prints.keys(), other.prints.keys())
     for name, mine in one.prints.items():
         theirs = other.prints.get(name, {})
         steps = sorted(mine.keys() & theirs.keys())
-        if steps and (name or one.prints.keys() == other.prints.keys()):
+        if steps and (name or alike):
             odd = np.array([mine[step] != theirs[step] for step in steps])
             yield Column(f"{PRINT}/{name}" if name else PRINT, np.array(steps), odd)
 

@@ -207,6 +207,24 @@ def test_fingerprints_of_other_parameters_are_not_compared(capsys, tmp_path):
     assert document(capsys, str(one), str(other))["parting"]["parameters"] == ["a"]
 
 
+def test_the_fingerprint_of_all_is_compared_where_a_run_has_no_others(capsys, tmp_path):
+    ours, theirs = {"fingerprint": "0x01", "fingerprint/a": "0x01"}, {"fingerprint": "0x02"}
+    one, other = (lines(tmp_path / f"{k}.jsonl", records([1], **each)) for k, each in enumerate((ours, theirs)))
+    assert document(capsys, str(one), str(other))["parting"]["columns"] == ["fingerprint"]
+
+
+def test_what_cannot_be_printed_does_not_say_that_runs_differ(capfd, monkeypatch, tmp_path):
+    run = str(lines(tmp_path / "caf\xe9.jsonl", records([1])))
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["diff", run, run]) == 2
+    assert "cannot print the result: No space left on device" in capfd.readouterr().err
+    with open(tmp_path / "said", "w", encoding="ascii") as said:
+        monkeypatch.setattr("sys.stdout", said)
+        assert main(["diff", run, run]) == 0
+    assert "caf\\xe9.jsonl" in (tmp_path / "said").read_text()
+
+
 def test_a_loss_that_is_nan_in_one_run_alone_differs(capsys, tmp_path):
     one = lines(tmp_path / "a.jsonl", [*records([1], loss=1.0), *records([2], loss=2.0)])
     other = lines(tmp_path / "b.jsonl", [*records([1], loss=1.0), *records([2], loss="NaN")])

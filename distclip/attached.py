@@ -14,7 +14,7 @@ from .optimizers.hooks import SKIP, Arguments, guard, parameters_of, versions_of
 from .optimizers.wrapped import clip_target, is_optimizer, with_inner
 from .policies import Policy
 from .policies.adopt import bound_by_place, without_signals
-from .report import Report
+from .report import Fingerprint, Report
 from .step.driver import Driver
 from .step.engine import Engine
 from .step.options import Options
@@ -55,6 +55,10 @@ class Attachment:
     def measure(self) -> Report:
         """Measure what the steps do: the gradients that the attached optimizers hold."""
         return self._engine.measure(self._present(), only_theirs=True)
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the same gradients."""
+        return self._engine.fingerprint(self._present(), only_theirs=True)
 
     def _present(self) -> list[Optimizer]:
         return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
@@ -223,7 +227,8 @@ def attach(
     engine = Engine(model, policy, **options)
     without_signals(policy, "optimizer.step()")  # when all ranks know that they have the same policy
     attachment = Attachment(engine, attached, in_grad)
-    return Clipper.of(engine, Driver("optimizer.step()", measure=attachment.measure, detach=attachment.detach))
+    driver = Driver("optimizer.step()", attachment.measure, attachment.fingerprint, detach=attachment.detach)
+    return Clipper.of(engine, driver)
 
 
 def _refuse_copies(optimizer: Optimizer) -> Callable[[], None]:

@@ -26,7 +26,7 @@ from ..optimizers.scaler import is_unscaled, unscale_
 from ..optimizers.wrapped import refuse_clip_before_step
 from ..plan.arguments import Parameters
 from ..policies import MaxNorm, Policy
-from ..report import Report
+from ..report import Fingerprint, Report
 from ..step.driver import Driver
 from ..step.engine import Engine
 from ..step.options import Options
@@ -89,7 +89,8 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         if self._clips_any_of(clipped):
             raise ValueError("a clipper() clips this model already and both would: keep that one, call clipper() once")
         measure, clip_ = partial(self._measure, engine), partial(self._clip, engine)
-        clipper = Clipper.of(engine, Driver("accelerate", measure=measure, clip_=clip_, step=_refuse_to_step))
+        fingerprint = partial(self._fingerprint, engine)
+        clipper = Clipper.of(engine, Driver("accelerate", measure, fingerprint, clip_=clip_, step=_refuse_to_step))
         _clippers.add(clipper)
         self.register_for_checkpointing(clipper)
         return clipper
@@ -117,6 +118,9 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
                 "measure(), or clip_(), whose report tells the norm"
             )
         return engine.measure(inner, only_theirs=True, signals=signals)
+
+    def _fingerprint(self, engine: Engine) -> Fingerprint:
+        return engine.fingerprint(list(map(_inner, self._holding(engine.owner.clipped))), only_theirs=True)
 
     def _clips_any_of(self, ids: Set[int]) -> bool:
         """Whether a :meth:`clipper` of this Accelerator clips any of these parameters."""

@@ -211,7 +211,7 @@ def _called_by_trainer(trainer: Trainer, optimizer: Optimizer, policy: Policy, o
             raise RuntimeError(SCALED + "measure() in on_before_optimizer_step")
         return engine.measure([optimizer], only_theirs=True)
 
-    return Clipper.of(engine, Driver("ClipGradients", measure=measure))
+    return Clipper.of(engine, Driver("ClipGradients", measure, lambda: engine.fingerprint([optimizer], True)))
 
 
 def _as_wrapped(module: nn.Module) -> nn.Module:

@@ -5,9 +5,10 @@ What calls a Clipper in its user's place (`attach`, the integrations, an optimiz
 the public names of `distclip` and those below, and subclasses nothing; docs/howto/extend.md says which of them when.
 They may change in a minor version, which CHANGELOG.md then says.
 
-* ``step.engine.Engine``: the verbs ``measure``, ``clip_``, ``begin``, ``decide`` and ``step``; ``owner.register``,
-  ``owner.release``, ``owner.clipped``, ``interruption.record`` and ``plan.p``. ``step.options``: ``Options``, the
-  keywords of a user, and ``Watch``, the type of one. ``step.signals.Signals``: what is passed with a call.
+* ``step.engine.Engine``: the verbs ``measure``, ``fingerprint``, ``clip_``, ``begin``, ``decide`` and ``step``;
+  ``owner.register``, ``owner.release``, ``owner.clipped``, ``interruption.record`` and ``plan.p``. ``step.options``:
+  ``Options``, the keywords of a user, and ``Watch``, the type of one. ``step.signals.Signals``: what is passed with a
+  call.
 * ``optimizers.fused.Stepping``, which ``begin`` returns: ``step`` steps an optimizer, or does not; ``around`` is what
   its step runs inside where someone else calls it, unless it is ``skipped``.
 * ``step.decision.Outcome``, which ``decide`` returns: ``report`` and ``skip``; ``apply_to`` scales what it is handed,

@@ -182,9 +182,10 @@ class Engine:
 
     @shielded
     @_tells
-    def fingerprint(self) -> Fingerprint:
+    def fingerprint(self, optimizers: Sequence[Optimizer] = (), only_theirs: bool = False) -> Fingerprint:
         """See :meth:`Clipper.fingerprint`."""
-        return self.progress.fingerprint(self._fault())
+        counted = self._folding.of(optimizers).parameters if only_theirs else None
+        return self.progress.fingerprint(self._fault(), counted)
 
     @shielded
     @_tells

@@ -102,12 +102,12 @@ class Progress:
             raise refusals.ranks_disagree(measured.reduced.who)
         return outcome
 
-    def fingerprint(self, fault: LayoutError | None) -> Fingerprint:
-        """See :meth:`.Clipper.fingerprint`. ``fault``: as in :meth:`preview`."""
+    def fingerprint(self, fault: LayoutError | None, counted: Set[int] | None = None) -> Fingerprint:
+        """See :meth:`.Clipper.fingerprint`. ``fault``, ``counted``: as in :meth:`preview`."""
         if self._unchecked is not None:
             self._check_previous()
         call, nothing = self.calls.fingerprinting(), dict.fromkeys(self.plan.signals, 0.0)
-        measured = self._measure(call, fault or self.plan.memory.late_error, None, nothing)
+        measured = self._measure(call, fault or self.plan.memory.late_error, counted, nothing)
         return self.fingerprints.of(self.plan, measured, call)
 
     def advance(

@@ -351,14 +351,16 @@ class TestOwners:
     def test_gradients_that_no_optimizer_holds_do_not_add_up_in_the_norm(self):
         model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
         optimizer = SGD(model[1].parameters(), lr=0.0)
-        clipper = distclip.attach(optimizer, model, 1e-3)
+        clipper = distclip.attach(optimizer, model, 1e-3, fingerprint_every=1)
         alone = norm_of(torch.autograd.grad(loss_of(model), list(model[0].parameters())))
         for step in range(1, 4):
             loss_of(model).backward()
             found = norm_of(p.grad for p in model[1].parameters())
             assert clipper.measure().norm.item() == pytest.approx(found, rel=1e-6)
+            fingerprint = clipper.fingerprint()
             optimizer.step()
             assert clipper.report.norm.item() == pytest.approx(found, rel=1e-6)
+            assert clipper.report.fingerprint == fingerprint
             optimizer.zero_grad()
             others = norm_of(p.grad for p in model[0].parameters())
             assert others == pytest.approx(step * alone, rel=1e-6), "they are neither scaled nor zeroed"

@@ -350,7 +350,7 @@ def others(scale):
     model, optimizer = torch.nn.parallel.DistributedDataParallel(model), SGD(model[1].parameters(), lr=0.1)
     accelerator._models.append(model)  # prepare() of fp16 is for accelerators
     optimizer = accelerator.prepare_optimizer(optimizer)
-    clipper = accelerator.clipper(model, 1e9)
+    clipper = accelerator.clipper(model, 1e9, fingerprint_every=1)
     found = []
     for _ in range(3):
         accelerator.backward(model(torch.ones(2, 3)).sum())
@@ -359,7 +359,9 @@ def others(scale):
                 clipper.measure()
             accelerator.unscale_gradients()
         held = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
-        found.append((clipper.measure().norm.item(), clipper.clip_().norm.item(), torch.cat(held).norm().item()))
+        measured, fingerprint, clipped = clipper.measure(), clipper.fingerprint(), clipper.clip_()
+        assert fingerprint == clipped.fingerprint
+        found.append((measured.norm.item(), clipped.norm.item(), torch.cat(held).norm().item()))
         optimizer.step()
         optimizer.zero_grad()
     return found

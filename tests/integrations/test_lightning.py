@@ -361,8 +361,13 @@ def test_gradients_that_the_optimizer_does_not_hold_do_not_add_up_in_the_norm(sc
             return scheduled(SGD(self.net.head.parameters(), lr=0.05))
 
         def on_before_optimizer_step(self, optimizer):
-            others = [p.grad for p in self.net.blocks.parameters()]
-            seen.append(torch.cat([gradient.flatten() for gradient in others]).norm().item())
+            others = torch.cat([p.grad.flatten() for p in self.net.blocks.parameters()])
+            seen.append(others.norm().item())
+            clipper = next(c for c in self.trainer.callbacks if isinstance(c, ClipGradients)).clipper
+            before = clipper.fingerprint()
+            for p in self.net.blocks.parameters():
+                p.grad.add_(1.0)
+            assert clipper.fingerprint() == before
 
     seen, net, norms = [], runs.build(), []
     optimizer = SGD(net.head.parameters(), lr=0.05)

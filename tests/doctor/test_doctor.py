@@ -125,17 +125,13 @@ def children_of(process: subprocess.Popen[str]) -> list[str]:
     return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
 
-def test_torchrun_starts_it_and_one_rank_that_dies_is_named():
+def test_torchrun_starts_it():
     well = start("doctor", *QUICK, launcher=TORCHRUN)
-    dying = start("inspect", "--model", "doctor.mine:dies_on_rank_1", launcher=TORCHRUN)
     output, errors = well.communicate(timeout=LIMIT)
     assert well.returncode == 0, errors
     assert output.splitlines()[-1].startswith("All is well: 11 checks in ")
     page = (ROOT / "docs/howto/doctor.md").read_text(encoding="utf-8")
     assert checks_in(page) == checks_in(output) != []
-    output, _ = dying.communicate(timeout=LIMIT)  # torchrun has much to say, too
-    assert dying.returncode == 1
-    assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
 
 
 def test_alone_it_starts_two_processes_and_names_one_that_dies():

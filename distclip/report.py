@@ -38,9 +38,10 @@ class Culprit:
             return f"every gradient is finite but the sum of powers overflows float64{which}"
         if not self.reduced:
             return f"{self.parameter} on rank {self.rank} has {self.kind} in its gradient"
-        whose = f"reduced gradient, held by rank {and_more(self.ranks)}" if self.ranks else "gradient"
+        holders = f"rank{'s' if len(self.ranks) > 1 else ''} {and_more(self.ranks)}"
+        whose = f"reduced gradient, held by {holders}" if self.ranks else "gradient"
         return (
-            f"{self.parameter} has {self.kind} in its {whose}; distclip.find_source(model) says from which rank it came"
+            f"{self.parameter} has {self.kind} in its {whose}; distclip.find_source(model) says which rank it came from"
         )
 
 

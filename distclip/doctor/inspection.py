@@ -133,7 +133,7 @@ def why_not(clipper: Clipper, optimizer: Optimizer) -> str:
     if type(optimizer) not in FOLDING:
         return f"it is none of torch's {', '.join(kind.__name__ for kind in FOLDING)}"
     if not all(group.get("fused") for group in optimizer.param_groups):
-        return "it is not fused: say fused=True"
+        return "it is not fused: pass fused=True"
     if not can_fold(optimizer):
         return "this torch's own does not heed a scale"
     if not clipper.engine.progress.storage.in_grad:

@@ -64,7 +64,7 @@ NO_ROWS = "; ask for statistics per parameter, or choose others by only="
 def flattened_across_rows(name: str, dims: tuple[int, ...]) -> LayoutError:
     return LayoutError(
         f"FSDP1 has flattened {name} row by row, and its rows are along dims {dims}, of which a rank has no view: "
-        f"use fully_shard, or say dims={{{name!r}: (0,)}}{NO_ROWS}"
+        f"use fully_shard, or pass dims={{{name!r}: (0,)}}{NO_ROWS}"
     )
 
 

@@ -10,7 +10,7 @@ from ..policies.statistic import Dims
 from ..report import Culprit
 
 SAY_WHERE = (
-    "say layout=... (distclip.Layout.cut(parts=[tp])) where ranks hold different parts of these parameters, or "
+    "pass layout=... (distclip.Layout.cut(parts=[tp])) where ranks hold different parts of these parameters, or "
     "split_over=[mesh['pp']] where all that they hold is different"
 )
 ABSENT = (
@@ -62,7 +62,7 @@ def norm_on_meta() -> ValueError:
 def functions_disagree(who: str) -> LayoutError:
     return LayoutError(
         "the ranks of the clipping group passed other parameters or settings, lack a gradient that others have, or one "
-        f"of them stopped with an error of its own: pass the same everywhere, or say split_over={who}"
+        f"of them stopped with an error of its own: pass the same everywhere, or pass split_over={who}"
     )
 
 
@@ -76,8 +76,8 @@ def not_made(what: str, who: str) -> LayoutError:
 
 def other_parameters(who: str) -> LayoutError:
     return LayoutError(
-        "the ranks of the clipping group hold parameters of other names, shapes, dtypes or placements: say which ranks "
-        f"hold different ones by split_over=[mesh['pp']] or layout=...{who}"
+        "the ranks of the clipping group hold parameters of different names, shapes, dtypes or placements: say which "
+        f"ranks hold different ones by split_over=[mesh['pp']] or layout=...{who}"
     )
 
 
@@ -90,22 +90,22 @@ def other_settings(names: Sequence[str], who: str) -> ValueError:
 
 def other_values(names: Sequence[str]) -> LayoutError:
     return LayoutError(
-        f"ranks that should hold copies hold other values of {and_more(names)}: {SAY_WHERE}, only=... where nobody "
+        f"ranks that should hold copies hold different values of {and_more(names)}: {SAY_WHERE}, only=... where nobody "
         "trains them, and build the Clipper after parameters are loaded or broadcast"
     )
 
 
 def drifted_apart(names: Sequence[str]) -> LayoutError:
     return LayoutError(
-        f"copies have drifted apart: ranks hold other values of {and_more(names)}; load or broadcast these parameters "
-        f"anew, or {SAY_WHERE}"
+        f"copies have drifted apart: ranks hold different values of {and_more(names)}; load or broadcast these "
+        f"parameters anew, or {SAY_WHERE}"
     )
 
 
 def copies_differ(call: str, norm: float) -> LayoutError:
     return LayoutError(
         f"copies of gradients differ between ranks since {call}, and here had a norm of {norm:.7g}: reduce gradients "
-        "before clipping (leave no_sync for the last backward), say split_over=[mesh['pp']] or layout=... where ranks "
+        "before clipping (leave no_sync for the last backward), pass split_over=[mesh['pp']] or layout=... where ranks "
         "hold different parameters, group=... where they train apart, or go on from the last checkpoint if a copy was "
         "damaged"
     )
@@ -118,7 +118,7 @@ def drifted(call: str, names: str, odd: Sequence[int], norms: Mapping[int, float
     shown = ", ".join(f"{norm:.9g} on rank {rank}" for rank, norm in list(norms.items())[: len(odd) + 1][-2:])
     told = f"{where}{there}, of norm {shown}" if norms else ""
     return (
-        f"copies of gradients have drifted apart in {call}: {names}{told}. Copies that had the same bits have others: "
+        f"copies of gradients have drifted apart in {call}: {names}{told}. Copies that had the same bits now differ: "
         "a bit was flipped in memory or on its way, or something changes gradients on one rank alone. Go on from the "
         "last checkpoint, and without this machine if it happens again; on_drift='ignore' compares no bits"
     )

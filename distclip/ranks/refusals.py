@@ -18,7 +18,7 @@ DESTROYED = "the process group was destroyed: build the Clipper anew"
 NOT_INITIALISED = "group was given but torch.distributed is not initialised: call init_process_group"
 NOT_ON_THIS_AXIS = (
     "split_over names a group that rank {rank} is not in: give every rank the group that it is in itself, as "
-    "mesh['pp'] and dist.new_subgroups() do, or say layout="
+    "mesh['pp'] and dist.new_subgroups() do, or pass layout="
 )
 NOT_IN_GROUP = "rank {rank} is not in the clipping group: only the ranks of `group` may call"
 NOT_ONE_DIM = "split_over takes 1-D mesh slices such as mesh['pp']; got a {ndim}-D mesh {mesh}"

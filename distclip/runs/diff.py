@@ -70,10 +70,10 @@ def compared(found: Difference) -> str:
 def said_of(parting: Parting) -> list[str]:
     lines = [f"they part at step {parting.step:,}: {', '.join(parting.columns)}"]
     if parting.parameters:
-        all_of_them = 1 < len(parting.parameters) == parting.of
-        which = "all parameters" if all_of_them else f"{and_more(parting.parameters)}"
+        odd, of = len(parting.parameters), parting.of
+        which = f"all {of}" if 1 < odd == of else f"{and_more(parting.parameters)} ({odd} of {of})"
         when = "" if parting.parameters_step == parting.step else f" of step {parting.parameters_step:,}"
-        lines.append(f"in {which}, by the {parting.by}s{when}: {len(parting.parameters)} of {parting.of}")
+        lines.append(f"parameters that differ, by the {parting.by}s{when}: {which}")
     if parting.drifts:
         lines.append("how far they drift, relative to the larger number:")
         lines += [f"  {name:5} {spread(each)}" for name, each in parting.drifts.items()]

@@ -15,7 +15,7 @@ POLICY_IS_FIXED = (
     "or give it a policy whose bound changes with its own state"
 )
 NO_GRADIENT = f"no gradient on this rank, and a norm of 0 over all: {ABSENT}"
-SKIP_INSTEAD = "To skip such steps on all ranks, say nonfinite='skip'"
+SKIP_INSTEAD = "To skip such steps on all ranks, pass nonfinite='skip'"
 
 
 # ---- what is passed -----------------------------------------------------------------------------------------

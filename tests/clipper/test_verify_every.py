@@ -93,7 +93,7 @@ def test_a_copy_that_has_drifted_by_a_bit_is_named_in_the_step_that_proves_and_n
     for met, untouched in run_ranks(drifts, 2, how):
         *others, last = met
         assert others == [""] * (1 if how == "resumed" else 3)
-        assert last.startswith("LayoutError: copies have drifted apart: ranks hold other values of weight; ")
+        assert last.startswith("LayoutError: copies have drifted apart: ranks hold different values of weight; ")
         assert untouched
 
 

@@ -256,14 +256,14 @@ def test_the_culprit_comes_from_the_norms_and_only_whether_ranks_agree_is_asked(
     said, kept, collectives = found[0]
     assert same_bits(found)
     assert (
-        said == kept == f"2.weight has {kind} in its gradient; distclip.find_source(model) says from which rank it came"
+        said == kept == f"2.weight has {kind} in its gradient; distclip.find_source(model) says which rank it came from"
     )
     assert collectives == 2
 
 
 def test_the_error_names_the_culprit_too():
     said, *_ = run_ranks(blamed, 2, "parameters", nan, "raise")[1]
-    assert "2.weight has NaN in its gradient; distclip.find_source(model) says from which rank it came; no grad" in said
+    assert "2.weight has NaN in its gradient; distclip.find_source(model) says which rank it came from; no grad" in said
 
 
 def test_groups_do_not_name_a_parameter_so_that_ranks_are_asked():

@@ -128,7 +128,7 @@ def test_which_optimizers_fold_and_why_not():
     )
     assert found == {
         "AdamW": "yes",
-        "SGD": "no it is not fused: say fused=True",
+        "SGD": "no it is not fused: pass fused=True",
         "RMSprop": "no it is none of torch's Adam, AdamW, SGD, Adagrad",
         "Adam": "no it holds parameters that this Clipper does not clip",
     }

@@ -208,7 +208,7 @@ def not_finite(kind: str, anywhere: bool = False) -> Callable[[Case], Contract]:
         if anywhere and case.call == "function":
             name = r"parameter \d+ of shape \(.*\)"
         rank = r"\d" if anywhere else case.guilty
-        reduced = f"has {kind} in its reduced gradient, held by rank {rank}"  # where FSDP has summed and cut it
+        reduced = f"has {kind} in its reduced gradient, held by ranks? {rank}"  # where FSDP has summed and cut it
         says = (f"{name} (on rank {rank} has {kind} in its gradient|{reduced})",)
         if case.nonfinite == "raise":
             return Contract(("NonFiniteError",), says=says)
@@ -361,7 +361,7 @@ FAULTS: dict[str, Fault] = {
         refused("nonfinite", type="ValueError"),
         calls=STEP,
     ),
-    "Clipper of other parameters": Fault("build", other_parameters, refused("parameters of other names"), calls=STEP),
+    "Clipper of other parameters": Fault("build", other_parameters, refused("of different names"), calls=STEP),
     "other parameters": Fault("gradients", other_parameters, refused("other parameters"), calls=FUNCTION),
     # copies that differ
     "bit flip in a parameter, verify()": Fault(

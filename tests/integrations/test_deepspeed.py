@@ -23,7 +23,7 @@ BOUND, NAN_AT = runs.BOUND, runs.NAN_AT
 PLACES = ["0", "1", "2", "2 offloaded", "3", "3 offloaded"]
 ON_TWO = [(2, name) for name in runs.CASES]
 ON_FOUR = [(4, name) for name in runs.ON_FOUR]
-REDUCED = "embed.weight has NaN in its reduced gradient, held by rank 0, 1"
+REDUCED = "embed.weight has NaN in its reduced gradient, held by ranks 0, 1"
 NONFINITE = (
     "NonFiniteError: The total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot be clipped"
 )

@@ -256,8 +256,8 @@ def test_fsdp1_experts_that_nobody_told_about_are_refused_at_construction(layout
     """On metadata they look like copies in both groups; their values tell that they are not."""
     results = run_ranks(inner_group_untold, 4, layout)
     for said, counts in results:
-        assert said.startswith("ranks that should hold copies hold other values of inner.0.weight, inner.0.bias, ")
-        assert "say layout=... (distclip.Layout.cut(parts=[tp])) where ranks hold different parts" in said
+        assert said.startswith("ranks that should hold copies hold different values of inner.0.weight, inner.0.bias, ")
+        assert "pass layout=... (distclip.Layout.cut(parts=[tp])) where ranks hold different parts" in said
         assert said.index("layout=") < said.index("split_over=[mesh['pp']]")
         assert counts == {"allreduce": 2}
 

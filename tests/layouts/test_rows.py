@@ -295,7 +295,7 @@ def test_rows_along_first_dims_that_fsdp1_cuts_in_the_middle(dims, orig):
 def test_rows_along_other_dims_under_fsdp1_are_refused(dims):
     for said in run_ranks(flat_along, 2, dims, True):
         assert f"has flattened 0 row by row, and its rows are along dims {dims}, of which a rank has no view" in said
-        assert "say dims={'0': (0,)}" in said
+        assert "pass dims={'0': (0,)}" in said
 
 
 # ---- wrappers ----------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ def test_a_bad_batch_on_one_rank_is_found_there_and_no_rank_is_blamed_for_the_re
     # tanh hides the inf from later layers, and its gradient there is 0 times inf
     assert found == f"first.weight on rank {size - 1} has NaN in its gradient"
     assert ranks == (size - 1,)
-    assert "first.weight has NaN in its reduced gradient, held by rank 0" in reduced
-    assert reduced.endswith("; distclip.find_source(model) says from which rank it came")
+    assert "first.weight has NaN in its reduced gradient, held by ranks 0, 1" in reduced
+    assert reduced.endswith("; distclip.find_source(model) says which rank it came from")
     assert kept == reduced
 
 
@@ -156,5 +156,5 @@ def test_a_rank_is_blamed_where_the_gradient_is_its_own():
     for said, ranks, reduced in run_ranks(own_gradient, 2, "one copy"):
         assert (said, ranks, reduced) == ("first.weight on rank 1 has NaN in its gradient", [1], False)
     for said, ranks, reduced in run_ranks(own_gradient, 2, "both copies"):
-        assert said.startswith("first.weight has NaN in its reduced gradient, held by rank 0, 1; ")
+        assert said.startswith("first.weight has NaN in its reduced gradient, held by ranks 0, 1; ")
         assert (ranks, reduced) == ([0, 1], True)

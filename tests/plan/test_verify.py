@@ -56,7 +56,7 @@ def stages_with_equal_names(values: str) -> str:
 
 def test_stages_with_equal_names_are_found_by_their_values():
     for said in run_ranks(stages_with_equal_names, 2, "other"):
-        assert said.startswith("ranks that should hold copies hold other values of weight, bias: say layout=")
+        assert said.startswith("ranks that should hold copies hold different values of weight, bias: pass layout=")
 
 
 def test_stages_that_begin_alike_are_found_by_their_gradients():
@@ -85,7 +85,7 @@ def drifted_apart(count: int) -> str:
 )
 def test_an_error_names_five_parameters_and_counts_the_others(count, names):
     for said in run_ranks(drifted_apart, 2, count):
-        assert said.startswith(f"ranks that should hold copies hold other values of {names}say layout=")
+        assert said.startswith(f"ranks that should hold copies hold different values of {names}pass layout=")
 
 
 CONSTANTS = (0.0, 0.02, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0, -0.1, -1.0, -2.0)
@@ -107,7 +107,7 @@ def constant_on_each_rank(values: tuple[float, float]) -> str:
 @pytest.mark.parametrize("values", [(1.0, 2.0), (0.0, 4.0), (1.0, -1.0), (0.1, 0.2)])
 def test_constant_values_that_differ_are_found_at_construction(values):
     for said in run_ranks(constant_on_each_rank, 2, values):
-        assert said.startswith("ranks that should hold copies hold other values of 0: ")
+        assert said.startswith("ranks that should hold copies hold different values of 0: ")
 
 
 def negated(seed: int) -> str:
@@ -119,7 +119,7 @@ def negated(seed: int) -> str:
 
 def test_values_of_the_other_sign_are_found_at_construction():
     for said in run_ranks(negated, 2, 3):
-        assert said.startswith("ranks that should hold copies hold other values of w: ")
+        assert said.startswith("ranks that should hold copies hold different values of w: ")
 
 
 def tied(replicas: int | None) -> str:
@@ -204,7 +204,7 @@ def drifted(where: str) -> str:
 
 def test_a_replica_that_drifted_by_one_bit_is_found():
     for said in run_ranks(drifted, 4, "value"):
-        assert said.startswith("ranks that should hold copies hold other values of head.weight: ")
+        assert said.startswith("ranks that should hold copies hold different values of head.weight: ")
     for said in run_ranks(drifted, 4, "gradient"):
         assert said.startswith("ranks that should hold the same gradient do not: head.weight; ")
     assert run_ranks(drifted, 4, "nowhere") == ["no error"] * 4
@@ -352,7 +352,7 @@ def flipped(dtype: torch.dtype, element: int) -> str:
 @pytest.mark.parametrize("element", [0, 4321, 9999])
 def test_one_flipped_bit_in_a_copy_of_a_parameter_is_found(dtype, element):
     for said in run_ranks(flipped, 2, dtype, element):
-        assert said.startswith("copies have drifted apart: ranks hold other values of weight; ")
+        assert said.startswith("copies have drifted apart: ranks hold different values of weight; ")
 
 
 def exchanged() -> str:
@@ -367,7 +367,7 @@ def exchanged() -> str:
 
 def test_two_elements_of_a_copy_that_changed_places_are_found():
     for said in run_ranks(exchanged, 2):
-        assert said.startswith("copies have drifted apart: ranks hold other values of weight; ")
+        assert said.startswith("copies have drifted apart: ranks hold different values of weight; ")
 
 
 def test_bits_are_compared_however_a_copy_lies_in_memory():

@@ -366,7 +366,7 @@ def test_ranks_that_do_not_agree_are_told_what_they_are_told_on_the_host():
         assert "LayoutError: copies of gradients differ between ranks since step 1" in told["after copies apart"]
         assert "lacks a gradient" in told["after one was missing"]
         assert "NonFiniteError: 2 steps in a row" in told["inf 2"]
-        assert "2 has inf in its reduced gradient, held by rank 0, 1; " in told["inf 2"]
+        assert "2 has inf in its reduced gradient, held by ranks 0, 1; " in told["inf 2"]
         assert "has inf in its gradient" in told["function"]
         assert "rank 1: 2 parameters of 5 elements" in told["parameters"]
         assert "rank 1: policy MaxNorm(max_norm=2.0)" in told["policies"]

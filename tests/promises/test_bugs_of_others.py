@@ -399,7 +399,7 @@ def nan_on(bad: int, norm_type: float) -> tuple[bool, bool, str, bool]:
 def test_no_maximum_drops_a_nan_whichever_rank_has_it(bad):
     """mlx#4072: a MAX all-reduce keeps or drops a NaN by the order of ranks (Gloo's does so too)."""
     said = f"blocks.1.3.weight has NaN in its reduced gradient, held by rank {bad}; "
-    said += "distclip.find_source(model) says from which rank it came"
+    said += "distclip.find_source(model) says which rank it came from"
     assert run_ranks(nan_on, 3, bad, inf) == [(True, True, said, True)] * 3
 
 

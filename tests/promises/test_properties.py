@@ -283,7 +283,7 @@ def test_one_bad_number_is_seen_by_all_and_named_by_all(wholes, size, chance, p,
     kind = "NaN" if bad != bad else "inf"
     assert len(set(said)) == 1
     if "reduced" in said[0]:  # several ranks have it
-        assert f"has {kind} in its reduced gradient, held by rank {holders[0]}, " in said[0]
+        assert f"has {kind} in its reduced gradient, held by ranks {holders[0]}, " in said[0]
     else:
         assert f"on rank {holders[0]} has {kind} in its gradient" in said[0]
 

@@ -196,7 +196,7 @@ def built_differently(what: str) -> str:
 @pytest.mark.parametrize("what", ["names", "shapes", "dtypes", "missing"])
 def test_other_parameters_on_one_rank_are_refused_at_construction(what):
     for said in run_ranks(built_differently, 3, what):
-        assert said.startswith("LayoutError: the ranks of the clipping group hold parameters of other names")
+        assert said.startswith("LayoutError: the ranks of the clipping group hold parameters of different names")
 
 
 @pytest.mark.parametrize("what", ["policy", "max_norm", "norm_type", "nonfinite", "max_consecutive_skips"])

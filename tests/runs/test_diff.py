@@ -134,7 +134,7 @@ def test_one_flipped_bit_is_found_in_its_step_and_parameter(capsys, made):
     code, out, _ = diff(capsys, made.straight, made.flipped)
     assert code == 1
     assert "they part at step 37" in out
-    assert "in b, by the fingerprints: 1 of 3" in out
+    assert "parameters that differ, by the fingerprints: b (1 of 3)" in out
 
 
 def test_fingerprints_of_some_steps_tell_later_than_the_norm(capsys, made):
@@ -154,7 +154,7 @@ def test_another_seed_parts_at_step_1(capsys, made):
     code, out, _ = diff(capsys, made.straight, made.reseeded)
     assert code == 1
     assert "they part at step 1" in out
-    assert "in all parameters, by the fingerprints: 3 of 3" in out
+    assert "parameters that differ, by the fingerprints: all 3" in out
 
 
 def records(steps: Sequence[int], **columns: object) -> list[dict]:

@@ -105,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command(words: list[str]) -> int:
     parser = parser_of_commands()
     known, others = parser.parse_known_args(words)
+    if known.command is None:
+        parser.error("no command: choose train, report, diff, bench, doctor or inspect; see distclip --help")
     if known.command == "train":
         return train(known.config, [*known.overrides, *others])
     if others:
@@ -219,7 +221,7 @@ def doctor(known: argparse.Namespace) -> int:
 def parser_of_commands() -> Parser:
     parser = Parser(prog="distclip", description="gradient clipping by the true global norm: train, report, measure")
     parser.add_argument("--version", action="version", version=f"distclip {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     add_train(commands)
     add_report(commands)
     add_diff(commands)

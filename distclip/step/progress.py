@@ -166,7 +166,7 @@ class Progress:
         """See :meth:`Clipper.load_state_dict`."""
         labels = labelled(self.policy, self.units)
         wanted = ("policy", "steps", "consecutive_skips", *labels, "history")
-        if isinstance(state, dict):  # of an older version, without a history
+        if isinstance(state, dict) and set(wanted) - set(state) == {"history"}:  # of an older version, without one
             state = {"history": History().state_dict()} | state
         state = with_keys(state, wanted, "a Clipper's")
         steps, skips = (count(f"state {name}", state[name]) for name in ("steps", "consecutive_skips"))

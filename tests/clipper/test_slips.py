@@ -257,3 +257,11 @@ def test_one_process_goes_on_after_a_step_that_was_broken_off():
     with pytest.raises(Stopped):
         clipper.step(optimizer)
     assert outcome(lambda: clipper.step(optimizer)) == "right"
+
+
+@pytest.mark.parametrize("given", [{}, {"model": {}}])
+def test_a_state_that_is_none_is_quoted_as_it_was_given(given):
+    clipper = distclip.Clipper(model(), 1.0)
+    with pytest.raises(ValueError, match=r"a Clipper's state has the keys \[.*\], got ") as error:
+        clipper.load_state_dict(given)
+    assert str(error.value).endswith(f", got {list(given)}")

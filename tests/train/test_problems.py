@@ -255,6 +255,13 @@ def test_no_config_is_one_line_that_asks_for_nothing_else(capsys):
     assert capsys.readouterr().err == "distclip: the following arguments are required: CONFIG\n"
 
 
+def test_no_command_is_one_line_that_names_them_all(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    said = capsys.readouterr().err
+    assert said == "distclip: no command: choose train, report, diff, bench, doctor or inspect; see distclip --help\n"
+
+
 @linux
 def test_a_full_disk_is_one_line(here, capsys, monkeypatch):
     """A file without a name can be made there, but holds nothing."""

@@ -64,14 +64,12 @@ class Clipper:
     * ``watch``: whose norms are in ``report.norms``, measured in the same all-reduce: ``"parameters"``, or groups of
       them by patterns of their names: ``{"experts": "*.experts.*", "head": ("head.*", "embed.*")}``.
     * ``watch_zeros``: count zeros among their elements too, for ``report.zeros``: a share of each, 0 to 1.
-    * ``exact``: the float64 number nearest to the true norm, for p = 1, 2 or inf: the same bits in any layout, on any
-      number of ranks and threads. One host sync a call on accelerators; not with ``watch``, nor with policies that need
-      more than the norm.
+    * ``exact``: the float64 number nearest to the true norm, for p = 1, 2 or inf: the same bits in any layout. A host
+      sync a call on accelerators; not with ``watch``, nor with policies that need more than the norm.
     * ``fingerprint_every``: in steps N, 2 N, ... the report has a ``fingerprint``, as :meth:`fingerprint` makes it.
     * ``verify_every``: :meth:`verify` in steps N, 2 N, ..., on the gradients that the step is about to clip.
-    * ``on_drift``: what all ranks do where replicas of a gradient differ by a bit: ``"warn"`` (LayoutError if they are
-      1 % apart), ``"raise"`` a LayoutError before gradients change, or ``"ignore"`` it. None: ``"warn"`` on CPUs for
-      p < inf, else ``"ignore"``.
+    * ``on_drift``: where replicas of a gradient differ by a bit, ``"warn"`` (raise if by 1 %), ``"raise"`` LayoutError
+      before gradients change, or ``"ignore"`` it. None: ``"warn"`` on CPUs with p < inf, else ``"ignore"``.
 
     LayoutError or ValueError on all ranks where they differ in parameters, values of replicas or settings; ValueError
     for a policy's answer that no step can use. What is communicated, and when the host waits: :mod:`distclip`.
@@ -224,11 +222,10 @@ class Clipper:
     def fingerprint(self) -> Fingerprint:
         """One number of 64 bits for the gradient of each parameter as it is now, and one for all.
 
-        It depends on every bit of every element and on the element's place in the whole parameter: the same gradients
-        have the same numbers in any layout, and a flipped bit changes them. The dtype counts; a gradient that is None
-        adds 0, and a sparse one counts as a dense one. Two all-reduces, the second of two int64 numbers a parameter,
-        and a host sync; the first call makes up to four more all-reduces, of names. LayoutError on all ranks where the
-        layout does not tell who holds what.
+        It depends on every bit of every element and its place in the whole parameter: the same gradients have the same
+        numbers in any layout, and a flipped bit changes them. The dtype counts; None adds 0, a sparse gradient counts
+        as a dense one. Two all-reduces, the second of two int64 numbers a parameter, and a host sync; in the first call
+        up to four more, of names. LayoutError on all ranks where the layout does not tell who holds what.
         """
         return self._call("fingerprint")()  # type: ignore[no-any-return]
 

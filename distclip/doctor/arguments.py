@@ -25,9 +25,9 @@ exit codes as those of distclip doctor.
 """
 BUILD = """
 --model names a function without arguments, such as build in mine.py. It is called on every rank, once
-torch.distributed is initialised, and returns the wrapped model, or a tuple of what there is of these:
+torch.distributed is initialised, and returns the wrapped model, or a tuple with any of these:
   the model or its parts   modules, or a distclip.Clipper of them (for split_over=, layout=, a policy)
-  optimizers               to see whether they fold
+  optimizers               to see whether they apply the coefficient themselves (fused ones do)
   backward                 a function without arguments that runs a real forward and backward
 
 docs/howto/doctor.md has an example.
@@ -45,7 +45,7 @@ def add_doctor(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def add_inspect(commands: "argparse._SubParsersAction[Any]") -> None:
-    about = "show what a Clipper does with a model: where parameters lie, what travels, which optimizers fold"
+    about = "show what a Clipper does with a model: placements, replicas, what a step communicates"
     inspect = commands.add_parser("inspect", help=about, description=about, epilog=INSPECT + BUILD)
     add_ranks(inspect, processes=1)
     inspect.add_argument("--model", metavar="MODULE:FUNCTION", required=True, help="the function that builds it")

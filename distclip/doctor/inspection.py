@@ -44,14 +44,14 @@ def parameters(plan: Plan) -> Iterator[dict[str, Any]]:
             "here": piece.here,
             "dtype": str(piece.dtype).removeprefix("torch."),
             "device": piece.device.type,
-            "lies": lies(piece),
+            "placements": placements(piece),
             "where": plan.where[i],
             "replicas": plan.replicas[i],
         }
 
 
-def lies(piece: Piece) -> str:
-    """How a parameter lies on its ranks: ``Shard(0) over dp=2``."""
+def placements(piece: Piece) -> str:
+    """How a parameter is placed on its ranks: ``Shard(0) over dp=2``."""
     parts = []
     if piece.spec is not None:
         mesh = piece.spec.mesh

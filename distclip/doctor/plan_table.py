@@ -7,9 +7,9 @@ from distclip.doctor.meeting import Record, said_alike
 from distclip.doctor.refusals import ranks
 from distclip.doctor.table import table
 
-ALIKE = ("lies", "where", "replicas", "dtype", "device")
-HEADS = ("parameters", "elements", "on each rank", "dtype", "device", "lies", "replicas", "where", "such as")
-HEADS_OF_EACH = ("name", "shape", "here", "dtype", "lies", "replicas", "where")
+ALIKE = ("placements", "where", "replicas", "dtype", "device")
+HEADS = ("parameters", "elements", "on each rank", "dtype", "device", "placements", "replicas", "where", "such as")
+HEADS_OF_EACH = ("name", "shape", "here", "dtype", "placements", "replicas", "where")
 
 
 def lines(records: Sequence[Record], every: bool) -> list[str]:
@@ -60,7 +60,7 @@ class Group:
             here,
             first["dtype"],
             first["device"],
-            first["lies"],
+            first["placements"],
             f"{first['replicas']} of {world}",
             on,
             next(iter(self.elements)),
@@ -85,7 +85,7 @@ def each_parameter(record: Record) -> list[str]:
             "x".join(map(str, p["shape"])),
             f"{p['here']:,}",
             p["dtype"],
-            p["lies"],
+            p["placements"],
             str(p["replicas"]),
             p["where"] or "",
         )
@@ -124,4 +124,4 @@ def collectives_of(record: Record) -> str:
 def folding(records: Sequence[Record]) -> list[str]:
     """Which optimizers apply the coefficient while they step, and why not the others; by rank 0."""
     rows = [(each["optimizer"], each["folds"], each["why"]) for each in records[0]["optimizers"]]
-    return ["", *table(("optimizer", "folds", "why not"), rows)]
+    return ["", *table(("optimizer", "applies coef", "why not"), rows)]

@@ -60,7 +60,7 @@ def listened(process: subprocess.Popen[str]) -> set[str]:
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         seen |= listening(descendants(process.pid))
-        time.sleep(0.02)
+        time.sleep(0.1)
     return seen
 
 

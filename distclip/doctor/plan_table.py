@@ -113,7 +113,8 @@ def message_of(record: Record) -> str:
     if not found["numbers"]:
         return "none, in one process"
     norms = "one for the norm" if found["norms"] == 1 else f"{found['norms']} for norms"
-    return f"{found['numbers']} numbers ({found['bytes']} bytes) on {found['on']}: {norms}, the others for agreement"
+    others = "the other" if found["numbers"] - found["norms"] == 1 else "the others"
+    return f"{found['numbers']} numbers ({found['bytes']} bytes) on {found['on']}: {norms}, {others} for agreement"
 
 
 def collectives_of(record: Record) -> str:

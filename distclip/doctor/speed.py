@@ -74,6 +74,6 @@ def judge(name: str, records: Sequence[Record]) -> Finding:
     text = (
         f"a step of {slowest['parameters'] / 1e6:.3g} M parameters in {slowest['tensors']} tensors takes "
         f"{1000 * slowest['clipped']:.3g} ms with clipping, {1000 * slowest['plain']:.3g} ms without: "
-        f"{slowest['ratio']:.3g}x ({low:.3g} to {high:.3g})"
+        f"{slowest['ratio']:.3g}x in the median of {slowest['rounds']} rounds (quartiles {low:.3g} to {high:.3g})"
     )
     return Finding(name=name, text=text, facts=slowest)

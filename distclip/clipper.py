@@ -44,7 +44,7 @@ class Clipper:
 
     A norm that is NaN or inf skips the step on all ranks, and ``report.culprit`` says why. :meth:`clip_` only scales,
     for loops that step by themselves; :meth:`measure` changes nothing; :meth:`verify` proves the layout once.
-    :meth:`state_dict` belongs into the checkpoint.
+    :meth:`state_dict` belongs in the checkpoint.
 
     * ``model``: one module, or the parts this rank holds (pipeline stages). Parameters are read once, here.
     * ``policy``: a :class:`Policy`, or a number, which means :class:`MaxNorm`.
@@ -64,8 +64,8 @@ class Clipper:
     * ``watch``: whose norms are in ``report.norms``, measured in the same all-reduce: ``"parameters"``, or groups of
       them by patterns of their names: ``{"experts": "*.experts.*", "head": ("head.*", "embed.*")}``.
     * ``watch_zeros``: count zeros among their elements too, for ``report.zeros``: a share of each, 0 to 1.
-    * ``exact``: the float64 number nearest to the true norm, for p = 1, 2 or inf: the same bits in any layout. A host
-      sync a call on accelerators; not with ``watch``, nor with policies that need more than the norm.
+    * ``exact``: compute the float64 number nearest to the true norm, p = 1, 2 or inf: the same bits in any layout. A
+      host sync a call on accelerators; not with ``watch``, nor with policies that need more than the norm.
     * ``fingerprint_every``: in steps N, 2 N, ... the report has a ``fingerprint``, as :meth:`fingerprint` makes it.
     * ``verify_every``: :meth:`verify` in steps N, 2 N, ..., on the gradients that the step is about to clip.
     * ``on_drift``: where replicas of a gradient differ by a bit, ``"warn"`` (raise if by 1 %), ``"raise"`` LayoutError

@@ -69,7 +69,7 @@ class Layout:
         """The layout of a parameter that is cut over the axes ``over`` and ``parts`` and replicated over all others.
 
         * ``over``: 1-D mesh slices or process groups of this rank, such as ``[mesh["ep"]]``, along which ranks hold
-          different parameters under one name; with ``parts`` empty as well for a replica on every rank.
+          different parameters under one name. With ``parts`` empty as well every rank holds a replica.
         * ``parts``: those along which ranks hold parts of one parameter, such as ``[mesh["tp"]]``.
         * ``group``: the clipping group, as for :class:`Clipper`.
 

@@ -29,7 +29,7 @@ class AdaGC:
     * ``lambda_abs``: above 0, ``inf`` for a warm-up that only watches. ``lambda_rel``: finite, at least 1. ``beta``:
       above 0 and below 1. ``warm_up``: how many steps, from 0.
 
-    Otherwise than in the paper: a parameter without a mean, which had no gradient yet, is in its warm-up whenever its
+    Unlike the paper: a parameter without a mean, which had no gradient yet, is in its warm-up whenever its
     first one comes; norms of 0 are in no mean, since they would bind all others to 0; and a step whose norm is NaN or
     inf is none, it changes nothing.
 

@@ -20,9 +20,9 @@ from .units import Units
 class AGC:
     """Multiply each row of a gradient, one output of its layer, by ``min(1, clipping * max(|W_row|, eps) / |G_row|)``.
 
-    What a row is: ``"row"`` of :class:`Statistic`. A parameter of fewer than two dimensions is one.
+    Rows are those of :class:`Statistic`. A parameter of fewer than two dimensions is one.
 
-    * ``clipping``: above 0; the paper's 0.01 is for batches of 4096, smaller ones bear more. ``inf`` only measures.
+    * ``clipping``: above 0; the paper's 0.01 is for batches of 4096; smaller ones tolerate more. ``inf`` only measures.
     * ``eps``: finite, above 0: the least norm of a row of parameters, so that one of zeros moves.
     * ``exempt``: a pattern, or several, of parameters that are left alone; the paper exempts the weight of the last
       layer: ``exempt="head.weight"``. ValueError, when a Clipper is built, for what matches none.

@@ -30,8 +30,8 @@ class PerGroup:
       Clipper is built, for a group that matches nothing, and for a parameter in two groups. Parameters in no group are
       left alone too.
 
-    A policy that skips skips the whole step; those of other groups then keep the states that they had, and all of them
-    in a step whose norm is not finite. State: ``"name.key"`` for each key of a group's policy; what it reports is
+    If one policy skips, the whole step is skipped and those of other groups keep the states that they had; in a step
+    whose norm is not finite all keep them. State: ``"name.key"`` for each key of a group's policy; what it reports is
     ``"name/key"``.
 
     >>> PerGroup({"matrices": ("*.weight", 1.0), "rest": (("*.bias", "*norm*"), None)}).groups["matrices"]

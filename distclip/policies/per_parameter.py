@@ -21,8 +21,8 @@ from .units import Units
 class PerParameter:
     """Apply ``policy`` to each parameter by itself: its own norm, its own state, its own coefficient.
 
-    * ``policy``: one that decides on a norm, or a number, which means :class:`MaxNorm`. A policy that skips skips the
-      whole step as soon as one parameter makes it; the state of the others is then as before. A step whose norm is not
+    * ``policy``: one that decides on a norm, or a number, which means :class:`MaxNorm`. If it skips for
+      one parameter the whole step is skipped, and the others keep the states that they had. A step whose norm is not
       finite leaves nothing in the state of any.
 
     State: that of ``policy``, with an entry for each parameter. What it reports of single parameters is left out.

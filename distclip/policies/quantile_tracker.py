@@ -20,11 +20,11 @@ from .units import Units
 class QuantileTracker:
     """Bound the norm by a running estimate of a quantile of the norms, one number of state.
 
-    After each step ``bound *= exp(-eta * ((norm <= bound) - quantile))``: where the bound is, that share of norms lies
-    below it.
+    After each step ``bound *= exp(-eta * ((norm <= bound) - quantile))``: it settles where that share of norms
+    lies below it.
 
-    * ``quantile``: above 0 and below 1; the paper takes the median, 0.5. :class:`AutoClip` clips to that of 0.1.
-    * ``eta``: how fast the bound moves, above 0: by at most that factor of e in a step.
+    * ``quantile``: above 0 and below 1; the paper takes the median, 0.5. :class:`AutoClip` takes 0.1.
+    * ``eta``: how fast the bound moves, above 0: by a factor of at most ``exp(eta)`` a step.
     * ``max_norm``: an upper limit on the bound, above 0; ``inf`` for none.
 
     The first norm is the first bound, since there is no other, and counts as no step: it is clipped by ``max_norm``

@@ -24,7 +24,7 @@ ACTING = "acting"
 class Shadow:
     """Do what ``acting`` decides, and report what ``others`` would have, as in ``Shadow(1.0, zclip=ZClip())``.
 
-    ``report.extra["zclip/coef"]``: by what the norm of the model would have been multiplied, 0-d;
+    ``report.extra["zclip/coef"]``: the factor that the norm of the model would have had, 0-d;
     ``report.extra["zclip/skip"]``: whether the step would have been skipped, 1 or 0. The others keep states of their
     own, as if they had acted on the norms that are seen, which are those of the training that ``acting`` makes. What
     they report of themselves is ``"zclip/name"``. What ``acting`` reports keeps its name, or is ``"acting/name"`` where

@@ -25,8 +25,8 @@ class SkipSpikes:
     """Skip steps whose norm is above ``max_norm``, or ``sigma`` standard deviations above the mean of recent ones.
 
     * ``max_norm``: the absolute bound; ``inf`` for none. ``sigma``: above 0; ``inf`` for the absolute bound alone.
-    * ``window``: of how many numbers mean and standard deviation are. The rule begins with half of them.
-    * ``patience``: after so many steps in a row that were skipped by ``sigma`` their numbers are the window: a level
+    * ``window``: how many numbers mean and standard deviation are of. The rule begins when half of them are there.
+    * ``patience``: after so many steps in a row that were skipped by ``sigma`` their numbers become the window: a level
       that lasts is no spike.
     * ``on``: what is looked at: ``"norm"``, and signals by their names. ``SkipSpikes(on=("norm", "loss"))`` skips where
       one of the two is a spike: ``clipper.step(optimizer, signals={"loss": loss})``.

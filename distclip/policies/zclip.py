@@ -21,7 +21,7 @@ BELOW = 1e150  # larger norms have squares that may not add up in float64
 @trusted
 @dataclass(frozen=True, slots=True)
 class ZClip:
-    """Clip norms that lie far above the running mean of norms, the farther the nearer to the mean.
+    """Clip a norm far above the running mean of norms: the farther above, the closer to the mean.
 
     With the running ``mean`` and ``std`` of norms, ``scale = std + eps * mean`` and ``z = (norm - mean) / scale``, a
     norm with ``z > z_thresh`` is clipped to ``mean + z_thresh * std / (z / z_thresh)``. What it was clipped to, or a
@@ -31,7 +31,7 @@ class ZClip:
     * ``max_norm``: the bound in every step, and the only one during warm-up; ``inf`` for none.
     * ``warmup_steps``: how many norms mean and standard deviation start from, as they are at least 1.
 
-    Otherwise than in the paper's code: the norms of the warm-up are winsorised, those more than ``z_thresh`` robust
+    Unlike the paper's code: the norms of the warm-up are winsorised, those more than ``z_thresh`` robust
     deviations from their median, so that a spike there does not hide the next ones; after ``warmup_steps`` outliers in
     a row, which are a new level of norms and no spikes, their norms are a new warm-up, where the code would clip for
     good; norms that are 0, NaN or inf change nothing; ``eps`` is a share of the mean, not a norm.

@@ -18,7 +18,7 @@ from .record import texts_of
 class JsonLines:
     """Appends a line for each record, ``{"step": 10, ...}``, and hands each to the system at once.
 
-    Where a step has a fingerprint, which is no number that a float could hold, it has a line for that before.
+    A fingerprint, which no float can hold, has a line of its own, before that of its step.
 
     A crash loses the last line at most: one that was cut is removed before the next is written. A run that is resumed
     from an earlier step writes its steps again; the later line of a step counts.

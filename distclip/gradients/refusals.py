@@ -91,7 +91,7 @@ def no_tensor(kind: str, name: str) -> LayoutError:
 
 def other_size(elements: int, name: str, wanted: int) -> LayoutError:
     return LayoutError(
-        f"gradients= has {elements} elements for {name} of {wanted}: where each rank has the gradient of a part, say "
+        f"gradients= has {elements} elements for {name} of {wanted}: where each rank has the gradient of a part, pass "
         "layout=lambda name, p: distclip.Layout(1)"
     )
 

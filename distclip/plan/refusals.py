@@ -127,7 +127,7 @@ def drifted(call: str, names: str, odd: Sequence[int], norms: Mapping[int, float
 def not_replicas(names: Sequence[str]) -> LayoutError:
     return LayoutError(
         f"ranks that should hold the same gradient do not: {and_more(names)}; reduce gradients before clipping (leave "
-        "no_sync for the last backward; an optimizer that reduces them in its step() comes too late), or say "
+        "no_sync for the last backward; an optimizer that reduces them in its step() comes too late), or pass "
         "layout=lambda name, p: distclip.Layout(1) if ... else None for what each rank has for itself (experts), "
         "split_over=[mesh['pp']] for stages, group=... for ranks that train apart (local SGD, DiLoCo)"
     )

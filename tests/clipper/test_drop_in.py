@@ -58,7 +58,8 @@ def test_the_error_of_a_clipper_begins_alike_and_says_its_own_way_out():
 def test_a_generator_that_is_used_up_warns_as_torchs_does():
     used_up = nn.Linear(2, 1).parameters()
     list(used_up)
-    for clip in (torch.nn.utils.clip_grad_norm_, distclip.clip_grad_norm_):
+    torchs = [torch.nn.utils.clip_grad_norm_] if torch.__version__ >= (2, 7) else []  # torch 2.6 says nothing
+    for clip in [*torchs, distclip.clip_grad_norm_]:
         with pytest.warns(UserWarning, match="^`parameters` is an empty generator") as caught:
             assert clip(used_up, 1.0).item() == 0.0
         assert caught[0].filename == __file__

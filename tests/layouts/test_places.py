@@ -49,8 +49,9 @@ def check(results: list[Numbers], copies: int | dict[str, int] = 1) -> None:
 
 def placed(shape: tuple[int, ...], placements: list, wholes: list[tuple[int, ...]]) -> Numbers:
     mesh = init_device_mesh("cpu", shape)
-    source = None if any(isinstance(p, _StridedShard) for p in placements) else 0  # torch cannot scatter uneven ones
-    made = [distribute_tensor(numbered(*size), mesh, placements, src_data_rank=source) for size in wholes]
+    strided = any(isinstance(p, _StridedShard) for p in placements)
+    here = {"src_data_rank": None} if strided else {}  # torch cannot scatter uneven ones; torch 2.6 knows no other way
+    made = [distribute_tensor(numbered(*size), mesh, placements, **here) for size in wholes]
     return numbers([held_parameter(p, str(size)) for p, size in zip(made, wholes, strict=True)])
 
 

@@ -108,8 +108,9 @@ def refusal(piece, dims: tuple[int, ...] | None = None) -> str:
 
 def placed(shape: tuple[int, ...], placements: list, wholes: list[tuple[int, ...]], order: list | None = None) -> list:
     mesh = DeviceMesh("cpu", torch.tensor(order or list(range(dist.get_world_size()))).view(shape))
-    source = None if any(isinstance(p, _StridedShard) for p in placements) else 0  # torch cannot scatter uneven ones
-    made = [distribute_tensor(numbered(*whole), mesh, placements, src_data_rank=source) for whole in wholes]
+    strided = any(isinstance(p, _StridedShard) for p in placements)
+    here = {"src_data_rank": None} if strided else {}  # torch cannot scatter uneven ones; torch 2.6 knows no other way
+    made = [distribute_tensor(numbered(*whole), mesh, placements, **here) for whole in wholes]
     return looked_at([held_parameter(p, str(whole)) for p, whole in zip(made, wholes, strict=True)])
 
 

@@ -1,6 +1,8 @@
 """The command line: `distclip train`, `report`, `diff`, `bench`, `doctor` and `inspect`."""
 
 import argparse
+import errno
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +93,8 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of names that its encoding lacks
     try:
         try:
             return command(words)
@@ -100,6 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return leave_pipe()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        leave_pipe()
+        complain(f"cannot write: {error.strerror}")
+        return 2  # not Python's own 1, by which diff says that runs differ
 
 
 def command(words: list[str]) -> int:
@@ -166,29 +176,12 @@ def diff(known: argparse.Namespace) -> int:
             raise
         complain('comparing runs needs numpy: pip install "distclip[report]"')
         return 2
-    names, lines = Names(step=known.step, norm=known.norm, loss=known.loss, layers=known.layers), list[str]()
+    names = Names(step=known.step, norm=known.norm, loss=known.loss, layers=known.layers)
     try:
-        code = compare(known.one, known.other, names, known.json, lines.append)
+        return compare(known.one, known.other, names, known.json, print)
     except RunError as error:
         complain(str(error))
         return 2
-    return code if printed(lines) else 2
-
-
-def printed(lines: Sequence[str]) -> bool:
-    """Print ``lines``, or say why not: the exit code of an exception would say that runs differ."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        for line in lines:
-            print(line.encode(encoding, "backslashreplace").decode(encoding))
-        print(end="", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        leave_pipe()
-        complain(f"cannot print the result: {error.strerror}")
-        return False
-    return True
 
 
 def bench(known: argparse.Namespace, words: list[str]) -> int:

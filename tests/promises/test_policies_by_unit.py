@@ -113,12 +113,10 @@ LAYOUTS = {
         trained.experts_by_dtensor,
     ],
 }
-CASES = [(layout, size, name) for layout, size, name in product(LAYOUTS[1], [1], POLICIES)]
-CASES += [  # norms of units are those of whole tensors in every layout: one policy shows what it does with them
+CASES = [  # norms of units are those of whole tensors in every layout: one policy shows what it does with them
     (layout, size, name)
     for size, listed in LAYOUTS.items()
-    if size > 1
-    for layout, name in zip(listed, cycle(POLICIES), strict=False)
+    for layout, name in (product(listed, POLICIES) if size == 1 else zip(listed, cycle(POLICIES), strict=False))
 ]
 
 

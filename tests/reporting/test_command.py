@@ -78,6 +78,15 @@ def test_a_target_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
     assert (run / "report.html").read_text() == "<html>of another program</html>"
 
 
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path, monkeypatch):
+    target = tmp_path / "caf\xe9.html"
+    with open(tmp_path / "said", "w", encoding="ascii") as said:
+        monkeypatch.setattr("sys.stdout", said)
+        assert main(["report", str(write_run(tmp_path / "run")), "--out", str(target)]) == 0
+    assert target.is_file()
+    assert "caf\\xe9.html" in (tmp_path / "said").read_text().replace("\n", "")
+
+
 def test_a_disk_that_is_full_leaves_the_older_report(run, capsys, monkeypatch):
     assert main(["report", str(run)]) == 0
     capsys.readouterr()

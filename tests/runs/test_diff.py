@@ -218,7 +218,7 @@ def test_what_cannot_be_printed_does_not_say_that_runs_differ(capfd, monkeypatch
     with open("/dev/full", "w") as full:
         monkeypatch.setattr("sys.stdout", full)
         assert main(["diff", run, run]) == 2
-    assert "cannot print the result: No space left on device" in capfd.readouterr().err
+    assert "distclip: cannot write: No space left on device" in capfd.readouterr().err
     with open(tmp_path / "said", "w", encoding="ascii") as said:
         monkeypatch.setattr("sys.stdout", said)
         assert main(["diff", run, run]) == 0

@@ -58,7 +58,7 @@ def tested(python: Path, folder: Path) -> tuple[str, bool]:
     """What the tests said, as two columns of the table, and whether all passed."""
     results = folder / "results.xml"
     rooms = [f"tests/{room}" for room in ROOMS]
-    words = ("-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", f"--junitxml={results}")
+    words = ("-q", "-m", "", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", f"--junitxml={results}")
     done = call(python, "-m", "pytest", *words, *rooms)
     if not results.exists():
         return f"no tests ran | {done.stdout.splitlines()[-1:]}", False

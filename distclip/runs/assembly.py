@@ -23,12 +23,13 @@ def assembled(log: Log, names: Names) -> Run:
     series = {name: each.latest() for name, each in log.series.items()}
     norm, steps, given = series[name], series[name].step, names.max_norm
     unknown = np.full(len(steps), np.nan)
+    layers = {layer: each for key, each in series.items() if (layer := layer_in(key, names.layers)) is not None}
     called = {
+        "loss": loss_column(log, names),
         "norm": name,
         "max_norm": known(series, MAX_NORM),
         "coef": known(series, COEF),
         "skip": known(series, SKIP),
-        "loss": loss_column(log, names),
     }
 
     def column(wanted: str, by: Callable[[Series, Steps], Floats]) -> Floats:
@@ -45,8 +46,9 @@ def assembled(log: Log, names: Names) -> Run:
         coef=column("coef", Series.at) if given is None else unknown,
         skip=column("skip", Series.at) > 0,
         loss=column("loss", Series.up_to),
-        written={key: series[there].since(steps) for key, there in called.items() if there is not None},
-        layers=layers_of(series, steps, names.layers),
+        written={key: series[there] for key, there in called.items() if there is not None}
+        | {f"norm/{layer}": each for layer, each in layers.items()},
+        layers=layers_of(layers, steps),
         culprits=culprits_of(log),
         prints=prints_of(log),
         notes=(*log.notes, *restarted(len(log.series[name].step) - len(steps)), *between_records(series, norm)),
@@ -109,14 +111,12 @@ def checked(log: Log, option: str, name: str) -> str:
     return name
 
 
-def layers_of(series: ByName, steps: Steps, prefix: str | None) -> Layers:
-    """Norms by name, of the steps that have one of them."""
-    named = {layer: name for name in series if (layer := layer_in(name, prefix)) is not None}
-    columns: list[Floats] = [series[name].at(steps) for name in named.values()]
-    if not columns:
+def layers_of(named: ByName, steps: Steps) -> Layers:
+    """Norms by layer, of the steps that have one of them."""
+    if not named:
         return Layers()
     there = np.zeros(len(steps), np.bool_)
-    for name in named.values():
-        there |= np.isin(steps, series[name].step, assume_unique=True)
+    for each in named.values():
+        there |= np.isin(steps, each.step, assume_unique=True)
     rows = np.flatnonzero(there)
-    return Layers(tuple(named), rows, np.stack([column[rows] for column in columns], 1))
+    return Layers(tuple(named), rows, np.stack([each.at(steps)[rows] for each in named.values()], 1))

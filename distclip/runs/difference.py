@@ -1,19 +1,22 @@
 """Where two runs part: the first step that is not the same, the parameters that tell, and the drift from there.
 
-Compared are the numbers as they were written, in the steps that both runs have; one NaN is the same as another.
+Compared are the numbers as they were written; one NaN is the same as another. What a run did not write in a step is
+not compared there, with two exceptions: its bound is the one that it wrote last, and a step that it does not call
+skipped was not, if it ever writes what was skipped.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from distclip.runs.refusals import no_step_in_common
-from distclip.runs.run import Bools, Floats, Run, Steps
+from distclip.runs.refusals import no_step_in_common, nothing_to_compare
+from distclip.runs.run import Bools, Floats, Run, Series, Steps
 
 AFTER = (0, 1, 10, 100)  # steps after the first that differs, of those that are compared
 DRIFTING = ("loss", "norm")
+FILLED_IN = ("max_norm", "skip")  # compared in steps in which a run did not write them, too
 LAYER, PRINT = "norm/", "fingerprint"
 
 
@@ -84,18 +87,21 @@ def difference(one: Run, other: Run) -> Difference:
     """Compare two runs.
 
     Raises:
-        RunError: they have no step in common.
+        RunError: they have no step in common, or nothing in it.
     """
-    steps = np.intersect1d(one.step, other.step, assume_unique=True)
+    mine, theirs = one.logged, other.logged
+    steps = np.intersect1d(mine, theirs, assume_unique=True)
     if not len(steps):
         raise no_step_in_common(one, other)
-    columns = [*numbers_of(one, other, steps), *layers_of(one, other), *prints_of(one, other)]
+    columns = [*numbers_of(one, other, steps), *prints_of(one, other)]
+    if all(each.name in FILLED_IN for each in columns):
+        raise nothing_to_compare(one, other)
     firsts = [each.first for each in columns if each.first is not None]
     return Difference(
         steps=len(steps),
         first=int(steps[0]),
         last=int(steps[-1]),
-        alone=(len(one.step) - len(steps), len(other.step) - len(steps)),
+        alone=(len(mine) - len(steps), len(theirs) - len(steps)),
         columns=tuple(dict.fromkeys(kind_of(each.name) for each in columns)),
         prints=max((len(each.steps) for each in columns if each.name.startswith(PRINT)), default=0),
         parting=parting(columns, min(firsts)) if firsts else None,
@@ -103,30 +109,30 @@ def difference(one: Run, other: Run) -> Difference:
 
 
 def numbers_of(one: Run, other: Run, steps: Steps) -> Iterator[Column]:
-    """Loss, norm and what was done with it, where both runs wrote them in the same step."""
-    mine, theirs = (np.searchsorted(run.step, steps) for run in (one, other))
-    for name in ("loss", "norm", "max_norm", "coef", "skip"):
-        if name not in one.written or name not in other.written:
+    """Loss, norms and what was done with them; ``steps``: those in which both runs wrote anything."""
+    for name, mine in one.written.items():
+        theirs = other.written.get(name)
+        if theirs is None:
             continue
-        since = one.written[name][mine]
-        logged = (since >= 0) & (since == other.written[name][theirs])
-        if logged.any():
-            left = getattr(one, name)[mine][logged].astype(np.float64)
-            right = getattr(other, name)[theirs][logged].astype(np.float64)
-            yield Column(name, steps[logged], differ(left, right), left, right)
+        at, read = steps_to_read(name, mine, theirs, steps)
+        if len(at):
+            left, right = read(mine, at), read(theirs, at)
+            yield Column(name, at, differ(left, right), left, right)
 
 
-def layers_of(one: Run, other: Run) -> Iterator[Column]:
-    """Norms of layers, in the steps in which both have some."""
-    steps = np.intersect1d(one.step[one.layers.rows], other.step[other.layers.rows], assume_unique=True)
-    if not len(steps):
-        return
-    mine, theirs = (np.searchsorted(run.step[run.layers.rows], steps) for run in (one, other))
-    place = {name: k for k, name in enumerate(other.layers.names)}
-    for k, name in enumerate(one.layers.names):
-        if name in place:
-            left, right = one.layers.norms[mine, k], other.layers.norms[theirs, place[name]]
-            yield Column(LAYER + name, steps, differ(left, right))
+def steps_to_read(
+    name: str, mine: Series, theirs: Series, steps: Steps
+) -> tuple[Steps, Callable[[Series, Steps], Floats]]:
+    """Where to compare these, and how to read one there."""
+    if name == "max_norm":
+        return steps[steps >= max(mine.step[0], theirs.step[0])], Series.up_to
+    if name == "skip":
+        return steps, skipped
+    return np.intersect1d(mine.step, theirs.step, assume_unique=True), Series.at
+
+
+def skipped(series: Series, steps: Steps) -> Floats:
+    return (series.at(steps) > 0).astype(np.float64)
 
 
 def prints_of(one: Run, other: Run) -> Iterator[Column]:

@@ -88,8 +88,12 @@ def several_runs(path: Path, names: Sequence[str]) -> RunError:
 
 
 def no_step_in_common(one: Run, other: Run) -> RunError:
-    spans = [f"{run.path} has steps {run.step[0]} to {run.step[-1]}" for run in (one, other)]
+    spans = [f"{run.path} has steps {run.logged[0]} to {run.logged[-1]}" for run in (one, other)]
     return RunError(f"the runs have no step in common: {', '.join(spans)}")
+
+
+def nothing_to_compare(one: Run, other: Run) -> RunError:
+    return RunError(f"{one.path} and {other.path} have no loss, norm or fingerprint in the same step")
 
 
 def first_of(names: Iterable[str]) -> str:

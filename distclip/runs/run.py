@@ -31,7 +31,7 @@ class Run:
 
     * ``norm``: before clipping, or what the program logged; NaN and inf are what the run had.
     * ``max_norm``, ``coef``, ``loss``: NaN where the run logged none. ``skip``: whether the step was not taken.
-    * ``written``: of the columns above that it logged, by name: in which step that of each step was; -1: in none.
+    * ``written``: the numbers that it logged, by the names above and ``norm/<layer>``, also in steps without a norm.
     * ``culprits``: by step, where a norm that is not finite came from.
     * ``prints``: fingerprints by parameter, "" for all, and step.
     * ``notes``: what the reader of the file should know, each a sentence.
@@ -46,11 +46,20 @@ class Run:
     coef: Floats
     skip: Bools
     loss: Floats
-    written: Mapping[str, Steps] = field(default_factory=dict)
+    written: Mapping[str, "Series"] = field(default_factory=dict)
     layers: Layers = field(default_factory=Layers)
     culprits: Mapping[int, str] = field(default_factory=dict)
     prints: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def logged(self) -> Steps:
+        """The steps in which it logged any number or fingerprint, ascending."""
+        steps = self.step
+        for each in self.written.values():
+            if not np.array_equal(each.step, steps):
+                steps = np.union1d(steps, each.step)
+        return np.union1d(steps, np.fromiter({step for each in self.prints.values() for step in each}, np.int64))
 
     @property
     def finite(self) -> Bools:
@@ -90,11 +99,6 @@ class Series:
         place = np.searchsorted(self.step, steps).clip(max=len(self.step) - 1)
         found: Floats = np.where(self.step[place] == steps, self.value[place], np.nan)
         return found
-
-    def since(self, steps: Steps) -> Steps:
-        """The step of the last value logged up to each of these steps, -1 before the first."""
-        place = np.searchsorted(self.step, steps, side="right") - 1
-        return np.where(place >= 0, self.step[place], -1)
 
     def up_to(self, steps: Steps) -> Floats:
         """The last value logged up to each of these steps, NaN before the first."""

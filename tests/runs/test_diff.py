@@ -243,6 +243,63 @@ def test_numbers_that_one_run_did_not_log_in_a_step_are_not_compared(capsys, tmp
     assert document(capsys, str(one), str(lines(other, seldom)))["parting"]["step"] == 5
 
 
+def sparse(path: Path, name: str, values: dict[int, float]) -> str:
+    """The log of steps 0 to 9 with a norm, and one column in some of them."""
+    return str(lines(path, [{"step": k, "norm": 1.0} | ({name: values[k]} if k in values else {}) for k in range(10)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "mine", "theirs", "first"),
+    [
+        ("max_norm", {0: 1.0}, {0: 1.0, 3: 0.5}, 3),
+        ("max_norm", {0: 1.0, 3: 0.5}, {0: 1.0, 3: 0.5, 4: 0.5}, None),
+        ("max_norm", {5: 1.0}, {0: 0.5, 3: 1.0}, None),  # what the one had before is not known
+        ("skip", {3: 1}, {4: 1}, 3),
+        ("skip", {4: 1}, {3: 0, 4: 1}, None),
+        ("skip", {4: 1}, dict.fromkeys(range(10), 0), 4),
+        ("skip", {4: 1}, {}, None),
+        ("loss", {3: 1.0}, {4: 2.0}, None),
+        ("coef", {3: 0.5}, {3: 0.5, 4: 0.5}, None),
+        ("norm/a", {3: 0.5, 5: 1.0}, {4: 0.5, 5: 1.0}, None),
+        ("norm/a", {3: 0.5, 5: 1.0}, {4: 0.5, 5: 2.0}, 5),
+        ("norm/a", {3: 0.5, 5: float("nan")}, {4: 0.5, 5: 2.0}, 5),
+    ],
+)
+def test_how_an_absent_number_is_read(capsys, tmp_path, name, mine, theirs, first):
+    """A bound holds until another is written, and a step is skipped if it is said to be; others are not compared."""
+    one, other = sparse(tmp_path / "a.jsonl", name, mine), sparse(tmp_path / "b.jsonl", name, theirs)
+    for words in ((one, other), (other, one)):
+        parting = document(capsys, *words)["parting"]
+        assert (parting and parting["step"]) == first
+
+
+def test_layers_that_are_logged_by_turns_are_not_said_to_differ(capsys, tmp_path):
+    ours = [{"step": k, "norm": 1.0, "norm/a" if k % 2 else "norm/b": k} for k in range(6)]
+    theirs = [{"step": k, "norm": 1.0, "norm/b" if k % 2 else "norm/a": k} for k in range(6)]
+    one, other = (str(lines(tmp_path / f"{k}.jsonl", each)) for k, each in enumerate((ours, theirs)))
+    assert document(capsys, one, other)["same"]
+
+
+@pytest.mark.parametrize("odd", [13, 33])
+def test_losses_of_steps_without_a_norm_are_compared(capsys, tmp_path, odd):
+    one, other = (
+        [{"step": k, "loss": k + float(k == different)} | ({"norm": 1.0} if k % 10 == 0 else {}) for k in range(35)]
+        for different in (None, odd)
+    )
+    found = document(capsys, str(lines(tmp_path / "a.jsonl", one)), str(lines(tmp_path / "b.jsonl", other)))
+    assert (found["steps"], found["last"]) == (35, 34)
+    assert (found["parting"]["step"], found["parting"]["columns"]) == (odd, ["loss"])
+
+
+def test_steps_in_which_the_runs_wrote_different_things_are_no_comparison(capsys, tmp_path):
+    """A bound that both have is none either."""
+    ours = [{"step": 1, "norm": 1.0, "max_norm": 1.0}, {"step": 2, "loss": 1.0}]
+    one, other = lines(tmp_path / "a.jsonl", ours), lines(tmp_path / "b.jsonl", records([2], max_norm=1.0))
+    code, out, err = diff(capsys, str(one), str(other))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "have no loss, norm or fingerprint in the same step" in err
+
+
 def test_norms_of_layers_are_compared_as_they_were_written(capsys, tmp_path):
     """Also where float32 could not tell them apart."""
     for mine, theirs in ((0.1, 0.1 + 1e-12), (1e40, 2e40)):

@@ -48,7 +48,7 @@ def verify(
     some_are_split = _count_known(plan, norms)
     _count_units(plan)
     if some_are_split:
-        count_split(plan, norms)
+        count_split(plan, holders, norms)
 
 
 def _count_known(plan: Plan, found: Norms) -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import SGD
 
 import distclip
@@ -146,20 +147,46 @@ def test_a_tied_weight_on_two_stages_is_counted_and_what_to_write_is_said():
     assert run_ranks(tied, 2, 2) == ["no error"] * 2
 
 
-def scalars(replicas: int) -> str:
-    """A gate on each of two stages, whose gradients in bf16 have the same bits on two ranks of four, as by chance."""
-    mesh, rank = mesh_of(("pp", 4)), dist.get_rank()
-    stage = nn.ParameterDict({"gate": torch.ones(1), "own": torch.ones(5)})
-    layout = distclip.Layout(replicas)
-    clipper = distclip.Clipper(stage, 1.0, split_over=[mesh["pp"]], layout=lambda name, p: layout)
-    filled(stage, rank)
-    stage["gate"].grad.fill_(rank // 2)
-    return said_by(clipper.verify)
+FEW = {  # a gradient that two stages have: its dtype and elements, whether both hold the same values, what is said
+    "a number": (torch.float32, 1, True, "(2x)"),
+    "numbers": (torch.float32, 3, True, "(2x)"),
+    "short numbers": (torch.bfloat16, 2, True, "(2x)"),
+    "a short number": (torch.bfloat16, 1, True, "no error"),
+    "a number by chance": (torch.float32, 1, False, "no error"),
+    "numbers by chance": (torch.float32, 3, False, "no error"),
+    "more numbers": (torch.float32, 4, False, "(2x)"),
+}
 
 
-def test_gradients_of_few_elements_may_have_the_same_bits_by_chance():
-    assert run_ranks(scalars, 4, 1) == ["no error"] * 4
-    assert all("gradients are not counted once: on rank 0 own (0.5x)" in said for said in run_ranks(scalars, 4, 2))
+def few_elements(way: str, replicas: int) -> list[str]:
+    """What verify() says of each of ``FEW``: whole on two stages, or as what two ranks of a stage have of it."""
+    mesh = mesh_of(("pp", 2), ("dp", dist.get_world_size() // 2))
+    stage = mesh["pp"].get_local_rank()
+    layout = distclip.Layout(replicas) if way == "whole" else None
+    said = []
+    for dtype, count, tied, _ in FEW.values():
+        value = torch.full((count,), 1.5 if tied else 1.5 + stage).to(dtype)
+        gradient = torch.rand(count, generator=torch.Generator().manual_seed(stage if replicas > 1 else 0)).to(dtype)
+        if way == "shards":
+            value, gradient = (DTensor.from_local(each, mesh["dp"], [Shard(0)]) for each in (value, gradient))
+        model = nn.ParameterDict({"few": nn.Parameter(value)})
+        clipper = distclip.Clipper(model, 1.0, split_over=[mesh["pp"]], layout=lambda name, p: layout)
+        model["few"].grad = gradient
+        said.append(said_by(clipper.verify))
+    return said
+
+
+@pytest.mark.parametrize(("way", "ranks"), [("whole", 2), ("shards", 4)])
+def test_few_elements_are_told_from_others_by_their_values_and_bits(way, ranks):
+    for every in run_ranks(few_elements, ranks, way, 1):
+        for (name, (*_, expected)), said in zip(FEW.items(), every, strict=True):
+            assert expected in said, name
+
+
+def test_few_elements_that_are_no_copies_are_counted_half():
+    for every in run_ranks(few_elements, 2, "whole", 2):
+        for name, said in zip(FEW, every, strict=True):
+            assert "few (0.5x)" in said, name
 
 
 def experts(replicas: int) -> str:

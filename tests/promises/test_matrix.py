@@ -1,4 +1,7 @@
-"""The matrix: every layout, dtype, p and state of the gradients against the float64 oracle, on 2, 4 and 8 ranks."""
+"""The matrix: every layout, dtype, p and state of the gradients against the float64 oracle, on 2, 4 and 8 ranks.
+
+Every run has all layouts with ordinary fp32 gradients, and some with each dtype and state; all of it is ``thorough``.
+"""
 
 import re
 from collections import Counter
@@ -19,6 +22,7 @@ from distclip.plan.copies import has_copies
 from support.oracle import same_tensors, true_norm
 from support.parallel import EIGHT, FOUR, THREE, TWO, united
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.samples import rare, sample
 
 P = (0.5, 1.0, 2.0, 3.0, inf)
 TIMES = {"ordinary": 1.0, "tiny": 2.0**-18, "huge": 2.0**45}  # exact
@@ -28,7 +32,11 @@ LAYOUTS = [
     pytest.param(layout, size, id=f"{layout.__name__}-{size}") for size, ls in ((2, TWO), (4, FOUR)) for layout in ls
 ]
 ON_THREE = [pytest.param(layout, 3, id=f"{layout.__name__}-3") for layout in THREE]
-ON_EIGHT = [pytest.param(layout, 8, id=f"{layout.__name__}-8") for layout in EIGHT]
+ON_EIGHT = sample(
+    [pytest.param(layout, 8, id=f"{layout.__name__}-8") for layout in EIGHT],
+    *("hsdp_tp-8", "pp_fsdp2_tp-8", "three_axes-8"),
+)
+SOME = [p for p in LAYOUTS if p.id in ("by_hand-4", "fsdp2_tp-4", "pp_gpipe-2", "tp_sequence-2", "fsdp1_full_flat-2")]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,10 +142,34 @@ def check_state(results: tuple[dict, ...], dtype: torch.dtype) -> None:
             assert all(r[name]["collectives"] == r[name]["expected"] for r in results)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+ORDINARY, EXTREME = ("ordinary",), ("tiny", "huge")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "states"),
+    [
+        pytest.param(torch.float32, ORDINARY, id="float32"),
+        rare(torch.float32, EXTREME, id="float32-extreme"),
+        rare(torch.bfloat16, tuple(TIMES), id="bfloat16"),
+    ],
+)
 @pytest.mark.parametrize(("layout", "size"), LAYOUTS)
-def test_norm_and_clipping_are_those_of_one_process(layout, size, dtype):
-    check(run_ranks(clipped, size, layout, dtype, *TIMES), dtype)
+def test_norm_and_clipping_are_those_of_one_process(layout, size, dtype, states):
+    check(run_ranks(clipped, size, layout, dtype, *states), dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "states"),
+    [
+        pytest.param(torch.float64, ORDINARY, id="float64"),
+        pytest.param(torch.float32, EXTREME, id="float32"),
+        pytest.param(torch.bfloat16, EXTREME, id="bfloat16"),
+        pytest.param(torch.float16, ORDINARY, id="float16"),
+    ],
+)
+@pytest.mark.parametrize(("layout", "size"), SOME)
+def test_the_same_in_other_dtypes_and_of_tiny_and_huge_gradients(layout, size, dtype, states):
+    check(run_ranks(clipped, size, layout, dtype, *states), dtype)
 
 
 @pytest.mark.parametrize(("layout", "size"), ON_THREE)
@@ -148,17 +180,6 @@ def test_the_same_on_three_ranks_that_nothing_divides_by(layout, size):
 @pytest.mark.parametrize(("layout", "size"), ON_EIGHT)
 def test_the_same_on_eight_ranks(layout, size):
     check(run_ranks(clipped, size, layout, torch.float32, "ordinary"), torch.float32)
-
-
-MORE = [
-    p for p in LAYOUTS if p.id in {"by_hand-4", "hsdp-4", "fsdp2_tp-4", "tp_sequence-2", "pp_fsdp2-4", "ep_plain-4"}
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize(("layout", "size"), MORE)
-def test_the_same_in_other_dtypes(layout, size, dtype):
-    check(run_ranks(clipped, size, layout, dtype, "ordinary"), dtype)
 
 
 def troubled(layout) -> dict[str, object]:

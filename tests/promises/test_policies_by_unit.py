@@ -21,6 +21,7 @@ from support import trained
 from support.mixed import Mixture, shares
 from support.oracle import rows_in
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.samples import crossed, most
 from support.trained import Training, Whole, united
 
 STEPS, HALF = 60, 31
@@ -114,13 +115,18 @@ LAYOUTS = {
     ],
 }
 CASES = [  # norms of units are those of whole tensors in every layout: one policy shows what it does with them
-    (layout, size, name)
+    pytest.param(layout, size, name, id=f"{layout.__name__}-{size}-{name}")
     for size, listed in LAYOUTS.items()
     for layout, name in (product(listed, POLICIES) if size == 1 else zip(listed, cycle(POLICIES), strict=False))
 ]
+CASES = most(
+    CASES,
+    *("fsdp2-4-MaxRMS", "fsdp2_tp_sequence-4-MaxRMS", "fsdp1-4-AdaGC", "stages-4-MaxRMS", "experts-4-AGC"),
+    "experts_of_equal_names-4-MaxRMS",
+)
 
 
-@pytest.mark.parametrize(("layout", "size", "name"), CASES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("layout", "size", "name"), CASES)
 def test_it_trains_as_its_paper_says_in_one_process(layout, size, name):
     found = run_ranks(train, size, layout, name, 0, STEPS)
     check(found, name, "experts" in layout.__name__)
@@ -138,8 +144,7 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize(("layout", "size", "later", "later_size"), ROUTES)
+@pytest.mark.parametrize(("layout", "size", "later", "later_size", "name"), crossed(ROUTES, POLICIES))
 def test_a_run_goes_on_in_another_layout(layout, size, later, later_size, name):
     begun = run_ranks(train, size, layout, name, 0, HALF)[0]
     check(run_ranks(train, later_size, later, name, HALF, STEPS, begun), name, "experts" in layout.__name__)

@@ -33,7 +33,7 @@ from support.simulated import SimulatedGroup, Waits, simulate
 
 P = (0.5, 1.0, 2.0, 3.0, inf)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "30"))
 law = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 costly = settings(law, max_examples=-(-EXAMPLES // 3))  # a Clipper on each of up to 64 ranks
 

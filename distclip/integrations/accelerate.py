@@ -26,7 +26,7 @@ from ..optimizers.scaler import is_unscaled, unscale_
 from ..optimizers.wrapped import refuse_clip_before_step
 from ..plan.arguments import Parameters
 from ..policies import MaxNorm, Policy
-from ..report import Fingerprint, Report
+from ..report import Report
 from ..step.driver import Driver
 from ..step.engine import Engine
 from ..step.options import Options
@@ -77,8 +77,8 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         * It raises RuntimeError inside gradient accumulation, and where no prepared optimizer holds the model;
           ValueError for optimizers that make other gradients inside their step (SAM, Opacus). A step with a closure,
           which would do so too, raises RuntimeError.
-        * ``measure()`` raises RuntimeError where fp16 gradients are not unscaled yet, and ``step()`` always, as
-          accelerate steps.
+        * ``measure()`` and ``fingerprint()`` raise RuntimeError where fp16 gradients are not unscaled yet, and
+          ``step()`` always, as accelerate steps.
         """
         self._refuse_deepspeed(f"a policy ({policy})")
         engine = Engine(model, policy, **options)
@@ -88,8 +88,8 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
             raise ValueError("the model is a part of what FSDP1 made of it: pass what accelerator.prepare() returned")
         if self._clips_any_of(clipped):
             raise ValueError("a clipper() clips this model already and both would: keep that one, call clipper() once")
-        measure, clip_ = partial(self._measure, engine), partial(self._clip, engine)
-        fingerprint = partial(self._fingerprint, engine)
+        look, clip_ = partial(self._look, engine), partial(self._clip, engine)
+        measure, fingerprint = partial(look, "measure"), partial(look, "fingerprint")
         clipper = Clipper.of(engine, Driver("accelerate", measure, fingerprint, clip_=clip_, step=_refuse_to_step))
         _clippers.add(clipper)
         self.register_for_checkpointing(clipper)
@@ -109,18 +109,15 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
                 _decided.add(optimizer)
         return report
 
-    def _measure(self, engine: Engine, signals: Signals | None = None) -> Report:
-        inner = list(map(_inner, self._holding(engine.owner.clipped)))
-        scaler = self.scaler
+    def _look(self, engine: Engine, name: str, **said: Any) -> Any:
+        """``measure`` or ``fingerprint`` of what prepared optimizers hold."""
+        inner, scaler = list(map(_inner, self._holding(engine.owner.clipped))), self.scaler
         if scaler is not None and scaler.is_enabled() and not all(is_unscaled(scaler, each) for each in inner):
             raise RuntimeError(
                 "the gradients are still multiplied by the loss scale: call accelerator.unscale_gradients() before "
-                "measure(), or clip_(), whose report tells the norm"
+                f"{name}(), or clip_(), whose report is of the unscaled ones"
             )
-        return engine.measure(inner, only_theirs=True, signals=signals)
-
-    def _fingerprint(self, engine: Engine) -> Fingerprint:
-        return engine.fingerprint(list(map(_inner, self._holding(engine.owner.clipped))), only_theirs=True)
+        return getattr(engine, name)(inner, only_theirs=True, **said)
 
     def _clips_any_of(self, ids: Set[int]) -> bool:
         """Whether a :meth:`clipper` of this Accelerator clips any of these parameters."""

@@ -7,6 +7,7 @@ these two under manual optimization as well. Private API: ``_FabricModule._forwa
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Unpack
 
 import torch.distributed as dist
@@ -155,7 +156,7 @@ def FabricClipper(
 
     ``step`` takes the optimizers that Fabric returned. It uses the GradScaler of ``precision="16-mixed"`` and updates
     it, also if it raises, and calls Fabric's ``on_after_optimizer_step``, also after a skipped step. With a GradScaler
-    ``clip_`` and ``measure`` raise RuntimeError, since the gradients are not unscaled yet. Do not call
+    ``clip_``, ``measure`` and ``fingerprint`` raise RuntimeError: the gradients are not unscaled yet. Do not call
     ``fabric.clip_gradients`` or ``optimizer.step()`` as well. Save ``clipper.state_dict()``, not the Clipper: from
     sharded checkpoints Fabric restores only models and optimizers in place. ValueError for strategies in which Fabric
     does not step the optimizers itself.
@@ -165,7 +166,8 @@ def FabricClipper(
     wrapped = _as_wrapped(module) if isinstance(module, nn.Module) else list(map(_as_wrapped, module))
     engine = Engine(wrapped, policy, **options)
     calls = _FabricCalls(fabric, engine, getattr(fabric.strategy.precision, "scaler", None))
-    return Clipper.of(engine, Driver("Fabric", measure=calls.measure, clip_=calls.clip_, step=calls.step))
+    measure, fingerprint, clip_ = (partial(calls.unscaled, name) for name in ("measure", "fingerprint", "clip_"))
+    return Clipper.of(engine, Driver("Fabric", measure, fingerprint, clip_=clip_, step=calls.step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +178,11 @@ class _FabricCalls:
     engine: Engine
     scaler: GradScaler | None
 
-    def clip_(self, signals: Signals | None = None) -> Report:
-        self._refuse_scaled()
-        return self.engine.clip_(signals=signals)
-
-    def measure(self, signals: Signals | None = None) -> Report:
-        self._refuse_scaled()
-        return self.engine.measure(signals=signals)
+    def unscaled(self, name: str, **said: Any) -> Any:
+        """Make this call of the engine; RuntimeError with a scaler, which unscales in ``step`` alone."""
+        if self.scaler is not None and self.scaler.is_enabled():
+            raise RuntimeError(SCALED + "step(optimizer), whose report is of the unscaled ones")
+        return getattr(self.engine, name)(**said)
 
     def step(self, *optimizers: Optimizer, scaler: GradScaler | None = None, signals: Signals | None = None) -> Report:
         if scaler is not None:
@@ -197,21 +197,17 @@ class _FabricCalls:
             self.fabric.call("on_after_optimizer_step", strategy=self.fabric.strategy, optimizer=optimizer)
         return report
 
-    def _refuse_scaled(self) -> None:
-        if self.scaler is not None and self.scaler.is_enabled():
-            raise RuntimeError(SCALED + "step(optimizer), whose report tells the norm")
-
 
 def _called_by_trainer(trainer: Trainer, optimizer: Optimizer, policy: Policy, options: Options) -> Clipper:
     """The Clipper that :class:`ClipGradients` calls, over what ``optimizer`` holds."""
     engine, scaler = Engine(trainer.strategy.model, policy, **options), trainer.scaler
 
-    def measure() -> Report:
+    def call(name: str) -> Any:
         if scaler is not None and scaler.is_enabled() and not is_unscaled(scaler, optimizer):
-            raise RuntimeError(SCALED + "measure() in on_before_optimizer_step")
-        return engine.measure([optimizer], only_theirs=True)
+            raise RuntimeError(SCALED + f"{name}() in on_before_optimizer_step")
+        return getattr(engine, name)([optimizer], only_theirs=True)
 
-    return Clipper.of(engine, Driver("ClipGradients", measure, lambda: engine.fingerprint([optimizer], True)))
+    return Clipper.of(engine, Driver("ClipGradients", partial(call, "measure"), partial(call, "fingerprint")))
 
 
 def _as_wrapped(module: nn.Module) -> nn.Module:

@@ -355,8 +355,10 @@ def others(scale):
     for _ in range(3):
         accelerator.backward(model(torch.ones(2, 3)).sum())
         if scale:
-            with pytest.raises(RuntimeError, match=r"loss scale: call accelerator.unscale_gradients\(\) before"):
-                clipper.measure()
+            for call in (clipper.measure, clipper.fingerprint):
+                before = rf"loss scale: call accelerator.unscale_gradients\(\) before {call.__name__}\(\)"
+                with pytest.raises(RuntimeError, match=before):
+                    call()
             accelerator.unscale_gradients()
         held = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
         measured, fingerprint, clipped = clipper.measure(), clipper.fingerprint(), clipper.clip_()

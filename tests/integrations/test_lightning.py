@@ -227,7 +227,7 @@ def test_fabric_refuses_what_it_cannot_clip():
         accelerator="cpu", devices=1, plugins=runs.FabricScaled("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     )
     clipper = FabricClipper(scaled, scaled.setup(torch.nn.Linear(2, 1)), 1.0)
-    for call in (clipper.clip_, clipper.measure):
+    for call in (clipper.clip_, clipper.measure, clipper.fingerprint):
         with pytest.raises(RuntimeError, match=r"still multiplied by the GradScaler's scale: call step\(optimizer\)"):
             call()
     fabric._strategy = XLAStrategy.__new__(XLAStrategy)
@@ -383,12 +383,13 @@ def test_gradients_that_the_optimizer_does_not_hold_do_not_add_up_in_the_norm(sc
     assert seen[-1] > 2 * seen[0], "nobody zeroes the others"
 
 
-def test_measure_is_refused_where_gradients_are_scaled():
+@pytest.mark.parametrize("name", ["measure", "fingerprint"])
+def test_looking_is_refused_where_gradients_are_scaled(name):
     class Looks(Lit):
         def on_after_backward(self):
-            self.measured = next(c for c in self.trainer.callbacks if isinstance(c, ClipGradients)).clipper.measure()
+            getattr(next(c for c in self.trainer.callbacks if isinstance(c, ClipGradients)).clipper, name)()
 
-    with pytest.raises(RuntimeError, match=r"GradScaler's scale: call measure\(\) in on_before_optimizer_step"):
+    with pytest.raises(RuntimeError, match=rf"GradScaler's scale: call {name}\(\) in on_before_optimizer_step"):
         single(Looks, scaled=True)
     assert single(Looks)["global_step"] == STEPS
 

@@ -14,9 +14,11 @@ import pytest
 from distclip import __version__
 from distclip.cli import main
 from distclip.train import launch
+from distclip.train.begun import has_begun, say_begun
 from distclip.train.stop import STOP_SIGNALS
 from support.listening import LOOPBACK, descendants, listening
-from train.commands import CONFIGS, ROOT, TINY, TORCHRUN, metrics, numbers, start
+from support.programs import play
+from train.commands import CONFIGS, ROOT, TINY, metrics, numbers, start
 
 LONG = [*TINY, "train.steps=100000", "train.log_every=1000"]
 
@@ -46,65 +48,41 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
-def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= steps):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no step was taken"
-        time.sleep(0.05)
-
-
-def listened(process: subprocess.Popen[str]) -> set[str]:
-    """Where the process, and all that it has started, have listened by the time it ends."""
+def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str]) -> set[str]:
+    """Where the process, and all that it has started, have listened until then."""
     seen: set[str] = set()
     deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < deadline:
+    while not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) >= steps):
         seen |= listening(descendants(process.pid))
-        time.sleep(0.1)
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step was taken"
+        time.sleep(0.25)
     return seen
 
 
+def play_here(folder: Path, program: str, ranks: int | None = None) -> tuple[list[int], str]:
+    """`play` a program that is given as text."""
+    (folder / "program.py").write_text(program)
+    return play(folder / "program.py", ranks, [str(ROOT)], PATIENCE)
+
+
+def under_torchrun(folder: Path, *words: str, before: str = "") -> tuple[list[int], str]:
+    """The quickstart on two ranks: their exit codes and all that they print."""
+    command = ["train", str(CONFIGS / "quickstart.yaml"), *words]
+    main = f"{before}\nimport sys\nfrom distclip.cli import main\nsys.exit(main({command!r}))\n"
+    return play_here(folder, main, ranks=2)
+
+
 @linux
-def test_the_command_starts_its_ranks_on_loopback_and_torchrun_takes_the_same_steps(run, tmp_path: Path):
-    words = ["train", CONFIGS / "quickstart.yaml", *TINY, "train.steps=6", "--train.log_every=2"]
-    words.append("clip.fingerprint_every=2")
-    alone = run(*words, f"run.root={tmp_path}")
-    under = run(*words, f"run.dir={tmp_path / 'torchrun'}", launcher=[*TORCHRUN, "2"])
-    seen = listened(alone)
-    code, output, errors = finish(alone)
-    assert (code, errors) == (0, "")
-    assert set() < seen <= LOOPBACK, "Gloo listens somewhere, or this test sees nothing"
-    assert finish(under)[0] == 0
-    (folder,) = tmp_path.glob("quickstart-2*")  # the name and a timestamp
-    assert numbers(folder) == numbers(tmp_path / "torchrun")
-    records = metrics(folder)
-    assert [record["step"] for record in records if "fingerprint" in record] == [2, 4, 6]
-    assert records[1]["fingerprint"] == metrics(tmp_path / "torchrun")[1]["fingerprint"]
-    assert "fingerprint/head.weight" in records[5]
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints",
-        "config.yaml",
-        "metrics.jsonl",
-        "report.html",
-        "summary.json",
-    ]
-    assert "2 (fsdp2) on cpu, collectives by gloo" in output
-    lines = [line.split()[1] for line in output.splitlines() if line.startswith("step ")]
-    assert lines == ["1/6", "2/6", "4/6", "6/6"]
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["status"] == "finished"
-    assert f"{summary['held_out_loss']:.4f}" in output
-    assert f"{summary['entropy']:.4f}" in output
-
-
-def test_ctrl_c_stops_all_ranks_after_the_same_step_with_a_checkpoint(run, tmp_path: Path):
-    folder = tmp_path / "run"
-    words = ["train", CONFIGS / "quickstart.yaml", *LONG, f"run.dir={folder}"]
-    process = run(*words)
-    wait_for_steps(folder, 5, process)
+def test_the_command_stops_all_ranks_after_the_same_step_on_ctrl_c_and_goes_on_as_if_never_stopped(run, tmp_path: Path):
+    folder, other = tmp_path / "run", tmp_path / "torchrun"
+    words = [*TINY, "train.log_every=2", "clip.fingerprint_every=2"]
+    process = run("train", CONFIGS / "quickstart.yaml", *words, "train.steps=100000", f"run.dir={folder}")
+    seen = wait_for_steps(folder, 5, process)
     os.killpg(process.pid, signal.SIGINT)
     code, output, errors = finish(process)
     assert (code, errors) == (130, "")  # torch's launcher logged into the middle of the display
+    assert set() < seen <= LOOPBACK, "Gloo listens somewhere, or this test sees nothing"
     steps = [record["step"] for record in metrics(folder)]
     assert steps == list(range(1, len(steps) + 1))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{steps[-1]:08d}"]
@@ -113,30 +91,75 @@ def test_ctrl_c_stops_all_ranks_after_the_same_step_with_a_checkpoint(run, tmp_p
     assert (folder / "report.html").is_file()
 
     (line,) = (line for line in output.splitlines() if line.startswith("go on with: "))
-    command = f"{line.removeprefix('go on with: ')} train.steps={steps[-1] + 3}"
+    last = steps[-1] // 2 * 2 + 4
+    command = f"{line.removeprefix('go on with: ')} train.steps={last}"
     pasted = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert (pasted.returncode, pasted.stderr) == (0, "")
-    assert [record["step"] for record in metrics(folder)] == list(range(1, steps[-1] + 4))
+    assert_finished(folder, pasted.stdout, steps[-1], last)
+
+    codes, said = under_torchrun(tmp_path, *words, f"train.steps={last}", f"run.dir={other}")
+    assert codes == [0, 0], said
+    assert numbers(folder) == numbers(other)
+    assert metrics(folder)[-1]["fingerprint"] == metrics(other)[-1]["fingerprint"]
 
 
-def test_a_reader_that_has_seen_enough_ends_training_quietly_with_a_checkpoint(run, tmp_path: Path):
+def assert_finished(folder: Path, output: str, first: int, last: int) -> None:
+    """The run went on after step ``first`` and took step ``last``."""
+    records = metrics(folder)
+    assert [record["step"] for record in records] == list(range(1, last + 1))
+    assert [record["step"] for record in records if "fingerprint" in record] == list(range(2, last + 1, 2))
+    assert "fingerprint/head.weight" in records[3]
+    names = ["checkpoints", "config.yaml", "metrics.jsonl", "report.html", "summary.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert "2 (fsdp2) on cpu, collectives by gloo" in output
+    lines = [int(line.split()[1].partition("/")[0]) for line in output.splitlines() if line.startswith("step ")]
+    assert lines == [step for step in range(first + 1, last + 1) if step % 2 == 0 or step == first + 1]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert f"{summary['held_out_loss']:.4f}" in output
+    assert f"{summary['entropy']:.4f}" in output
+
+
+HEAD = """
+import os, sys, threading
+
+def read():
+    with os.fdopen(reader) as lines:
+        for _ in range(4):
+            lines.readline()
+
+if os.environ["RANK"] == "0":
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(writer)
+    sys.stdout = open(1, "w", closefd=False)
+    threading.Thread(target=read, daemon=True).start()
+"""
+
+
+def test_a_reader_that_has_seen_enough_ends_training_quietly_with_a_checkpoint(tmp_path: Path):
+    """As `| head -4`."""
     folder = tmp_path / "run"
-    process = run("train", CONFIGS / "quickstart.yaml", *LONG, "train.log_every=1", f"run.dir={folder}")
-    first = [process.stdout.readline() for _ in range(4)]  # as `| head -4`
-    process.stdout.close()
-    assert all(first)
-    assert (process.wait(timeout=PATIENCE), process.stderr.read()) == (129, "")
+    words = [*TINY, "train.steps=100000", "train.log_every=1", f"run.dir={folder}"]
+    assert under_torchrun(tmp_path, *words, before=HEAD) == ([129, 129], "")
     steps = len(metrics(folder))
+    assert 0 < steps < 100000
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
 
 
-def test_what_nobody_reads_is_no_error():
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "distclip", "bench", "--list"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
+UNREAD = """
+import os, sys
+from distclip.cli import main
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+sys.stdout = open(1, "w", closefd=False)
+sys.exit(main(["bench", "--list"]))
+"""
+
+
+def test_what_nobody_reads_is_no_error(tmp_path: Path):
+    assert play_here(tmp_path, UNREAD) == ([141], "")
 
 
 def test_without_a_standard_output_nothing_is_printed():
@@ -152,7 +175,13 @@ def blocked(pid: int) -> int:
 
 
 @linux
-@pytest.mark.parametrize("directly", [False, True], ids=["SIGTERM to the command", "Ctrl-C to its ranks"])
+@pytest.mark.parametrize(
+    "directly",
+    [
+        pytest.param(False, id="SIGTERM to the command", marks=pytest.mark.thorough),
+        pytest.param(True, id="Ctrl-C to its ranks"),
+    ],
+)
 def test_a_signal_waits_for_ranks_that_are_still_starting(directly, run, tmp_path: Path):
     folder = tmp_path / "run"
     process = run("train", CONFIGS / "quickstart.yaml", *LONG, f"run.dir={folder}")
@@ -174,40 +203,53 @@ def test_a_signal_waits_for_ranks_that_are_still_starting(directly, run, tmp_pat
 
 SLOW = """
 import os, signal, sys, time
-from distclip.train.begun import say_begun
 
 def save(*_):
-    open(f"{sys.argv[1]}/saved-{rank}", "w").close()
+    open(f"saved-{rank}", "w").close()
     sys.exit(143)
 
 rank = os.environ["RANK"]
-open(f"{sys.argv[1]}/starting-{rank}", "w").close()
-while not os.path.exists(f"{sys.argv[1]}/go"):  # a signal would be the end of it
+open(f"starting-{rank}", "w").close()
+while not os.path.exists("go"):  # a signal would be the end of it
     time.sleep(0.01)
 signal.signal(signal.SIGTERM, save)
-say_begun()
+meeting = os.path.dirname(os.environ["DISTCLIP_MEETING_POINT"].removeprefix("file://"))
+open(f"{meeting}/begun-{os.getpid()}", "w").close()  # say_begun, without importing torch
 while True:
     time.sleep(0.01)
 """
-LAUNCHER = (
-    "import sys; from distclip.train import launch; launch.RANK = sys.argv[1]; "
-    "sys.exit(launch.launch(2, sys.argv[2:], restarts=0))"
-)
+LAUNCHER = f"""
+import os, signal, sys, threading, time
+from pathlib import Path
+from distclip.train import launch
+
+def stop():
+    while len(list(Path().glob("starting-*"))) < 2:
+        time.sleep(0.01)
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+    Path("go").touch()
+
+threading.Thread(target=stop, daemon=True).start()
+launch.RANK = {SLOW!r}
+sys.exit(launch.launch(2, [], restarts=0))
+"""
 
 
 @linux
 def test_no_rank_is_killed_because_it_starts_slowly(tmp_path: Path):
     """The launcher passed a signal on at once, and killed 30 s later what had not saved: at load 40, all ranks."""
-    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, SLOW, str(tmp_path)], env=ENVIRONMENT)
-    while len(list(tmp_path.glob("starting-*"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    for _ in range(3):
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-    (tmp_path / "go").touch()
-    assert process.wait(timeout=PATIENCE) == 143
+    assert play_here(tmp_path, LAUNCHER) == ([143], "")
     assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_a_rank_that_has_begun_is_known_by_its_process(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("DISTCLIP_MEETING_POINT", f"file://{tmp_path}/ranks")
+    assert not has_begun(os.getpid(), tmp_path)
+    say_begun()
+    assert has_begun(os.getpid(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"begun-{os.getpid()}"]
 
 
 STUBBORN = (
@@ -238,27 +280,34 @@ def test_ranks_that_the_launcher_does_not_know_of_yet_get_the_signal_too(rank, p
     other.wait()
 
 
+KILLED = """
+import os, sys
+from distclip.train import launch
+terminal, writer = os.openpty()
+os.dup2(writer, 1)
+launch.RANK = "import os; print('\\033[?25l', flush=True); os.kill(os.getpid(), 9)"
+code = launch.launch(1, [], restarts=0)
+os.write(2, os.read(terminal, 1000))
+sys.exit(code)
+"""
+
+
 @linux
-def test_a_rank_that_is_killed_leaves_a_whole_terminal_and_one_line():
+def test_a_rank_that_is_killed_leaves_a_whole_terminal_and_one_line(tmp_path: Path):
     """Torch's launcher logged it too, and the cursor stayed hidden."""
-    reader, writer = os.openpty()
-    hides = "import os; print('\\033[?25l', flush=True); os.kill(os.getpid(), 9)"
-    command = [sys.executable, "-c", LAUNCHER.replace("launch(2", "launch(1"), hides]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    os.close(writer)
-    shown = os.read(reader, 1000)
-    os.close(reader)
-    assert (done.returncode, done.stderr) == (1, "distclip: rank 0 failed, killed by SIGKILL\n")
-    assert shown.startswith(b"\033[?25l")
-    assert shown.endswith(b"\033[?25h")
+    codes, said = play_here(tmp_path, KILLED)
+    line, _, shown = said.partition("\n")
+    assert (codes, line) == ([1], "distclip: rank 0 failed, killed by SIGKILL")
+    assert shown.startswith("\033[?25l")
+    assert shown.endswith("\033[?25h")
 
 
-def test_a_failure_in_training_is_exit_code_1_and_one_line(run, tmp_path: Path):
+def test_a_failure_in_training_is_exit_code_1_and_one_line(tmp_path: Path):
     words = [*TINY, "optim.lr=1e30", "clip.nonfinite=raise", "train.steps=9", f"run.dir={tmp_path / 'run'}"]
-    code, _, errors = finish(run("train", CONFIGS / "quickstart.yaml", *words))
-    assert code == 1
-    assert errors.count("distclip: training failed: ") == 1
-    assert "Traceback" not in errors
+    codes, said = under_torchrun(tmp_path, *words)
+    assert 1 in codes, said  # the other is stopped, or was as fast
+    assert said.count("distclip: training failed: ") == 1
+    assert "Traceback" not in said
 
 
 def test_version_and_help_need_no_config(capsys: pytest.CaptureFixture[str]):

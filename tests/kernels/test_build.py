@@ -1,6 +1,8 @@
 """What hatch_build.py makes of a source tree: a wheel with the kernel or a pure one, never a failure."""
 
+import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import distclip
 from distclip.kernels.native.library import library
 from kernels.test_native import COMPILERS, ROOT, compiles
 from support.ranks import LIMIT
@@ -57,6 +60,16 @@ def test_a_wheel_with_the_kernel_says_its_platform(tree, tmp_path):
     assert facts == ["Root-Is-Purelib: false", f"Tag: py3-none-{platform}"]
     assert "warning" not in said.lower()
     assert not stale.exists()
+
+
+def test_links_of_the_readme_work_on_the_index(tree):
+    said = subprocess.run([sys.executable, "-m", "hatchling", "metadata"], cwd=tree, capture_output=True, timeout=LIMIT)
+    text = json.loads(said.stdout)["readme"]["text"]
+    targets = re.findall(r'\]\(([^)]+)\)|(?:src|srcset)="([^"]+)"', text)
+    assert len(targets) > 20
+    for link, picture in targets:
+        assert (link or picture).startswith(("https://", "#"))
+        assert f"/v{distclip.__version__}/" in (link or picture) or not (link or picture).endswith((".md", ".png"))
 
 
 @compiles

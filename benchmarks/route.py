@@ -20,8 +20,8 @@ too, so that a call into another file and back is two changes even where the nex
 | 4517729, 2026-11-30 | 62 changes, 23 files (79 with returns) | 38, 20 (51) | 36, 17 (47) |
 | 40bb07a, 2026-11-30 | 25 changes, 18 files (34 with returns) | 15, 14 (23) | 14, 12 (20) |
 
-Python 3.11, torch 2.13.0, the compiled kernel. The checks of 2026-11-30 lie between the first two, the rooms between
-the last two.
+Python 3.11, torch 2.13.0, the compiled kernel. The checks of 2026-11-30 lie between the first two, the move into
+packages between the last two.
 """
 
 import argparse

@@ -25,7 +25,7 @@ INDEX = "https://download.pytorch.org/whl/cpu"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 CELLS = [f"{torch}/3.11" for torch in ("2.6.0", "2.11.0", "2.13.0", "2.14.1", "2.15.0")]
 CELLS += [f"2.13.0/{python}" for python in PYTHONS[1:]]
-ROOMS = ("promises", "clipper", "layouts", "kernels")
+PACKAGES = ("promises", "clipper", "layouts", "kernels")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "hatchling", "hatch-fancy-pypi-readme", "numpy")
 ROW = re.compile(r"^\| (\d[\d.]*) \| (3\.\d+) \| (.*) \|$", re.MULTILINE)
 LIMIT = 2 * 3600  # seconds, for each step of a combination
@@ -57,9 +57,9 @@ def environment(torch: str, version: str, folder: Path) -> Path:
 def tested(python: Path, folder: Path) -> tuple[str, bool]:
     """What the tests said, as two columns of the table, and whether all passed."""
     results = folder / "results.xml"
-    rooms = [f"tests/{room}" for room in ROOMS]
+    folders = [f"tests/{name}" for name in PACKAGES]
     words = ("-q", "-m", "", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", f"--junitxml={results}")
-    done = call(python, "-m", "pytest", *words, *rooms)
+    done = call(python, "-m", "pytest", *words, *folders)
     if not results.exists():
         return f"no tests ran | {done.stdout.splitlines()[-1:]}", False
     suite = ElementTree.parse(results).getroot()[0]

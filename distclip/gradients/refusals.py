@@ -1,4 +1,4 @@
-"""Every error of this room: what is wrong, with which gradient, and what to do about it."""
+"""Every error of this package: what is wrong, with which gradient, and what to do about it."""
 
 from ..errors import LayoutError
 from ..kernels.dtypes import REAL

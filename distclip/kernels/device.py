@@ -1,4 +1,4 @@
-"""What a device can do, and what it is doing: facts that several rooms ask for."""
+"""What a device can do, and what it is doing: facts that several packages ask for."""
 
 from operator import attrgetter
 

@@ -1,7 +1,7 @@
 """Who holds what: how many ranks hold each element of a parameter, whatever wrapped the model.
 
 Reads parameters and their metadata (DTensor, FSDP1, FSDP2), never a gradient. Private torch API about wrappers is here;
-`refusals` has all errors of the room.
+`refusals` has all errors of the package.
 
 [Note: a new sharding]
 These places, in the order of a reader, know a placement or a wrapper by name; each cites this note. All others see a

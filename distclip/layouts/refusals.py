@@ -1,4 +1,4 @@
-"""Every error of this room: what is wrong, with which parameter or rank, and what to do about it."""
+"""Every error of this package: what is wrong, with which parameter or rank, and what to do about it."""
 
 from collections.abc import Sequence
 

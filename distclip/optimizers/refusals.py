@@ -1,4 +1,4 @@
-"""Every error of this room: which optimizer or scaler cannot be clipped for, and what to call instead."""
+"""Every error of this package: which optimizer or scaler cannot be clipped for, and what to call instead."""
 
 TAKE_OVER = "call distclip.integrations.deepspeed.take_over(engine, policy)"
 ATTACH = "call distclip.attach(optimizer, model, policy) once, and optimizer.step(), which then clips"

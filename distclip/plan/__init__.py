@@ -1,7 +1,7 @@
 """From parameters to the norms that all ranks see: made once from a model, then measures, compares and blames.
 
 Joins who holds what with what this rank has. Never decides what a step does with the number it measured. `refusals` has
-all errors of the room.
+all errors of the package.
 
 [Note: pieces]
 A *holder* is the tensor in whose ``.grad`` a gradient lies: a parameter, or FSDP1's flat one. A *piece* is what this

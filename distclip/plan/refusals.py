@@ -1,4 +1,4 @@
-"""Every error of this room and of the functions: what is wrong, with which parameter or rank, and what to do about it.
+"""Every error of this package and of the functions: what is wrong, with which parameter or rank, and what to do.
 
 ``who``: which ranks it is, as ranks have told each other; empty where that was not asked.
 """

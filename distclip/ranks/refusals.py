@@ -1,4 +1,4 @@
-"""Every error of this room, and its warning: which ranks, in which call, and what to do about it."""
+"""Every error of this package, and its warning: which ranks, in which call, and what to do about it."""
 
 from collections.abc import Mapping, Sequence
 

@@ -36,6 +36,6 @@ Where each phase of :meth:`.Clipper.step` is, and what it makes (Engine.begin go
     6, 7  step/progress.py: _check or _check_later; _commit  Outcome, in numbers where checked; then its Report counts
     8, 9  step/engine.py: begin; optimizers/fused.py: step   Stepping, which steps each optimizer or none
 
-What an Engine is given is read in step/building.py. Nothing in this room communicates by itself; what ranks must agree
+What an Engine is given is read in step/building.py. Nothing here communicates by itself; what ranks must agree
 on travels in the plan's measurement, or where an Engine is built in plan/construction.py.
 """

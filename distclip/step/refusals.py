@@ -1,4 +1,4 @@
-"""Every error of this room and of Clipper: what is wrong, with which parameter or rank, and what to do about it."""
+"""Every error of this package and of Clipper: what is wrong, with which parameter or rank, and what to do about it."""
 
 from collections.abc import Mapping, Sequence
 from reprlib import repr as short

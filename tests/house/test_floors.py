@@ -70,12 +70,12 @@ def test_every_file_has_a_floor():
     assert units - set(FLOOR_OF) == set(), "put it where it belongs in FLOORS"
 
 
-def test_a_room_says_what_lives_there_and_what_it_may_touch():
+def test_a_package_says_what_lives_there_and_what_it_may_touch():
     silent = []
-    for room in PACKAGE.glob("*/__init__.py"):
-        said = ast.get_docstring(ast.parse(room.read_text(encoding="utf-8"))) or ""
+    for package in PACKAGE.glob("*/__init__.py"):
+        said = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
         if len(said.splitlines()) < 3:
-            silent.append(room.parent.name)
+            silent.append(package.parent.name)
     assert not silent
 
 

@@ -16,9 +16,9 @@ Two records of one revision on one machine are equal. Another processor or torch
 revisions there. It takes one to two minutes on two cores, and needs Linux to see whether the kernel was loaded.
 
 Made on 2026-11-30 to hold the bits of revision 4517729 while its files moved into packages. Of its 78 scenarios, 39
-with each kernel, one change of that revision at a time was seen by: 2e-6 for 1e-6 in the coefficient, 72 (the others have
-policies with a formula of their own); no optimizer folds, 58; a skipped step counts twice, 48; rows of 128 in place of
-64 where torch's kernels sum, 30 of the 39 without the compiled one.
+with each kernel, one change of that revision at a time was seen by: 2e-6 for 1e-6 in the coefficient, 72 (the others
+have policies with a formula of their own); no optimizer folds, 58; a skipped step counts twice, 48; rows of 128 in
+place of 64 where torch's kernels sum, 30 of the 39 without the compiled one.
 """
 
 import argparse

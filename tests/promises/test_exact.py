@@ -17,13 +17,19 @@ from promises.test_statistics_on_accelerators import KINDS, made
 from support.accelerator import EXISTS, raw
 from support.parallel import EIGHT, FOUR, THREE, TWO, united
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.samples import most, sample
 
 P = (1.0, 2.0, inf)
-LAYOUTS = [
-    pytest.param(layout, size, id=f"{layout.__name__}-{size}")
-    for size, layouts in ((2, TWO), (3, THREE), (4, FOUR), (8, EIGHT))
-    for layout in layouts
-]
+LAYOUTS = most(
+    [
+        pytest.param(layout, size, id=f"{layout.__name__}-{size}")
+        for size, layouts in ((2, TWO), (3, THREE), (4, FOUR), (8, EIGHT))
+        for layout in layouts
+    ],
+    *("fsdp1_grad_op-2", "fsdp1_grad_op_flat-2", "fsdp1_no_shard-2", "fsdp1_ignored-2", "fsdp1_full-3", "fsdp1_full-4"),
+    *("fsdp1_full_flat-4", "fsdp1_hybrid-4", "fsdp1_hybrid_zero2-4", "fsdp1_experts-4", "fsdp1_copies-4"),
+    *("fsdp1_tp_flat-4", "cp_fsdp2-4", "hsdp_tp-8", "hsdp_tp_sequence-8", "pp_fsdp2_tp-8", "by_hand-8"),
+)
 
 
 def nearest_norm(tensors: list[Tensor], p: float) -> float:
@@ -64,9 +70,9 @@ def test_every_layout_has_the_norm_that_is_nearest(layout, size):
     check(run_ranks(measured, size, layout, torch.float32))
 
 
-@pytest.mark.parametrize("layout", TWO)
-def test_also_of_bf16(layout):
-    check(run_ranks(measured, 2, layout, torch.bfloat16))
+@pytest.mark.parametrize(("layout", "size"), sample(LAYOUTS, "fsdp1_mixed_precision-2", "tp_sequence-2", "by_hand-4"))
+def test_also_of_bf16(layout, size):
+    check(run_ranks(measured, size, layout, torch.bfloat16))
 
 
 def check(ranks: list[dict[str, object]]) -> None:

@@ -15,14 +15,20 @@ from promises.test_statistics_on_accelerators import KINDS, made
 from support.accelerator import EXISTS, raw
 from support.parallel import EIGHT, FOUR, THREE, TWO, by_name, ep_named, mesh_of
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.samples import most
 
 ALL = (1 << 64) - 1
-LAYOUTS = [
-    pytest.param(layout, size, id=f"{layout.__name__}-{size}")
-    for size, layouts in ((2, TWO), (3, THREE), (4, [*FOUR, ep_named]), (8, EIGHT))
-    for layout in layouts
-    if layout.__name__ != "ep_plain"
-]
+LAYOUTS = most(
+    [
+        pytest.param(layout, size, id=f"{layout.__name__}-{size}")
+        for size, layouts in ((2, TWO), (3, THREE), (4, [*FOUR, ep_named]), (8, EIGHT))
+        for layout in layouts
+        if layout.__name__ != "ep_plain"
+    ],
+    *("fsdp1_grad_op-2", "fsdp1_grad_op_flat-2", "fsdp1_no_shard-2", "fsdp1_ignored-2", "fsdp1_full-2", "fsdp1_full-4"),
+    *("fsdp1_full_flat-4", "fsdp1_hybrid-4", "fsdp1_hybrid_zero2-4", "fsdp1_experts-4", "fsdp1_copies-4"),
+    *("fsdp1_tp-4", "cp_fsdp2-4", "hsdp_tp_sequence-8", "pp_fsdp2_tp-8", "three_axes-8", "by_hand-8"),
+)
 
 
 def number_of(name: str, gradient: Tensor) -> int:

@@ -11,8 +11,10 @@ import distclip
 from support.layouts import REPLICATED, SHARDED, backward, fsdp2_and_plain
 from support.oracle import same_tensors, true_norm, whole_gradients
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.samples import crossed
 
 P = (1.0, 2.0, 3.0, inf)
+USES = {"function": P, "module": (2.0, inf), "clipper": (1.0, 2.0, inf)}  # and of which norm types
 
 
 def refill(model: nn.Module, values: list[torch.Tensor | None]) -> None:
@@ -34,7 +36,7 @@ def measured(build: Callable[[], nn.Module]) -> dict[str, object]:
         "clipper": lambda p, bound: distclip.Clipper(model, bound, norm_type=p).clip_().norm,
     }.items():
         norms, after, untouched = {}, {}, {}
-        for p in P:
+        for p in USES[name]:
             for clips, bound in ((False, 2 * result["oracle"][p]), (True, result["oracle"][p] / 3)):
                 refill(model, kept)
                 norms[p, clips] = use(p, bound)
@@ -59,14 +61,13 @@ def measured(build: Callable[[], nn.Module]) -> dict[str, object]:
     return result
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("build", REPLICATED + SHARDED, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(("build", "size"), crossed(REPLICATED + SHARDED, (2, 3)))
 def test_the_norm_is_that_of_the_whole_model(build, size):
     results = run_ranks(measured, size, build)
     low_precision = build.__name__ == "fsdp2_bf16_parameters"
-    for use in ("function", "module", "clipper"):
+    for use in USES:
         assert same_bits([r[use]["norms"] for r in results])
-        for p in P:
+        for p in USES[use]:
             oracle = results[0]["oracle"][p]
             assert oracle > 1.0, "a vacuous case"
             for clips in (False, True):
@@ -90,7 +91,7 @@ def on_one_process() -> dict[str, object]:
 def test_one_process_without_torch_distributed():
     (r,) = run_ranks(on_one_process, 1, fresh=True)
     assert r["collectives"] == {"function": {}, "clipper": {}, "first": {}}
-    for p in P:
+    for p in USES["clipper"]:
         assert r["clipper"]["norms"][p, True].item() == pytest.approx(r["oracle"][p], rel=2e-7)
         assert r["function"]["after"][p] == pytest.approx(1.0, rel=1e-6)
         assert r["function"]["untouched"][p]

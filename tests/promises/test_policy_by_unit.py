@@ -18,6 +18,7 @@ from support import trained
 from support.accelerator import counted_waits, raw
 from support.own_policy import OwnRunningMean
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.samples import most, rare
 from support.trained import alone, united
 
 HALF, STEPS = 4, 8
@@ -35,12 +36,16 @@ EXPERTS = {
     2: [trained.experts, trained.experts_of_equal_names, trained.experts_by_dtensor],
     4: [trained.experts, trained.experts_of_equal_names, trained.experts_by_dtensor],
 }
-CASES = [
-    pytest.param(layout, size, id=f"{layout.__name__}-{size}")
-    for of in (NETS, EXPERTS)
-    for size, layouts in of.items()
-    for layout in layouts
-]
+CASES = most(
+    [
+        pytest.param(layout, size, id=f"{layout.__name__}-{size}")
+        for of in (NETS, EXPERTS)
+        for size, layouts in of.items()
+        for layout in layouts
+    ],
+    *("ddp-1", "fsdp2-1", "ddp-2", "fsdp2-2", "fsdp1-2", "stages-2", "fsdp2_tp-4", "fsdp1_flat-4", "stages-4"),
+    *("experts_of_equal_names-2", "experts_by_dtensor-2", "experts-4"),
+)
 
 
 def train(layout, first: int, end: int, begun: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -97,15 +102,18 @@ def test_each_parameter_is_bounded_by_its_own_history(layout, size):
 
 
 ROUTES = [
-    *[(layout, 4, trained.one, 1) for layout in (trained.fsdp2_tp, trained.hsdp, trained.fsdp1_flat, trained.stages)],
-    *[(layout, 4, trained.fsdp2, 2) for layout in (trained.ddp, trained.fsdp2_tp_sequence, trained.stages)],
+    (trained.fsdp2_tp, 4, trained.one, 1),
+    (trained.fsdp1_flat, 4, trained.one, 1),
+    (trained.stages, 4, trained.fsdp2, 2),
     (trained.one, 1, trained.stages, 4),
-    (trained.fsdp2, 2, trained.stages, 2),
     (trained.stages_of_equal_names, 4, trained.stages_of_equal_names, 2),
-    (trained.experts, 4, trained.all_experts, 1),
     (trained.experts, 4, trained.experts_by_dtensor, 2),
-    (trained.all_experts, 1, trained.experts, 4),
     (trained.experts_of_equal_names, 4, trained.experts_of_equal_names, 2),
+    *[rare(layout, 4, trained.one, 1) for layout in (trained.hsdp, trained.stages)],
+    *[rare(layout, 4, trained.fsdp2, 2) for layout in (trained.ddp, trained.fsdp2_tp_sequence)],
+    rare(trained.fsdp2, 2, trained.stages, 2),
+    rare(trained.experts, 4, trained.all_experts, 1),
+    rare(trained.all_experts, 1, trained.experts, 4),
 ]
 
 

@@ -19,6 +19,7 @@ from support.own_policy import OwnGate
 from support.parallel import mesh_of
 from support.ranks import count_collectives, run_ranks, same_bits
 from support.roads import ROADS
+from support.samples import crossed
 
 GATE = OwnGate()
 KINDS = {
@@ -50,8 +51,7 @@ def means(layout, road: str) -> list[tuple[dict[str, float], int]]:
     return found
 
 
-@pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize(("layout", "size"), CASES, ids=[f"{layout.__name__}-{size}" for layout, size in CASES])
+@pytest.mark.parametrize(("layout", "size", "road"), crossed(CASES, ROADS))
 def test_a_signal_is_the_mean_over_ranks_in_the_all_reduce_of_the_norm(layout, size, road):
     ranks = run_ranks(means, size, layout, road)
     assert same_bits([[report for report, _ in rank] for rank in ranks])
@@ -125,8 +125,7 @@ def bad_signals(name: str, where: tuple[int, ...], verb: str) -> tuple[str, bool
     return said, same, clipper.clip_(signals=good).to_dict()["loss"] == 1.0
 
 
-@pytest.mark.parametrize("verb", ["step", "clip_", "measure"])
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(("name", "verb"), crossed(BAD, ["step", "clip_", "measure"]))
 def test_bad_signals_are_an_error_on_all_ranks_that_touches_nothing(name, verb):
     for said, same, goes_on in run_ranks(bad_signals, 2, name, (0, 1), verb):
         assert said.startswith(

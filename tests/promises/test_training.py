@@ -8,6 +8,7 @@ from torch.optim import SGD, AdamW
 import distclip
 from support.layouts import backward, build, ddp, fsdp2
 from support.ranks import run_ranks, same_bits
+from support.samples import crossed
 
 STEPS = 20
 BOUND = 1.4  # between the norms of the run, so that some steps are clipped and some are not
@@ -63,9 +64,14 @@ def alone():
     return lambda optimizer: known.setdefault(optimizer, run(optimizer))
 
 
-@pytest.mark.parametrize(("layout", "size"), [(ddp, 2), (fsdp2, 2), (fsdp2, 3)])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("how", ["step", "clip_", "function"])
+LAYOUTS = [(ddp, 2), (fsdp2, 2), (fsdp2, 3)]
+HOW = ["clip_", "step", "function"]  # a fused optimizer steps
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "optimizer", "how"),
+    crossed([(*layout, optimizer) for layout in LAYOUTS for optimizer in OPTIMIZERS], HOW),
+)
 def test_training_is_that_of_one_process(alone, layout, size, optimizer, how):
     norms, parameters = alone(optimizer)
     results = run_ranks(train, size, layout, optimizer, how)

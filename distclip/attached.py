@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, NoReturn, Unpack
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,7 +28,9 @@ class Attachment:
     def __init__(self, engine: Engine, optimizers: Sequence[Optimizer], in_grad: bool) -> None:
         """``in_grad``: gradients are in ``.grad``, of which they can be taken away from a step that is under way."""
         self._engine, self._in_grad = engine, in_grad
-        self._optimizers = [ref(optimizer) for optimizer in optimizers]
+        # Kept alive as long as the Clipper or any of them is: one that went when a collector of garbage came by would
+        # leave the norm on some ranks before others.
+        self._optimizers = tuple(optimizers)
         self._stepped: set[int] = set()  # which optimizers, since the latest decision
         self._stepping: Stepping | None = None
         # Of those that have not stepped since: their gradients, with the versions that these had when they were scaled.
@@ -46,7 +48,7 @@ class Attachment:
         """Remove the hooks: from now on the optimizers step as if they had never been attached."""
         while self._undo:
             self._undo.pop()()
-        for optimizer in self._present():
+        for optimizer in self._optimizers:
             self._after(optimizer)
         _attached.difference_update(self._claimed)
         self._claimed.clear()
@@ -54,19 +56,16 @@ class Attachment:
 
     def measure(self) -> Report:
         """Measure what the steps do: the gradients that the attached optimizers hold."""
-        return self._engine.measure(self._present(), only_theirs=True)
+        return self._engine.measure(self._optimizers, only_theirs=True)
 
     def fingerprint(self) -> Fingerprint:
         """Of the same gradients."""
-        return self._engine.fingerprint(self._present(), only_theirs=True)
-
-    def _present(self) -> list[Optimizer]:
-        return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+        return self._engine.fingerprint(self._optimizers, only_theirs=True)
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | Literal["skip"] | None:
-        if any(self._optimizers[index]() is optimizer for index in self._running):
+        if any(self._optimizers[index] is optimizer for index in self._running):
             self._after(optimizer)
             raise RuntimeError(
                 f"{type(optimizer).__name__} was stepped past optimizer.step, which attach() wraps, and raised or "
@@ -92,8 +91,8 @@ class Attachment:
         return args, {**kwargs, "closure": clipped}
 
     def _index(self, optimizer: Optimizer) -> int:
-        for index, reference in enumerate(self._optimizers):
-            if reference() is optimizer:
+        for index, attached in enumerate(self._optimizers):
+            if attached is optimizer:
                 return index
         raise RuntimeError(
             f"{type(optimizer).__name__} calls the hooks of an optimizer that was attached, and is another: attach the "
@@ -133,38 +132,33 @@ class Attachment:
         return skips
 
     def _after(self, optimizer: Optimizer) -> None:
-        for index, reference in enumerate(self._optimizers):
-            if reference() is optimizer and index in self._running:
+        for index, attached in enumerate(self._optimizers):
+            if attached is optimizer and index in self._running:
                 self._running.pop(index).close()
 
     def _raised(self, optimizer: Optimizer, kind: type[BaseException]) -> None:
         """An exception left its step: if the ranks had decided by then, the other ranks have stepped."""
-        if any(self._optimizers[index]() is optimizer for index in self._running):
+        if any(self._optimizers[index] is optimizer for index in self._running):
             self._engine.interruption.record(kind)
 
     def _decide_for_all(self) -> None:
         """The first step after all have stepped: measure, scale, and remember what the others will step with."""
-        present = self._present()
-        if len(present) < len(self._optimizers):
-            raise RuntimeError("an optimizer that was attached is gone: attach those that are left anew")
         for index, known in self._scaled.items():
-            kept = {id(gradient) for gradient, _ in versions_of(present[index])}
+            kept = {id(gradient) for gradient, _ in versions_of(self._optimizers[index])}
             if any(id(gradient) in kept for gradient, _ in known):
                 raise RuntimeError(
                     f"optimizer {index} of those attached together has not stepped since its gradients were clipped, "
                     "and they would be clipped again: where it steps less often, clear them by zero_grad() meanwhile, "
                     "which must set them to None, or attach optimizers that step at different times one by one"
                 )
-        self._stepping = self._engine.begin(present, only_theirs=True)
+        self._stepping = self._engine.begin(self._optimizers, only_theirs=True)
         self._stepped.clear()
-        if len(present) > 1:
-            self._scaled = {index: versions_of(optimizer) for index, optimizer in enumerate(present)}
+        if len(self._optimizers) > 1:
+            self._scaled = {index: versions_of(optimizer) for index, optimizer in enumerate(self._optimizers)}
 
     def _refuse_changed(self, index: int) -> None:
-        optimizer = self._optimizers[index]()
-        assert optimizer is not None
         known = {id(gradient): version for gradient, version in self._scaled[index]}
-        if any(known.get(id(gradient)) != version for gradient, version in versions_of(optimizer)):
+        if any(known.get(id(gradient)) != version for gradient, version in versions_of(self._optimizers[index])):
             raise RuntimeError(
                 f"the gradients of optimizer {index} of those attached together have changed since the first of them "
                 "stepped, and are not in its norm: run every backward before the first step, or attach one by one"

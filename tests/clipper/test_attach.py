@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -545,6 +546,17 @@ class TestDetach:
         anew = distclip.attach(optimizer, model, 1.0)
         loss_of(model).backward()
         anew.verify()
+
+    def test_attached_optimizers_live_as_long_as_their_clipper_and_no_longer(self):
+        model, optimizers, clipper = small(2)
+        alive = list(map(weakref.ref, optimizers))
+        del optimizers
+        gc.collect()
+        loss_of(model).backward()
+        assert clipper.measure().norm == pytest.approx(norm_of(gradients(model)))
+        del clipper
+        gc.collect()
+        assert [reference() for reference in alive] == [None, None]
 
     def test_in_the_middle_of_an_iteration(self):
         model, (first, second), clipper = small(2)

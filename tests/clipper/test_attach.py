@@ -14,6 +14,7 @@ import distclip
 from support.layouts import backward, build, ddp, ddp_bucket_view, fsdp2
 from support.own_policy import OwnRunningMean
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.samples import crossed
 
 STEPS = 12
 BOUND = 1.4  # between the norms of these runs
@@ -66,8 +67,7 @@ CASES = [(layout, name) for layout in (build, ddp, ddp_bucket_view, fsdp2) for n
 CASES.remove((fsdp2, "fused_sgd"))  # torch 2.13 has no fused SGD for DTensors
 
 
-@pytest.mark.parametrize(("layout", "optimizer"), CASES, ids=lambda case: getattr(case, "__name__", case))
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("layout", "optimizer", "policy"), crossed(CASES, POLICIES))
 def test_an_attached_optimizer_does_what_step_does(layout, optimizer, policy):
     arguments = layout, optimizer, POLICIES[policy]
     if layout is build:

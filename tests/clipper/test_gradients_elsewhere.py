@@ -20,6 +20,7 @@ from distclip.step.engine import Engine
 from support.layouts import backward, build, ddp, fsdp2, fsdp2_bf16_parameters
 from support.oracle import same_tensors, true_norm
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.samples import crossed
 
 EXAMPLE = Path(__file__).parents[2] / "examples/optimizer_that_reduces.py"
 LR = 0.5
@@ -104,8 +105,7 @@ def stepped(model: nn.Module, way: str) -> dict[str, Any]:
     return {"steps": steps, "reports": clipper.report.to_dict()}
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("make", [ddp, ddp_bf16, fsdp2, fsdp2_bf16_parameters])
+@pytest.mark.parametrize(("make", "size"), crossed([ddp, ddp_bf16, fsdp2, fsdp2_bf16_parameters], [1, 2, 4]))
 def test_they_are_measured_and_scaled_where_they_are(make, size):
     results = run_ranks(elsewhere, size, make)
     assert same_bits([[way["reports"] for way in result] for result in results])

@@ -4,6 +4,7 @@ Each test on the CPU runs with the compiled kernel, whose sums of squares are wi
 """
 
 from collections.abc import Sequence
+from itertools import product
 from math import inf, isnan, nan
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from distclip.kernels import Cut, native, row_sums, scale_, scale_each_, scale_rows_, sums_of_each
 from distclip.kernels.sums import CHUNK
+from support.samples import crossed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 POWERS = (0.5, 1.0, 2.0, 3.0, inf)
@@ -134,9 +136,7 @@ def test_of_nothing(p):
     assert sums_of_each([], p).shape == row_sums([], [], p).shape == (0,)
 
 
-@EACH_DTYPE
-@EACH_POWER
-@pytest.mark.parametrize("bad", [nan, inf, -inf])
+@pytest.mark.parametrize(("dtype", "bad", "p"), crossed(product(DTYPES, [nan, inf, -inf]), POWERS))
 def test_what_is_not_finite_stays_in_its_unit(dtype, p, bad):
     tensors, cuts = cases(dtype)
     tensors[7][70, 5] = tensors[14][3] = bad

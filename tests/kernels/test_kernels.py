@@ -3,6 +3,7 @@
 Each test runs with the compiled kernel, whose sums of squares are within 1e-12, and with torch's kernels alone.
 """
 
+from itertools import product
 from math import inf, nan
 
 import pytest
@@ -15,6 +16,7 @@ import distclip
 from distclip.kernels import local_norms, native, scale_
 from distclip.kernels.sums import CHUNK, ROW, SMALL, WINDOW
 from support.oracle import true_norm
+from support.samples import crossed
 
 EDGES = [1, 2, ROW - 1, ROW, ROW + 1, 1000, SMALL, SMALL + 1, CHUNK + ROW + 3, 10**6 + 7]
 HALF = (torch.bfloat16, torch.float16)
@@ -152,9 +154,7 @@ class LargestNewTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, inf])
-@pytest.mark.parametrize("factor", [1.0, 0.0, 1e-30])
+@pytest.mark.parametrize(("dtype", "p", "factor"), crossed(product(DTYPES, [1.0, 2.0, 3.0, inf]), [1.0, 0.0, 1e-30]))
 def test_no_temporary_is_as_large_as_a_gradient(dtype, p, factor):
     tensor = (noise(8 * ROW * WINDOW) * factor).to(dtype)
     parameter = torch.nn.Parameter(torch.zeros_like(tensor))

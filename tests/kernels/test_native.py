@@ -22,12 +22,14 @@ from distclip.kernels import bits_of_each, native, no_bits, power_sum
 from distclip.kernels.bits import MODULUS
 from distclip.kernels.native.library import library
 from distclip.kernels.sums import sum_of_squares
+from support.samples import rare
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "distclip" / "kernels" / "native"
 COMPILERS = [name for name in ("gcc", "clang") if shutil.which(name)]
 WANTED = sys.platform == "linux" and os.environ.get("DISTCLIP_NATIVE") != "0"
 FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread"]
+STRICT = ["-Wall", "-Wextra", "-Werror"]
 BLOCK, WAVE, STEP, SHARE = 1 << 18, 1 << 10, 32, 1 << 21  # as in waves.h and sums.c
 REFUSE = """
 int asked = 0;
@@ -73,9 +75,17 @@ def kernel(file: Path) -> Kernel:
     return call
 
 
-def compiled(compiler: str, folder: Path, *words: str) -> Path:
+def compiled(compiler: str, folder: Path) -> list[Path]:
+    """Object files, if they are not there yet."""
+    if not folder.exists():
+        folder.mkdir()
+        subprocess.run([compiler, *FLAGS, *STRICT, "-c", *map(str, SOURCES.glob("*.c"))], check=True, cwd=folder)
+    return list(folder.glob("*.o"))
+
+
+def linked(compiler: str, folder: Path, *words: str | Path) -> Path:
     file = folder / f"{compiler}.so"
-    subprocess.run([compiler, *FLAGS, *words, "-o", str(file), *map(str, SOURCES.glob("*.c"))], check=True)
+    subprocess.run([compiler, *FLAGS, "-o", str(file), *map(str, words)], check=True)
     return file
 
 
@@ -103,9 +113,9 @@ def test_same_bits_for_any_threads_and_instructions(name, dtype, by_compilers):
 
 @compiles
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_the_caller_does_the_work_of_threads_that_cannot_be_made(compiler, tmp_path):
+def test_the_caller_does_the_work_of_threads_that_cannot_be_made(compiler, tmp_path, objects):
     (tmp_path / "refuse.c").write_text(REFUSE)
-    file = compiled(compiler, tmp_path, "-Wl,--wrap=pthread_create", str(tmp_path / "refuse.c"))
+    file = linked(compiler, tmp_path, "-Wl,--wrap=pthread_create", tmp_path / "refuse.c", *objects[compiler])
     asked = ctypes.c_int.in_dll(ctypes.CDLL(str(file)), "asked")
     tensors = [noise(2 * SHARE, torch.float32)]
     alone = kernel(file)(tensors, native.PORTABLE, 1)
@@ -118,12 +128,14 @@ def test_the_caller_does_the_work_of_threads_that_cannot_be_made(compiler, tmp_p
 @built
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("instructions", ["portable", "best"])
-def test_every_number_of_16_bits(dtype, instructions):
+@pytest.mark.parametrize("together", [STEP + 1, rare(1)])
+def test_every_number_of_16_bits(dtype, instructions, together):
+    """Alone, or a step and one more of neighbours, whose squares add up exactly."""
     call = partial(kernel(library()), threads=1)
     which = native.PORTABLE if instructions == "portable" else native.instructions
-    for number in torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).split(1):
-        square = number.double().square().item()
-        assert call([number], which) == pytest.approx(square, rel=0, abs=0, nan_ok=True)
+    for numbers in torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).split(together):
+        squares = numbers.double().square().sum().item()
+        assert call([numbers], which) == pytest.approx(squares, rel=0, abs=0, nan_ok=True)
 
 
 @built
@@ -211,6 +223,6 @@ def test_a_library_that_does_not_fit_is_said(tmp_path):
 
 
 @compiles
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_the_compiler_has_nothing_to_say(compiler, tmp_path):
-    compiled(compiler, tmp_path, "-Wall", "-Wextra", "-Werror")
+def test_the_compiler_has_nothing_to_say(objects):
+    sources = {file.stem for file in SOURCES.glob("*.c")}
+    assert [{file.stem for file in files} for files in objects.values()] == [sources] * len(COMPILERS)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import Cut, Pattern, Table, native, power_sum, row_sums, scale_each_, scale_rows_, sums_of_each
-from kernels.test_native import BLOCK, COMPILERS, SHARE, WAVE, built, compiled, noise
+from kernels.test_native import BLOCK, SHARE, WAVE, built, noise
 
 pytestmark = built
 EACH_DTYPE = pytest.mark.parametrize("dtype", native.KINDS, ids=str)
 LENGTHS = [1, 9, 32, 1000, BLOCK // 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory) -> list[Path]:
-    return [native.library(), *(compiled(each, tmp_path_factory.mktemp(each)) for each in COMPILERS)]
+@pytest.fixture
+def libraries(by_compilers) -> list[Path]:
+    return [native.library(), *by_compilers]
 
 
 @EACH_DTYPE

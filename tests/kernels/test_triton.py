@@ -29,6 +29,7 @@ from distclip.kernels.triton import choice, table as tables
 from distclip.kernels.triton.table import DTYPES, KEPT, Table, fits, table_of
 from gpu.cases import CASES, wrong
 from support.ranks import LIMIT
+from support.samples import most, rare
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -51,8 +52,16 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+OTHER = ("bfloat16", "float16", "float64")
+LESS = [
+    *(f"sizes-{dtype}-{p}" for dtype in OTHER for p in (1.0, 3.0, 0.5, 3.7)),
+    *(f"bad_elements-{dtype}-{p}" for dtype in OTHER for p in (1.0, 3.7)),
+    "many",
+]
+
+
 @needs_triton
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", most([pytest.param(name, id=name) for name in CASES], *LESS))
 def test_in_the_interpreter(interpreter, name):
     assert interpreter.submit(wrong, name, "cpu").result() == []
 
@@ -71,10 +80,11 @@ def test_a_coefficient_of_one_touches_no_gradient(interpreter):
 
 
 @needs_triton
-def test_kernels_compile_for_gpus_without_surprises():
-    """Real launches, compiled to machine code for A100 and H100: vector loads, no spills, no float64 where it costs."""
+@pytest.mark.parametrize("chip", [rare("80", id="A100"), pytest.param("90", id="H100")])
+def test_kernels_compile_for_gpus_without_surprises(chip):
+    """Real launches, compiled to machine code: vector loads, no spills, no float64 where it costs."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests/gpu/compile.py"), "80", "90"]
+    command = [sys.executable, str(ROOT / "tests/gpu/compile.py"), chip]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
     faulty = [line for line in done.stdout.splitlines() if not line.endswith('"wrong": []}')]
     assert (done.returncode, faulty) == (0, []), done.stderr

@@ -16,6 +16,7 @@ from support import accelerator
 from support.accelerator import DEVICE, EXISTS, raw, use_accelerator
 from support.oracle import true_norm
 from support.ranks import run_ranks, same_bits
+from support.samples import crossed
 
 
 def noise(numel: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,13 +105,12 @@ def trained(options: dict[str, object]) -> list[tuple[float, float, float, float
     return seen
 
 
+BY_MAXIMA = {"norm_type": inf}
+OPTIONS = [{}, {"norm_type": 1.0}, BY_MAXIMA, BY_MAXIMA | {"on_drift": "raise"}, {"nonfinite": "propagate"}]
+
+
 @pytest.mark.skipif(not EXISTS, reason="this torch has no backend for devices written in Python")
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"norm_type": 1.0}, {"norm_type": inf}, {"norm_type": inf, "on_drift": "raise"}, {"nonfinite": "propagate"}],
-    ids=str,
-)
+@pytest.mark.parametrize(("options", "size"), crossed(OPTIONS, (2, 1)))
 def test_a_device_that_refuses_float64_clips_all_the_same(options, size):
     results = run_ranks(trained, size, options, fresh=True)
     for norm, right, left, wanted in results[0]:

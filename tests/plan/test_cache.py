@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from math import inf
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ from support.layouts import backward, batch, build
 from support.oracle import true_norm, whole_gradients
 from support.parallel import Job, by_hand, by_hand_realigned, ddp_tp, full_gradients, hsdp, mesh_of, tp_sequence, united
 from support.ranks import count_collectives, run_ranks, same_bits
+from support.samples import crossed
 
 
 @pytest.fixture(autouse=True)
@@ -810,12 +812,11 @@ def remembered_on_one_rank(layout, kind: str, p: float) -> dict[str, object]:
     return {"norms": norms, "oracles": oracles, "collectives": collectives, "plans": len(made)}
 
 
-@pytest.mark.parametrize("p", [2.0, inf])
-@pytest.mark.parametrize("kind", ["tensors", "modules"])
+REMEMBERED = [(fsdp2, 2), (tp_sequence, 2), (split, 2), (by_hand, 4), (by_hand_realigned, 4), (hsdp, 4)]
+
+
 @pytest.mark.parametrize(
-    ("layout", "size"),
-    [(fsdp2, 2), (tp_sequence, 2), (split, 2), (by_hand, 4), (by_hand_realigned, 4), (hsdp, 4)],
-    ids=lambda value: getattr(value, "__name__", value),
+    ("layout", "size", "kind", "p"), crossed(REMEMBERED, product(["tensors", "modules"], [2.0, inf]))
 )
 def test_a_plan_that_one_rank_alone_remembers_changes_nothing(layout, size, kind, p):
     results = run_ranks(remembered_on_one_rank, size, layout, kind, p)

@@ -25,6 +25,7 @@ from distclip.layouts.piece import local_tensor
 from support.layouts import backward, build, ddp, fsdp2
 from support.ranks import count_collectives, run_ranks
 from support.roads import ROADS
+from support.samples import crossed
 
 pytestmark = pytest.mark.filterwarnings("ignore:copies of gradients differ:RuntimeWarning")
 HOST, DEVICE = ROADS
@@ -236,8 +237,7 @@ def before_it_is_reduced(how: str) -> list[Any]:
     return [*said, all(map(torch.equal, before, (p.detach() for p in model.parameters())))]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("how", ["clipper", "attached", "no_sync"])
+@pytest.mark.parametrize(("how", "size"), crossed(["clipper", "attached", "no_sync"], [2, 4]))
 def test_an_optimizer_that_reduces_or_a_forgotten_reduction_is_an_error_in_the_first_call(how, size):
     for first, second, untouched in run_ranks(before_it_is_reduced, size, how):
         assert "ranks that should hold the same gradient do not: " in first
@@ -329,8 +329,7 @@ def by_hand(fsdp: bool, how: str) -> list[Any]:
     return [said, norms, squares**0.5, untouched]
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("fsdp", "size"), [(False, 2), (True, 4)])
 def test_norm_layers_that_split_over_counts_twice_are_an_error_in_the_first_call(size, fsdp):
     for said, norms, _, untouched in run_ranks(by_hand, size, fsdp, "undeclared"):
         assert "gradients are not counted once: " in said

@@ -38,6 +38,7 @@ from benchmarks.scale import (
 )
 from distclip.layouts.model import held_in
 from distclip.ranks.group import ClippingGroup
+from support.samples import most
 
 FEW, SOME, MANY = 128, 512, 2048
 NOISE = 8 << 10  # bytes: a tuple of all ranks would be 16 KiB
@@ -64,7 +65,9 @@ def at(world: int, layout: Callable) -> Figures:
         return measure(SMALL[layout](), layout, world)
 
 
-@pytest.fixture(scope="module", params=SMALL, ids=lambda layout: layout.__name__)
+@pytest.fixture(
+    scope="module", params=most([pytest.param(layout, id=layout.__name__) for layout in SMALL], "fsdp", "hsdp")
+)
 def figures(request) -> tuple[Figures, Figures]:
     """The same model and layout on few and on many ranks."""
     return at(FEW, request.param), at(MANY, request.param)

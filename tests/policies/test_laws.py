@@ -26,7 +26,7 @@ from distclip import (
 )
 from support.own_policy import OwnRunningMean, OwnSpikes
 
-EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("LAW_EXAMPLES", "30"))
 law = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 NAMES = ("a", "b", "c", "d")
 

@@ -100,7 +100,7 @@ def test_it_is_its_paper_step_by_step(case):
 def test_it_goes_on_from_a_saved_state(case):
     norms = norms_of()
     whole, end = run(case.policy, norms)
-    for cut in (4, 30, 98, 155):
+    for cut in (4, 98):
         first, state = run(case.policy, norms[:cut])
         rest, last = run(case.policy, norms[cut:], {name: value.clone() for name, value in state.items()})
         near([*first, *rest], whole, norms)
@@ -143,7 +143,7 @@ def test_a_vector_of_units_is_units_one_by_one(case):
     """A step that one of them skips, or in which one is not finite, leaves nothing in the state of the others."""
     policy, single = PerParameter(case.policy), case.policy
     state, apart = policy.init(units_of(3), CPU), [single.init(Units(), CPU) for _ in range(3)]
-    for norms in zip(*(norms_of(seed) for seed in range(3)), strict=True):
+    for norms in zip(*(norms_of(seed)[:200] for seed in range(3)), strict=True):
         seen = of_units(norms)
         decision, state = policy.decide(seen, state)
         decided = [single.decide(statistics(norm), own) for norm, own in zip(norms, apart, strict=True)]
@@ -206,7 +206,7 @@ def test_the_cases_know_whose_answers_need_no_check():
 def on_an_accelerator() -> list[tuple[str, int]]:
     """Where the accelerator answers otherwise than the host."""
     use_accelerator()
-    norms, wrong = norms_of()[:36], []
+    norms, wrong = norms_of()[:24], []
     for name, case in CASES.items():
         if name in ("function", "zclip", "skip"):  # a Python number is read by itself; others are longer
             continue

@@ -1,7 +1,6 @@
 """The command line: `distclip train`, `report`, `diff`, `bench`, `doctor` and `inspect`."""
 
 import argparse
-import errno
 import io
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any, NoReturn
 
 from distclip import __version__
 from distclip.doctor.arguments import add_doctor, add_inspect
-from distclip.train.complaint import complain, leave_pipe
+from distclip.train.complaint import complain, leave
 
 # modules of the extra `train`, under the names to install them by
 EXTRA = {"jsonargparse": "jsonargparse", "rich": "rich", "sklearn": "scikit-learn", "yaml": "PyYAML"}
@@ -89,6 +88,9 @@ class Parser(argparse.ArgumentParser):
         complain(message)
         self.exit(2)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse's own passes over a disk that is full
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
@@ -99,22 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return command(words)
         finally:
-            print(end="", flush=True)  # sys.stdout may be None
+            if sys.stdout is not None:  # it is None where it was closed
+                sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return leave_pipe()
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        leave_pipe()
-        complain(f"cannot write: {error.strerror}")
-        return 2  # not Python's own 1, by which diff says that runs differ
+        return leave(error)
 
 
 def command(words: list[str]) -> int:
     parser = parser_of_commands()
     known, others = parser.parse_known_args(words)
+    if known.command is None and others:
+        parser.error(f"no such option: {others[0]}; see distclip --help")
     if known.command is None:
         parser.error("no command: choose train, report, diff, bench, doctor or inspect; see distclip --help")
     if known.command == "train":

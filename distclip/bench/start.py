@@ -19,7 +19,7 @@ from distclip.bench.place import Place, join_launched, join_local, launched, rep
 from distclip.bench.result import Result
 from distclip.bench.rounds import measure
 from distclip.bench.table import heading, line, listing
-from distclip.train.complaint import UNREAD, complain, leave_pipe
+from distclip.train.complaint import UNREAD, complain, leave
 
 MOST = 256  # processes of one machine
 
@@ -51,9 +51,9 @@ def start(options: Options) -> int:
             try:
                 spawn(*arguments, daemon=True)  # type: ignore[no-untyped-call]  # daemons end with this process
             except ProcessExitedException as error:
-                if error.exit_code != UNREAD:
+                if error.exit_code not in (UNREAD, 2):  # a rank has said why
                     raise
-                return UNREAD
+                return int(error.exit_code)
     return 0
 
 
@@ -88,8 +88,8 @@ def run_local(rank: int, folder: str, options: Options) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception could be lost in a callback, or hang in a collective
     try:
         run(join_local(folder, rank, options.processes, options.device), options)
-    except BrokenPipeError:  # the reader of rank 0's figures has gone: torch ends the others
-        sys.exit(leave_pipe())
+    except OSError as error:  # the reader of rank 0's figures has gone, or the disk is full: torch ends the others
+        sys.exit(leave(error))
 
 
 def run(place: Place, options: Options) -> None:

@@ -3,13 +3,14 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from distclip.doctor.finding import Finding
 from distclip.doctor.subjects import LAYOUTS
-from distclip.train.complaint import complain, leave_pipe
+from distclip.train.complaint import complain, leave, leave_pipe
 
 MARKS = {"ok": "ok", "wrong": "WRONG", "left out": "-"}
 LAYOUT = "{:<7}{:<17}{:<12}{:<12}{}"
@@ -26,6 +27,7 @@ class Page:
         self.target, self.shown, self.findings = target, shown, list[Finding]()
         self.output: TextIO = sys.stderr if str(target) == "-" else sys.stdout
         self.started, self.in_table = time.monotonic(), False
+        self.code = 0  # 2 where something could not be written
 
     def begin(self, name: str) -> None:
         """Show what is being done, on a terminal."""
@@ -52,14 +54,24 @@ class Page:
             self.print(["", conclusion(self.findings, seconds)])
         if self.target is not None:
             found = [finding.to_dict() for finding in self.findings]
-            write(self.target, json.dumps({"ok": not wrong, "seconds": seconds, "findings": found}, indent=2) + "\n")
+            document = json.dumps({"ok": not wrong, "seconds": seconds, "findings": found}, indent=2) + "\n"
+            with self.going_on():
+                write(self.target, document)
 
     def print(self, lines: Sequence[str]) -> None:
-        try:
+        with self.going_on():
             for line in lines:
                 print(line.rstrip(), file=self.output, flush=True)
-        except BrokenPipeError:  # the checks go on, for the exit code and for other ranks
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Where nobody reads any more, or the disk is full, the checks go on: for other ranks and the exit code."""
+        try:
+            yield
+        except BrokenPipeError:
             leave_pipe()
+        except OSError as error:
+            self.code = leave(error)
 
 
 def rows(finding: Finding, in_table: bool) -> list[str]:
@@ -83,6 +95,6 @@ def conclusion(findings: Sequence[Finding], seconds: float) -> str:
 
 def write(target: Path, text: str) -> None:
     if str(target) == "-":
-        sys.stdout.write(text)
+        print(text, end="", flush=True)
     else:
         target.write_text(text)

@@ -75,6 +75,7 @@ def visit(meeting: Meeting, options: Options, device: torch.device) -> tuple[int
         return STOPPED, False
     if page is not None:
         page.end(options.command == "doctor")
+        code = max(code, page.code)
     works = not found[-1].ends
     if works:
         dist.destroy_process_group()

@@ -188,6 +188,14 @@ def test_a_bad_argument_is_one_line_and_code_2(words, said, capsys, monkeypatch,
     assert errors.count("\n") == 1
 
 
+def test_a_full_disk_is_one_line_and_code_2_and_the_other_rank_ends_as_well(tmp_path: Path):
+    full = "if RANK == 0: os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+    codes, output = ranks_of(tmp_path, "doctor", *QUICK, before=full)
+    assert codes == [2, 0], output
+    assert output.count("distclip: ") == output.count("distclip: cannot write: No space left on device") == 1
+    assert "Traceback" not in output
+
+
 def test_a_rank_that_is_no_number_is_one_line_and_code_2(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "first")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -225,6 +225,33 @@ def test_what_cannot_be_printed_does_not_say_that_runs_differ(capfd, monkeypatch
     assert "caf\\xe9.jsonl" in (tmp_path / "said").read_text()
 
 
+@pytest.mark.parametrize("words", [["diff", "nowhere", "nowhere"], ["diff", "{run}", "{run}"], ["--bogus"], ["--help"]])
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_where_nothing_can_be_printed_the_exit_code_is_still_2(monkeypatch, tmp_path, words, unbuffered):
+    run = lines(tmp_path / "run.jsonl", records([1]))
+    with open("/dev/full", "w") as out, open("/dev/full", "w", buffering=1) as err:
+        out.reconfigure(write_through=unbuffered)
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setattr("sys.stderr", err)
+        try:
+            code = main([word.format(run=run) for word in words])
+        except SystemExit as ended:
+            code = ended.code
+    assert code == 2
+
+
+def test_an_option_that_there_is_not_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["--bogus"])
+    assert capsys.readouterr().err == "distclip: no such option: --bogus; see distclip --help\n"
+
+
+def test_what_is_wrong_is_not_printed_as_the_result_where_stderr_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    assert main(["diff", "nowhere", "nowhere"]) == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_a_loss_that_is_nan_in_one_run_alone_differs(capsys, tmp_path):
     one = lines(tmp_path / "a.jsonl", [*records([1], loss=1.0), *records([2], loss=2.0)])
     other = lines(tmp_path / "b.jsonl", [*records([1], loss=1.0), *records([2], loss="NaN")])

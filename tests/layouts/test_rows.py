@@ -22,6 +22,7 @@ from distclip.layouts.model import held_in
 from distclip.layouts.piece import Held, held_parameter
 from distclip.layouts.rows import Rows, rows_of
 from support.ranks import run_ranks
+from support.samples import crossed
 
 Found = tuple[str, tuple[int, ...], int, list[tuple[int, int]]]
 """Name, global shape, total, and the row and value of each element of one piece."""
@@ -345,8 +346,10 @@ def test_rows_of_tensor_parallel_inside_data_parallel(how, hidden):
     check(run_ranks(parallel, 4, how, (2, 2), hidden))
 
 
-@pytest.mark.parametrize("dims", [(3, 2), (2, 3), (2, 4), (4, 2), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("hidden", [7, 9])
+MESHES = [(3, 2), (2, 3), (2, 4), (4, 2), (2, 2, 2)]
+
+
+@pytest.mark.parametrize(("dims", "hidden"), crossed([(dims,) for dims in MESHES], [7, 9]))
 def test_rows_of_uneven_tensor_parallel_that_fsdp2_cuts_once_more(dims, hidden):
     """Where ``_StridedShard``, read as torch reads it, gives other ranks an element (7 rows on 3 x 2, 9 on 4 x 2)."""
     check(run_ranks(parallel, prod(dims), "fsdp2", dims, hidden))

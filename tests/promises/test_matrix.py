@@ -22,7 +22,7 @@ from distclip.plan.copies import has_copies
 from support.oracle import same_tensors, true_norm
 from support.parallel import EIGHT, FOUR, THREE, TWO, united
 from support.ranks import count_collectives, run_ranks, same_bits
-from support.samples import rare, sample
+from support.samples import most, rare, sample
 
 P = (0.5, 1.0, 2.0, 3.0, inf)
 TIMES = {"ordinary": 1.0, "tiny": 2.0**-18, "huge": 2.0**45}  # exact
@@ -240,7 +240,14 @@ def gradient_of(clipper: distclip.Clipper, index: int) -> torch.Tensor:
     return local(gradient) if piece.span is None else local(gradient)[piece.span]
 
 
-@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    most(
+        LAYOUTS,
+        *("fsdp1_grad_op-2", "fsdp1_grad_op_flat-2", "fsdp1_full-4", "fsdp1_full_flat-4", "fsdp1_hybrid_zero2-4"),
+        *("fsdp1_copies_flat-4", "fsdp1_experts-4", "cp_fsdp2-4"),
+    ),
+)
 def test_a_bad_number_is_named_and_a_rank_without_gradients_takes_part(layout, size):
     """With zeros for what only it holds; copies that one rank lacks are an error on all."""
     results = run_ranks(troubled, size, layout)

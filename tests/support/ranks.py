@@ -71,6 +71,8 @@ def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = LI
     kept = False
     try:
         results = team.run(call, timeout)
+        if not fresh:
+            team.part(timeout)
         kept = not fresh and size not in _teams and not team.is_crowded()
     except RankError as error:
         name = fn.func if isinstance(fn, functools.partial) else fn
@@ -119,12 +121,18 @@ class _Team:
         self.cases += 1
         meeting_point = str(self.folder / f"case-{self.cases}")
         job = _Job(call, timeout, meeting_point, sys.path, list(warnings.filters))
+        return [pickle.loads(answer) for answer in self._ask(job, timeout)]
+
+    def part(self, timeout: float) -> None:
+        """Let the ranks leave the groups of the case, now that all have answered: what goes wrong is of that case."""
+        self._ask(None, timeout)
+
+    def _ask(self, job: _Job | None, timeout: float) -> list[bytes]:
         self._tell(job)
         answers = self._collect(timeout)
         if not all(isinstance(answer, bytes) for answer in answers):
             raise RankError(self._story(answers, timeout))
-        self._tell(None)  # that all have answered
-        return [pickle.loads(answer) for answer in answers]
+        return answers
 
     def _tell(self, job: _Job | None) -> None:
         for pipe in self.pipes:
@@ -226,10 +234,15 @@ def _serve(pipe: connection.Connection, rank: int, size: int, stack: Path) -> No
                 job = pipe.recv()
             except EOFError:
                 return
-            if job is None:
-                _part()
-            else:
-                pipe.send(_answer(rank, size, job))
+            pipe.send(_answer(rank, size, job))
+
+
+def _answer(rank: int, size: int, job: _Job | None) -> bytes | str:
+    """The pickled result, or the traceback. Pickled here: an unpicklable result is an ordinary error."""
+    try:
+        return pickle.dumps(_part() if job is None else _result(rank, size, job))
+    except BaseException:  # whatever it is, it is news from this rank
+        return traceback.format_exc()
 
 
 def _part() -> None:
@@ -239,21 +252,17 @@ def _part() -> None:
     gc.collect()  # FSDP's cycles hold them, and with them threads that never sleep for long
 
 
-def _answer(rank: int, size: int, job: _Job) -> bytes | str:
-    """The pickled result, or the traceback. Pickled here: an unpicklable result is an ordinary error."""
-    try:
-        sys.path[:] = job.path
-        with warnings.catch_warnings():
-            warnings.resetwarnings()
-            warnings.filters.extend(job.filters)
-            store = dist.FileStore(job.meeting_point, size)
-            limit = timedelta(seconds=job.timeout)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-            torch.manual_seed(0)
-            fn, args = pickle.loads(job.call)
-            return pickle.dumps(fn(*args))
-    except BaseException:  # whatever it is, it is news from this rank
-        return traceback.format_exc()
+def _result(rank: int, size: int, job: _Job) -> Any:
+    sys.path[:] = job.path
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        warnings.filters.extend(job.filters)
+        store = dist.FileStore(job.meeting_point, size)
+        limit = timedelta(seconds=job.timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        torch.manual_seed(0)
+        fn, args = pickle.loads(job.call)
+        return fn(*args)
 
 
 # ---- what distributed tests ask for ------------------------------------------------------------------------

@@ -47,6 +47,15 @@ def return_a_lock() -> object:
     return threading.Lock()
 
 
+def stuck() -> None:
+    raise RuntimeError("stuck")
+
+
+def cannot_leave() -> None:
+    if dist.get_rank() == 1:
+        dist.destroy_process_group = stuck
+
+
 def die() -> None:
     if dist.get_rank() == 0:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -132,6 +141,12 @@ def test_the_next_case_after_a_failure_works():
     with pytest.raises(RankError, match="boom"):
         run_ranks(rank_one_raises, 2)
     assert not {pid for pid, *_ in before} & {pid for pid, *_ in run_ranks(process_and_seed, 2)}
+
+
+def test_groups_that_cannot_be_left_are_the_failure_of_the_case_that_made_them():
+    with pytest.raises(RankError, match="cannot_leave on 2 ranks: rank 0: finished; rank 1: RuntimeError: stuck"):
+        run_ranks(cannot_leave, 2)
+    assert run_ranks(rank_and_sum, 2, 1) == [(0, 3), (1, 3)]
 
 
 def test_a_hang_ends_within_its_limit_and_shows_which_rank_stayed_away():

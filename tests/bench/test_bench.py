@@ -26,6 +26,7 @@ from distclip.bench.table import figure, line
 from distclip.cli import main
 from distclip.kernels import native
 from house.test_floors import files, imports
+from support import programs
 from support.ranks import LIMIT, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -286,11 +287,10 @@ def test_the_list_names_every_case_and_measures_nothing(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [case.name for case in CASES]
 
 
-def start(*words: str | Path, **environment: str) -> subprocess.Popen[str]:
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(*words: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "distclip", "bench", *map(str, words)],
-        env=os.environ | settings | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -300,12 +300,14 @@ def start(*words: str | Path, **environment: str) -> subprocess.Popen[str]:
 
 def test_a_case_is_measured_on_local_ranks_and_on_those_of_a_launcher(tmp_path: Path):
     words = ["ddp-small-function", "--rounds", "2", "--json"]
-    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     local = start(*words, tmp_path / "2.json")
-    launched = start(*words, tmp_path / "1.json", **launcher)
-    for process, world in [(local, 2), (launched, 1)]:
-        output, errors = process.communicate(timeout=LIMIT)
-        assert process.returncode == 0, errors
+    program = tmp_path / "program.py"
+    command = ["bench", *words, str(tmp_path / "1.json")]
+    program.write_text(f"import sys\nfrom distclip.cli import main\nsys.exit(main({command!r}))\n")
+    codes, launched = programs.play(program, 1, [str(ROOT)], LIMIT)
+    said, errors = local.communicate(timeout=LIMIT)
+    assert (local.returncode, codes) == (0, [0]), errors + launched
+    for output, world in [(said, 2), (launched, 1)]:
         assert [row.split()[0] for row in output.splitlines()] == ["case", "ddp-small-function"]
         document = json.loads((tmp_path / f"{world}.json").read_text())
         machine, (case,) = document["machine"], document["cases"]
@@ -321,9 +323,9 @@ def test_a_case_is_measured_on_local_ranks_and_on_those_of_a_launcher(tmp_path: 
 
 @pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["in the terminal", "to the command alone"])
 def test_ctrl_c_ends_it_quietly(send):
-    process = start("ddp-small-function", "--rounds", "10000")
+    process = start("ddp-small-function", "--rounds", "10000", "--processes", "1")
     try:
-        assert process.stdout.readline().split()[0] == "case"  # its ranks have met
+        assert process.stdout.readline().split()[0] == "case"  # its rank has begun
         send(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=LIMIT)
     finally:

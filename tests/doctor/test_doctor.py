@@ -1,6 +1,7 @@
 """`distclip doctor`: all is well on healthy ranks, and what is wrong on one of them is named, with exit code 1."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -134,19 +135,25 @@ def test_torchrun_starts_it():
     assert checks_in(page) == checks_in(output) != []
 
 
-def test_alone_it_starts_two_processes_and_names_one_that_dies():
-    process = start("inspect", "--processes", "2", "--model", "doctor.mine:dies_on_rank_1")
-    output, errors = process.communicate(timeout=LIMIT)
-    assert process.returncode == 1
-    assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
-    assert errors == "distclip: rank 1 was killed by SIGKILL\n"
+def plan_of(folder: Path, *words: str) -> tuple[int, str]:
+    """The exit code of ``distclip inspect`` with two processes that this one starts, and what it says of the plan."""
+    code = main(["inspect", "--processes", "2", "--json", str(folder / "found.json"), *words])
+    found = {each["name"]: each for each in json.loads((folder / "found.json").read_text())["findings"]}["plan"]
+    return code, f"{found['state']}: {found['text']}"
 
 
-def test_alone_a_rank_that_hangs_is_named_and_ended():
-    process = start("inspect", "--processes", "2", "--timeout", "3", "--model", "doctor.mine:hangs_on_rank_1")
-    output, errors = process.communicate(timeout=LIMIT)
-    assert (process.returncode, errors) == (1, "")
-    assert line_of(output, "plan").startswith("WRONG  plan             rank 1 does not answer")
+def test_alone_it_starts_two_processes_and_names_one_that_dies(capsys, tmp_path: Path):
+    code, said = plan_of(tmp_path, "--model", "doctor.mine:dies_on_rank_1")
+    assert code == 1
+    assert said.startswith("wrong: rank 1 does not answer")
+    assert capsys.readouterr().err == "distclip: rank 1 was killed by SIGKILL\n"
+
+
+def test_alone_a_rank_that_hangs_is_named_and_ended(capsys, tmp_path: Path):
+    code, said = plan_of(tmp_path, "--timeout", "3", "--model", "doctor.mine:hangs_on_rank_1")
+    assert (code, capsys.readouterr().err) == (1, "")
+    assert said.startswith("wrong: rank 1 does not answer")
+    assert multiprocessing.active_children() == []
 
 
 def test_sigint_to_the_command_alone_ends_its_ranks_quietly():

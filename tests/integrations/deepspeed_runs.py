@@ -91,6 +91,23 @@ ON_FOUR = (
     "3",
     "3 offloaded",
 )
+THOROUGH = (  # on two ranks: each has what others show
+    "0 accumulating",
+    "1 unmanaged",
+    "1 offloaded",
+    "1 bf16",
+    "2 accumulating",
+    "2 unmanaged",
+    "2 offloaded",
+    "2 offloaded, accumulating",
+    "2 bf16, fp32 sums",
+    "2 bf16, fp32 sums, offloaded",
+    "3 accumulating",
+    "3 unmanaged",
+    "3 offloaded",
+    "3 offloaded, unmanaged",
+)
+SAMPLE_ON_FOUR = ("1 bf16, fp32 sums", "2 round robin", "3 offloaded")
 
 
 class Net(nn.Module):
@@ -636,8 +653,11 @@ def refusals() -> dict[str, str]:
 # ---- launches ----------------------------------------------------------------------------------------------
 
 
-def launch(names: Sequence[str], odd: bool, folder: str) -> dict[Any, Any]:
-    """Everything that one set of processes runs, stage 3 last because it patches F.linear for good."""
+def launch(names: Sequence[str], places: Sequence[str], folder: str) -> dict[Any, Any]:
+    """Everything that one set of processes runs, stage 3 last because it patches F.linear for good.
+
+    ``names``: the cases to train; ``places``: where to try all else, as in "2 offloaded".
+    """
     found: dict[Any, Any] = {}
 
     def attempt(key: Any, fn: Callable[..., Any], *args: Any) -> None:
@@ -652,11 +672,10 @@ def launch(names: Sequence[str], odd: bool, folder: str) -> dict[Any, Any]:
                 if name.startswith(str(stage)):
                     attempt((name, "MaxNorm"), train, CASES[name], distclip.MaxNorm(BOUND))
                     attempt((name, "AutoClip"), train, CASES[name], distclip.AutoClip(30), NAN_AT)
-            if not odd:
-                continue
-            offloads = [{}, {"offload_optimizer": CPU}] if stage > 1 else [{}]
-            for options in offloads:
-                key, config = f"{stage} offloaded" if options else str(stage), zero(stage, **options)
+            for key in places:
+                if not key.startswith(str(stage)):
+                    continue
+                config = zero(stage, **({"offload_optimizer": CPU} if "offloaded" in key else {}))
                 attempt((key, "ValueClip"), train, Case(config), distclip.ValueClip(0.1))
                 attempt((key, "by unit"), train, Case(config), OwnRunningMean(), None, "parameters")
                 attempt((key, "branching"), branching, config)
@@ -666,6 +685,8 @@ def launch(names: Sequence[str], odd: bool, folder: str) -> dict[Any, Any]:
                 attempt((key, "skipping"), skipping, config)
                 attempt((key, "caught"), caught, config)
                 attempt((key, "collectives"), collectives, config)
+            if str(stage) not in places:
+                continue
             attempt((f"{stage} bf16", "by unit"), train, Case(zero(stage) | BF16), OwnRunningMean(), None, "parameters")
             attempt((str(stage), "scaled in fp32"), scaled_in_fp32, zero(stage) | BF16)
             if stage == 1:
@@ -677,7 +698,7 @@ def launch(names: Sequence[str], odd: bool, folder: str) -> dict[Any, Any]:
                 for split in (1, 2):
                     attempt((str(stage), "experts", split), experts, zero(stage), split)
                     attempt((str(stage), "where", split), where_experts_are, zero(stage), split)
-        if odd:
+        if "0" in places:
             attempt("refusals", refusals)
     with suppress(FileNotFoundError):
         os.chdir("/")

@@ -1,9 +1,10 @@
 """DeepSpeed with a Clipper that took over gives the norms and parameters of one process, at every ZeRO stage.
 
-Two launches run everything: starting processes and importing DeepSpeed is what costs. ZeRO 3 patches F.linear for the
-life of a process, so the processes are fresh and all ranks run the cases in one order.
+Two launches run the sample of every run, two the rest: starting processes and importing DeepSpeed is what costs. ZeRO 3
+patches F.linear for the life of a process, so the processes are fresh and all ranks run the cases in one order.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from math import isnan
 
@@ -15,14 +16,20 @@ from integrations import deepspeed_runs as runs
 from integrations.launches import once
 from support.own_policy import OwnRunningMean
 from support.ranks import run_ranks, same_bits
+from support.samples import rare
 
 if find_spec("deepspeed") is None:  # importing it patches torch: only the ranks do
     pytest.skip("needs the extra: pip install 'distclip[deepspeed]'", allow_module_level=True)
 
 BOUND, NAN_AT = runs.BOUND, runs.NAN_AT
 PLACES = ["0", "1", "2", "2 offloaded", "3", "3 offloaded"]
-ON_TWO = [(2, name) for name in runs.CASES]
-ON_FOUR = [(4, name) for name in runs.ON_FOUR]
+SAMPLE = [name for name in runs.CASES if name not in runs.THOROUGH]
+PLACES_IN_SAMPLE = [place for place in PLACES if place != "3 offloaded"]
+IN_PLACES = [*PLACES_IN_SAMPLE, rare("3 offloaded")]
+TRAININGS = [
+    *((2, name) if name in SAMPLE else rare(2, name) for name in runs.CASES),
+    *((4, name) if name in runs.SAMPLE_ON_FOUR else rare(4, name) for name in runs.ON_FOUR),
+]
 REDUCED = "embed.weight has NaN in its reduced gradient, held by ranks 0, 1"
 NONFINITE = (
     "NonFiniteError: The total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot be clipped"
@@ -30,30 +37,30 @@ NONFINITE = (
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return once(
-        tmp_path_factory,
-        "deepspeed-2",
-        lambda: run_ranks(runs.launch, 2, list(runs.CASES), True, folder, fresh=True),
-    )
+def launches(tmp_path_factory):
+    """launch(size, rest): what every rank brings home from the sample, or from the rest of the cases."""
 
+    def launch(size, rest):
+        names, sample, places = (runs.CASES, SAMPLE, PLACES) if size == 2 else (runs.ON_FOUR, runs.SAMPLE_ON_FOUR, [])
+        chosen = [name for name in names if (name not in sample) == rest]
+        where = [place for place in places if (place not in PLACES_IN_SAMPLE) == rest]
+        folder = str(tmp_path_factory.mktemp("checkpoints"))
+        return once(
+            tmp_path_factory,
+            f"deepspeed-{size}{'-rest' * rest}",
+            lambda: run_ranks(runs.launch, size, chosen, where, folder, fresh=True),
+        )
 
-@pytest.fixture(scope="module")
-def on_four(tmp_path_factory):
-    return once(
-        tmp_path_factory,
-        "deepspeed-4",
-        lambda: run_ranks(runs.launch, 4, list(runs.ON_FOUR), False, "", fresh=True),
-    )
+    return cache(launch)
 
 
 @pytest.fixture
-def launched(request):
+def launched(launches):
     """What every rank brought home from one case: launch(size, key)."""
 
     def results(size, key):
-        found = [rank[key] for rank in request.getfixturevalue({2: "on_two", 4: "on_four"}[size])]
+        ranks = launches(size, False)
+        found = [rank[key] for rank in (ranks if key in ranks[0] else launches(size, True))]
         stories = [story for story in found if isinstance(story, str)]
         assert not stories, stories[0]
         return found
@@ -83,7 +90,7 @@ def clamp(gradients, norm):
         gradient.clamp_(-0.1, 0.1)
 
 
-@pytest.mark.parametrize(("size", "name"), ON_TWO + ON_FOUR)
+@pytest.mark.parametrize(("size", "name"), TRAININGS)
 def test_max_norm_is_that_of_one_process(launched, alone, size, name):
     ranks = launched(size, (name, "MaxNorm"))
     expected = alone(runs.by_hand, scale)
@@ -98,7 +105,7 @@ def test_max_norm_is_that_of_one_process(launched, alone, size, name):
     assert found["skipped"] == 0
 
 
-@pytest.mark.parametrize(("size", "name"), ON_TWO + ON_FOUR)
+@pytest.mark.parametrize(("size", "name"), TRAININGS)
 def test_autoclip_goes_on_after_a_spoiled_batch_of_one_rank(launched, alone, size, name):
     ranks = launched(size, (name, "AutoClip"))
     expected = alone(runs.alone, distclip.AutoClip(30), NAN_AT)
@@ -117,14 +124,14 @@ def test_autoclip_goes_on_after_a_spoiled_batch_of_one_rank(launched, alone, siz
     assert culprit.startswith(("embed.weight on rank 0 has NaN in its gradient", REDUCED)), "a part, or a copy of all"
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", IN_PLACES)
 def test_values_are_clipped_on_the_partitions(launched, alone, place):
     found, expected = launched(2, (place, "ValueClip"))[0], alone(runs.by_hand, clamp)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
     close(found["parameters"], expected["parameters"])
 
 
-@pytest.mark.parametrize("place", [*PLACES, "0 bf16", "1 bf16", "2 bf16", "3 bf16"])
+@pytest.mark.parametrize("place", [*IN_PLACES, "0 bf16", "1 bf16", "2 bf16", "3 bf16"])
 def test_a_policy_by_unit_bounds_each_parameter_whatever_holds_its_parts(launched, alone, place):
     ranks, bf16 = launched(2, (place, "by unit")), "bf16" in place
     expected = alone(runs.alone, OwnRunningMean(), None, bool, "parameters")
@@ -138,7 +145,7 @@ def test_a_policy_by_unit_bounds_each_parameter_whatever_holds_its_parts(launche
     close(found["parameters"], expected["parameters"], atol=1e-2 if bf16 else 1e-6)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", IN_PLACES)
 @pytest.mark.parametrize("nan_at", [None, NAN_AT])
 def test_a_parameter_without_gradient_is_not_stepped_by_an_older_one(launched, alone, place, nan_at):
     found = launched(2, (place, "branching" if nan_at is None else "branching, NaN"))[0]
@@ -148,7 +155,7 @@ def test_a_parameter_without_gradient_is_not_stepped_by_an_older_one(launched, a
     close(found["parameters"], expected["parameters"])
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", IN_PLACES)
 def test_a_later_backward_of_a_step_does_not_add_to_an_older_step(launched, alone, place):
     found, expected = launched(2, (place, "by halves"))[0], alone(runs.alone_by_halves)
     assert isnan(found["norms"][NAN_AT])
@@ -160,12 +167,12 @@ def every_other(step):
     return step % 2 == 0
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", IN_PLACES)
 def test_a_resumed_run_makes_the_same_decisions(launched, place):
     assert launched(2, (place, "resumed")) == [True, True]
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", IN_PLACES)
 def test_a_policy_may_skip_a_finite_step(launched, alone, place):
     ranks = launched(2, (place, "skipping"))
     expected = alone(runs.alone, runs.SkipAbove(BOUND))
@@ -178,7 +185,7 @@ def test_a_policy_may_skip_a_finite_step(launched, alone, place):
         close(found["parameters"], expected["parameters"])
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", IN_PLACES)
 def test_a_loop_that_catches_a_step_that_raises_goes_on_at_the_right_micro_batch(launched, alone, place):
     ranks, expected = launched(2, (place, "caught")), alone(runs.alone, distclip.MaxNorm(BOUND), NAN_AT)
     norms = [report["norm"] for report in expected["reports"]]
@@ -189,7 +196,7 @@ def test_a_loop_that_catches_a_step_that_raises_goes_on_at_the_right_micro_batch
         close(found["parameters"], expected["parameters"])
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", IN_PLACES)
 def test_a_step_costs_one_small_all_reduce(launched, place):
     theirs, ours = launched(2, (place, "collectives"))[0]
     assert ours["allreduce"] == 1

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.ranks import run_ranks
+from support.samples import rare
 from train.commands import ROOT, TINY, numbers, train_here
 
 LIMIT = 200  # seconds; about 10 on two quiet cores
@@ -102,7 +103,7 @@ def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("launcher", ["c10d", "kubeflow"])
+@pytest.mark.parametrize("launcher", ["c10d", rare("kubeflow")])
 def test_two_machines_train_as_two_ranks_of_one(launcher, machines, one_machine: Path, tmp_path: Path):
     before = [sent(machine) for machine in machines]
     jobs = [start(machine, tmp_path / "two", settings_of(launcher, i)) for i, machine in enumerate(machines)]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from distclip.cli import main
 from distclip.reporting import writing
 from distclip.reporting.thin import thinned
 from reporting.made import CULPRIT, write_run
+from support.programs import play
 from support.ranks import LIMIT
-from train.commands import start
+from train.commands import ROOT, start
 
 
 @pytest.fixture
@@ -112,12 +111,14 @@ def test_a_bad_option_is_one_line(words, run, capsys):
 
 
 @pytest.mark.parametrize("name", ["numpy", "plotly", "rich"])
-def test_a_missing_package_is_one_line(name, run):
-    program = f"import sys; sys.modules[{name!r}] = None; from distclip.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-W", "ignore:Failed to initialize NumPy", "-c", program, "report", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f'distclip: a report needs {name}: pip install "distclip[report]"\n'
+def test_a_missing_package_is_one_line(name, run, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nsys.modules[{name!r}] = None\nfrom distclip.cli import main\n"
+        f"sys.exit(main(['report', {str(run)!r}]))\n"
+    )
+    said = f'distclip: a report needs {name}: pip install "distclip[report]"\n'
+    assert play(program, None, [str(ROOT)], LIMIT) == ([2], said)
 
 
 def test_control_c_ends_it_and_leaves_nothing(tmp_path):
@@ -134,21 +135,21 @@ def test_control_c_ends_it_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-def test_a_long_run_is_opened_whole(tmp_path):
-    """The whole command; docs/howto/report.md has the time that a million steps take."""
+def test_a_long_run_is_opened_whole(tmp_path, capsys):
+    """docs/howto/report.md has the time that a million steps take."""
     path = tmp_path / "log.jsonl"
     with path.open("w") as file:
-        for step in range(200_000):
-            norm = 50.0 if step == 123_456 else 1 + (step * 7919 % 1000) / 1000
+        for step in range(60_000):
+            norm = 50.0 if step == 43_210 else 1 + (step * 7919 % 1000) / 1000
             file.write(
                 f'{{"step": {step}, "epoch": 1, "loss": 2.345678, "accuracy": 0.5, "norm": {norm}, "max_norm": 1.5, '
                 f'"coef": {min(1.0, 1.5 / norm):.6f}, "skip": false, "lr": 0.001, "seconds": 0.01, "per_second": 99}}\n'
             )
-    process = start("report", path)
-    output, errors = process.communicate()
-    assert (process.returncode, errors) == (0, "")
-    assert "1 spike in 200,000 steps" in output
-    assert "in step 123,456" in " ".join(output.split())
+    assert main(["report", str(path)]) == 0
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert "1 spike in 60,000 steps" in output
+    assert "in step 43,210" in " ".join(output.split())
     assert (tmp_path / "report.html").stat().st_size < 6_000_000
 
 

@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from distclip.errors import counted
 from distclip.runs.names import COEF, CULPRIT, LOSS, MAX_NORM, NORM, SKIP, Names, is_norm, known, layer_in, print_in
 from distclip.runs.refusals import no_column, no_norm, no_number, no_values, several_norms
 from distclip.runs.run import Floats, Layers, Log, Run, Series, Steps
@@ -56,7 +57,8 @@ def assembled(log: Log, names: Names) -> Run:
 
 
 def restarted(doubled: int) -> list[str]:
-    said = f"{doubled:,} steps were logged more than once (the run was restarted): the latest counts."
+    were = f"{counted(doubled, 'step')} {'was' if doubled == 1 else 'were'}"
+    said = f"{were} logged more than once (the run was restarted): the latest counts."
     return [said] if doubled else []
 
 

@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from distclip.errors import and_more
+from distclip.errors import and_more, counted, printable
 from distclip.runs.difference import Difference, Drift, Parting, difference
 from distclip.runs.names import Names
 from distclip.runs.recognise import open_runs
@@ -25,7 +25,9 @@ def diff(one: Path, other: Path, names: Names, as_json: bool, say: Callable[[str
     """
     runs = only_run(one, names), only_run(other, names)
     found = difference(*runs)
-    for line in [json.dumps(document_of(found), allow_nan=False)] if as_json else lines_of(found, *runs):
+    for line in (
+        [json.dumps(document_of(found), allow_nan=False)] if as_json else map(printable, lines_of(found, *runs))
+    ):
         say(line)
     return SAME if found.parting is None else DIFFER
 
@@ -54,7 +56,7 @@ def lines_of(found: Difference, one: Run, other: Run) -> list[str]:
     """The same for a person."""
     lines = [f"A  {one.path}", f"B  {other.path}", f"compared: {compared(found)}"]
     for letter, count in zip("AB", found.alone, strict=True):
-        lines += [f"left out: {count:,} steps that only {letter} has"] if count else []
+        lines += [f"left out: {counted(count, 'step')} that only {letter} has"] if count else []
     if found.parting is None:
         return [*lines, "the same"]
     return [*lines, *said_of(found.parting)]

@@ -192,6 +192,8 @@ def drift(column: Column, step: int) -> Drift:
 
 def relative(mine: Floats, theirs: Floats) -> Floats:
     """|mine - theirs| by the larger of both; inf where one is not finite, or both are 0."""
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        apart = np.abs(mine - theirs) / np.maximum(np.abs(mine), np.abs(theirs))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        larger = np.maximum(np.abs(mine), np.abs(theirs))
+        unit = np.where(larger > 1, 0.5, 1.0)  # else the difference of numbers beyond half the largest would be inf
+        apart = np.abs(mine * unit - theirs * unit) / (larger * unit)
     return np.where(np.isfinite(apart), apart, np.inf)

@@ -7,7 +7,7 @@ from distclip.runs.assembly import assembled
 from distclip.runs.csv_file import read_csv
 from distclip.runs.json_file import read_json
 from distclip.runs.names import Names
-from distclip.runs.refusals import missing, no_run, no_text, several, unreadable
+from distclip.runs.refusals import missing, no_file, no_run, no_text, several, unreadable
 from distclip.runs.run import Log, Run
 from distclip.runs.tensorboard import EVENTS, read_events
 
@@ -52,7 +52,11 @@ def sources(path: Path) -> list[Path]:
     """The files, or folders of events, that hold the runs of a path."""
     if not path.exists():
         raise missing(path)
-    return in_folder(path) if path.is_dir() else [path]
+    if path.is_dir():
+        return in_folder(path)
+    if not path.is_file():
+        raise no_file(path)
+    return [path]
 
 
 def in_folder(folder: Path) -> list[Path]:

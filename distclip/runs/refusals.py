@@ -17,6 +17,10 @@ def missing(path: Path) -> RunError:
     return RunError(f"{path}: there is no such file or folder")
 
 
+def no_file(path: Path) -> RunError:
+    return RunError(f"{path}: is a pipe or a device, which can be read only once: save what it gives as a file")
+
+
 def unreadable(path: Path, reason: str | None) -> RunError:
     return RunError(f"{path}: cannot be read: {reason or 'the system gives no reason'}")
 
@@ -79,7 +83,7 @@ def no_values(path: Path, column: str) -> RunError:
     return RunError(f"{path}: column {column!r} holds no number in any step")
 
 
-def no_step(path: Path, column: str, value: float) -> RunError:
+def no_step(path: Path, column: str, value: object) -> RunError:
     return RunError(f"{path}: column {column!r} holds {value!r}, which is no step: name another by --step")
 
 

@@ -24,6 +24,7 @@ class Table:
         self.rows: dict[str, array[int]] = {}
         self.values: dict[str, array[float]] = {}
         self.texts: dict[str, dict[int, str]] = {}
+        self.bools: dict[str, bool] = {}  # by column, one of its true and false, which are numbers too
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Append rows. Strings that spell a number are numbers; what is neither number nor text is left out."""
@@ -37,6 +38,8 @@ class Table:
 
     def add_column(self, key: str, values: Sequence[Any]) -> None:
         """The next values of one column, one a row."""
+        if bool in set(map(type, values)):
+            self.bools[key] = next(value for value in values if isinstance(value, bool))
         try:
             numbers = array("d", values)
         except (TypeError, OverflowError):  # some are no numbers
@@ -81,6 +84,8 @@ class Table:
 
     def steps(self, path: Path, column: str) -> Steps:
         """The step of each row; -1 where it has none."""
+        if column in self.bools:
+            raise no_step(path, column, self.bools[column])
         values = np.frombuffer(self.values[column], np.float64)
         wrong = ~((values >= 0) & (values < MOST) & (values == np.floor(values)))
         if wrong.any():

@@ -6,6 +6,8 @@ import signal
 import sys
 from typing import TextIO
 
+from distclip.errors import printable
+
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what the user may have of it
 UNREAD = 128 + signal.SIGPIPE  # what a shell reports for a process whose output nobody reads any more
 LONGEST = 500  # characters; a value from a config or a path can be a million
@@ -47,7 +49,7 @@ def silence(stream: TextIO) -> None:
 
 def one_line(text: str) -> str:
     """``text`` with line breaks and control characters escaped, and its middle left out if it is too long."""
-    spelled = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: 4 * LONGEST])
+    spelled = printable(text[: 4 * LONGEST])
     if len(text) <= LONGEST and len(spelled) <= LONGEST:
         return spelled
     return f"{spelled[: LONGEST - 5]} ..."

@@ -1,6 +1,7 @@
 """What cannot be read is one clear line; what a crash leaves behind can."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,12 @@ BAD = {  # name of the file, content, part of the message
     "a norm without a step": ("log.jsonl", '{"step": 1}\n{"norm": 2.0}\n', "column 'norm' holds no number in any step"),
     "a step below 0": ("log.jsonl", '{"step": -1, "norm": 1.0}\n', "column 'step' holds -1.0, which is no step"),
     "half a step": ("log.csv", "step,norm\n1.0,2\n1.5,3\n", "column 'step' holds 1.5, which is no step"),
+    "a step that is true": ("log.jsonl", '{"step": true, "norm": 1.0}\n', "column 'step' holds True, which is no step"),
+    "true among steps": (
+        "log.jsonl",
+        '{"step": 1, "norm": 1.0}\n{"step": true}\n{"norm": 1}\n',
+        "column 'step' holds True",
+    ),
     "a step that is NaN": ("log.jsonl", '{"step": NaN, "norm": 1.0}\n', "column 'step' holds nan"),
     "a table without rows": ("log.csv", "step,grad_norm\n", "is empty"),
     "a ragged table": ("log.csv", "step,grad_norm\n1,2\n1,2,3\n4,5\n", "line 3: is no CSV: it has 3 cells"),
@@ -148,3 +155,11 @@ def test_columns_of_pandas_are_read(tmp_path: Path):
     path.write_text('{"step": {"0": 1, "1": 2}, "grad_norm": {"0": 0.5, "1": null}}')
     (run,) = open_runs(path)
     assert (run.step.tolist(), run.norm.tolist()) == ([1], [0.5])
+
+
+def test_a_pipe_is_not_called_empty():
+    read, write = os.pipe()
+    os.write(write, f"{LINE}\n".encode())
+    os.close(write)
+    assert "can be read only once: save what it gives as a file" in complaint(Path(f"/dev/fd/{read}"))
+    os.close(read)

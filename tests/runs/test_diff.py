@@ -176,6 +176,22 @@ def test_what_cannot_be_compared_is_said_in_a_line(capsys, tmp_path):
         assert reason in err
 
 
+def test_the_drift_of_the_largest_numbers_is_a_number(capsys, tmp_path):
+    one, other = (str(lines(tmp_path / f"{k}.jsonl", records([1], loss=k * 1.7e308))) for k in (1, -1))
+    assert document(capsys, one, other)["parting"]["drifts"]["loss"]["largest"] == 2.0
+
+
+def test_one_step_that_only_one_run_has_is_one_step(capsys, tmp_path):
+    one, other = lines(tmp_path / "a.jsonl", records([1, 2])), lines(tmp_path / "b.jsonl", records([2]))
+    assert "left out: 1 step that only A has" in diff(capsys, str(one), str(other))[1]
+
+
+def test_a_layer_whose_name_has_a_line_break_is_compared_and_named_in_one_line(capsys, tmp_path):
+    one, other = (str(lines(tmp_path / f"{k}.jsonl", records([1], **{"norm/a\nb": k}))) for k in (1, 2))
+    assert document(capsys, one, other)["parting"]["parameters"] == ["a\nb"]
+    assert "by the norms: a\\nb (1 of 1)\n" in diff(capsys, one, other)[1]
+
+
 def test_numbers_that_are_not_finite(capsys, tmp_path):
     nan = lines(tmp_path / "a.jsonl", [{"step": 1, "norm": "NaN"}, {"step": 2, "norm": "Infinity"}])
     other = lines(tmp_path / "b.jsonl", [{"step": 1, "norm": "NaN"}, {"step": 2, "norm": 3.0}])

@@ -42,7 +42,6 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 TORCHRUN = re.compile(r"torchrun .*?--nproc-per-node[ =](\d+)")
-BY_TORCHRUN = {"ddp.py"}  # the examples that torchrun itself starts: it takes seconds
 PATH = re.compile(
     r"(?<![\w/.-])((?:launch|configs|examples|docs(?!/_build)|docker|tests|benchmarks|distclip)/[\w./-]*\.[a-z]+)\b"
 )
@@ -133,12 +132,14 @@ def test_an_example_is_short_runs_as_it_says_and_shows_something(example, tmp_pa
     program = example.read_text(encoding="utf-8")
     assert program.count("\n") <= 40
     shown = TORCHRUN.search(ast.get_docstring(ast.parse(program)) or "")
-    file, ranks = written(program, tmp_path), int(shown[1]) if shown else None
-    if example.name in BY_TORCHRUN:
-        output = run_by(["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"], file)
-    else:
-        output = run(file, ranks)
+    output = run(written(program, tmp_path), int(shown[1]) if shown else None)
     assert output.strip(), "shows nothing"
+
+
+@pytest.mark.thorough
+def test_torchrun_itself_runs_an_example(tmp_path):
+    file = written((ROOT / "examples/ddp.py").read_text(encoding="utf-8"), tmp_path)
+    assert run_by(["torch.distributed.run", "--standalone", "--nproc-per-node=2"], file).strip()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))

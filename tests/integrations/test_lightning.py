@@ -1,6 +1,6 @@
 """distclip.integrations.lightning: fits of the Trainer and loops of Fabric, beside one process clipped by hand."""
 
-from functools import partial
+from functools import cache, partial
 from math import inf, isfinite, isnan, nan
 
 import pytest
@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import StepLR
 from integrations.launches import once
 from support.own_policy import OwnGate
 from support.ranks import run_ranks, same_bits
+from support.samples import rare
 
 pytest.importorskip("lightning", reason="needs the extra: pip install 'distclip[lightning]'")
 
@@ -22,18 +23,29 @@ from distclip.integrations.lightning import ClipGradients, FabricClipper
 from integrations import lightning_runs as runs
 from integrations.lightning_runs import STEPS, Case, Lit
 
-FITS = [
-    *(Case(layout, policy) for layout in ("ddp", "fsdp1", "fsdp2", "tp") for policy in ("max_norm", "autoclip")),
-    *(Case(layout, bad=5) for layout in ("ddp", "fsdp1", "fsdp2", "tp")),
-    *(Case(layout, accumulate=2) for layout in ("ddp", "fsdp1", "fsdp2")),
-    *(Case(layout, "value") for layout in ("ddp", "fsdp1", "fsdp2")),
+FITS = [  # each layout and each way to train, in every run
+    *(Case(layout) for layout in ("fsdp1", "tp")),
+    *(Case(layout, "autoclip") for layout in ("ddp", "fsdp2")),
+    *(Case(layout, bad=5) for layout in ("fsdp1", "tp")),
+    *(Case(layout, accumulate=2) for layout in ("ddp", "fsdp2")),
+    *(Case(layout, "value") for layout in ("fsdp1", "fsdp2")),
     *(Case(layout, "skip_third", optimizer) for layout, optimizer in (("ddp", "fused"), ("fsdp1", "sgd"))),
-    *(Case(layout, manual=True, optimizer="sgd") for layout in ("ddp", "fsdp2")),
-    *(Case(layout, validate=True) for layout in ("ddp", "fsdp1", "fsdp2")),
-    *(Case(layout, "by_unit") for layout in ("ddp", "fsdp1", "tp")),
+    Case("ddp", manual=True, optimizer="sgd"),
+    Case("fsdp2", validate=True),
+    *(Case(layout, "by_unit") for layout in ("fsdp1", "tp")),
     Case(scaled=True, bad=5),
     Case(scaled=True, corrupt=5),
     Case(policy="skip_third", scaled=True),
+]
+OTHER_FITS = [
+    *(Case(layout) for layout in ("ddp", "fsdp2")),
+    *(Case(layout, "autoclip") for layout in ("fsdp1", "tp")),
+    *(Case(layout, bad=5) for layout in ("ddp", "fsdp2")),
+    Case("fsdp1", accumulate=2),
+    Case("ddp", "value"),
+    Case("fsdp2", manual=True, optimizer="sgd"),
+    *(Case(layout, validate=True) for layout in ("ddp", "fsdp1")),
+    Case("ddp", "by_unit"),
 ]
 LOOPS = [
     Case("fsdp2", "by_unit"),
@@ -46,10 +58,8 @@ LOOPS = [
     Case("ddp", optimizer="fused", scaled=True, bad=5),
     Case("ddp", "skip_third", scaled=True),
 ]
-RESUMED = [
-    *((layout, policy) for layout in ("ddp", "fsdp1", "fsdp2") for policy in ("autoclip", "max_norm")),
-    ("fsdp2", "by_unit"),
-]
+RESUMED = [("ddp", "autoclip"), ("fsdp1", "max_norm"), ("fsdp2", "autoclip"), ("fsdp2", "by_unit")]
+OTHERS_RESUMED = [("ddp", "max_norm"), ("fsdp1", "autoclip"), ("fsdp2", "max_norm")]
 EXACT = {"rel": 1e-6, "nan_ok": True}
 
 
@@ -66,32 +76,34 @@ def _quiet(recwarn):
 
 
 @pytest.fixture(scope="module")
-def fits(tmp_path_factory):
-    results = once(
-        tmp_path_factory, "lightning-fits", lambda: run_ranks(runs.fits, 2, FITS, fresh=True)
-    )  # fmt: skip
-    return dict(zip(map(named, FITS), zip(*results, strict=True), strict=True))
+def launches(tmp_path_factory):
+    """launch(rest): what the ranks return to each (function, key), of the sample or of the rest. One launch for all."""
+
+    def launch(rest):
+        folder = str(tmp_path_factory.mktemp("checkpoints"))
+        fits, resumed = (OTHER_FITS, OTHERS_RESUMED) if rest else (FITS, RESUMED)
+        wanted = {runs.fits: (fits,)}
+        wanted |= {(runs.resume, layout, policy): (layout, policy, folder) for layout, policy in resumed}
+        if not rest:
+            wanted |= {(runs.fit_again, layout): (layout,) for layout in ("ddp", "fsdp2")}
+            wanted |= {runs.log: (folder,), runs.alone_among_ranks: (), runs.two_optimizers: ()}
+            wanted |= {runs.fabric_fits: (LOOPS, folder)}
+        functions = [(key[0] if isinstance(key, tuple) else key, *arguments) for key, arguments in wanted.items()]
+        name = f"lightning{'-rest' * rest}"
+        results = once(tmp_path_factory, name, lambda: run_ranks(runs.calls, 2, *functions, fresh=True))
+        return dict(zip(wanted, zip(*results, strict=True), strict=True))
+
+    return cache(launch)
 
 
 @pytest.fixture(scope="module")
-def more(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
-    wanted = {(runs.resume, layout, policy): (layout, policy, folder) for layout, policy in RESUMED}
-    wanted |= {(runs.fit_again, layout): (layout,) for layout in ("ddp", "fsdp2")}
-    wanted |= {runs.log: (folder,), runs.alone_among_ranks: (), runs.two_optimizers: ()}
-    functions = [(key[0] if isinstance(key, tuple) else key, *arguments) for key, arguments in wanted.items()]
-    results = once(tmp_path_factory, "lightning-calls", lambda: run_ranks(runs.calls, 2, *functions, fresh=True))
-    return dict(zip(wanted, zip(*results, strict=True), strict=True))
+def more(launches):
+    return launches(False)
 
 
 @pytest.fixture(scope="module")
-def loops(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("fabric"))
-    return once(
-        tmp_path_factory,
-        "lightning-fabric",
-        lambda: run_ranks(runs.fabric_fits, 2, LOOPS, folder, fresh=True),
-    )
+def loops(more):
+    return more[runs.fabric_fits]
 
 
 def agrees(results, case, scheduled=True):
@@ -109,8 +121,12 @@ def agrees(results, case, scheduled=True):
     return first, rate
 
 
-@pytest.mark.parametrize("case", FITS, ids=named)
-def test_a_fit_is_that_of_one_process(fits, case):
+@pytest.mark.parametrize("case", [*FITS, *map(rare, OTHER_FITS)], ids=named)
+def test_a_fit_is_that_of_one_process(launches, case):
+    rest = case in OTHER_FITS
+    fits = dict(
+        zip(map(named, OTHER_FITS if rest else FITS), zip(*launches(rest)[runs.fits], strict=True), strict=True)
+    )
     first, rate = agrees(fits[named(case)], case)
     assert first["global_step"] == STEPS, "skipped steps count"
     assert first["rate"] == (rate if not case.manual else 0.05)
@@ -120,6 +136,7 @@ def test_a_fit_is_that_of_one_process(fits, case):
         assert first["scale"] == (512.0 if bad else 1024.0), "a policy's skip keeps the scale"
 
 
+@pytest.mark.thorough
 def test_fsdp2_over_tensor_parallel_is_one_process():
     cases = [Case("fsdp2_tp"), Case("fsdp2_tp", "autoclip", bad=5)]
     for case, *results in zip(cases, *run_ranks(runs.fits, 4, cases, fresh=True), strict=True):
@@ -131,9 +148,9 @@ def test_one_process_is_clipped_as_by_hand(case):
     agrees([runs.fit(case)], case)
 
 
-@pytest.mark.parametrize("key", RESUMED, ids="-".join)
-def test_a_resumed_fit_decides_as_if_it_had_never_stopped(more, key):
-    for whole, first, second in more[(runs.resume, *key)]:
+@pytest.mark.parametrize("key", [*RESUMED, *map(rare, OTHERS_RESUMED)], ids="-".join)
+def test_a_resumed_fit_decides_as_if_it_had_never_stopped(launches, key):
+    for whole, first, second in launches(key in OTHERS_RESUMED)[(runs.resume, *key)]:
         assert (first["global_step"], second["global_step"]) == (STEPS // 2, STEPS)
         assert first["norms"] + second["norms"] == pytest.approx(whole["norms"], **EXACT)
         assert first["coefs"] + second["coefs"] == pytest.approx(whole["coefs"], rel=1e-6)

@@ -9,8 +9,6 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -30,6 +28,7 @@ from distclip.train.parse import read_config
 from distclip.train.place import Place
 from distclip.train.problem import ConfigError
 from distclip.train.stop import StopSignals
+from support.programs import play
 from support.ranks import run_ranks
 from train.commands import CONFIGS, ROOT, TINY, metrics, start, train_here
 from train.victims import PATIENCE, hit, still_there, timeless, wait_for_step
@@ -112,36 +111,36 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path
     assert still_there(victims) == set()
 
 
-def by_hand(rank: int, meeting: Path, words: list[str]) -> subprocess.Popen[str]:
-    """A rank without a launcher that would kill the others."""
-    environment = os.environ | {
-        "RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "DISTCLIP_MEETING_POINT": f"file://{meeting}",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "distclip", "train", str(CONFIGS / "quickstart.yaml"), *words]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+STOPPING = """
+import os, signal, sys, threading, time
+from distclip.cli import main
+from train.victims import steps_of
+from pathlib import Path
+
+os.environ["DISTCLIP_MEETING_POINT"] = "file://{folder}/ranks"
+
+def stop():
+    while steps_of(Path("{folder}/run")) < 5:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+if os.environ["RANK"] == "1":
+    threading.Thread(target=stop, daemon=True).start()
+sys.exit(main({words!r}))
+"""
 
 
 @linux
 def test_a_stopped_rank_is_named_once_the_others_have_waited_long_enough(tmp_path: Path):
+    """No launcher would tell: the one here ends a rank only after the other."""
     words = [*TINY, "train.steps=100000", "parallel.timeout=4", f"run.dir={tmp_path / 'run'}"]
-    patient, stopped = (by_hand(rank, tmp_path / "ranks", words) for rank in range(2))
-    try:
-        wait_for_step(tmp_path / "run", 5, patient)
-        stopped.send_signal(signal.SIGSTOP)
-        _, errors = patient.communicate(timeout=PATIENCE)
-        assert patient.returncode == 1
-        assert errors.count("distclip: training failed: ") == errors.count("\n") == 1, errors
-        assert "no answer from rank 1: dead, stopped or out of reach" in errors
-    finally:
-        for process in (patient, stopped):
-            process.kill()
-            process.communicate()
+    program = tmp_path / "program.py"
+    program.write_text(STOPPING.format(folder=tmp_path, words=["train", str(CONFIGS / "quickstart.yaml"), *words]))
+    codes, said = play(program, 2, [str(ROOT), str(ROOT / "tests")], PATIENCE)
+    assert codes == [1, -signal.SIGKILL], said
+    (line,) = (line for line in said.splitlines() if line.startswith("distclip: "))
+    assert line.startswith("distclip: training failed: no answer from rank 1: dead, stopped or out of reach")
+    assert "Traceback" not in said
 
 
 # ---- disks -------------------------------------------------------------------------------------------------

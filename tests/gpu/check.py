@@ -11,6 +11,7 @@ says what is asked for and how long it takes.
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
 
+gc.disable()  # imports leave no garbage, and all that is here stays: see distclip/__main__.py
 import torch  # noqa: E402
 
 import distclip  # noqa: E402
@@ -40,6 +42,8 @@ from gpu.readings import Readings, reading  # noqa: E402
 
 MARK = "READING "  # of the lines of a part's output that are its own
 SPARE = 5.0  # seconds at the end for what is written
+gc.freeze()
+gc.enable()
 FIGURES = ("bandwidth", "times", "step", "seconds", "launches")
 assert all((graphs, groups, kernels, speed, steps, training)), "imported for their parts"
 

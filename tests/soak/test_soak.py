@@ -1,6 +1,7 @@
-"""A short soak: 1,000 steps on one process, 600 on two. tests/soak/run.sh makes 100,000, and looks at times too.
+"""A short soak: 600 steps on two ranks, and where it is thorough 1,000 on one process.
 
-Here other tests share the cores, and a step may take as long as it likes.
+tests/soak/run.sh makes 100,000, and looks at times too. Here other tests share the cores, and a step may take as long
+as it likes.
 """
 
 import socket
@@ -14,6 +15,7 @@ from support.ranks import run_ranks
 ANY = float("inf")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", WAYS)
 def test_one_process_grows_by_nothing(way):
     figures = soak(way, steps=1000, warm_up=200)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from distclip.telemetry import Log
+from integrations.launches import once
 from support.ranks import run_ranks
 
 BAD = 5  # the step, from 0, whose gradients are NaN
@@ -57,10 +58,19 @@ def in_a_trainer(folder: str) -> tuple[list[dict[str, Any]], list[tuple[int, flo
     return trainer.state.log_history, tracker.seen, trainer.state.global_step
 
 
-def test_trainer_logs_the_numbers_with_its_own_and_bad_steps_between(tmp_path):
+def in_trainers(folder: str) -> tuple[Any, Any]:
+    return in_a_trainer(folder), at_the_end_of_a_trainer(folder)
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory) -> list[tuple[Any, Any]]:
     pytest.importorskip("transformers")
-    results = run_ranks(in_a_trainer, 2, str(tmp_path), fresh=True)
-    for history, seen, steps in results:
+    folder = str(tmp_path_factory.mktemp("trainers"))
+    return once(tmp_path_factory, "telemetry", lambda: run_ranks(in_trainers, 2, folder, fresh=True))
+
+
+def test_trainer_logs_the_numbers_with_its_own_and_bad_steps_between(trainers):
+    for (history, seen, steps), _ in trainers:
         found = entries(history)
         agrees(found)
         assert steps == 12
@@ -94,9 +104,8 @@ def at_the_end_of_a_trainer(folder: str) -> list[list[tuple[int, bool]]]:
     return [[(step, bool(numbers["clip/skipped"])) for step, numbers in log] for log in logs]
 
 
-def test_bad_steps_after_the_last_log_of_trainer_are_not_lost(tmp_path):
-    pytest.importorskip("transformers")
-    for ended, failed in run_ranks(at_the_end_of_a_trainer, 2, str(tmp_path), fresh=True):
+def test_bad_steps_after_the_last_log_of_trainer_are_not_lost(trainers):
+    for _, (ended, failed) in trainers:
         assert ended == [(8, False), (11, True)]
         assert failed == [(8, False), (9, True), (10, True)]
 

@@ -352,15 +352,18 @@ def test_a_sink_whose_library_is_missing_says_what_to_install(sink, monkeypatch)
         import_module(f"distclip.telemetry.{sink}")
 
 
-def loaded_by(program: str) -> set[str]:
-    """The top-level packages, and the modules of ours, that it imports in a process of its own."""
-    shown = f"import sys; {program}; print(*sys.modules)"
+def loaded_by(*programs: str) -> list[set[str]]:
+    """The top-level packages, and the modules of ours, after each of them in a process of its own."""
+    shown = "; ".join(["import sys", *(f"{program}; print(*sys.modules)" for program in programs)])
     found = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
-    return {name if name.startswith("distclip") else name.partition(".")[0] for name in found.stdout.split()}
+    return [
+        {name if name.startswith("distclip") else name.partition(".")[0] for name in line.split()}
+        for line in found.stdout.splitlines()
+    ]
 
 
 def test_a_log_imports_no_library_of_a_sink_and_distclip_no_log():
-    names = loaded_by("import distclip.telemetry")
+    alone, names = loaded_by("import distclip", "import distclip.telemetry")
+    assert not [name for name in alone if name.startswith("distclip.telemetry")]
     assert "distclip.telemetry.log" in names
     assert not names & {"tensorboard", "wandb", "mlflow", "prometheus_client", "opentelemetry"}
-    assert not [name for name in loaded_by("import distclip") if name.startswith("distclip.telemetry")]

@@ -545,6 +545,19 @@ def test_a_pending_average_is_taken_and_a_dtensor_is_no_norm():
     assert run_ranks(pending_average, 2) == [(5.0, said)] * 2
 
 
+def average_of_one_term() -> float:
+    """The norm of an average that is still to be taken, where rank 1 has no gradient."""
+    weight = nn.Parameter(distribute_tensor(torch.zeros(2), mesh_of(("dp", 2)), [Replicate()]))
+    if dist.get_rank() == 0:
+        terms = torch.tensor([6.0, 8.0])
+        weight.grad = DTensor.from_local(terms, weight.device_mesh, [Partial("avg")], run_check=False)
+    return distclip.clip_grad_norm_([weight], inf).item()
+
+
+def test_a_missing_term_of_a_pending_average_is_zeros():
+    assert run_ranks(average_of_one_term, 2) == [5.0, 5.0]
+
+
 def test_a_whole_gradient_of_a_cut_parameter_is_cut_without_talking():
     assert run_ranks(copy_of_a_shard, 2) == [(5.0, 1, True)] * 2
 

@@ -34,7 +34,7 @@ LAYOUTS = [
 ON_THREE = [pytest.param(layout, 3, id=f"{layout.__name__}-3") for layout in THREE]
 ON_EIGHT = sample(
     [pytest.param(layout, 8, id=f"{layout.__name__}-8") for layout in EIGHT],
-    *("hsdp_tp-8", "pp_fsdp2_tp-8", "three_axes-8"),
+    *("hsdp_tp_sequence-8", "pp_fsdp2_tp-8", "three_axes-8"),
 )
 SOME = [p for p in LAYOUTS if p.id in ("by_hand-4", "fsdp2_tp-4", "pp_gpipe-2", "tp_sequence-2", "fsdp1_full_flat-2")]
 

@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from functools import cache, partial
+from importlib.util import find_spec
 from math import inf, nan
 
 import pytest
@@ -432,6 +433,8 @@ def everything(folder):
         "skip in a scaled step": skip_in_a_scaled_step(),
         "values": [values(kind) for kind in (accelerate.Accelerator, Accelerator)],
         "errors": errors(),
+        "signals": with_signals(),
+        "deepspeed": with_deepspeed() if find_spec("deepspeed") else None,  # last: it patches torch
     }
 
 
@@ -571,9 +574,9 @@ def test_a_scaled_step_that_the_policy_skips_is_not_made_and_keeps_its_gradients
         assert each["skip in a scaled step"] == [(1, True), (1, True), (2, True)]
 
 
-def test_deepspeed_underneath_is_taken_over_and_the_line_returns_its_norm():
+def test_deepspeed_underneath_is_taken_over_and_the_line_returns_its_norm(ranks):
     pytest.importorskip("deepspeed", reason="needs the extra: pip install 'distclip[deepspeed]'")
-    results = run_ranks(with_deepspeed, 2, fresh=True)
+    results = [each["deepspeed"] for each in ranks]
     agrees([(*result[:3],) for result in results], alone("max_norm", 2))
     for *_, found in results:
         assert re.match(r"clip_grad_norm_ comes too late: .*take_over\(", found["not taken over"])
@@ -627,5 +630,5 @@ def with_signals() -> list[bool]:
     return skips
 
 
-def test_signals_are_passed_with_clip_and_measure():
-    assert run_ranks(with_signals, 2, fresh=True) == [[False, False, True, True, False, False]] * 2
+def test_signals_are_passed_with_clip_and_measure(ranks):
+    assert [each["signals"] for each in ranks] == [[False, False, True, True, False, False]] * 2

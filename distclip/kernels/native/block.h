@@ -4,6 +4,7 @@
      WIDEN(x)         four floats as four doubles,
      JOIN(x, y)       two vectors of four words as one of eight,
      PRODUCTS(x, y)   of each word the products of its halves, which have signs, added.
+   NAME(read_halves), before it, reads eight elements of fp16 as read_lanes does others.
    Where `zeros` is there, numbers that are 0 are counted; each of its lanes counts at most the elements of a block.
    Where `bits` is there, the elements are added to it as integers too, modulo 2 ** 32. */
 
@@ -30,7 +31,10 @@ TARGET INLINE void NAME(add)(doubles *lanes, words *zeros, integers *bits, const
 {
     for (int stream = 0; stream < STREAMS; stream++) {
         floats low, high;
-        read_lanes(at + stream * apart, kind, &low, &high);
+        if (kind == FP16)
+            NAME(read_halves)(at + stream * apart, &low, &high);
+        else
+            read_lanes(at + stream * apart, kind, &low, &high);
         if (zeros)
             *zeros -= (words)(low == 0) + (words)(high == 0); /* true is -1 */
         doubles x = WIDEN(low), y = WIDEN(high);

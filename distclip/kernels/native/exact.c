@@ -141,21 +141,23 @@ static int windows_for(uint32_t largest, uint32_t least, int kind, int power, in
 #define NAME(x) x##_portable
 #define TARGET
 #define LANES 4
+#define FROM_HALF(x) ((words)from_half((__builtin_convertvector(x, words) & 0x7fffu) << 13))
 #define WIDEN(x) __builtin_convertvector(x, NAME(doubles))
 #define FUSED(x, y, z) ((x) * (y) + (z))
 #include "windows.h"
 
 #ifdef __x86_64__
-#include <immintrin.h>
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 4
+#define FROM_HALF(x) ((NAME(words))_mm_cvtph_ps(_mm_cvtsi64_si128((int64_t)(x))))
 #define WIDEN(x) ((NAME(doubles))_mm256_cvtps_pd((__m128)(x)))
 #define FUSED(x, y, z) ((NAME(doubles))_mm256_fmadd_pd((__m256d)(x), (__m256d)(y), (__m256d)(z)))
 #include "windows.h"
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define LANES 8
+#define FROM_HALF(x) ((NAME(words))_mm256_cvtph_ps((__m128i)(x)))
 #define WIDEN(x) ((NAME(doubles))_mm512_cvtps_pd((__m256)(x)))
 #define FUSED(x, y, z) ((NAME(doubles))_mm512_fmadd_pd((__m512d)(x), (__m512d)(y), (__m512d)(z)))
 #include "windows.h"
@@ -198,10 +200,10 @@ static void sum_block(struct wave *wave, size_t k)
 int distclip_widest_instructions(void)
 {
 #ifdef __x86_64__
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+    if (has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (has_avx2())
         return AVX2;
 #endif
     return PORTABLE;

@@ -30,7 +30,6 @@ INLINE uint64_t mix(uint64_t z)
 #include "mix.h"
 
 #ifdef __x86_64__
-#include <immintrin.h>
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 4

@@ -8,10 +8,6 @@
 
 #include "waves.h"
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
 enum {
     STREAMS = 4, /* parts of a block that are read in turn: memory gives more than to one */
     LANES = 8,   /* of a stream: additions that need not wait for each other */
@@ -19,23 +15,10 @@ enum {
 };
 
 typedef double doubles __attribute__((vector_size(32)));
-typedef float floats __attribute__((vector_size(16)));
-typedef uint32_t words __attribute__((vector_size(16)));
 typedef uint32_t integers __attribute__((vector_size(32)));
 typedef int32_t signed_integers __attribute__((vector_size(32)));
 
-/* fp16 without its sign, shifted to where fp32 has its exponent and fraction. Exponents have another zero: 15 becomes
-   127, and 31, which is inf and NaN, 255. Below 2**-14 there is no leading 1: one is added and subtracted again. */
-INLINE floats from_half(words shifted)
-{
-    words exponent = shifted & 0x0f800000u;
-    words usual = shifted + 0x38000000u + ((words)(exponent == 0x0f800000u) & 0x38000000u);
-    words small = (words)((floats)(shifted + 0x38800000u) - (floats)((shifted & 0u) + 0x38800000u));
-    words is_small = (words)(exponent == 0u);
-    return (floats)((usual & ~is_small) | (small & is_small));
-}
-
-/* Eight elements that lie anywhere; of 16 bits, the low halves of four words and the high ones. */
+/* Eight elements of fp32 or bf16 that lie anywhere; of 16 bits, the low halves of four words and the high ones. */
 INLINE void read_lanes(const char *at, int kind, floats *low, floats *high)
 {
     words pairs;
@@ -43,13 +26,19 @@ INLINE void read_lanes(const char *at, int kind, floats *low, floats *high)
     if (kind == FP32) {
         *low = (floats)pairs;
         memcpy(high, at + 16, 16);
-    } else if (kind == BF16) {
+    } else {
         *low = (floats)(pairs << 16);
         *high = (floats)(pairs & 0xffff0000u);
-    } else {
-        *low = from_half((pairs & 0x7fffu) << 13);
-        *high = from_half((pairs >> 3) & 0x0fffe000u);
     }
+}
+
+/* The same of fp16, without signs. */
+INLINE void read_halves_portable(const char *at, floats *low, floats *high)
+{
+    words pairs;
+    memcpy(&pairs, at, 16);
+    *low = from_half((pairs & 0x7fffu) << 13);
+    *high = from_half((pairs >> 3) & 0x0fffe000u);
 }
 
 #define NAME(x) x##_portable
@@ -63,8 +52,16 @@ INLINE void read_lanes(const char *at, int kind, floats *low, floats *high)
 
 #ifdef __x86_64__
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define WIDEN(x) ((doubles)_mm256_cvtps_pd((__m128)(x))) /* gcc 12 makes two halves of the line above: twice the time */
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+TARGET INLINE void read_halves_avx2(const char *at, floats *low, floats *high)
+{
+    const __m128i even = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m128i odd = _mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m128i halves = _mm_loadu_si128((const __m128i *)at) & _mm_set1_epi16(0x7fff);
+    *low = (floats)_mm_cvtph_ps(_mm_shuffle_epi8(halves, even));
+    *high = (floats)_mm_cvtph_ps(_mm_shuffle_epi8(halves, odd));
+}
+#define WIDEN(x) ((doubles)_mm256_cvtps_pd((__m128)(x))) /* gcc 12 makes two halves of the portable one: twice the time */
 #define JOIN(x, y) ((integers)_mm256_set_m128i((__m128i)(y), (__m128i)(x)))
 #define PRODUCTS(x, y) ((integers)_mm256_madd_epi16((__m256i)(x), (__m256i)(y)))
 #include "block.h"
@@ -138,7 +135,7 @@ static void add(struct summing *all, uint64_t start, size_t numel, size_t rows, 
 int distclip_instructions(void)
 {
 #ifdef __x86_64__
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (has_avx2())
         return AVX2;
 #endif
     return PORTABLE;

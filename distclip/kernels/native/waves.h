@@ -8,6 +8,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
 enum { FP32, BF16, FP16, FP64 }; /* the last one in exact sums alone */
 enum { PORTABLE, AVX2, AVX512 }; /* the last one for exact sums and fingerprints: other loops took 0.8 to 1.0 of the time */
 enum {
@@ -18,6 +23,16 @@ enum {
 };
 
 #define INLINE static inline __attribute__((always_inline))
+
+#ifdef __x86_64__
+/* Whether there is AVX2, and beside it what came with it: FMA, and F16C, which compilers before gcc 11 do not ask for. */
+INLINE int has_avx2(void)
+{
+    unsigned a, b, c = 0, d;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+           (c & bit_F16C);
+}
+#endif
 
 /* How a tensor falls into `count` rows: the end of one in front, of `head` elements; whole ones of `length`; and the
    beginning of one behind them, of `tail`. There is no row of 0 elements in front or behind. */
@@ -44,6 +59,20 @@ struct wave {
 INLINE size_t size_of(int kind)
 {
     return kind == FP64 ? 8 : kind == FP32 ? 4 : 2;
+}
+
+typedef float floats __attribute__((vector_size(16)));
+typedef uint32_t words __attribute__((vector_size(16)));
+
+/* fp16 without its sign, shifted to where fp32 has its exponent and fraction. Exponents have another zero: 15 becomes
+   127, and 31, which is inf and NaN, 255. Below 2**-14 there is no leading 1: one is added and subtracted again. */
+INLINE floats from_half(words shifted)
+{
+    words exponent = shifted & 0x0f800000u;
+    words usual = shifted + 0x38000000u + ((words)(exponent == 0x0f800000u) & 0x38000000u);
+    words small = (words)((floats)(shifted + 0x38800000u) - (floats)((shifted & 0u) + 0x38800000u));
+    words is_small = (words)(exponent == 0u);
+    return (floats)((usual & ~is_small) | (small & is_small));
 }
 
 /* Take blocks until none is left: what each thread does. */

@@ -3,6 +3,7 @@
      TARGET          what tells the compiler to use it,
      LANES           doubles in a vector,
      WIDEN(x)        as many floats as doubles,
+     FROM_HALF(x)    as many numbers of fp16 as words of fp32,
      FUSED(x, y, z)  x * y + z of doubles.
 
    A window is a sum in units of 2 ** u: it begins at 1.5 * 2 ** (52 + u), and as long as it stays between that and its
@@ -17,16 +18,6 @@ typedef float NAME(floats) __attribute__((vector_size(4 * LANES)));
 typedef uint32_t NAME(words) __attribute__((vector_size(4 * LANES)));
 typedef uint16_t NAME(halves) __attribute__((vector_size(2 * LANES)));
 
-/* As from_half in sums.c, of a vector of 16 bits each. */
-TARGET INLINE void NAME(from_half)(NAME(words) *bits)
-{
-    NAME(words) shifted = (*bits & 0x7fffu) << 13, exponent = shifted & 0x0f800000u;
-    NAME(words) usual = shifted + 0x38000000u + ((NAME(words))(exponent == 0x0f800000u) & 0x38000000u);
-    NAME(words) small = (NAME(words))((NAME(floats))(shifted + 0x38800000u) - (NAME(floats))((shifted & 0u) + 0x38800000u));
-    NAME(words) is_small = (NAME(words))(exponent == 0u);
-    *bits = (usual & ~is_small) | (small & is_small);
-}
-
 TARGET INLINE void NAME(read)(const char *at, int kind, int power, NAME(doubles) *x)
 {
     NAME(words) bits;
@@ -35,11 +26,7 @@ TARGET INLINE void NAME(read)(const char *at, int kind, int power, NAME(doubles)
     else {
         NAME(halves) narrow;
         memcpy(&narrow, at, sizeof narrow);
-        bits = __builtin_convertvector(narrow, NAME(words));
-        if (kind == BF16)
-            bits <<= 16;
-        else
-            NAME(from_half)(&bits);
+        bits = kind == BF16 ? __builtin_convertvector(narrow, NAME(words)) << 16 : FROM_HALF(narrow);
     }
     if (power == 1)
         bits &= 0x7fffffffu;
@@ -157,4 +144,5 @@ TARGET static void NAME(add_block)(const char *start, size_t numel, int kind, in
 #undef TARGET
 #undef LANES
 #undef WIDEN
+#undef FROM_HALF
 #undef FUSED

@@ -150,10 +150,11 @@ def test_alone_it_starts_two_processes_and_names_one_that_dies(capsys, tmp_path:
 
 
 def test_alone_a_rank_that_hangs_is_named_and_ended(capsys, tmp_path: Path):
+    before = multiprocessing.active_children()  # ranks of other tests
     code, said = plan_of(tmp_path, "--timeout", "3", "--model", "doctor.mine:hangs_on_rank_1")
     assert (code, capsys.readouterr().err) == (1, "")
     assert said.startswith("wrong: rank 1 does not answer")
-    assert multiprocessing.active_children() == []
+    assert {*multiprocessing.active_children()} <= {*before}
 
 
 def test_sigint_to_the_command_alone_ends_its_ranks_quietly():

@@ -1,8 +1,8 @@
 """Where two runs part: the first step that is not the same, the parameters that tell, and the drift from there.
 
 Compared are the numbers as they were written; one NaN is the same as another. What a run did not write in a step is
-not compared there, with two exceptions: its bound is the one that it wrote last, and a step that it does not call
-skipped was not, if it ever writes what was skipped.
+not compared there, with two exceptions: its bound is the one that it wrote last, unless it writes one with every norm,
+and a step that it does not call skipped was not, if it ever writes what was skipped.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,21 +114,24 @@ def numbers_of(one: Run, other: Run, steps: Steps) -> Iterator[Column]:
         theirs = other.written.get(name)
         if theirs is None:
             continue
-        at, read = steps_to_read(name, mine, theirs, steps)
+        read: Callable[[Series, Steps], Floats]
+        match name:
+            case "max_norm":
+                at, read = np.intersect1d(bounded(one, steps), bounded(other, steps), assume_unique=True), Series.up_to
+            case "skip":
+                at, read = steps, skipped
+            case _:
+                at, read = np.intersect1d(mine.step, theirs.step, assume_unique=True), Series.at
         if len(at):
             left, right = read(mine, at), read(theirs, at)
             yield Column(name, at, differ(left, right), left, right)
 
 
-def steps_to_read(
-    name: str, mine: Series, theirs: Series, steps: Steps
-) -> tuple[Steps, Callable[[Series, Steps], Floats]]:
-    """Where to compare these, and how to read one there."""
-    if name == "max_norm":
-        return steps[steps >= max(mine.step[0], theirs.step[0])], Series.up_to
-    if name == "skip":
-        return steps, skipped
-    return np.intersect1d(mine.step, theirs.step, assume_unique=True), Series.at
+def bounded(run: Run, steps: Steps) -> Steps:
+    """Those of ``steps`` in which the run's bound is known: it is held, or is one of many samples."""
+    bound, norm = run.written["max_norm"].step, run.written.get("norm")
+    sampled = norm is not None and np.isin(norm.step, bound).all()
+    return np.intersect1d(steps, bound, assume_unique=True) if sampled else steps[steps >= bound[0]]
 
 
 def skipped(series: Series, steps: Steps) -> Floats:

@@ -316,6 +316,19 @@ def test_how_an_absent_number_is_read(capsys, tmp_path, name, mine, theirs, firs
         assert (parting and parting["step"]) == first
 
 
+@pytest.mark.parametrize(("odd", "first"), [(None, None), (8, 8), (9, None)])
+def test_bounds_that_move_in_every_step_may_be_logged_less_often_by_one_run(capsys, tmp_path, odd, first):
+    bounds = [1.0 / (k + 1) for k in range(10)]
+    often = [{"step": k, "loss": 1.0, "norm": 1.0, "max_norm": bound} for k, bound in enumerate(bounds)]
+    seldom = [each if k % 4 == 0 else {"step": k, "loss": 1.0} for k, each in enumerate(often)]
+    if odd is not None:
+        often[odd] = often[odd] | {"max_norm": 7.0}
+    one, other = str(lines(tmp_path / "a.jsonl", often)), str(lines(tmp_path / "b.jsonl", seldom))
+    for words in ((one, other), (other, one)):
+        parting = document(capsys, *words)["parting"]
+        assert (parting and parting["step"]) == first
+
+
 def test_layers_that_are_logged_by_turns_are_not_said_to_differ(capsys, tmp_path):
     ours = [{"step": k, "norm": 1.0, "norm/a" if k % 2 else "norm/b": k} for k in range(6)]
     theirs = [{"step": k, "norm": 1.0, "norm/b" if k % 2 else "norm/a": k} for k in range(6)]

@@ -3,8 +3,9 @@
 import json
 import os
 import signal
-import time
+import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from distclip.reporting.thin import thinned
 from reporting.made import CULPRIT, write_run
 from support.programs import play
 from support.ranks import LIMIT
-from train.commands import ROOT, start
+from train.commands import ROOT
 
 
 @pytest.fixture
@@ -121,14 +122,25 @@ def test_a_missing_package_is_one_line(name, run, tmp_path):
     assert play(program, None, [str(ROOT)], LIMIT) == ([2], said)
 
 
+SLOW = """
+import sys, time
+from distclip.cli import main
+from distclip.runs import recognise
+
+def read(*found):
+    print("reading", flush=True)
+    time.sleep(600)
+
+recognise.read_json = read
+sys.exit(main(["report", sys.argv[1]]))
+"""
+
+
 def test_control_c_ends_it_and_leaves_nothing(tmp_path):
-    fifo = tmp_path / "log.jsonl"
-    os.mkfifo(fifo)
-    process = start("report", fifo)
-    with fifo.open("w") as file:  # once it reads
-        file.write('{"step": 1, "norm": 2.0}\n')
-        file.flush()
-        time.sleep(0.5)
+    log, environment = tmp_path / "log.jsonl", os.environ | {"PYTHONPATH": str(ROOT)}
+    log.write_text('{"step": 1, "norm": 2.0}\n')
+    with Popen([sys.executable, "-c", SLOW, log], env=environment, stdout=PIPE, stderr=PIPE, text=True) as process:
+        assert process.stdout.readline() == "reading\n"
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=LIMIT)
     assert (process.returncode, output, errors) == (130, "", "")

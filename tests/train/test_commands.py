@@ -120,6 +120,32 @@ def assert_finished(folder: Path, output: str, first: int, last: int) -> None:
     assert f"{summary['entropy']:.4f}" in output
 
 
+ENDING = """
+import atexit, sys
+import distclip.__main__ as entry
+
+class Held:
+    def __del__(self):
+        print("finalized")
+
+def main():
+    print("worked")
+    return 7
+
+held, entry.main = Held(), main
+atexit.register(print, "at exit")
+sys.exit(entry.run())
+"""
+
+
+def test_a_rank_ends_before_the_interpreter_does():
+    """In whose end a thread of Gloo that still holds the last barrier is a SIGABRT."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING], env=ENVIRONMENT | {"RANK": "0"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (7, "worked\nat exit\n", "")
+
+
 HEAD = """
 import os, sys, threading
 

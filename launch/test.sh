@@ -37,8 +37,9 @@ quietly "docs" sphinx-build --quiet --fresh-env --write-all --fail-on-warning --
 "$venv/bin/python" -m compileall -q distclip tests
 
 start=$SECONDS code=0
-workers=$(($(getconf _NPROCESSORS_ONLN) * 3 / 2)) # one in three waits: for a timeout, or for programs that start
-"$venv/bin/pytest" -q -n $((workers < 8 ? workers : 8)) --dist worksteal "$@" || code=$?
+cores=$(getconf _NPROCESSORS_ONLN)
+workers=$((cores < 4 ? 4 : cores < 8 ? cores : 8)) # on two cores half of them wait: for a timeout, for programs that start
+"$venv/bin/pytest" -q -n "$workers" --dist worksteal "$@" || code=$?
 report pytest "$code" "$start"
 
 [[ -z $failed ]] || fail "failed: $failed"

@@ -25,8 +25,8 @@ from .measured import Measured, Norms
 FEW_SMALL, FEW_LARGE = 192, 64  # parameters of a rank that are compared along split_over: norm layers and embeddings
 TOLERANCE = 1e-5  # of a sum of shares
 FEW_ELEMENTS = 4  # gradients of fewer may have the same bits by chance: two scalars in bf16 about once in 2,000
-HASH = 1 << 48  # keys of one kind are below
-EXACTLY, AT_LEAST, AT_MOST = range(3)  # 1: what the shares of keys of these kinds must add up to
+HASH = 1 << 48  # a key is this times its kind, and a hash below it
+EXACTLY, AT_LEAST, AT_MOST = range(3)  # kinds of keys: shares must add up to 1, to no less, to no more
 
 
 def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> None:

@@ -313,7 +313,12 @@ terminal, writer = os.openpty()
 os.dup2(writer, 1)
 launch.RANK = "import os; print('\\033[?25l', flush=True); os.kill(os.getpid(), 9)"
 code = launch.launch(1, [], restarts=0)
-os.write(2, os.read(terminal, 1000))
+os.close(1), os.close(writer)
+try:
+    while shown := os.read(terminal, 1000):  # may be less than was written: the kernel passes it on in its own time
+        os.write(2, shown)
+except OSError:  # the end, as Linux says it
+    pass
 sys.exit(code)
 """
 

@@ -69,17 +69,17 @@ def tested(python: Path, folder: Path) -> tuple[str, bool]:
         case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
     ]
     for case in bad:
-        print(f"{case.get('name')}: {_reason(case)}", flush=True)
+        print(f"{case.get('name')}: {_message(case)}", flush=True)
     names = ", ".join(f"`{name}`" for name in sorted({str(case.get("name")).partition("[")[0] for case in bad}))
     counts = f"{total - skipped - len(bad)} passed, {len(bad)} failed, {skipped} skipped"
     return f"{counts}, {date.today()} | {names or 'none'}", not bad
 
 
-def _reason(case: ElementTree.Element) -> str:
-    """The first line of what a test that failed said."""
+def _message(case: ElementTree.Element) -> str:
+    """What a test that failed said."""
     found = case.find("failure")
     found = case.find("error") if found is None else found
-    return "" if found is None else str(found.get("message")).partition("\n")[0]
+    return "" if found is None else str(found.get("message"))
 
 
 def write(cell: str, said: str, *, only_if_empty: bool) -> None:

@@ -169,7 +169,7 @@ def many_blocks(device: torch.device) -> Iterator[str]:
             rows = torch.tensor([[0, 3, 8, 0, 1], [0, 5, blocks * BLOCK - 3, first, 0]], device=device)
             norms = torch.empty(2, dtype=torch.float64, device=device)
             sums = sums.to(device)
-            kernels.norms_of_rows[(2,)](rows, sums, norms, p, BLOCK, triton.FINISH, num_warps=triton.WARPS)
+            kernels.norms_of_rows[(2,)](rows, sums, norms, p, BLOCK, triton.FINISH, **triton.LAUNCH)
             for got, its in zip(norms.tolist(), (sums[first : first + blocks], sums[:1]), strict=True):
                 right = its.max().item() if p == inf else its.sum().item() ** (1 / p)
                 if not (isnan(got) and isnan(right)) and got != right and abs(got - right) > 1e-12 * right:

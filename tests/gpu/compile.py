@@ -25,15 +25,14 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import triton as compiler  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from distclip.kernels import triton  # noqa: E402
 from distclip.kernels.triton import device, table  # noqa: E402
 
-TOOLS = Path(compiler.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS = 64  # a thread; a chip holds 65536 of them and 2048 threads: 64 leaves room for half of the threads
 VECTORS = 8  # 16-byte loads of one thread for a block of 32 KiB
 
@@ -82,15 +81,20 @@ def compiled(sm: int) -> list[tuple[str, torch.dtype, float | None, Any]]:
     return [launch for i, launch in enumerate(found) if launch not in found[:i]]
 
 
+def assembler(sm: int) -> str:
+    """The ptxas that Triton takes for a chip. Triton 3.2 had one for all."""
+    choice = getattr(nvidia, "get_ptxas", None)
+    return nvidia._path_to_binary("ptxas")[0] if choice is None else choice(sm).path
+
+
 def assembled(ptx: str, sm: int) -> tuple[int, int]:
     """Registers of a thread and bytes spilled, as ptxas says."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         chip = f"sm_{sm}a" if sm >= 90 else f"sm_{sm}"
-        ptxas = TOOLS / ("ptxas-blackwell" if sm >= 100 else "ptxas")
-        command = [ptxas, "-v", f"--gpu-name={chip}", file.name, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [assembler(sm), "-v", f"--gpu-name={chip}", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     assert registers, said

@@ -16,6 +16,7 @@ from .choice import available as available, check_choice as check_choice, chosen
 from .table import Table, block_size, fits, table_of
 
 WARPS = 8
+LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": True}  # as always; Triton 3.9 warns that 3.10 will fuse no a * b + c
 FINISH = 2048  # block sums that one program adds at once
 
 
@@ -60,7 +61,7 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
                 others += places
                 continue
             device.scale_blocks[(len(table.row_of_block),)](
-                table.rows, table.row_of_block, coef, _triton_dtype(dtype), block_size(dtype), num_warps=WARPS
+                table.rows, table.row_of_block, coef, _triton_dtype(dtype), block_size(dtype), **LAUNCH
             )
     if others:
         foreach.multiply_([parts[i] for i in others], coef)
@@ -80,9 +81,9 @@ def _launch_sums(table: Table, dtype: torch.dtype, p: float, norms: Tensor) -> N
         float(p),
         block,
         16 // dtype.itemsize,
-        num_warps=WARPS,
+        **LAUNCH,
     )
-    device.norms_of_rows[(len(table.rows),)](table.rows, sums, norms, float(p), block, FINISH, num_warps=WARPS)
+    device.norms_of_rows[(len(table.rows),)](table.rows, sums, norms, float(p), block, FINISH, **LAUNCH)
 
 
 def _groups(tensors: Sequence[Tensor]) -> tuple[dict[torch.dtype, list[int]], list[int]]:

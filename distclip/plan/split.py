@@ -4,6 +4,7 @@ Checksums of gradients travel, never gradients: those of the same shape and bits
 all ranks must add up to 1.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import and_more
+from ..kernels.dtypes import as_real
 from ..layouts.layout import part_of
 from ..layouts.piece import Held
 from ..ranks.by_key import add_by_key, asked
@@ -26,7 +28,7 @@ FEW_SMALL, FEW_LARGE = 192, 64  # parameters of a rank that are compared along s
 TOLERANCE = 1e-5  # of a sum of shares
 FEW_ELEMENTS = 4  # gradients of fewer may have the same bits by chance: two scalars in bf16 about once in 2,000
 HASH = 1 << 48  # a key is this times its kind, and a hash below it
-EXACTLY, AT_LEAST, AT_MOST = range(3)  # kinds of keys: shares must add up to 1, to no less, to no more
+AT_LEAST, AT_MOST = range(2)  # kinds of keys: shares must add up to no less than 1, to no more
 
 
 def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> None:
@@ -47,12 +49,12 @@ def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> N
     values = [_values(plan, holders, i) for i, _, _ in shown]
     telling = [not is_constant(each) for each in values]
     sums = checksums([part for _, part, _ in shown], plan.device) + HASHES * checksums(values, plan.device)
-    keys = [
-        (i, _key(plan, i, part, norm, total, AT_MOST))
+    alike = [
+        (i, _bits(plan, i, part, norm, total))
         for (i, part, norm), total, tells in zip(shown, sums.tolist(), telling, strict=True)
         if tells
     ]
-    _count(plan, keys)
+    _count(plan, _at_most(plan, alike))
 
 
 def count_split(plan: Plan, holders: Sequence[Tensor], found: Norms) -> None:
@@ -61,21 +63,19 @@ def count_split(plan: Plan, holders: Sequence[Tensor], found: Norms) -> None:
     Those of fewer than ``FEW_ELEMENTS`` may add up to more, unless the values of their parameters are the same too; a
     lone number of 16 bits, which is often equal by chance, may in any case.
 
-    Collectives and host syncs are those of :func:`compare_axes`.
+    Collectives and host syncs are those of :func:`compare_axes`, and a host sync for each gradient of few elements.
     """
     found_here = zip(found.indices, found.parts, found.norms.tolist(), strict=True)
     shown = [(i, part, norm) for i, part, norm in found_here if not plan.known_to_all[i] and norm > 0]
     sums = checksums([part for _, part, _ in shown], plan.device).tolist()
-    keys, few = [], []
-    for (i, part, norm), total in zip(shown, sums, strict=True):
-        is_few = part.numel() < FEW_ELEMENTS
-        keys.append((i, _key(plan, i, part, norm, total, AT_LEAST if is_few else EXACTLY)))
-        if is_few and part.nbytes > 2:
-            few.append((i, part, norm, total))
-    of_values = checksums([_values(plan, holders, i) for i, *_ in few], plan.device).tolist()
-    for (i, part, norm, total), of_value in zip(few, of_values, strict=True):
-        keys.append((i, _key(plan, i, part, norm, total + HASHES * of_value, AT_MOST)))
-    _count(plan, keys)
+    alike = [_bits(plan, *each, total) for each, total in zip(shown, sums, strict=True)]
+    keys = [(i, _key(AT_LEAST, bits)) for (i, *_), bits in zip(shown, alike, strict=True)]
+    few = [k for k, (_, part, _) in enumerate(shown) if part.numel() < FEW_ELEMENTS]
+    of_values = checksums([_values(plan, holders, shown[k][0]) for k in few], plan.device).tolist()
+    for k, total in zip(few, of_values, strict=True):
+        alike[k] += f"|{total:.0f}"
+    telling = [(i, bits) for (i, part, _), bits in zip(shown, alike, strict=True) if not _is_short(part)]
+    _count(plan, keys + _at_most(plan, telling))
 
 
 def _values(plan: Plan, holders: Sequence[Tensor], index: int) -> Tensor:
@@ -102,12 +102,37 @@ def _count(plan: Plan, keys: Sequence[tuple[int, int]]) -> None:
     raise refusals.gradients_not_counted_once(group.ranks[source], text)
 
 
-def _key(plan: Plan, index: int, gradient: Tensor, norm: float, total: float, kind: int) -> int:
+def _at_most(plan: Plan, alike: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
+    """Pieces and their keys of the kind ``AT_MOST``; ``alike``: pieces, and what those of one parameter have in common.
+
+    That a rank has several such pieces proves that other parameters have it in common too, as biases that are added to
+    one stream by branches whose weights are still zero. They are copies only of the same names on other ranks.
+    """
+    names = defaultdict(list)
+    for i, bits in alike:
+        names[bits].append(plan.label(i))
+    several = {bits: str(sorted(found)) if len(found) > 1 else "" for bits, found in names.items()}
+    return [(i, _key(AT_MOST, bits + several[bits])) for i, bits in alike]
+
+
+def _bits(plan: Plan, index: int, gradient: Tensor, norm: float, total: float) -> str:
+    """What two gradients have in common only if they are the same on ranks that hold the same part of it."""
     where = part_of(plan.group, plan.pieces[index])
-    text = f"{where}|{tuple(gradient.shape)}|{gradient.dtype}|{norm.hex()}|{total:.0f}"
-    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest()) + HASH * kind
+    return f"{where}|{tuple(gradient.shape)}|{gradient.dtype}|{norm.hex()}|{total:.0f}"
+
+
+def _is_short(gradient: Tensor) -> bool:
+    """Whether it is a lone number that 16 bits hold, as under autocast: once or a few times. A host sync."""
+    values = as_real(gradient).flatten()
+    if values.numel() >= FEW_ELEMENTS:
+        return False
+    rounded = torch.stack([values[:1].to(dtype).to(values.dtype) for dtype in (torch.bfloat16, torch.float16)])
+    return bool(((values == values[0]).all() & (rounded == values[0]).any()).item())
+
+
+def _key(kind: int, bits: str) -> int:
+    return int.from_bytes(blake2b(bits.encode(), digest_size=6).digest()) + HASH * kind
 
 
 def _is_wrong(key: int, total: float) -> bool:
-    kind = key // HASH
-    return (total < 1 - TOLERANCE and kind != AT_MOST) or (total > 1 + TOLERANCE and kind != AT_LEAST)
+    return total < 1 - TOLERANCE if key // HASH == AT_LEAST else total > 1 + TOLERANCE

@@ -147,8 +147,11 @@ def test_a_tied_weight_on_two_stages_is_counted_and_what_to_write_is_said():
     assert run_ranks(tied, 2, 2) == ["no error"] * 2
 
 
+AUTOCAST = "autocast"  # float32 that holds what bf16 can
 FEW = {  # a gradient that two stages have: its dtype and elements, whether both hold the same values, what is said
     "a number": (torch.float32, 1, True, "(2x)"),
+    "a number of autocast": (AUTOCAST, 1, True, "no error"),
+    "one number of autocast, twice": (AUTOCAST, 2, True, "no error"),
     "numbers": (torch.float32, 3, True, "(2x)"),
     "short numbers": (torch.bfloat16, 2, True, "(2x)"),
     "a short number": (torch.bfloat16, 1, True, "no error"),
@@ -165,8 +168,11 @@ def few_elements(way: str, replicas: int) -> list[str]:
     layout = distclip.Layout(replicas) if way == "whole" else None
     said = []
     for dtype, count, tied, _ in FEW.values():
-        value = torch.full((count,), 1.5 if tied else 1.5 + stage).to(dtype)
-        gradient = torch.rand(count, generator=torch.Generator().manual_seed(stage if replicas > 1 else 0)).to(dtype)
+        kind = torch.float32 if dtype == AUTOCAST else dtype
+        value = torch.full((count,), 1.5 if tied else 1.5 + stage).to(kind)
+        gradient = torch.rand(count, generator=torch.Generator().manual_seed(stage if replicas > 1 else 0)).to(kind)
+        if dtype == AUTOCAST:
+            gradient = gradient[:1].bfloat16().to(kind).expand(count).clone()
         if way == "shards":
             value, gradient = (DTensor.from_local(each, mesh["dp"], [Shard(0)]) for each in (value, gradient))
         model = nn.ParameterDict({"few": nn.Parameter(value)})

@@ -211,7 +211,10 @@ def doctor(known: argparse.Namespace) -> int:
 
 
 def parser_of_commands() -> Parser:
-    parser = Parser(prog="distclip", description="gradient clipping by the true global norm: train, report, measure")
+    parser = Parser(
+        prog="distclip",
+        description="gradient clipping by the true global norm: train, report, compare runs, check a machine",
+    )
     parser.add_argument("--version", action="version", version=f"distclip {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
     add_train(commands)
@@ -244,7 +247,7 @@ def add_columns(command: Parser) -> None:
     command.add_argument("--step", metavar="COL", help="the column of steps")
     command.add_argument("--norm", metavar="COL", help="the column of gradient norms, before clipping")
     command.add_argument("--loss", metavar="COL", help="the column of losses")
-    command.add_argument("--layers", metavar="PREFIX", help="columns that begin so are norms of layers")
+    command.add_argument("--layers", metavar="PREFIX", help="columns whose names begin with it are norms of layers")
 
 
 def add_diff(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -174,7 +174,7 @@ class Clipper:
 
     @untraced
     def measure(self, *, signals: Signals | None = None) -> Report:
-        """Return norm and decision for the gradients as they are; neither policy state nor counters advance.
+        """Norm and decision for the gradients as they are, loss scale included; neither policy nor counters advance.
 
         Nothing changes but this: gradients that are misplaced, or that cannot be scaled in place, may be replaced by
         equal ones, and the previous step is checked if the host did not wait for it (its errors are raised here). One
@@ -220,7 +220,7 @@ class Clipper:
 
     @untraced
     def fingerprint(self) -> Fingerprint:
-        """One number of 64 bits for the gradient of each parameter as it is now, and one for all.
+        """One number of 64 bits for the gradient of each parameter as it is now, loss scale included, and one for all.
 
         It depends on every bit of every element and its place in the whole parameter: the same gradients have the same
         numbers in any layout, and a flipped bit changes them. The dtype counts; None adds 0, a sparse gradient counts

@@ -40,7 +40,7 @@ def add_doctor(commands: "argparse._SubParsersAction[Any]") -> None:
     add_ranks(doctor, processes=2)
     doctor.add_argument("--model", metavar="MODULE:FUNCTION", help="verify your own model as well")
     doctor.add_argument(
-        "--parameters", type=int, default=4_000_000, metavar="N", help="of the model whose steps are timed (4000000)"
+        "--parameters", type=int, default=4_000_000, metavar="N", help="parameters of the model that is timed (4000000)"
     )
 
 
@@ -58,9 +58,12 @@ def add_ranks(command: argparse.ArgumentParser, processes: int) -> None:
         "--processes", type=int, default=processes, metavar="N", help=f"local ranks without a launcher ({processes})"
     )
     command.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU, where each rank has its own"
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: GPUs if there is one for each rank, else the CPU",
     )
     command.add_argument(
-        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for which ranks wait for each other (30)"
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="how long ranks wait for each other (30)"
     )
     command.add_argument("--json", type=Path, metavar="PATH", help="write the findings to this file; - for stdout")

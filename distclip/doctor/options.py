@@ -11,7 +11,7 @@ class Options:
 
     * ``model``: ``package.module:function``, or None. ``every``: each of its parameters is listed.
     * ``processes``: local ranks, where no launcher has started this process.
-    * ``parameters``: of the model whose steps are timed.
+    * ``parameters``: of the model that is timed.
     * ``timeout``: seconds that ranks wait for each other.
     * ``json``: where the findings go; ``-`` is the standard output.
     """

@@ -195,10 +195,10 @@ def layer(found: Analysis) -> Iterator[Advice]:
 
 def spikes(found: Analysis) -> Iterator[Advice]:
     if found.spikes:
-        highest, run = found.spikes[0], found.run
+        steepest, run = found.spikes[0], found.run
         title = f"{counted(len(found.spikes), 'spike')} in {counted(found.steps, 'step')}"
-        reason = f"The highest is {short(float(run.norm[highest.row]))} in step {int(run.step[highest.row]):,}, "
-        reason += f"{short(highest.height)} times the norms around it. "
+        reason = f"The steepest is in step {int(run.step[steepest.row]):,}, with a norm of "
+        reason += f"{short(float(run.norm[steepest.row]))}: {short(steepest.height)} times the norms around it. "
         caught = sum(bool(run.clipped[spike.row] or run.skip[spike.row]) for spike in found.spikes)
         reason += f"Clipped or skipped: {caught:,} of {len(found.spikes):,}. " if run.bounded else ""
         skipping = next((each for each in found.replays if each.policy.startswith("SkipSpikes")), None)

@@ -21,7 +21,7 @@ AROUND = 2  # blocks before and after
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """``row``: its highest step, as a place in the columns. ``height``: the norm there in units of its surroundings.
+    """``row``: its steepest step, as a place in the columns. ``height``: the norm there in units of its surroundings.
 
     ``layers``: the three with the largest shares of the squared norm, and these shares.
     """
@@ -65,7 +65,7 @@ class Level:
 
 
 def spikes_of(run: Run, level: Level) -> list[Spike]:
-    """The spikes of a run, the highest first. Its first block has no surroundings yet, and no spikes."""
+    """The spikes of a run, the steepest first. Its first block has no surroundings yet, and no spikes."""
     norm = run.norm[level.rows]
     height = norm / level.around
     deviation = 1.4826 * float(np.median(np.abs(np.log(height)))) if len(height) else 0.0

@@ -4,7 +4,7 @@ PRE_CLIP = "grad_norm/pre_clip"
 POST_CLIP = "grad_norm/post_clip"
 LARGEST = "grad_norm/max"  # of the norms before clipping that were finite, since the last record
 LAYER = "grad_norm/layer/{}"  # of what watch= asks for, before clipping
-ZEROS = "grad_zeros/layer/{}"  # which share of its elements is 0, with watch_zeros=True
+ZEROS = "grad_zeros/layer/{}"  # the share of its elements that are 0, with watch_zeros=True
 
 FINGERPRINT = "fingerprint"  # of all gradients before clipping, a text: numbers of 64 bits are no float64
 FINGERPRINT_OF = "fingerprint/{}"  # of each

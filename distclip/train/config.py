@@ -106,8 +106,8 @@ class Parallel:
 
     #: how data-parallel processes hold the model; `none` is for one process
     strategy: Literal["ddp", "fsdp2", "none", "zero1", "zero2", "zero3"] = "ddp"
-    #: processes to start on this machine, at most 8 or one per core. A launcher starts its own number, which must not
-    #: be smaller
+    #: processes to start on this machine, at most 8, or one per core where it has more. A launcher starts its own
+    #: number, which must not be smaller
     processes: int = 1
     #: `cuda`: a GPU for each process, or the run is refused; `auto`: `cuda` where there are so many GPUs, else `cpu`
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+from support.older_torch import lacking
 from support.roads import clipper_of as clipper_of
 
 torch.set_num_threads(1)
@@ -17,6 +18,14 @@ def pytest_collection_finish() -> None:
     """Modules and tests stay to the end: collections in tests need not walk through them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.failed and call.excinfo is not None and (reason := lacking(str(call.excinfo.value))):
+        report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1], f"Skipped: {reason}")
+    return report
 
 
 @pytest.fixture(autouse=True)

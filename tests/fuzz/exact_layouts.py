@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -40,6 +40,7 @@ from distclip.layouts.piece import holders_of
 from distclip.plan.build import Plan
 from distclip.plan.measure import measure
 from distclip.policies.coefficient import clip_coef
+from support.older_torch import cut
 from support.ranks import run_ranks
 from support.simulated import simulate
 
@@ -154,7 +155,7 @@ def _fsdp(case: Case, chance: random.Random, named: dict[str, Tensor]) -> list[n
             continue
         module = fully_shard(_plain(ours), mesh=mesh)
         for (_, p), whole in zip(module.named_parameters(), ours.values(), strict=True):
-            p.grad = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+            p.grad = cut(whole, p.device_mesh, p.placements)
         parts.append(module)
     return parts
 
@@ -183,7 +184,7 @@ def _cut(named: dict[str, Tensor], mesh: DeviceMesh, placements: dict[str, list[
     module = nn.ParameterDict()
     for name, whole in named.items():
         to = [torch.zeros_like(whole), whole]
-        value, gradient = (distribute_tensor(each, mesh, placements[name], src_data_rank=None) for each in to)
+        value, gradient = (cut(each, mesh, placements[name]) for each in to)
         module[name] = nn.Parameter(value)
         module[name].grad = gradient
     return module

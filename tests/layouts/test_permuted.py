@@ -7,12 +7,13 @@ from math import prod
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard
 
 from distclip.layouts.layout import LayoutReader, part_of
 from distclip.layouts.model import held_in
 from distclip.ranks.group import ClippingGroup
 from fuzz.exact_layouts import fake
+from support.older_torch import cut
 
 SHAPES = {1: [(8,)], 2: [(2, 4), (4, 2)], 3: [(2, 2, 2)]}
 
@@ -31,7 +32,7 @@ def held_by(rank: int, grid: torch.Tensor, taken: list[int], placements) -> tupl
         names = tuple(f"{axis} of rank {rank}" for axis in "abc"[: grid.ndim])  # torch takes equal meshes for one
         mesh = DeviceMesh("cpu", grid, mesh_dim_names=names)[tuple(names[axis] for axis in taken)]
         whole = torch.arange(16 * 8).view(16, 8).float()
-        local = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        local = cut(whole, mesh, placements)
         group = ClippingGroup.of(None)
         (held,) = held_in([torch.nn.ParameterList([torch.nn.Parameter(local)])])
         found = LayoutReader(group, (), None).read(held, 0)

@@ -18,6 +18,7 @@ from distclip.layouts.model import held_in
 from distclip.layouts.piece import Held, held_parameter
 from distclip.layouts.places import place_of
 from layouts.test_rows import MATRICES, Net, numbered
+from support.older_torch import cut
 from support.ranks import run_ranks
 
 ALL = (1 << 64) - 1
@@ -49,9 +50,7 @@ def check(results: list[Numbers], copies: int | dict[str, int] = 1) -> None:
 
 def placed(shape: tuple[int, ...], placements: list, wholes: list[tuple[int, ...]]) -> Numbers:
     mesh = init_device_mesh("cpu", shape)
-    strided = any(isinstance(p, _StridedShard) for p in placements)
-    here = {"src_data_rank": None} if strided else {}  # torch cannot scatter uneven ones; torch 2.6 knows no other way
-    made = [distribute_tensor(numbered(*size), mesh, placements, **here) for size in wholes]
+    made = [cut(numbered(*size), mesh, placements) for size in wholes]
     return numbers([held_parameter(p, str(size)) for p, size in zip(made, wholes, strict=True)])
 
 

@@ -21,6 +21,7 @@ from distclip.kernels.each import row_sums
 from distclip.layouts.model import held_in
 from distclip.layouts.piece import Held, held_parameter
 from distclip.layouts.rows import Rows, rows_of
+from support.older_torch import cut
 from support.ranks import run_ranks
 from support.samples import crossed
 
@@ -109,9 +110,7 @@ def refusal(piece, dims: tuple[int, ...] | None = None) -> str:
 
 def placed(shape: tuple[int, ...], placements: list, wholes: list[tuple[int, ...]], order: list | None = None) -> list:
     mesh = DeviceMesh("cpu", torch.tensor(order or list(range(dist.get_world_size()))).view(shape))
-    strided = any(isinstance(p, _StridedShard) for p in placements)
-    here = {"src_data_rank": None} if strided else {}  # torch cannot scatter uneven ones; torch 2.6 knows no other way
-    made = [distribute_tensor(numbered(*whole), mesh, placements, **here) for whole in wholes]
+    made = [cut(numbered(*whole), mesh, placements) for whole in wholes]
     return looked_at([held_parameter(p, str(whole)) for p, whole in zip(made, wholes, strict=True)])
 
 

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from distclip import AutoClip, Clipper
 from distclip.cli import main
 from distclip.telemetry import JsonLines, Log
 from runs.test_formats import lines
+from support import older_torch
 from support.ranks import run_ranks
 
 SHAPES = {"a": (7, 5), "b": (11,), "c": (4, 3)}
@@ -30,7 +31,7 @@ def drawn(seed: int, step: int) -> dict[str, Tensor]:
 
 def cut(whole: Tensor, mesh: DeviceMesh) -> DTensor:
     """Over the ranks, which all have the whole."""
-    return distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+    return older_torch.cut(whole, mesh, [Shard(0)])
 
 
 def train(path: Path, seed: int = 0, first: int = 0, flip: int | None = None, every: int | None = 1) -> None:

@@ -286,7 +286,9 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> nn.Mo
     if sequence:
         plan["embed"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
         plan["head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
-    return parallelize_module(model, mesh, plan)
+    for name, style in plan.items():  # one by one: torch 2.6 takes the "1" of "blocks.0.1" for a block too
+        parallelize_module(model.get_submodule(name), mesh, style)
+    return model
 
 
 def hsdp(dtype, scale):

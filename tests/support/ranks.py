@@ -45,6 +45,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support import older_torch as older_torch
+
 LIMIT = 280.0  # seconds for a case: what takes one on a quiet machine has taken 60 at load 40
 GRACE = 3.0  # seconds the other ranks have to finish once one has failed
 CROWD = 60  # threads of a rank: DTensor's caches keep Gloo groups, each of which wakes a hundred times a second

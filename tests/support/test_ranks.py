@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
+from support.older_torch import cut
 from support.ranks import RankError, count_collectives, run_ranks, same_bits
 
 
@@ -85,7 +86,7 @@ def collectives_of_torch() -> list[dict[str, int]]:
         dist.broadcast(torch.ones(2), src=0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with count_collectives() as of_a_dtensor:
-        distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None).sum().full_tensor()
+        cut(torch.ones(4), mesh, [Shard(0)]).sum().full_tensor()
     model = fully_shard(torch.nn.Linear(4, 4), mesh=mesh)
     with count_collectives() as of_fsdp:
         model(torch.ones(1, 4)).sum().backward()

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from support.layouts import Block, DenseNet, batch
+from support.older_torch import OLDER
 from support.parallel import mesh_of, rows, tensor_parallel
 
 DTYPE = torch.float64
@@ -177,7 +178,8 @@ def _pipeline(weights, unique: bool) -> Training:
         _sharded(part, mesh["dp"], reshard_after_forward=False)
     stage = PipelineStage(part, me, 2, torch.device("cpu"), group=mesh.get_group("pp"))
     step_now = [0]
-    runner = ScheduleGPipe(stage, 2, loss_fn=lambda out, targets: _loss(step_now[0])(out, targets))
+    parts = 2 if OLDER else 1  # torch 2.6 adds the gradients of microbatches, later ones average them
+    runner = ScheduleGPipe(stage, 2, loss_fn=lambda out, targets: _loss(step_now[0])(out, targets) / parts)
 
     def backward(step: int) -> None:
         step_now[0] = step

@@ -35,10 +35,11 @@ def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> N
     """Raise LayoutError, on every rank, where ranks along ``split_over`` hold one parameter, and count it twice.
 
     Norm layers of hand-made tensor parallelism do, and weights that are tied across stages. Parameters are the same
-    whose values and gradients have the same shape and bits, on ranks that hold the same part of them. Values that are
-    all one number, as zeros at the start, tell nothing: a later call does. The ``FEW_SMALL`` smallest and ``FEW_LARGE``
-    largest of each rank are looked at. Two collectives for each doubling of the number of ranks, of a few numbers a
-    parameter ([Note: adding by key] in ranks/by_key.py), an all-reduce of one number, and host syncs.
+    whose values and gradients have the same shape and bits, on ranks that hold the same part of them, but see
+    :func:`_at_most`. Values that are all one number, as zeros at the start, tell nothing: a later call does. The
+    ``FEW_SMALL`` smallest and ``FEW_LARGE`` largest of each rank are looked at. Two collectives for each doubling of
+    the number of ranks, of a few numbers a parameter ([Note: adding by key] in ranks/by_key.py), an all-reduce of one
+    number, and host syncs.
     """
     pieces = plan.pieces
     here = sorted((i for i in plan.by_split_over if pieces[i].here), key=lambda i: pieces[i].here)
@@ -122,10 +123,10 @@ def _bits(plan: Plan, index: int, gradient: Tensor, norm: float, total: float) -
 
 
 def _is_short(gradient: Tensor) -> bool:
-    """Whether it is a lone number that 16 bits hold, as under autocast: once or a few times. A host sync."""
-    values = as_real(gradient).flatten()
-    if values.numel() >= FEW_ELEMENTS:
+    """Whether it is a lone number that 16 bits hold, as under autocast: once or a few times. A host sync if of few."""
+    if gradient.numel() >= FEW_ELEMENTS:
         return False
+    values = as_real(gradient).flatten()
     rounded = torch.stack([values[:1].to(dtype).to(values.dtype) for dtype in (torch.bfloat16, torch.float16)])
     return bool(((values == values[0]).all() & (rounded == values[0]).any()).item())
 

@@ -64,7 +64,7 @@ def count_split(plan: Plan, holders: Sequence[Tensor], found: Norms) -> None:
     Those of fewer than ``FEW_ELEMENTS`` may add up to more, unless the values of their parameters are the same too; a
     lone number of 16 bits, which is often equal by chance, may in any case.
 
-    Collectives and host syncs are those of :func:`compare_axes`, and a host sync for each gradient of few elements.
+    Collectives and host syncs are those of :func:`compare_axes`, and some host syncs for each gradient of few elements.
     """
     found_here = zip(found.indices, found.parts, found.norms.tolist(), strict=True)
     shown = [(i, part, norm) for i, part, norm in found_here if not plan.known_to_all[i] and norm > 0]
@@ -123,12 +123,12 @@ def _bits(plan: Plan, index: int, gradient: Tensor, norm: float, total: float) -
 
 
 def _is_short(gradient: Tensor) -> bool:
-    """Whether it is a lone number that 16 bits hold, as under autocast: once or a few times. A host sync if of few."""
+    """Whether it is one number that 16 bits hold, as under autocast, once or a few times. Host syncs if of few."""
     if gradient.numel() >= FEW_ELEMENTS:
         return False
-    values = as_real(gradient).flatten()
-    rounded = torch.stack([values[:1].to(dtype).to(values.dtype) for dtype in (torch.bfloat16, torch.float16)])
-    return bool(((values == values[0]).all() & (rounded == values[0]).any()).item())
+    values = as_real(gradient)
+    rounded = (values.to(dtype).to(values.dtype) for dtype in (torch.bfloat16, torch.float16))
+    return is_constant(values) and any(torch.equal(values, each) for each in rounded)
 
 
 def _key(kind: int, bits: str) -> int:

@@ -237,7 +237,7 @@ class Clipper:
         * Replicas of a parameter must hold the same bits, and those of its gradient be equal (not so in ``no_sync``).
         * Where ``split_over`` or ``layout`` say that ranks hold different parameters, gradients of the same shape and
           bits must add up to one: a tied weight on two stages does not. Missed: a lone number that 16 bits hold, equal
-          by chance; several on one rank, unless others have them under the same names.
+          by chance. Refused though right: biases behind branches of zero weight, while their gradients are equal.
         * No other Clipper may hold the same parameters, unless both are known to clip for different optimizers
           (DiLoCo's inner and outer): attached to them, or given them in an earlier step.
         * Norms of groups, parameters or rows must each count the elements of their unit once.

@@ -163,7 +163,8 @@ def gradients_not_counted_once(rank: int, gradients: str) -> LayoutError:
     return LayoutError(
         f"gradients are not counted once: on rank {rank} {gradients}; return distclip.Layout(number of ranks that hold "
         "it) from layout= (a tied weight on two stages: Layout(2); norm layers that tensor-parallel ranks share: all "
-        "of these; different parameters that are equal only while branches behind them are zero: Layout(1))"
+        "of these; different parameters that are equal only while branches behind them are zero: Layout(1), and "
+        "verify() once they differ)"
     )
 
 

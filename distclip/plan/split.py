@@ -4,7 +4,6 @@ Checksums of gradients travel, never gradients: those of the same shape and bits
 all ranks must add up to 1.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -28,18 +27,17 @@ FEW_SMALL, FEW_LARGE = 192, 64  # parameters of a rank that are compared along s
 TOLERANCE = 1e-5  # of a sum of shares
 FEW_ELEMENTS = 4  # gradients of fewer may have the same bits by chance: two scalars in bf16 about once in 2,000
 HASH = 1 << 48  # a key is this times its kind, and a hash below it
-AT_LEAST, AT_MOST = range(2)  # kinds of keys: shares must add up to no less than 1, to no more
+EXACTLY, AT_LEAST, AT_MOST = range(3)  # kinds of keys: shares must add up to 1, to no less, to no more
 
 
 def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> None:
     """Raise LayoutError, on every rank, where ranks along ``split_over`` hold one parameter, and count it twice.
 
     Norm layers of hand-made tensor parallelism do, and weights that are tied across stages. Parameters are the same
-    whose values and gradients have the same shape and bits, on ranks that hold the same part of them, but see
-    :func:`_at_most`. Values that are all one number, as zeros at the start, tell nothing: a later call does. The
-    ``FEW_SMALL`` smallest and ``FEW_LARGE`` largest of each rank are looked at. Two collectives for each doubling of
-    the number of ranks, of a few numbers a parameter ([Note: adding by key] in ranks/by_key.py), an all-reduce of one
-    number, and host syncs.
+    whose values and gradients have the same shape and bits, on ranks that hold the same part of them. Values that are
+    all one number, as zeros at the start, tell nothing: a later call does. The ``FEW_SMALL`` smallest and ``FEW_LARGE``
+    largest of each rank are looked at. Two collectives for each doubling of the number of ranks, of a few numbers a
+    parameter ([Note: adding by key] in ranks/by_key.py), an all-reduce of one number, and host syncs.
     """
     pieces = plan.pieces
     here = sorted((i for i in plan.by_split_over if pieces[i].here), key=lambda i: pieces[i].here)
@@ -50,12 +48,12 @@ def compare_axes(plan: Plan, holders: Sequence[Tensor], measured: Measured) -> N
     values = [_values(plan, holders, i) for i, _, _ in shown]
     telling = [not is_constant(each) for each in values]
     sums = checksums([part for _, part, _ in shown], plan.device) + HASHES * checksums(values, plan.device)
-    alike = [
-        (i, _bits(plan, i, part, norm, total))
+    keys = [
+        (i, _key(plan, i, part, norm, total, AT_MOST))
         for (i, part, norm), total, tells in zip(shown, sums.tolist(), telling, strict=True)
         if tells
     ]
-    _count(plan, _at_most(plan, alike))
+    _count(plan, keys)
 
 
 def count_split(plan: Plan, holders: Sequence[Tensor], found: Norms) -> None:
@@ -69,14 +67,16 @@ def count_split(plan: Plan, holders: Sequence[Tensor], found: Norms) -> None:
     found_here = zip(found.indices, found.parts, found.norms.tolist(), strict=True)
     shown = [(i, part, norm) for i, part, norm in found_here if not plan.known_to_all[i] and norm > 0]
     sums = checksums([part for _, part, _ in shown], plan.device).tolist()
-    alike = [_bits(plan, *each, total) for each, total in zip(shown, sums, strict=True)]
-    keys = [(i, _key(AT_LEAST, bits)) for (i, *_), bits in zip(shown, alike, strict=True)]
-    few = [k for k, (_, part, _) in enumerate(shown) if part.numel() < FEW_ELEMENTS]
-    of_values = checksums([_values(plan, holders, shown[k][0]) for k in few], plan.device).tolist()
-    for k, total in zip(few, of_values, strict=True):
-        alike[k] += f"|{total:.0f}"
-    telling = [(i, bits) for (i, part, _), bits in zip(shown, alike, strict=True) if not _is_short(part)]
-    _count(plan, keys + _at_most(plan, telling))
+    keys, few = [], []
+    for (i, part, norm), total in zip(shown, sums, strict=True):
+        is_few = part.numel() < FEW_ELEMENTS
+        keys.append((i, _key(plan, i, part, norm, total, AT_LEAST if is_few else EXACTLY)))
+        if is_few and not _is_short(part):
+            few.append((i, part, norm, total))
+    of_values = checksums([_values(plan, holders, i) for i, *_ in few], plan.device).tolist()
+    for (i, part, norm, total), of_value in zip(few, of_values, strict=True):
+        keys.append((i, _key(plan, i, part, norm, total + HASHES * of_value, AT_MOST)))
+    _count(plan, keys)
 
 
 def _values(plan: Plan, holders: Sequence[Tensor], index: int) -> Tensor:
@@ -103,37 +103,19 @@ def _count(plan: Plan, keys: Sequence[tuple[int, int]]) -> None:
     raise refusals.gradients_not_counted_once(group.ranks[source], text)
 
 
-def _at_most(plan: Plan, alike: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
-    """Pieces and their keys of the kind ``AT_MOST``; ``alike``: pieces, and what those of one parameter have in common.
-
-    That a rank has several such pieces proves that other parameters have it in common too, as biases that are added to
-    one stream by branches whose weights are still zero. They are copies only of the same names on other ranks.
-    """
-    names = defaultdict(list)
-    for i, bits in alike:
-        names[bits].append(plan.label(i))
-    several = {bits: str(sorted(found)) if len(found) > 1 else "" for bits, found in names.items()}
-    return [(i, _key(AT_MOST, bits + several[bits])) for i, bits in alike]
-
-
-def _bits(plan: Plan, index: int, gradient: Tensor, norm: float, total: float) -> str:
-    """What two gradients have in common only if they are the same on ranks that hold the same part of it."""
+def _key(plan: Plan, index: int, gradient: Tensor, norm: float, total: float, kind: int) -> int:
     where = part_of(plan.group, plan.pieces[index])
-    return f"{where}|{tuple(gradient.shape)}|{gradient.dtype}|{norm.hex()}|{total:.0f}"
+    text = f"{where}|{tuple(gradient.shape)}|{gradient.dtype}|{norm.hex()}|{total:.0f}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=6).digest()) + HASH * kind
 
 
 def _is_short(gradient: Tensor) -> bool:
-    """Whether it is one number that 16 bits hold, as under autocast, once or a few times. Host syncs if of few."""
-    if gradient.numel() >= FEW_ELEMENTS:
-        return False
+    """Whether it is one number that 16 bits hold, as under autocast, once or a few times. Host syncs."""
     values = as_real(gradient)
     rounded = (values.to(dtype).to(values.dtype) for dtype in (torch.bfloat16, torch.float16))
     return is_constant(values) and any(torch.equal(values, each) for each in rounded)
 
 
-def _key(kind: int, bits: str) -> int:
-    return int.from_bytes(blake2b(bits.encode(), digest_size=6).digest()) + HASH * kind
-
-
 def _is_wrong(key: int, total: float) -> bool:
-    return total < 1 - TOLERANCE if key // HASH == AT_LEAST else total > 1 + TOLERANCE
+    kind = key // HASH
+    return (total < 1 - TOLERANCE and kind != AT_MOST) or (total > 1 + TOLERANCE and kind != AT_LEAST)

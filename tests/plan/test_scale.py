@@ -142,7 +142,7 @@ def test_proving_what_ranks_do_not_share_sends_and_takes_no_more_on_many_ranks()
     steps = {world: (world - 1).bit_length() for world in (FEW, MANY)}
     assert few.sent.collectives == 2 * steps[FEW] + 1
     assert many.sent.collectives == 2 * steps[MANY] + 1
-    row = 2 * 24  # bytes, for shares that are too few or too many; a rank sends them in half of the steps
+    row = 24  # bytes, which a rank sends in half of the steps
     for proof in (few, few_of_more, many, many_of_more):
         counts = 8 * (steps[proof.world] + 1)
         assert proof.sent.bytes - counts == pytest.approx(row * proof.experts * steps[proof.world] / 2, rel=0.5)
